@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV := .venv
+RUN := $(CURDIR)/$(VENV)/bin
+
+# Demo and tests build their models from configurations: nothing is downloaded.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-fast test-full lint bench
+.NOTPARALLEL: # the targets share one environment
+
+demo: $(VENV)/.installed-onnx,plots,pipelines
+	$(RUN)/python examples/demo.py
+
+bench: $(VENV)/.installed-onnx,plots,pipelines
+	$(RUN)/python examples/bench.py
+
+test: $(VENV)/.installed-test
+	$(RUN)/pytest
+
+test-fast: $(VENV)/.installed-test
+	$(RUN)/pytest -m "not slow and not full"
+
+test-full: $(VENV)/.installed-test
+	$(RUN)/pytest -m full
+
+# mypy sees the folders as the package they are installed as; see [tool.mypy].
+TYPED := build/typed/sdgraph
+lint: $(VENV)/.installed-test,dev
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
+	ln -s $(CURDIR)/sdgraph/* $(CURDIR)/passes $(CURDIR)/exporters $(TYPED)
+	cd build/typed && $(RUN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras; a change of either file installs anew.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN)/python -m pip install -c constraints.txt -e ".[$*]"
+	touch $@

@@ -1,0 +1,6 @@
+"""Passes. Each uses only public names of `sdgraph`, as a user's pass does."""
+
+from .clean_up import CleanUp
+from .prune_blocks import PruneBlocks
+
+__all__ = ["CleanUp", "PruneBlocks"]

@@ -1,0 +1,126 @@
+"""`PruneBlocks`: take whole regions out of a UNet."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph.errors import EditError, PathError, SpecError, did_you_mean
+
+PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
+
+
+@dataclass(frozen=True)
+class PruneBlocks(Pass):
+    """Remove blocks, by preset or by module path.
+
+    Presets are BK-SDM's (Kim et al., 2023, arXiv 2305.15798), on any UNet with two layers per block: `bk-sdm-base`
+    keeps the first layer of every down block and the first and last of every up block; `bk-sdm-small` also drops the mid
+    block; `bk-sdm-tiny` also drops the innermost level. The weights that stay are the source's, as BK-SDM initialises
+    its students; quality needs distillation afterwards.
+
+    A list removes any regions: resnets, attentions, transformer blocks, units (`...attn1`, `...ff`), the mid block, whole
+    levels. `*` stands for anything within a name: `up_blocks.*.attentions.2`. What takes the place of a region is told in
+    `sdgraph.Graph.bypass`; in short, the flow goes past it, an up layer goes together with its skip connection, and
+    a resnet that changes the channels leaves its 1x1 shortcut. ControlNet and adapter residuals of skips that stay go
+    where they went before.
+
+    Args:
+        blocks: a preset, a path, or paths.
+    Raises:
+        PathError: an unknown path (with the nearest ones), or one that is pruned already.
+        ShapeError: what remains does not fit together; with the two shapes and where.
+    """
+
+    contract: ClassVar[Contract] = Contract.APPROXIMATE
+    blocks: str | tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        blocks = self.blocks
+        if isinstance(blocks, str):
+            if blocks not in PRESETS and not re.search(r"[._*]", blocks):
+                cure = did_you_mean(blocks, PRESETS) or f"presets: {', '.join(PRESETS)}; or module paths"
+                raise SpecError(f"no preset {blocks!r}", where="PruneBlocks", cure=cure)
+        elif not all(isinstance(path, str) for path in blocks):
+            raise SpecError(f"paths are text, got {blocks!r}", where="PruneBlocks", cure="pass module paths")
+        else:
+            object.__setattr__(self, "blocks", tuple(blocks))
+        if not blocks:
+            raise SpecError("nothing to prune", where="PruneBlocks", cure="pass a preset or module paths")
+
+    def run(self, graph: Graph) -> Findings:
+        paths = list(_preset(graph, self.blocks) if self.blocks in PRESETS else _expand(graph, self.blocks))
+        for path in paths:
+            graph.bypass(path)
+            graph.removed[path] = str(self)
+        return Findings(edits=tuple(f"removed {path}" for path in paths))
+
+
+def _expand(graph: Graph, blocks: str | tuple[str, ...]) -> Iterator[str]:
+    """Paths for patterns, the latest in the graph first, and none that lies inside another."""
+    known = graph.paths()
+    wanted: set[str] = set()
+    for pattern in (blocks,) if isinstance(blocks, str) else blocks:
+        if "*" not in pattern:
+            graph.region(pattern)
+            wanted.add(pattern)
+            continue
+        regex = re.compile(r"[^.]*".join(re.escape(part) for part in pattern.split("*")))
+        found = [path for path in known if regex.fullmatch(path)]
+        if not found:
+            cure = did_you_mean(pattern, known) or "print(graph) lists the paths"
+            raise PathError(f"no module matches {pattern!r}", where=pattern, cure=cure)
+        wanted.update(found)
+    outermost = [p for p in wanted if not any(p.startswith(f"{other}.") for other in wanted)]
+    yield from sorted(outermost, key=known.index, reverse=True)
+
+
+def _preset(graph: Graph, preset: str) -> Iterator[str]:
+    down, up = _layers(graph, "down_blocks"), _layers(graph, "up_blocks")
+    if graph.removed:
+        first = next(iter(graph.removed))
+        raise PathError(
+            f"the UNet is pruned already: {graph.removed[first]} removed {first}",
+            where=first,
+            cure="apply a preset to the whole UNet, or name the paths to remove",
+        )
+    if {len(level) for level in down} != {2} or {len(level) for level in up} != {3}:
+        raise EditError(
+            f"{preset} needs two layers per block; this UNet has {[len(level) for level in down]} going down and "
+            f"{[len(level) for level in up]} going up",
+            where="config layers_per_block",
+            cure="name the paths to remove: PruneBlocks(('down_blocks.0.resnets.1', ...))",
+        )
+    innermost = len(down) - 1
+    tiny = preset == "bk-sdm-tiny"
+    present = set(graph.paths())
+    for level in range(len(up)):
+        if not (tiny and level == 0):
+            yield from _layer(present, f"up_blocks.{level}", 1)
+    if tiny:
+        yield "up_blocks.0"
+    if preset != "bk-sdm-base" and "mid_block" in present:
+        yield "mid_block"
+    if tiny:
+        yield f"down_blocks.{innermost}"
+        yield f"down_blocks.{innermost - 1}.downsamplers.0"
+    for level in range(innermost - tiny, -1, -1):
+        yield from _layer(present, f"down_blocks.{level}", 1)
+
+
+def _layer(present: set[str], block: str, index: int) -> list[str]:
+    """Paths of the attention, where there is one, and the resnet of one layer."""
+    return [p for p in (f"{block}.attentions.{index}", f"{block}.resnets.{index}") if p in present]
+
+
+def _layers(graph: Graph, side: str) -> list[list[str]]:
+    """Paths of the resnets of each level."""
+    levels: dict[str, list[str]] = {}
+    for path in graph.paths():
+        if fnmatch.fnmatchcase(path, f"{side}.*.resnets.*") and path.count(".") == 3:
+            levels.setdefault(path.split(".")[1], []).append(path)
+    return list(levels.values())

@@ -1,0 +1,40 @@
+"""sdgraph: a graph-transformation compiler for diffusion UNets."""
+
+from . import errors
+from .apply import apply
+from .capture import trace, trace_code
+from .contract import Contract
+from .errors import SdgraphError
+from .graph import Graph
+from .pass_ import Findings, Fixpoint, Pass, Chain
+from .region import Region
+from .report import NearMiss, PassReport, Report
+from .rewrite import Example, NoMatch, Rewrite
+from .spec import Spec, parse
+from .unet import GraphUNet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Contract",
+    "Example",
+    "Findings",
+    "Fixpoint",
+    "Graph",
+    "GraphUNet",
+    "NearMiss",
+    "NoMatch",
+    "Pass",
+    "PassReport",
+    "Region",
+    "Report",
+    "Rewrite",
+    "SdgraphError",
+    "Chain",
+    "Spec",
+    "apply",
+    "errors",
+    "parse",
+    "trace",
+    "trace_code",
+]

@@ -1,0 +1,108 @@
+"""`trace`: a UNet, or any PyTorch code, as a `Graph`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import fx, nn
+
+from .dims import Dims, Symbol
+from .errors import SdgraphError, SpecError, TraceError
+from .graph import Graph
+from .inputs import Dim, Input, unflatten
+from .source import check_source, device_of, free_sizes, unet_inputs
+from .trace import Tracer, tracing
+from .weights import Weights
+
+SYMBOLS = (Symbol("B", 1, 5), Symbol("H", 64, 101), Symbol("W", 64, 149), Symbol("L", 77, 31))
+
+
+def trace(
+    unet: UNet2DConditionModel, *, inputs: Collection[str] = (), processors: Collection[type] = ()
+) -> Graph:
+    """One flat graph of a UNet, for all batches, sizes, sequence lengths and dtypes.
+
+    Residuals of ControlNets and T2I-Adapters and `timestep_cond` are optional inputs of the same graph. Sizes that the
+    down-sampling does not divide are served: the graph up-samples to the size of the skip. No weight is copied, and the
+    UNet is not changed.
+
+    Args:
+        unet: a `UNet2DConditionModel` with weights, in any dtype, on any device.
+        inputs: further inputs to trace with: "encoder_attention_mask".
+        processors: classes of attention processors unknown to sdgraph that are pure functions of their tensors.
+    Raises:
+        SourceError: the model cannot be traced faithfully; with the cure.
+        TraceError: its code does something that no size-independent graph can hold.
+    """
+    check_source(unet, processors)
+    parameter = next(unet.parameters())
+    graph = Graph(
+        fx.Graph(),
+        Weights(),
+        unet_inputs(unet, inputs),
+        Dims(free_sizes(unet)),
+        dtype=parameter.dtype,
+        device=device_of(unet),
+        config=dict(unet.config),
+    )
+
+    def call(**flat: Any) -> Any:
+        return type(unet).forward(unet, **unflatten(flat, graph.inputs), return_dict=False)[0]
+
+    return _capture(graph, call, unet)
+
+
+def trace_code(code: Callable[..., Any] | nn.Module, **shapes: tuple[Dim, ...]) -> Graph:
+    """A graph of any PyTorch code, such as the examples of a `Rewrite`.
+
+    Args:
+        code: a function or module of tensors.
+        shapes: the shape of each argument by name; a dimension is a number or one of "B", "H", "W", "L".
+    """
+    model = code if isinstance(code, nn.Module) else None
+    specs = tuple(Input(name, (name,), shape) for name, shape in shapes.items())
+    graph = Graph(fx.Graph(), Weights(), specs, Dims(SYMBOLS))
+    if model is not None:
+        parameter = next(model.parameters(), None)
+        if parameter is not None:
+            graph.dtype, graph.device = parameter.dtype, parameter.device
+    return _capture(graph, model.forward if model is not None else code, model)
+
+
+def _capture(graph: Graph, call: Callable[..., Any], root: nn.Module | None) -> Graph:
+    tracer = Tracer(graph, root)
+    sizes = [{s.name: getattr(s, key) for s in graph.dims.symbols} for key in ("nominal", "generic")]
+    flat = {}
+    for spec in graph.inputs:
+        node = graph.fx.placeholder(spec.name)
+        if node.name != spec.name:
+            raise SpecError(f"{spec.name!r} cannot name an input", cure="choose another name")
+        node.meta["nn_module_stack"] = {}
+        for key, size in zip(("val", "probe"), sizes, strict=True):
+            node.meta[key] = _example(spec, size, graph.probe_dtype(key))
+        flat[spec.name] = tracer.proxy(node)
+    try:
+        with tracing(tracer):
+            result = call(**flat)
+    except SdgraphError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"the model's code failed while being traced: {type(error).__name__}: {error}",
+            where=next(reversed(tracer.module_stack), ""),
+            cure="check that the model runs on such inputs; if it does, this is a gap of sdgraph: please report it",
+        ) from error
+    graph.fx.output(tracer.create_arg(result))
+    graph.guards = tuple(tracer.guards)
+    graph.sweep()
+    return graph
+
+
+def _example(spec: Input, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor | None:
+    if spec.shape is None:
+        return None
+    shape = [d if isinstance(d, int) else sizes[d] for d in spec.shape]
+    return torch.empty(shape, device="meta", dtype=torch.int64 if spec.kind != "float" else dtype)

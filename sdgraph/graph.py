@@ -1,0 +1,474 @@
+"""The graph that passes edit: one flat fx graph, its weights, its inputs and its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from .dims import Dims
+from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
+from .inputs import Input
+from .region import Region
+from .trace import Guard, Tracer, is_leaf, scope, tracing, values
+from .weights import Weights, meta_like, on_meta, share, shared
+
+if TYPE_CHECKING:
+    from .pass_ import Pass
+
+
+@dataclass
+class Graph:
+    """A traced model: nodes, weights, and what is known of its sizes.
+
+    Leaves are PyTorch's own modules (`call_module`), everything else is functions and methods. Each node carries
+    `meta["nn_module_stack"]` (the source modules it belongs to) and its value on the meta device at two calls:
+    `meta["val"]` at the nominal sizes and in the source's dtype, `meta["probe"]` at the generic sizes and in another
+    dtype. What is the same in both is fixed; what moves must stay symbolic.
+
+    Args:
+        fx: the nodes.
+        weights: leaf modules and parameters under the source's names.
+        inputs: the flat inputs, in the order of the placeholders.
+        dims: the free sizes.
+        dtype, device: of the source's parameters.
+        config: the source's configuration.
+        guards: what a call must satisfy for the graph to hold.
+        classes: class name of every source module, by path.
+        passes: what has been applied.
+        removed: module paths that are gone, with the spec of the pass that removed each.
+    """
+
+    fx: fx.Graph
+    weights: Weights
+    inputs: tuple[Input, ...]
+    dims: Dims
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    config: Mapping[str, Any] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()
+    classes: dict[str, str] = field(default_factory=dict)
+    passes: tuple[Pass, ...] = ()
+    removed: dict[str, str] = field(default_factory=dict)
+    _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        from .text import text
+
+        return text(self)
+
+    def text(self, depth: int = 3, within: str = "") -> str:
+        """Readable form: one line per scope down to `depth`, single nodes inside the region `within`."""
+        from .text import text
+
+        return text(self, depth, within)
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.fx.nodes)
+
+    @property
+    def output(self) -> fx.Node:
+        """The value the graph returns."""
+        value = self._output_node().args[0]
+        assert isinstance(value, fx.Node)
+        return value
+
+    def _output_node(self) -> fx.Node:
+        return next(n for n in reversed(self.fx.nodes) if n.op == "output")
+
+    def input(self, name: str) -> fx.Node:
+        """The placeholder of an input."""
+        for node in self.fx.nodes:
+            if node.op == "placeholder" and node.name == name:
+                return node
+        names = [i.name for i in self.inputs]
+        raise PathError(f"no input {name!r}", cure=did_you_mean(name, names) or f"inputs: {', '.join(names)}")
+
+    def region(self, path: str) -> Region:
+        """The nodes under a module path.
+
+        Raises:
+            PathError: naming the nearest paths, or the pass that removed it.
+        """
+        nodes = [n for n in self.fx.nodes if path in n.meta.get("nn_module_stack", {})]
+        if nodes:
+            return Region(self, path, tuple(nodes))
+        gone = next((p for p in (path, *_above(path)) if p in self.removed), None)
+        if gone is not None:
+            raise PathError(
+                f"{path!r} is no longer in the graph", where=gone, cure=f"it was removed by {self.removed[gone]}"
+            )
+        cure = did_you_mean(path, self.paths()) or "print(graph) lists the paths"
+        raise PathError(f"no module {path!r} in the graph", where=path, cure=cure)
+
+    def regions(self) -> dict[str, Region]:
+        """All regions by path, in graph order, outer before inner."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self.fx.nodes:
+            for path in node.meta.get("nn_module_stack", {}):
+                found.setdefault(path, []).append(node)
+        return {path: Region(self, path, tuple(nodes)) for path, nodes in found.items()}
+
+    def paths(self) -> list[str]:
+        """Paths of all regions, in graph order."""
+        return list(dict.fromkeys(p for n in self.fx.nodes for p in n.meta.get("nn_module_stack", {})))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name."""
+        return dict(self.weights.named_parameters())
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one call at the nominal sizes (batch 1), products of attention included."""
+        from .cost import macs
+
+        return sum(macs(self, node) for node in self.fx.nodes)
+
+    def to_networkx(self) -> nx.DiGraph[str]:
+        """Nodes by name with `op`, `target`, `scope` and `macs`; an edge from each value to each user."""
+        from .cost import macs
+
+        net: nx.DiGraph[str] = nx.DiGraph()
+        for node in self.fx.nodes:
+            net.add_node(node.name, op=node.op, target=str(node.target), scope=scope(node), macs=macs(self, node))
+            net.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+        return net
+
+    def shape(self, node: fx.Node) -> str:
+        """Readable shape of a node's value in the call's symbols, e.g. `B×320×H/2×W/2`."""
+        nominal, generic = values(node)
+        if isinstance(nominal, torch.Tensor):
+            return self.dims.shape(nominal, generic)
+        return "" if nominal is None else str(node.meta.get("size", nominal))
+
+    # -- evaluation at the two sizes -----------------------------------------------------------------------------
+
+    def infer(self, node: fx.Node) -> None:
+        """Evaluate a node at both sizes, into its meta.
+
+        Raises:
+            ShapeError: the operation does not accept its inputs; nothing is stored.
+        """
+        node.meta.pop("macs", None)
+        for key in ("val", "probe"):
+            try:
+                node.meta[key] = self._evaluate(node, key)
+            except SdgraphError:
+                raise
+            except Exception as error:
+                shapes = ", ".join(f"{n.name}: {self.shape(n)}" for n in node.all_input_nodes)
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise ShapeError(
+                    f"{_target(node)} cannot take {shapes or 'its arguments'}: {reason}",
+                    where=f"{scope(node) or '(top level)'}, node {node.name}",
+                    cure="the shapes on both sides must agree at every size of the call",
+                ) from error
+        nominal, generic = values(node)
+        if isinstance(nominal, int | float) and not isinstance(nominal, bool):
+            node.meta["size"] = self._size(node, nominal, generic)
+
+    def _evaluate(self, node: fx.Node, key: str) -> Any:
+        args = fx.map_arg(node.args, lambda n: n.meta[key])
+        kwargs = fx.map_arg(node.kwargs, lambda n: n.meta[key])
+        with torch.no_grad():
+            if node.op == "call_module":
+                return self._meta_module(str(node.target), key).forward(*args, **kwargs)
+            if node.op == "call_function":
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            if node.op == "get_attr":
+                return meta_like(self.tensor(str(node.target)), self.probe_dtype(key))
+        raise EditError(f"a {node.op} node cannot be evaluated", where=node.name)
+
+    def _size(self, node: fx.Node, nominal: Any, generic: Any) -> str | None:
+        """A number in the call's symbols: sizes are recognised, arithmetic is composed."""
+        import operator as op
+
+        signs = {op.add: "+", op.sub: "-", op.mul: "*", op.floordiv: "//", op.truediv: "/", op.mod: "%"}
+        if node.op == "call_method":
+            return self.dims.name(nominal, generic)
+        if node.target in signs:
+            sides = [a.meta.get("size") if isinstance(a, fx.Node) else repr(a) for a in node.args]
+            if None not in sides:
+                return f"({sides[0]} {signs[node.target]} {sides[1]})"
+        return None
+
+    def probe_dtype(self, key: str) -> torch.dtype:
+        """Floating dtype of an evaluation: the source's, or, for the probe, another one."""
+        if key == "val":
+            return self.dtype
+        return torch.float16 if self.dtype is not torch.float16 else torch.float32
+
+    def _meta_module(self, path: str, key: str) -> nn.Module:
+        if (path, key) not in self._meta:
+            self._meta[path, key] = on_meta(self.module(path), self.probe_dtype(key))
+        return self._meta[path, key]
+
+    def propagate(self) -> None:
+        """Evaluate the whole graph anew, as after edits that rewired it.
+
+        Raises:
+            ShapeError: at the first node whose inputs do not fit.
+        """
+        optional = {i.name for i in self.inputs if i.shape is None}
+        for node in self.fx.nodes:
+            if node.op == "placeholder" and node.name in optional:
+                node.meta["val"] = node.meta["probe"] = None
+        for node in self.fx.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            for arg in node.all_input_nodes:
+                if arg.meta["val"] is None:
+                    other = next(n for n in node.all_input_nodes if n is not arg)
+                    for key in ("val", "probe"):
+                        arg.meta[key] = torch.empty_like(other.meta[key])
+            self.infer(node)
+
+    def follow_weights(self) -> None:
+        """Take over the dtype and device that the weights have been moved to since the trace."""
+        weight = next(iter(self.parameters().values()), None)
+        if weight is None or (weight.dtype, weight.device) == (self.dtype, self.device):
+            return
+        self.dtype, self.device = weight.dtype, weight.device
+        for node in self.fx.nodes:
+            if node.op == "placeholder" and node.meta["val"] is not None and node.meta["val"].is_floating_point():
+                for key in ("val", "probe"):
+                    node.meta[key] = node.meta[key].to(self.probe_dtype(key))
+        self._meta.clear()
+        self.propagate()
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def module(self, path: str) -> nn.Module:
+        """The leaf module at a path."""
+        found = self.weights.get(path)
+        if not isinstance(found, nn.Module):
+            raise PathError(f"no leaf module {path!r}", cure=did_you_mean(path, self.paths()))
+        return found
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The parameter or buffer of a name."""
+        found = self.weights.get(name)
+        if not isinstance(found, torch.Tensor):
+            raise PathError(f"no tensor {name!r}", cure=did_you_mean(name, self.parameters()))
+        return found
+
+    def has_module(self, path: str) -> bool:
+        return isinstance(self.weights.get(path), nn.Module)
+
+    def has_tensor(self, name: str) -> bool:
+        return isinstance(self.weights.get(name), torch.Tensor)
+
+    def add_module(self, path: str, module: nn.Module) -> None:
+        """Put a module at a path, replacing what is there. It is shared, not copied, and never the caller's object."""
+        self.weights.put(path, shared(module, self._shared))
+        for key in ("val", "probe"):
+            self._meta.pop((path, key), None)
+
+    def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a parameter or buffer at a name."""
+        self.weights.put(name, share(tensor, self._shared))
+
+    @property
+    def _shared(self) -> dict[int, torch.Tensor]:
+        """Copies by the id of what they were made from, so that tied parameters stay tied."""
+        return self.__dict__.setdefault("_shared_memo", {})  # type: ignore[no-any-return]
+
+    def free_name(self, stem: str) -> str:
+        """A name no weight has: the stem, or the stem with a number."""
+        name, count = stem, 0
+        while self.weights.get(name) is not None:
+            count += 1
+            name = f"{stem}_{count}"
+        return name
+
+    # -- editing -------------------------------------------------------------------------------------------------
+
+    def insert(
+        self,
+        code: Callable[..., Any] | nn.Module,
+        *args: Any,
+        before: fx.Node | None = None,
+        path: str = "",
+    ) -> Any:
+        """Trace ordinary PyTorch code into the graph.
+
+        Args:
+            code: a function, or a module, which is registered at `path` with its parameters.
+            args: its arguments: nodes of the graph stand for their values, anything else is passed as it is.
+            before: the node the new ones come before; by default the earliest place where all arguments exist.
+            path: the scope of the new nodes; for a module, also where it is registered.
+        Returns:
+            the node (or tuple of nodes) of what the code returns.
+        Raises:
+            TraceError, ShapeError: the code cannot be traced; the graph is unchanged.
+        """
+        given = [a for a in args if isinstance(a, fx.Node)]
+        if isinstance(code, nn.Module):
+            if not path:
+                raise EditError("a module is inserted without a path", cure="pass path=, where it is registered")
+            if is_leaf(code) and any(p.requires_grad and p.is_meta for p in code.parameters()):
+                raise EditError("the module's parameters are on meta", where=path, cure="give it weights")
+        order = {node: i for i, node in enumerate(self.fx.nodes)}
+        anchor = before
+        if anchor is None:
+            last = max((n for n in given), key=lambda n: order[n], default=None)
+            anchor = last.next if last is not None and last.op != "placeholder" else self._first_operation()
+        tracer = Tracer(self, code if isinstance(code, nn.Module) else None, prefix=path)
+        if isinstance(code, nn.Module):
+            tracer.module_stack = self._stack(path.rpartition(".")[0], given)
+        else:
+            tracer.module_stack = self._stack(path, given)
+        known = set(self.fx.nodes)
+        try:
+            with self.fx.inserting_before(anchor), tracing(tracer):
+                # nodes whose value is a tuple or a number are passed by value too
+                result = code(*[tracer.proxy(a) if isinstance(a, fx.Node) else a for a in args])
+                made = tracer.create_arg(result)
+        except BaseException:
+            for node in reversed([n for n in self.fx.nodes if n not in known]):
+                self.fx.erase_node(node)
+            raise
+        self.guards = tuple(dict.fromkeys((*self.guards, *tracer.guards)))
+        return made
+
+    def replace(self, region: Region | str, code: Callable[..., Any] | nn.Module) -> fx.Node:
+        """Put PyTorch code in the place of a region with one output.
+
+        Args:
+            code: called with the region's tensor inputs, in graph order (`region.inputs`).
+        Returns:
+            the new output.
+        Raises:
+            EditError: the region has several outputs.
+            ShapeError: the new value does not have the old one's shape.
+        """
+        region = self.region(region) if isinstance(region, str) else region
+        old = region.output
+        new = self.insert(code, *region.inputs, before=old.next, path=region.path)
+        if not isinstance(new, fx.Node):
+            raise EditError("the code must return one tensor", where=region.path)
+        self._same_shape(old, new, region.path)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.sweep()
+        return new
+
+    def bypass(self, region: Region | str) -> None:
+        """Take a region out, so that the main flow goes past it.
+
+        The value that takes an output's place is, in this order: the other side of the residual addition it only feeds
+        (attention and feed-forward units); the main flow before the concatenation that feeds it, if the channels agree
+        (an up layer goes together with its skip); the region's main input, if the channels agree; a resnet's own 1x1
+        shortcut. Shapes are checked by `propagate`, so that several regions can go together.
+
+        Raises:
+            ShapeError: nothing fits; with the two shapes.
+        """
+        region = self.region(region) if isinstance(region, str) else region
+        for output in region.outputs:
+            old, new = region.stand_in(output)
+            old.replace_all_uses_with(new)
+        self.sweep()
+
+    def rewire(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every user of `old` take `new`, which must have the same shape at every size."""
+        self._same_shape(old, new, scope(old))
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node nobody uses."""
+        if node.users:
+            names = ", ".join(n.name for n in node.users)
+            raise EditError(f"{node.name} is used by {names}", where=scope(node), cure="rewire its users first")
+        self.fx.erase_node(node)
+
+    def add_parameter(self, name: str, tensor: torch.Tensor, before: fx.Node | None = None) -> fx.Node:
+        """A new trainable parameter, and the node that reads it."""
+        if self.weights.get(name) is not None:
+            raise EditError(f"there is a weight {name!r} already", cure="choose another name")
+        self.add_tensor(name, nn.Parameter(tensor))
+        with self.fx.inserting_before(before or self._first_operation()):
+            node = self.fx.get_attr(name)
+        node.meta["nn_module_stack"] = self._stack(name.rpartition(".")[0], [])
+        self.infer(node)
+        return node
+
+    def sweep(self) -> None:
+        """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""
+        for node in reversed(self.fx.nodes):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.fx.erase_node(node)
+        used = {str(n.target) for n in self.fx.nodes if n.op in ("call_module", "get_attr")}
+        self.weights.keep_only(used)
+
+    def copy(self) -> Graph:
+        """A graph of its own over the same weights' storage."""
+        import dataclasses
+
+        weights, memo = Weights(), {}
+        for path in {str(n.target): None for n in self.fx.nodes if n.op in ("call_module", "get_attr")}:
+            held = self.weights.get(path)
+            own = shared(held, memo) if isinstance(held, nn.Module) else share(held, memo)
+            weights.put(path, own)
+        nodes = fx.Graph()
+        done: dict[fx.Node, fx.Node] = {}
+        result = nodes.graph_copy(self.fx, done)
+        output = nodes.output(result)
+        output.meta = dict(self._output_node().meta)
+        return dataclasses.replace(
+            self,
+            fx=nodes,
+            weights=weights,
+            classes=dict(self.classes),
+            removed=dict(self.removed),
+            _meta=dict(self._meta),
+        )
+
+    def compile(self, root: nn.Module | None = None) -> fx.GraphModule:
+        """The graph as a module that runs, over the weights of `root` (by default the graph's own)."""
+        return fx.GraphModule(root if root is not None else self.weights, self.fx, class_name="UNet")
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _first_operation(self) -> fx.Node:
+        return next(n for n in self.fx.nodes if n.op != "placeholder")
+
+    def _stack(self, path: str, near: Iterable[fx.Node]) -> dict[str, Any]:
+        """The module stack of a path: that of a node already there, or one made from its parts."""
+        for node in self.fx.nodes:
+            stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
+            if path in stack:
+                keys = list(stack)
+                return {k: stack[k] for k in keys[: keys.index(path) + 1]}
+        if not path:
+            return {}
+        return {p: (p, self.classes.get(p, "")) for p in (*reversed(list(_above(path))), path) if p in self.classes or p == path}
+
+    def _same_shape(self, old: fx.Node, new: fx.Node, path: str) -> None:
+        for before, after in zip(values(old), values(new), strict=True):
+            if before.shape != after.shape or before.dtype != after.dtype:
+                raise ShapeError(
+                    f"the new value is {self.shape(new)} {after.dtype}, the old one is {self.shape(old)} {before.dtype}",
+                    where=path,
+                    cure="return a tensor of the old shape and dtype, at every size and model dtype",
+                )
+
+
+def _above(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _target(node: fx.Node) -> str:
+    if node.op == "call_function":
+        return str(getattr(node.target, "__name__", node.target))
+    return str(node.target)

@@ -1,0 +1,81 @@
+"""What a pass is, and passes made of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .contract import Contract
+from .graph import Graph
+from .report import NearMiss
+from .spec import Spec
+
+
+@dataclass(frozen=True)
+class Pass(Spec):
+    """A transformation of a graph. Subclass it as a frozen dataclass; fields are its options.
+
+    A pass edits the graph it is given and nothing else; the runner hands it a copy, checks what comes out against
+    `contract`, and drops the copy if anything fails.
+
+    Class attributes:
+        contract: what it promises about the numbers.
+        may_change_nothing: a run without effect is fine; otherwise it is an error.
+        requires: names of passes that must have run before.
+        not_after: names of passes it must not follow, each with the reason.
+    """
+
+    contract: ClassVar[Contract] = Contract.APPROXIMATE
+    may_change_nothing: ClassVar[bool] = False
+    requires: ClassVar[tuple[str, ...]] = ()
+    not_after: ClassVar[Mapping[str, str]] = {}
+
+    def run(self, graph: Graph) -> Findings | None:
+        """Edit the graph.
+
+        Returns:
+            what the report should tell, or None.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.run")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a pass tells about its run: its edits, one line each, and where it almost applied."""
+
+    edits: tuple[str, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chain(Pass):
+    """Passes in order, as one: it promises what the weakest of them promises, and fails as a whole.
+
+    Args:
+        passes: the passes; one that changes nothing is fine as long as another changes something.
+        repeat: run them again until nothing changes any more, this many times at most.
+    """
+
+    passes: tuple[Pass, ...] = ()
+    repeat: int = 1
+
+    def __post_init__(self) -> None:
+        from .spec import as_passes
+
+        object.__setattr__(self, "passes", as_passes(self.passes))
+
+    @property
+    def contract(self) -> Contract:  # type: ignore[override]
+        return Contract.weakest([p.contract for p in self.passes])
+
+    @property
+    def may_change_nothing(self) -> bool:  # type: ignore[override]
+        return all(p.may_change_nothing for p in self.passes)
+
+
+@dataclass(frozen=True)
+class Fixpoint(Chain):
+    """Passes run in order, again and again until nothing changes; more than `repeat` rounds is an error."""
+
+    repeat: int = 10

@@ -1,0 +1,146 @@
+"""A region: the nodes under one module path. Block, layer and unit are regions of different depth."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .errors import EditError, ShapeError
+from .trace import values
+
+if TYPE_CHECKING:
+    from .graph import Graph
+
+
+@dataclass(frozen=True)
+class Region:
+    """What a module path covers in a graph.
+
+    Args:
+        graph: the graph it is in.
+        path: module path, e.g. `down_blocks.0.resnets.1`.
+        nodes: its nodes, in graph order.
+    """
+
+    graph: Graph
+    path: str
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def source_class(self) -> str:
+        """Class name of the source module."""
+        return self.graph.classes.get(self.path, "")
+
+    @cached_property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """Tensors from outside that it reads, in graph order."""
+        inside = set(self.nodes)
+        read = {n for node in self.nodes for n in node.all_input_nodes if n not in inside}
+        return tuple(n for n in self.graph.fx.nodes if n in read and isinstance(n.meta["val"], torch.Tensor))
+
+    @cached_property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """Its tensors that are read outside, in graph order."""
+        inside = set(self.nodes)
+        return tuple(
+            n
+            for n in self.nodes
+            if isinstance(n.meta["val"], torch.Tensor) and any(user not in inside for user in n.users)
+        )
+
+    @property
+    def output(self) -> fx.Node:
+        """Its only output."""
+        if len(self.outputs) != 1:
+            raise EditError(
+                f"the region has {len(self.outputs)} outputs", where=self.path, cure="take a smaller region"
+            )
+        return self.outputs[0]
+
+    @cached_property
+    def main_input(self) -> fx.Node | None:
+        """The hidden state it works on: of its inputs with the rank of its last output, the one computed last."""
+        rank = self.outputs[-1].meta["val"].ndim
+        found = [n for n in self.inputs if n.meta["val"].ndim == rank]
+        return found[-1] if found else None
+
+    @cached_property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Its parameters by full name."""
+        targets = {str(n.target) for n in self.nodes if n.op in ("call_module", "get_attr")}
+        return {
+            name: p
+            for name, p in self.graph.parameters().items()
+            if name in targets or name.rpartition(".")[0] in targets
+        }
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates at the nominal sizes."""
+        from .cost import macs
+
+        return sum(macs(self.graph, n) for n in self.nodes)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its parameters plus what it writes at the nominal sizes."""
+        from .cost import written
+
+        return sum(p.numel() * p.element_size() for p in self.parameters.values()) + sum(map(written, self.nodes))
+
+    def stand_in(self, output: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What to rewire when the region goes: (a value, the one that takes its place). See `Graph.bypass`."""
+        residual = self._residual(output)
+        if residual is not None:
+            return residual
+        entry = self.main_input
+        if entry is not None:
+            if entry.target is torch.cat:
+                parts: Any = entry.args[0]
+                if _channels(parts[0]) == _channels(output):
+                    return output, parts[0]
+            if _channels(entry) == _channels(output):
+                return output, entry
+        shortcut = next((n for n in self.nodes if n.target == f"{self.path}.conv_shortcut"), None)
+        if shortcut is not None:
+            joined = next(iter(shortcut.users))
+            return joined, shortcut
+        found = self.graph.shape(entry) if entry is not None else "nothing"
+        raise ShapeError(
+            f"without {self.path!r} its output {self.graph.shape(output)} would be replaced by {found}",
+            where=self.path,
+            cure="remove what changes the channels along with it, or only parts of it",
+        )
+
+    def _residual(self, output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The addition that joins a residual branch to what it came from, and that other side."""
+        users = list(output.users)
+        if len(users) != 1 or users[0] in self.nodes or users[0].target is not operator.add:
+            return None
+        others = [a for a in users[0].args if a is not output]
+        if len(others) != 1 or not isinstance(others[0], fx.Node):
+            return None
+        return (users[0], others[0]) if _depends(output, others[0]) else None
+
+
+def _depends(node: fx.Node, on: fx.Node) -> bool:
+    seen, stack = {node}, [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source is on:
+                return True
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return False
+
+
+def _channels(node: fx.Node) -> tuple[int, ...]:
+    """Rank and channel count: dimension 1 of a map, the last one of tokens."""
+    val, _ = values(node)
+    return val.ndim, val.shape[1 if val.ndim == 4 else -1]

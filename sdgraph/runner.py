@@ -1,0 +1,196 @@
+"""Running a pass: on a copy, checked, or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+
+from .contract import example, first_difference, largest_difference, run
+from .errors import ContractError, NoChangeError, OrderError, PassError, SdgraphError
+from .graph import Graph
+from .pass_ import Findings, Pass, Chain
+from .report import PassReport, Size
+
+
+def check_order(done: tuple[Pass, ...], passes: Iterable[Pass]) -> None:
+    """Refuse passes in an order that one of them forbids, before anything runs.
+
+    Raises:
+        OrderError: naming both passes and the reason.
+    """
+    earlier = [name for p in done for name in _names(p)]
+    for one in passes:
+        for inner in _flat(one):
+            name = type(inner).__name__
+            for needed in inner.requires:
+                if needed not in earlier:
+                    raise OrderError(f"{name} needs {needed} before it", where=str(one), cure=f"put {needed} first")
+            for other, reason in inner.not_after.items():
+                if other in earlier:
+                    raise OrderError(
+                        f"{name} cannot come after {other}: {reason}", where=str(one), cure=f"put {name} first"
+                    )
+            earlier.append(name)
+        earlier.append(type(one).__name__)
+
+
+def run_pass(one: Pass, graph: Graph, verify: bool) -> tuple[Graph, PassReport]:
+    """A new graph with the pass applied, and its report. The given graph is not changed.
+
+    Args:
+        verify: check the numeric contract on random inputs, not only the structure.
+    Raises:
+        SdgraphError: whatever the pass raised, or which of its promises it broke.
+    """
+    start = time.perf_counter()
+    versions = [(name, p, p._version) for name, p in graph.parameters().items()]
+    after, findings, children = _edited(one, graph)
+    if fingerprint(after) == fingerprint(graph) and not one.may_change_nothing:
+        closest = "; ".join(f"{m.where}: {m.reason}" for m in findings.near_misses[:3])
+        raise NoChangeError(
+            f"{one} changed nothing",
+            where=f"nearest misses: {closest}" if closest else "",
+            cure="drop it, or set may_change_nothing = True on the pass",
+        )
+    touched = [name for name, p, version in versions if p._version != version]
+    if touched:
+        raise ContractError(
+            f"{one} edited weights in place, which the source UNet shares",
+            where=", ".join(touched[:3]),
+            cure="give the graph new tensors (add_tensor, add_parameter)",
+        )
+    difference = _verify(one, graph, after) if verify else None
+    after.passes = (*graph.passes, one)
+    seconds = time.perf_counter() - start
+    return after, PassReport(
+        str(one),
+        str(one.contract),
+        size(graph),
+        size(after),
+        difference,
+        seconds,
+        findings.edits,
+        findings.near_misses,
+        children,
+    )
+
+
+def _edited(one: Pass, graph: Graph) -> tuple[Graph, Findings, tuple[PassReport, ...]]:
+    """A copy of the graph with the pass's edits, structurally sound."""
+    if isinstance(one, Chain):
+        return _edited_by_each(one, graph)
+    work = graph.copy()
+    try:
+        findings = one.run(work)
+        _settle(one, graph, work)
+    except SdgraphError as error:
+        error.add_note(f"in pass {one}")
+        raise
+    except Exception as error:
+        raise PassError(
+            f"{one} failed: {type(error).__name__}: {error}", cure="the graph is unchanged; mend the pass"
+        ) from error
+    return work, findings or Findings(), ()
+
+
+def _edited_by_each(one: Chain, graph: Graph) -> tuple[Graph, Findings, tuple[PassReport, ...]]:
+    reports: list[PassReport] = []
+    edits: list[str] = []
+    misses = []
+    for _ in range(one.repeat):
+        before, misses = graph, []
+        for inner in one.passes:
+            start = time.perf_counter()
+            after, findings, children = _edited(inner, graph)
+            if fingerprint(after) != fingerprint(graph):
+                seconds = time.perf_counter() - start
+                sizes = size(graph), size(after)
+                reports.append(
+                    PassReport(
+                        str(inner), str(inner.contract), *sizes, None, seconds, findings.edits, (), children
+                    )
+                )
+            edits += findings.edits
+            misses += findings.near_misses
+            graph = after
+        if fingerprint(before) == fingerprint(graph):
+            break
+    else:
+        if one.repeat > 1:
+            raise PassError(
+                f"{one} still changes the graph after {one.repeat} rounds", cure="raise repeat, or break the cycle"
+            )
+    return graph, Findings(tuple(edits), tuple(misses)), tuple(reports)
+
+
+def _settle(one: Pass, before: Graph, after: Graph) -> None:
+    """Dead code out, values anew, and the invariants that hold after every pass."""
+    after.sweep()
+    after.propagate()
+    after.fx.lint()
+    names = [[n.name for n in g.fx.nodes if n.op == "placeholder"] for g in (before, after)]
+    if names[0] != names[1]:
+        raise ContractError(f"{one} changed the inputs", where=str(set(names[0]) ^ set(names[1])), cure="keep them")
+    for key in ("val", "probe"):
+        was, now = before.output.meta[key], after.output.meta[key]
+        if was.shape != now.shape or was.dtype != now.dtype:
+            raise ContractError(
+                f"{one} changed the output from {before.shape(before.output)} to {after.shape(after.output)}",
+                where=after.output.name,
+                cure="keep its shape and dtype",
+            )
+
+
+def _verify(one: Pass, before: Graph, after: Graph) -> float:
+    """Largest difference on random inputs.
+
+    Raises:
+        ContractError: more than the contract allows; naming the first node that differs.
+    """
+    flat = example(before)
+    was, now = run(before, flat), run(after, flat)
+    difference = largest_difference(was, now)
+    if one.contract.holds(was, now):
+        return difference
+    if one.contract.kind == "exact" and difference <= 4 * largest_difference(was, run(before, flat)):
+        return difference  # the device's kernels do not repeat bit for bit either
+    if isinstance(one, Chain):
+        _blame(one, before)
+    if one.contract.kind == "approximate":
+        raise ContractError(f"{one} makes the output infinite or nan", where=first_difference(before, after, flat))
+    raise ContractError(
+        f"{one} promises {one.contract} but its output differs by {difference:.3g}",
+        where=first_difference(before, after, flat),
+        cure="mend the pass, or declare what it does: Contract.CLOSE(...) or Contract.APPROXIMATE",
+    )
+
+
+def _blame(one: Chain, graph: Graph) -> None:
+    """Run the passes of a failed sequence one by one, so that the error names the guilty one."""
+    for inner in one.passes:
+        after, _, _ = _edited(inner, graph)
+        _verify(inner, graph, after)
+        graph = after
+
+
+def size(graph: Graph) -> Size:
+    """Nodes, parameters and MACs of a graph."""
+    return Size(len(graph.fx.nodes), sum(p.numel() for p in graph.parameters().values()), graph.macs)
+
+
+def fingerprint(graph: Graph) -> tuple[object, ...]:
+    """What makes two graphs the same: their operations, how they are joined, and which tensors they hold."""
+    nodes = tuple((n.op, n.target if n.op != "call_function" else id(n.target), repr(n.args), repr(n.kwargs)) for n in graph.fx.nodes)
+    held: dict[str, torch.Tensor] = dict(graph.weights.state_dict(keep_vars=True))
+    return nodes, tuple((name, t.data_ptr(), t.shape, t.dtype) for name, t in held.items())
+
+
+def _flat(one: Pass) -> list[Pass]:
+    return [p for inner in one.passes for p in _flat(inner)] if isinstance(one, Chain) else [one]
+
+
+def _names(one: Pass) -> list[str]:
+    return [type(one).__name__, *(type(p).__name__ for p in _flat(one))]
+

@@ -1,0 +1,50 @@
+"""For tests of passes: `check(pass, unet)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .apply import apply
+from .capture import trace_code
+from .errors import ContractError, NoChangeError
+from .pass_ import Pass
+from .rewrite import Rewrite
+from .runner import run_pass
+from .spec import parse
+from .unet import GraphUNet
+
+
+def check(one: Pass, unet: Any = None) -> GraphUNet | None:
+    """Check what a pass claims: its text form, its examples, and its contract on a UNet.
+
+    Args:
+        one: the pass.
+        unet: a diffusers UNet (or traced one) it must apply to; without one only the rest is checked.
+    Returns:
+        the transformed UNet, for further checks.
+    Raises:
+        SdgraphError: what does not hold.
+    """
+    if parse(str(one)) != (one,):
+        raise ContractError(f"{one} does not parse back to itself", cure="use literal options")
+    if isinstance(one, Rewrite):
+        check_examples(one)
+    return None if unet is None else apply(unet, [one])
+
+
+def check_examples(one: Rewrite) -> None:
+    """Run a rewrite on its own examples; each must change, or be left alone, as it says.
+
+    Raises:
+        ContractError: an example that does not behave as it says.
+    """
+    for i, example in enumerate(one.examples):
+        graph = trace_code(example.code, **example.shapes)
+        try:
+            run_pass(one, graph, verify=True)
+            changed = True
+        except NoChangeError:
+            changed = False
+        if changed != example.changes:
+            said = "change" if example.changes else "leave alone"
+            raise ContractError(f"example {i} of {type(one).__name__} should {said}, it did not", where=str(graph))

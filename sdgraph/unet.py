@@ -1,0 +1,293 @@
+"""`GraphUNet`: what `apply` returns, in the place of a diffusers UNet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import fx
+
+from .dims import evaluate
+from .errors import CallError, ModeError
+from .graph import Graph
+from .inputs import flatten
+from .specialise import without
+
+if TYPE_CHECKING:
+    from .report import Report
+
+_AGAIN = "do it on the source UNet, then call sdgraph.apply again"
+_CURES = {
+    "set_attn_processor": _AGAIN,
+    "set_default_attn_processor": _AGAIN,
+    "attn_processors": "attention is part of the graph; set processors on the source UNet, then apply again",
+    "fuse_qkv_projections": _AGAIN,
+    "unfuse_qkv_projections": _AGAIN,
+    "set_attention_slice": _AGAIN,
+    "enable_freeu": "FreeU is not covered",
+    "disable_freeu": "FreeU is not covered",
+    "load_lora_adapter": "load and fuse LoRA into the source UNet (pipe.fuse_lora()), then apply again",
+    "load_attn_procs": "load them into the source UNet and fuse, then apply again",
+    "fuse_lora": "fuse LoRA in the source UNet, then apply again",
+    "set_adapters": "choose and fuse adapters in the source UNet, then apply again",
+    "add_adapter": "train adapters on the source UNet, fuse them, then apply again",
+    "_load_ip_adapter_weights": "load the IP-Adapter into the source UNet, then apply again",
+}
+
+
+class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A UNet that runs a graph. Called like a diffusers `UNet2DConditionModel`, anywhere one is.
+
+    Weights share storage with the source UNet until they are made its own: by `train()`, `load_state_dict()`,
+    a move to another device or dtype. The source is never changed.
+
+    Args:
+        graph: the graph; it belongs to this module from now on.
+        report: what made it.
+    """
+
+    config_name = "config.json"
+    _supports_gradient_checkpointing = False
+
+    def __init__(self, graph: Graph, report: Report | None = None) -> None:
+        from .report import Report
+
+        super().__init__()
+        self.register_to_config(**graph.config)
+        self.graph = graph
+        self.report = report if report is not None else Report(())
+        self._own_weights = False
+        self._trainable = {name for name, p in graph.weights.named_parameters() if p.requires_grad}
+        self._variants: dict[frozenset[str], fx.GraphModule] = {}
+        self._accepted: set[Any] = set()
+        for name, child in graph.weights.named_children():
+            self.add_module(name, child)
+        for name, parameter in graph.weights.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in graph.weights.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        # Gradients into storage shared with the source would let an optimizer change the source; see train().
+        super().requires_grad_(False)
+        super().train(False)
+
+    # -- the call ------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+        down_block_additional_residuals: tuple[torch.Tensor, ...] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
+        down_intrablock_additional_residuals: list[torch.Tensor] | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The noise prediction, with diffusers' arguments.
+
+        Args:
+            sample: latents, `(batch, in_channels, height, width)`; any height and width.
+            timestep: a number, a 0-d tensor, or one per sample.
+            encoder_hidden_states: `(batch, sequence, features)`.
+        Returns:
+            `UNet2DConditionOutput`, or a tuple with `return_dict=False`.
+        Raises:
+            CallError: the graph does not cover the call: a shape, dtype or argument; nothing is ignored.
+        """
+        call = {
+            "sample": sample,
+            "timestep": timestep,
+            "encoder_hidden_states": encoder_hidden_states,
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            "attention_mask": attention_mask,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "added_cond_kwargs": added_cond_kwargs,
+            "down_block_additional_residuals": down_block_additional_residuals,
+            "mid_block_additional_residual": mid_block_additional_residual,
+            "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        flat = flatten(call, self.graph.inputs)
+        signature = tuple((name, value.shape, value.dtype) for name, value in flat.items())
+        if signature not in self._accepted:
+            accept(self.graph, flat, self.dtype)
+            self._accepted.add(signature)
+        result = self.variant(frozenset(flat))(*flat.values())
+        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+    def variant(self, given: frozenset[str]) -> fx.GraphModule:
+        """The straight-line module for calls with the inputs `given`; its arguments are those, in graph order."""
+        if given not in self._variants:
+            absent = {i.name for i in self.graph.inputs} - given
+            self._variants[given] = fx.GraphModule(self, without(self.graph.fx, absent), class_name="UNet")
+        return self._variants[given]
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The `torch.fx.GraphModule` for a call without optional inputs; over this module's weights."""
+        return self.variant(frozenset(i.name for i in self.graph.inputs if not i.optional))
+
+    # -- weights, modes, moves -----------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode. The weights become this module's own (one copy), and trainable where the source's were."""
+        if mode:
+            self._take_weights()
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name in self._trainable)
+        return super().train(mode)  # type: ignore[no-any-return]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        if requires_grad:
+            self._take_weights()
+        return super().requires_grad_(requires_grad)  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        self._take_weights()
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _take_weights(self) -> None:
+        if not self._own_weights:
+            with torch.no_grad():
+                for tensor in (*self.parameters(), *self.buffers()):
+                    tensor.data = tensor.data.clone()
+            self._own_weights = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._variants.clear()  # they hold buffers, which a move replaces
+        self._accepted.clear()
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def reset(self) -> None:
+        """Forget what was kept between calls. Without inherited features, there is nothing."""
+
+    def cache_bytes(self) -> int:
+        """Bytes kept between calls."""
+        return 0
+
+    # -- back and to disk ----------------------------------------------------------------------------------------
+
+    def to_diffusers(self) -> UNet2DConditionModel:
+        """A plain diffusers model that computes the same, where one exists.
+
+        Raises:
+            ModeError: none does; with the first place where they differ.
+        """
+        from .plain import to_diffusers
+
+        return to_diffusers(self)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write `config.json`, `sdgraph.json` (the recipe) and the weights (safetensors); whole or not at all."""
+        from .saved import save
+
+        save(self, save_directory, **options)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], **options: Any) -> GraphUNet:
+        """Read what `save_pretrained` wrote: trace the configuration, replay the recipe, load the weights.
+
+        Raises:
+            SavedError: missing, damaged or unsafe files.
+        """
+        from .saved import load
+
+        return load(directory, **options)
+
+    # -- what a diffusers UNet has and this has not --------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _CURES:
+            raise ModeError(f"a traced UNet has no {name}", where="GraphUNet", cure=_CURES[name])
+        return super().__getattr__(name)
+
+    def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        raise ModeError("a traced UNet has no gradient checkpointing", cure="train in smaller batches")
+
+    def set_use_memory_efficient_attention_xformers(self, *args: Any, **kwargs: Any) -> None:
+        raise ModeError(
+            "a traced UNet uses PyTorch's fused attention", cure="leave xformers off; it would change nothing here"
+        )
+
+    set_attention_backend = enable_xformers_memory_efficient_attention = set_use_memory_efficient_attention_xformers
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphUNet:
+        twin = GraphUNet(self.graph.copy(), self.report)
+        twin._trainable = set(self._trainable)
+        twin._take_weights()
+        for name, parameter in self.named_parameters():
+            twin.get_parameter(name).requires_grad_(parameter.requires_grad)
+        return twin.train(True) if self.training else twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModeError("a GraphUNet is not pickled", cure="use save_pretrained(directory) and from_pretrained")
+
+
+def accept(graph: Graph, flat: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Refuse flat inputs that the graph does not cover.
+
+    Raises:
+        CallError: naming the input, what it is and what it should be.
+    """
+    sizes: dict[str, int] = {}
+    placeholders = {n.name: n for n in graph.fx.nodes if n.op == "placeholder"}
+    casting = torch.is_autocast_enabled(flat["sample"].device.type) if "sample" in flat else False
+    for spec in graph.inputs:
+        value = flat.get(spec.name)
+        if value is None:
+            continue
+        if spec.kind == "index" and value.is_floating_point():
+            raise CallError(f"{spec.name} is {value.dtype}", where="call", cure="pass integers")
+        if spec.kind == "float" and value.dtype != dtype and not casting:
+            raise CallError(
+                f"{spec.name} is {value.dtype}, the UNet is {dtype}", where="call", cure=f"cast it: .to({dtype})"
+            )
+        node = placeholders[spec.name]
+        if node.meta["val"] is None:  # an optional residual whose place was pruned away
+            continue
+        names = spec.shape or tuple(
+            graph.dims.name(*pair) for pair in zip(node.meta["val"].shape, node.meta["probe"].shape, strict=True)
+        )
+        _match(spec.name, tuple(value.shape), names, sizes, spec.broadcast)
+    for guard in graph.guards:
+        if set(sizes) >= {s.name for s in graph.dims.symbols if s.name in guard.condition.replace("ceil", "")}:
+            if bool(evaluate(guard.condition, sizes)) != guard.outcome:
+                raise CallError(
+                    f"this call takes another branch: {guard.condition} is no longer {guard.outcome}",
+                    where=guard.where,
+                    cure="use sizes on the traced side, or the source UNet",
+                )
+
+
+def _match(name: str, shape: tuple[int, ...], names: Any, sizes: dict[str, int], broadcast: bool) -> None:
+    wanted = []
+    fits = len(shape) == len(names)
+    for i, dim in enumerate(names):
+        have = shape[i] if i < len(shape) else None
+        if isinstance(dim, int):
+            want: Any = dim
+        elif dim is None or (i == 0 and broadcast and have == 1):
+            want = have
+        elif dim.isalnum() and not dim.isdigit():
+            want = sizes.setdefault(dim, have) if have is not None else dim
+        else:
+            want = evaluate(dim, sizes)
+        wanted.append(want)
+        fits = fits and have == want and (have is None or have > 0)
+    if not fits:
+        readable = ", ".join(str(d) for d in wanted)
+        raise CallError(
+            f"{name} has shape {tuple(shape)}, expected ({readable})",
+            where=f"input {name}",
+            cure="batch, height and width must agree over all inputs of a call",
+        )

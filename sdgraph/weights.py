@@ -1,0 +1,98 @@
+"""Parameters and leaf modules of a graph: a plain module tree under the source's own names.
+
+The tensors' storage is shared with the source; the modules and `Parameter` objects are not, so that moving or
+casting the result leaves the source alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Weights(nn.Module):
+    """A tree of modules by dotted path, without code of its own."""
+
+    def get(self, path: str) -> Any:
+        """The module or tensor at `path`, None if there is none."""
+        found: Any = self
+        for name in path.split("."):
+            found = getattr(found, name, None)
+            if found is None:
+                return None
+        return found
+
+    def put(self, path: str, value: nn.Module | torch.Tensor) -> None:
+        """Set the module, parameter or buffer at `path`, making the modules above it."""
+        *above, name = path.split(".")
+        holder: nn.Module = self
+        for step in above:
+            if step not in holder._modules:
+                holder.add_module(step, nn.Module())
+            holder = holder._modules[step]  # type: ignore[assignment]
+        for kind in (holder._modules, holder._parameters, holder._buffers):
+            kind.pop(name, None)
+        if isinstance(value, nn.Module):
+            holder.add_module(name, value)
+        elif isinstance(value, nn.Parameter):
+            holder.register_parameter(name, value)
+        else:
+            holder.register_buffer(name, value)
+
+    def keep_only(self, paths: set[str]) -> None:
+        """Drop every leaf and tensor not in `paths`, and the modules left empty."""
+        _drop_unused(self, "", paths)
+
+
+def _drop_unused(module: nn.Module, path: str, keep: set[str]) -> bool:
+    if path in keep:
+        return True
+    dotted = f"{path}." if path else ""
+    for kind in (module._parameters, module._buffers):
+        for name in [n for n in kind if dotted + n not in keep]:
+            del kind[name]  # type: ignore[attr-defined]
+    for name, child in list(module._modules.items()):
+        if child is None or not _drop_unused(child, dotted + name, keep):
+            del module._modules[name]
+    return bool(module._parameters or module._buffers or module._modules)
+
+
+def shared(module: nn.Module, memo: dict[int, torch.Tensor]) -> nn.Module:
+    """A module of its own over the same storage. Tied parameters stay tied through `memo` (source id to copy)."""
+    return _rebuilt(module, lambda tensor: share(tensor, memo))
+
+
+def share(tensor: torch.Tensor, memo: dict[int, torch.Tensor]) -> torch.Tensor:
+    """A tensor of its own over the same storage."""
+    if id(tensor) not in memo:
+        memo[id(tensor)] = _like(tensor, tensor.detach())
+    return memo[id(tensor)]
+
+
+def on_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module without its numbers and in a floating dtype, to compute shapes with."""
+    return _rebuilt(module, lambda tensor: meta_like(tensor, dtype))
+
+
+def meta_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the same shape on the meta device, in `dtype` if it is floating."""
+    kind = dtype if tensor.is_floating_point() else tensor.dtype
+    return _like(tensor, torch.empty(tensor.shape, dtype=kind, device="meta"))
+
+
+def _like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _rebuilt(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    own = copy.copy(module)
+    own.__dict__ = dict(module.__dict__)
+    own.training = False
+    own._parameters = {n: None if t is None else make(t) for n, t in module._parameters.items()}  # type: ignore[misc]
+    own._buffers = {n: None if t is None else make(t) for n, t in module._buffers.items()}
+    own._modules = {n: None if m is None else _rebuilt(m, make) for n, m in module._modules.items()}
+    return own
