@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from diffusers import UNet2DConditionModel
 from torch import fx, nn
 
 from .dims import Dims, Symbol
-from .errors import SdgraphError, SpecError, TraceError
+from .errors import SdgraphError, ShapeError, SpecError, TraceError
 from .graph import Graph
 from .inputs import Dim, Input, unflatten
-from .source import check_source, device_of, free_sizes, unet_inputs
+from .source import call_guards, check_source, config_of, device_of, free_sizes, unet_inputs
 from .trace import Tracer, tracing
 from .weights import Weights
 
@@ -38,21 +39,48 @@ def trace(
         TraceError: its code does something that no size-independent graph can hold.
     """
     check_source(unet, processors)
+    return capture(unet, inputs)
+
+
+def capture(unet: UNet2DConditionModel, inputs: Collection[str] = ()) -> Graph:
+    """`trace` without the checks, for a UNet known to be sound, which may be on the meta device."""
+    try:
+        return _capture_unet(unet, inputs, divisible=False)
+    except ShapeError:  # some blocks cannot up-sample to an odd size; then the graph is for divisible sizes
+        return _capture_unet(unet, inputs, divisible=True)
+
+
+def _capture_unet(unet: UNet2DConditionModel, inputs: Collection[str], divisible: bool) -> Graph:
     parameter = next(unet.parameters())
     graph = Graph(
         fx.Graph(),
         Weights(),
         unet_inputs(unet, inputs),
-        Dims(free_sizes(unet)),
+        Dims(free_sizes(unet, divisible)),
         dtype=parameter.dtype,
         device=device_of(unet),
-        config=dict(unet.config),
+        config=config_of(unet),
+        guards=call_guards(unet, divisible),
     )
 
     def call(**flat: Any) -> Any:
         return type(unet).forward(unet, **unflatten(flat, graph.inputs), return_dict=False)[0]
 
-    return _capture(graph, call, unet)
+    with _evaluating(unet):
+        return _capture(graph, call, unet)
+
+
+@contextlib.contextmanager
+def _evaluating(unet: nn.Module) -> Iterator[None]:
+    """The modules' training flags off while traced: diffusers adds copies to the code for training, of no effect."""
+    flags = [(module, module.training) for module in unet.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 def trace_code(code: Callable[..., Any] | nn.Module, **shapes: tuple[Dim, ...]) -> Graph:
@@ -96,7 +124,7 @@ def _capture(graph: Graph, call: Callable[..., Any], root: nn.Module | None) -> 
             cure="check that the model runs on such inputs; if it does, this is a gap of sdgraph: please report it",
         ) from error
     graph.fx.output(tracer.create_arg(result))
-    graph.guards = tuple(tracer.guards)
+    graph.guards += tuple(tracer.guards)
     graph.sweep()
     return graph
 
@@ -105,4 +133,4 @@ def _example(spec: Input, sizes: Mapping[str, int], dtype: torch.dtype) -> torch
     if spec.shape is None:
         return None
     shape = [d if isinstance(d, int) else sizes[d] for d in spec.shape]
-    return torch.empty(shape, device="meta", dtype=torch.int64 if spec.kind != "float" else dtype)
+    return torch.empty(shape, device="meta", dtype=dtype if spec.kind in ("float", "mask") else torch.int64)

@@ -157,6 +157,7 @@ class Graph:
             ShapeError: the operation does not accept its inputs; nothing is stored.
         """
         node.meta.pop("macs", None)
+        node.meta["asked"] = _question(node)
         for key in ("val", "probe"):
             try:
                 node.meta[key] = self._evaluate(node, key)
@@ -213,24 +214,32 @@ class Graph:
         return self._meta[path, key]
 
     def propagate(self) -> None:
-        """Evaluate the whole graph anew, as after edits that rewired it.
+        """Evaluate what edits have touched: new and rewired nodes, and whatever their new values reach.
 
         Raises:
             ShapeError: at the first node whose inputs do not fit.
         """
-        optional = {i.name for i in self.inputs if i.shape is None}
-        for node in self.fx.nodes:
-            if node.op == "placeholder" and node.name in optional:
-                node.meta["val"] = node.meta["probe"] = None
+        changed: set[fx.Node] = set()
+        residuals = {i.name for i in self.inputs if i.shape is None}
+        shaped: set[fx.Node] = set()
         for node in self.fx.nodes:
             if node.op in ("placeholder", "output"):
                 continue
             for arg in node.all_input_nodes:
-                if arg.meta["val"] is None:
+                if arg.op == "placeholder" and arg.name in residuals and arg not in shaped:
+                    # an optional residual has the shape of what it is added to, also after that has changed
                     other = next(n for n in node.all_input_nodes if n is not arg)
+                    shaped.add(arg)
+                    if arg.meta["val"] is None or _signature(arg) != _signature(other):
+                        changed.add(arg)
                     for key in ("val", "probe"):
                         arg.meta[key] = torch.empty_like(other.meta[key])
+            if node.meta.get("asked") == _question(node) and changed.isdisjoint(node.all_input_nodes):
+                continue
+            before = _signature(node) if "val" in node.meta else None
             self.infer(node)
+            if before != _signature(node):
+                changed.add(node)
 
     def follow_weights(self) -> None:
         """Take over the dtype and device that the weights have been moved to since the trace."""
@@ -243,6 +252,8 @@ class Graph:
                 for key in ("val", "probe"):
                     node.meta[key] = node.meta[key].to(self.probe_dtype(key))
         self._meta.clear()
+        for node in self.fx.nodes:
+            node.meta.pop("asked", None)
         self.propagate()
 
     # -- weights -------------------------------------------------------------------------------------------------
@@ -272,6 +283,9 @@ class Graph:
         self.weights.put(path, shared(module, self._shared))
         for key in ("val", "probe"):
             self._meta.pop((path, key), None)
+        for node in self.fx.nodes:
+            if node.target == path:
+                node.meta.pop("asked", None)
 
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Put a parameter or buffer at a name."""
@@ -460,6 +474,20 @@ class Graph:
                     where=path,
                     cure="return a tensor of the old shape and dtype, at every size and model dtype",
                 )
+
+
+def _question(node: fx.Node) -> tuple[Any, ...]:
+    """What is evaluated: as long as this and the inputs' values stay, so does the value."""
+    return node.op, node.target, repr(node.args), repr(node.kwargs)
+
+
+def _signature(node: fx.Node) -> list[Any]:
+    """What a node's two values look like from outside."""
+    flat: list[Any] = []
+    for value in values(node):
+        for item in value if isinstance(value, tuple | list) else (value,):
+            flat.append((item.shape, item.dtype) if isinstance(item, torch.Tensor) else item)
+    return flat
 
 
 def _above(path: str) -> Iterator[str]:

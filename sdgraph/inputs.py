@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .errors import CallError
@@ -27,7 +28,8 @@ class Input:
         place: where it sits in the diffusers call: `(argument,)`, `(argument, key)` or `(argument, index, ...)`.
         shape: one entry per dimension: a number, or an expression in the call's sizes. None where the shape is that
             of the value it is added to (ControlNet and adapter residuals), known once traced.
-        kind: "float" (the model's dtype), "index" (integer), or "time" (any number; scalars are accepted).
+        kind: "float" (the model's dtype), "index" (integer), "time" (numbers of any dtype; scalars are accepted), or
+            "mask" (numbers of any dtype, or booleans).
         optional: a call may leave it out.
         broadcast: the batch dimension may be 1 whatever the batch is.
     """
@@ -78,13 +80,13 @@ def unflatten(values: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, A
     return call
 
 
-def time_tensor(timestep: Any, device: torch.device) -> torch.Tensor:
+def time_tensor(timestep: Any, device: torch.device, name: str = "timestep") -> torch.Tensor:
     """`timestep` as a 1-d tensor, with the dtypes diffusers gives to numbers (int64, float64)."""
     if isinstance(timestep, torch.Tensor):
         return timestep[None].to(device) if timestep.ndim == 0 else timestep
-    if isinstance(timestep, bool) or not isinstance(timestep, int | float):
+    if isinstance(timestep, bool) or not isinstance(timestep, int | float | np.integer):
         raise CallError(
-            f"timestep is a {type(timestep).__name__}", where="argument timestep", cure="pass a number or a tensor"
+            f"{name} is a {type(timestep).__name__}", where=f"argument {name}", cure="pass a number or a tensor"
         )
     double = torch.float32 if device.type in ("mps", "npu") else torch.float64
     integer = torch.int32 if device.type in ("mps", "npu") else torch.int64
@@ -104,6 +106,7 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
     for name in given:
         if name not in ARGUMENTS:
             raise CallError(f"unknown argument {name!r}", where="call", cure=f"known: {', '.join(ARGUMENTS)}")
+    _check_containers(given)
     _as_adapter(given)
     _check_cross_attention(given.pop("cross_attention_kwargs", None))
     flat: dict[str, torch.Tensor] = {}
@@ -123,7 +126,7 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
             continue
         taken.add(str(spec.place[0]))
         if spec.kind == "time":
-            value = time_tensor(value, flat["sample"].device)
+            value = time_tensor(value, flat["sample"].device, _place(spec.place))
         if not isinstance(value, torch.Tensor):
             raise CallError(
                 f"{_place(spec.place)} is a {type(value).__name__}, not a tensor", where="call", cure="pass a tensor"
@@ -131,6 +134,17 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
         flat[spec.name] = value
     _refuse_rest(given, inputs, taken)
     return flat
+
+
+def _check_containers(given: dict[str, Any]) -> None:
+    kinds: dict[str, Any] = {name: (list, tuple) for name in LISTS}
+    kinds |= {name: Mapping for name in ("added_cond_kwargs", "cross_attention_kwargs")}
+    for name, kind in kinds.items():
+        if name in given and not isinstance(given[name], kind):
+            wanted = "dict" if kind is Mapping else "list or tuple of tensors"
+            raise CallError(
+                f"{name} is a {type(given[name]).__name__}", where=f"argument {name}", cure=f"pass a {wanted}"
+            )
 
 
 def _as_adapter(given: dict[str, Any]) -> None:
@@ -175,7 +189,7 @@ def _refuse_rest(given: Mapping[str, Any], inputs: Sequence[Input], taken: set[s
             )
             if name == "attention_mask":
                 cure = "a self-attention mask has one length and a UNet has several; diffusers cannot apply it either"
-            if name == "added_cond_kwargs" and not value:
+            if name == "added_cond_kwargs" and all(v is None for v in value.values()):
                 continue
             raise CallError(f"{name} is not covered by this graph", where=f"argument {name}", cure=cure)
         if name in LISTS:
@@ -190,7 +204,7 @@ def _refuse_rest(given: Mapping[str, Any], inputs: Sequence[Input], taken: set[s
         if name == "added_cond_kwargs":
             lists: dict[Any, int] = {}
             keys = {spec.place[1] for spec in inputs if spec.place[0] == name}
-            for key in value.keys() - keys:
+            for key in {key for key in value if value[key] is not None} - keys:
                 raise CallError(
                     f"added_cond_kwargs[{key!r}] is not covered by this graph",
                     where="argument added_cond_kwargs",

@@ -83,7 +83,9 @@ class Rewrite(Pass):
             made = graph.insert(self.replace, *match.arguments(), before=node.next, path=scope(node))
             graph.rewire(node, made)
             edits.append(f"{scope(node) or '(top level)'}: {node.name} -> {made.name}")
-            graph.sweep()
+            for gone in match.taken:  # from the result backwards, so that users go first
+                if not gone.users:
+                    graph.erase(gone)
         return Findings(tuple(edits), tuple(sorted(misses, key=lambda m: -m.matched)))
 
 

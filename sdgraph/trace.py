@@ -48,7 +48,6 @@ NEUTRAL: Mapping[tuple[str, str], str] = {
         "if dim % default_overall_up_factor != 0:",
     ): "up-sampling to the size of the skip is up-sampling by two whenever the size divides",
     ("Upsample2D.forward", "if hidden_states.shape[0] >= 64:"): "contiguous() keeps the values",
-    ("ResnetBlock2D.forward", "if hidden_states.shape[0] >= 64:"): "contiguous() keeps the values",
     (
         "Upsample2D.forward",
         'if dtype == torch.bfloat16 and is_torch_version("<", "2.1"):',
@@ -241,7 +240,10 @@ class OpaqueProxy(fx.Proxy):
         if isinstance(mine[0], torch.device):
             mine = (self.tracer.owner.device,) * 2
         theirs = values(other.node) if isinstance(other, fx.Proxy) else (other, other)
-        return self.tracer.decide("", (mine[0] == theirs[0], mine[1] == theirs[1]))
+        outcomes = (mine[0] == theirs[0], mine[1] == theirs[1])
+        if mine[0] != mine[1] and isinstance(other, torch.dtype) and other.is_floating_point:
+            outcomes = (True, False)  # the weights may be cast to any dtype, so to this one and to others
+        return self.tracer.decide("", outcomes)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -380,11 +382,15 @@ class Tracer(fx.proxy.TracerBase):
                 return module.forward(*args, **kwargs)
             if getattr(module, "inplace", False):
                 raise self.error(f"{type(module).__name__} works in place", "construct it with inplace=False")
-            if not self.owner.has_module(path):
+            if type(self.owner.weights.get(path)) is not type(module):  # a bare module may hold parameters read so far
                 self.owner.add_module(path, module)
             return self.create_proxy("call_module", path, args, kwargs)
         finally:
             self.module_stack = outer
+
+    def read(self, tensor: torch.Tensor) -> Any:
+        """The proxy of a parameter or buffer of what is traced, so that its dtype and values follow the weights."""
+        return self.proxy(self._tensor(tensor)) if id(tensor) in self._tensors else tensor
 
     def _tensor(self, tensor: torch.Tensor) -> fx.Node:
         name = self._tensors.get(id(tensor))
@@ -421,35 +427,46 @@ def _calling_line() -> tuple[str, str, str]:
     return code.co_qualname, line, f"{file}:{frame.f_lineno}"
 
 
+_LOCK = threading.RLock()  # what `tracing` patches is global, so traces take turns
+
+
 @contextlib.contextmanager
 def tracing(tracer: Tracer) -> Iterator[None]:
-    """Module calls and tensor constructors go to the tracer while this is open."""
-    call, thread = nn.Module.__call__, threading.get_ident()
+    """Module calls, parameters and tensor constructors go to the tracer while this is open, in this thread only."""
+    thread = threading.get_ident()
 
-    def patched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:  # other threads go on running their models
-            return call(module, *args, **kwargs)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return originals[nn.Module, "__call__"](module, *args, **kwargs)
         return tracer.call_module(module, args, kwargs)
+
+    def attribute(module: nn.Module, name: str) -> Any:
+        found = originals[nn.Module, "__getattr__"](module, name)
+        if isinstance(found, torch.Tensor) and threading.get_ident() == thread:
+            return tracer.read(found)
+        return found
 
     def factory(original: Callable[..., Any]) -> Callable[..., Any]:
         def build(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(a, fx.Proxy) for a in _leaves((args, kwargs))):
+            if threading.get_ident() == thread and any(isinstance(a, fx.Proxy) for a in _leaves((args, kwargs))):
                 return tracer.create_proxy("call_function", original, args, kwargs)
             return original(*args, **kwargs)
 
         return build
 
-    originals = {name: getattr(torch, name) for name in FACTORIES}
-    try:
-        nn.Module.__call__ = patched  # type: ignore[method-assign]
-        for name, original in originals.items():
-            setattr(torch, name, factory(original))
-        with torch.no_grad():
+    with _LOCK, torch.no_grad():
+        patched: dict[tuple[Any, str], Any] = {(nn.Module, "__call__"): call, (nn.Module, "__getattr__"): attribute}
+        originals = {(holder, name): getattr(holder, name) for holder, name in patched}
+        for name in FACTORIES:
+            originals[torch, name] = getattr(torch, name)
+            patched[torch, name] = factory(originals[torch, name])
+        try:
+            for (holder, name), value in patched.items():
+                setattr(holder, name, value)
             yield
-    finally:
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        for name, original in originals.items():
-            setattr(torch, name, original)
+        finally:
+            for (holder, name), value in originals.items():
+                setattr(holder, name, value)
 
 
 def _leaves(tree: Any) -> Iterator[Any]:

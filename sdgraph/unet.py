@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -61,7 +62,6 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.graph = graph
         self.report = report if report is not None else Report(())
         self._own_weights = False
-        self._trainable = {name for name, p in graph.weights.named_parameters() if p.requires_grad}
         self._variants: dict[frozenset[str], fx.GraphModule] = {}
         self._accepted: set[Any] = set()
         for name, child in graph.weights.named_children():
@@ -70,8 +70,8 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self.register_parameter(name, parameter)
         for name, buffer in graph.weights.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        # Gradients into storage shared with the source would let an optimizer change the source; see train().
-        super().requires_grad_(False)
+        # `requires_grad` stays as in the source: PyTorch picks the kernel of a matrix product by it, so other flags
+        # would give other last bits. What keeps an optimizer off the source's storage is `_take_weights`.
         super().train(False)
 
     # -- the call ------------------------------------------------------------------------------------------------
@@ -118,10 +118,13 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             "encoder_attention_mask": encoder_attention_mask,
         }
         flat = flatten(call, self.graph.inputs)
-        signature = tuple((name, value.shape, value.dtype) for name, value in flat.items())
+        casting = torch.is_autocast_enabled(flat["sample"].device.type)
+        signature = (casting, *((name, v.shape, v.dtype, v.device) for name, v in flat.items()))
         if signature not in self._accepted:
             accept(self.graph, flat, self.dtype)
             self._accepted.add(signature)
+        if not self._own_weights and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            self._take_weights()  # gradients may follow, and an optimizer that uses them
         result = self.variant(frozenset(flat))(*flat.values())
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
 
@@ -140,11 +143,9 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     # -- weights, modes, moves -----------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode. The weights become this module's own (one copy), and trainable where the source's were."""
+        """Training mode. The weights become this module's own (one copy), so that the source stays as it is."""
         if mode:
             self._take_weights()
-            for name, parameter in self.named_parameters():
-                parameter.requires_grad_(name in self._trainable)
         return super().train(mode)  # type: ignore[no-any-return]
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -223,10 +224,7 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphUNet:
         twin = GraphUNet(self.graph.copy(), self.report)
-        twin._trainable = set(self._trainable)
         twin._take_weights()
-        for name, parameter in self.named_parameters():
-            twin.get_parameter(name).requires_grad_(parameter.requires_grad)
         return twin.train(True) if self.training else twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -241,16 +239,23 @@ def accept(graph: Graph, flat: Mapping[str, torch.Tensor], dtype: torch.dtype) -
     """
     sizes: dict[str, int] = {}
     placeholders = {n.name: n for n in graph.fx.nodes if n.op == "placeholder"}
-    casting = torch.is_autocast_enabled(flat["sample"].device.type) if "sample" in flat else False
+    first = next(iter(flat), "")
+    device = flat[first].device if flat else torch.device("cpu")
+    casting = torch.is_autocast_enabled(device.type)
     for spec in graph.inputs:
         value = flat.get(spec.name)
         if value is None:
             continue
-        if spec.kind == "index" and value.is_floating_point():
-            raise CallError(f"{spec.name} is {value.dtype}", where="call", cure="pass integers")
-        if spec.kind == "float" and value.dtype != dtype and not casting:
+        where = f"input {spec.name}"
+        if value.device != device:
             raise CallError(
-                f"{spec.name} is {value.dtype}, the UNet is {dtype}", where="call", cure=f"cast it: .to({dtype})"
+                f"{spec.name} is on {value.device}, {first} is on {device}", where=where, cure=f"move it: .to('{device}')"
+            )
+        if spec.kind == "index" and (value.is_floating_point() or value.dtype is torch.bool):
+            raise CallError(f"{spec.name} is {value.dtype}", where=where, cure="pass integers")
+        if spec.kind == "float" and not (value.dtype == dtype or (casting and value.is_floating_point())):
+            raise CallError(
+                f"{spec.name} is {value.dtype}, the UNet is {dtype}", where=where, cure=f"cast it: .to({dtype})"
             )
         node = placeholders[spec.name]
         if node.meta["val"] is None:  # an optional residual whose place was pruned away
@@ -260,13 +265,14 @@ def accept(graph: Graph, flat: Mapping[str, torch.Tensor], dtype: torch.dtype) -
         )
         _match(spec.name, tuple(value.shape), names, sizes, spec.broadcast)
     for guard in graph.guards:
-        if set(sizes) >= {s.name for s in graph.dims.symbols if s.name in guard.condition.replace("ceil", "")}:
-            if bool(evaluate(guard.condition, sizes)) != guard.outcome:
-                raise CallError(
-                    f"this call takes another branch: {guard.condition} is no longer {guard.outcome}",
-                    where=guard.where,
-                    cure="use sizes on the traced side, or the source UNet",
-                )
+        asked = set(re.findall(r"[A-Z]\d*", guard.condition))
+        if asked <= set(sizes) and bool(evaluate(guard.condition, sizes)) != guard.outcome:
+            values = ", ".join(f"{name}={sizes[name]}" for name in sorted(asked))
+            raise CallError(
+                f"this graph is for calls where {guard.condition} is {guard.outcome}; here {values}",
+                where=guard.where,
+                cure="use sizes on that side, or the source UNet",
+            )
 
 
 def _match(name: str, shape: tuple[int, ...], names: Any, sizes: dict[str, int], broadcast: bool) -> None:
