@@ -17,8 +17,8 @@ class RemoveDropout(Rewrite):
 
     contract: ClassVar[Contract] = Contract.EXACT
     examples: ClassVar[tuple[Example, ...]] = (
-        Example(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0)), {"input": ("B", 4)}),
-        Example(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)), {"input": ("B", 4)}, changes=False),
+        Example(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0)), {"x": ("B", 4)}),
+        Example(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)), {"x": ("B", 4)}, changes=False),
     )
 
     def pattern(self, x: Any, dropout: nn.Dropout) -> Any:
@@ -38,8 +38,8 @@ class RemoveIdentity(Rewrite):
 
     contract: ClassVar[Contract] = Contract.EXACT
     examples: ClassVar[tuple[Example, ...]] = (
-        Example(nn.Sequential(nn.Identity(), nn.Linear(4, 4)), {"input": ("B", 4)}),
-        Example(nn.Sequential(nn.SiLU(), nn.Linear(4, 4)), {"input": ("B", 4)}, changes=False),
+        Example(nn.Sequential(nn.Identity(), nn.Linear(4, 4)), {"x": ("B", 4)}),
+        Example(nn.Sequential(nn.SiLU(), nn.Linear(4, 4)), {"x": ("B", 4)}, changes=False),
     )
 
     def pattern(self, x: Any, identity: nn.Identity) -> Any:

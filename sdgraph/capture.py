@@ -88,7 +88,8 @@ def trace_code(code: Callable[..., Any] | nn.Module, **shapes: tuple[Dim, ...]) 
 
     Args:
         code: a function or module of tensors.
-        shapes: the shape of each argument by name; a dimension is a number or one of "B", "H", "W", "L".
+        shapes: the shape of each argument, in order, under a name for it in the graph; a dimension is a number or one
+            of "B", "H", "W", "L".
     """
     model = code if isinstance(code, nn.Module) else None
     specs = tuple(Input(name, (name,), shape) for name, shape in shapes.items())
@@ -97,9 +98,11 @@ def trace_code(code: Callable[..., Any] | nn.Module, **shapes: tuple[Dim, ...]) 
         parameter = next(model.parameters(), None)
         if parameter is not None:
             graph.dtype, graph.device = parameter.dtype, parameter.device
-    return _capture(graph, model.forward if model is not None else code, model)
+    call = model.forward if model is not None else code
+    return _capture(graph, lambda **flat: call(*flat.values()), model)
 
 
+@torch.inference_mode(False)
 def _capture(graph: Graph, call: Callable[..., Any], root: nn.Module | None) -> Graph:
     tracer = Tracer(graph, root)
     sizes = [{s.name: getattr(s, key) for s in graph.dims.symbols} for key in ("nominal", "generic")]
@@ -120,7 +123,7 @@ def _capture(graph: Graph, call: Callable[..., Any], root: nn.Module | None) -> 
     except Exception as error:
         raise TraceError(
             f"the model's code failed while being traced: {type(error).__name__}: {error}",
-            where=next(reversed(tracer.module_stack), ""),
+            where=tracer.failed_at,
             cure="check that the model runs on such inputs; if it does, this is a gap of sdgraph: please report it",
         ) from error
     graph.fx.output(tracer.create_arg(result))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,5 +73,5 @@ class Dims:
         parts = []
         for n, g in zip(nominal.shape, generic.shape, strict=True):
             name = self.name(n, g) or f"({n}|{g})"
-            parts.append(name.replace("ceil(", "").replace(")", "").replace("*", "·"))
+            parts.append(re.sub(r"ceil\((.*?)\)", r"\1", name).replace("*", "·"))
         return "×".join(parts) if parts else "scalar"

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import operator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import torch
-from torch import fx, nn
+from torch import nn
 
 from .dims import Dims
 from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
 from .inputs import Input
 from .region import Region
-from .trace import Guard, Tracer, is_leaf, scope, tracing, values
+from .trace import Guard, Tracer, scope, tracing, values
 from .weights import Weights, meta_like, on_meta, share, shared
 
 if TYPE_CHECKING:
     from .pass_ import Pass
+
+
+SIGNS: Mapping[Any, str] = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.floordiv: "//",
+    operator.truediv: "/",
+    operator.mod: "%",
+}
 
 
 @dataclass
@@ -43,7 +55,7 @@ class Graph:
         removed: module paths that are gone, with the spec of the pass that removed each.
     """
 
-    fx: fx.Graph
+    fx: torch.fx.Graph
     weights: Weights
     inputs: tuple[Input, ...]
     dims: Dims
@@ -64,26 +76,33 @@ class Graph:
         return text(self)
 
     def text(self, depth: int = 3, within: str = "") -> str:
-        """Readable form: one line per scope down to `depth`, single nodes inside the region `within`."""
+        """Readable form: one line per region down to `depth` levels of nesting (2: blocks, 3: layers, 4: units), or
+        the single operations of the region `within`."""
         from .text import text
 
         return text(self, depth, within)
 
+    def picture(self, path: str | os.PathLike[str], before: Graph | None = None) -> None:
+        """Draw the UNet to an SVG or PNG file; with `before`, what was removed and what was changed since is marked."""
+        from .picture import picture
+
+        picture(self, path, before)
+
     @property
-    def nodes(self) -> list[fx.Node]:
+    def nodes(self) -> list[torch.fx.Node]:
         return list(self.fx.nodes)
 
     @property
-    def output(self) -> fx.Node:
+    def output(self) -> torch.fx.Node:
         """The value the graph returns."""
         value = self._output_node().args[0]
-        assert isinstance(value, fx.Node)
+        assert isinstance(value, torch.fx.Node)
         return value
 
-    def _output_node(self) -> fx.Node:
+    def _output_node(self) -> torch.fx.Node:
         return next(n for n in reversed(self.fx.nodes) if n.op == "output")
 
-    def input(self, name: str) -> fx.Node:
+    def input(self, name: str) -> torch.fx.Node:
         """The placeholder of an input."""
         for node in self.fx.nodes:
             if node.op == "placeholder" and node.name == name:
@@ -110,7 +129,7 @@ class Graph:
 
     def regions(self) -> dict[str, Region]:
         """All regions by path, in graph order, outer before inner."""
-        found: dict[str, list[fx.Node]] = {}
+        found: dict[str, list[torch.fx.Node]] = {}
         for node in self.fx.nodes:
             for path in node.meta.get("nn_module_stack", {}):
                 found.setdefault(path, []).append(node)
@@ -141,16 +160,18 @@ class Graph:
             net.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
         return net
 
-    def shape(self, node: fx.Node) -> str:
+    def shape(self, node: torch.fx.Node) -> str:
         """Readable shape of a node's value in the call's symbols, e.g. `B×320×H/2×W/2`."""
         nominal, generic = values(node)
         if isinstance(nominal, torch.Tensor):
             return self.dims.shape(nominal, generic)
+        if isinstance(nominal, tuple | list):
+            return f"({', '.join(self.dims.shape(n, g) for n, g in zip(nominal, generic, strict=True))})"
         return "" if nominal is None else str(node.meta.get("size", nominal))
 
     # -- evaluation at the two sizes -----------------------------------------------------------------------------
 
-    def infer(self, node: fx.Node) -> None:
+    def infer(self, node: torch.fx.Node) -> None:
         """Evaluate a node at both sizes, into its meta.
 
         Raises:
@@ -175,9 +196,9 @@ class Graph:
         if isinstance(nominal, int | float) and not isinstance(nominal, bool):
             node.meta["size"] = self._size(node, nominal, generic)
 
-    def _evaluate(self, node: fx.Node, key: str) -> Any:
-        args = fx.map_arg(node.args, lambda n: n.meta[key])
-        kwargs = fx.map_arg(node.kwargs, lambda n: n.meta[key])
+    def _evaluate(self, node: torch.fx.Node, key: str) -> Any:
+        args = torch.fx.map_arg(node.args, lambda n: n.meta[key])
+        kwargs = torch.fx.map_arg(node.kwargs, lambda n: n.meta[key])
         with torch.no_grad():
             if node.op == "call_module":
                 return self._meta_module(str(node.target), key).forward(*args, **kwargs)
@@ -189,18 +210,14 @@ class Graph:
                 return meta_like(self.tensor(str(node.target)), self.probe_dtype(key))
         raise EditError(f"a {node.op} node cannot be evaluated", where=node.name)
 
-    def _size(self, node: fx.Node, nominal: Any, generic: Any) -> str | None:
+    def _size(self, node: torch.fx.Node, nominal: Any, generic: Any) -> str | None:
         """A number in the call's symbols: sizes are recognised, arithmetic is composed."""
-        import operator as op
-
-        signs = {op.add: "+", op.sub: "-", op.mul: "*", op.floordiv: "//", op.truediv: "/", op.mod: "%"}
         if node.op == "call_method":
             return self.dims.name(nominal, generic)
-        if node.target in signs:
-            sides = [a.meta.get("size") if isinstance(a, fx.Node) else repr(a) for a in node.args]
-            if None not in sides:
-                return f"({sides[0]} {signs[node.target]} {sides[1]})"
-        return None
+        sides = [a.meta.get("size") if isinstance(a, torch.fx.Node) else repr(a) for a in node.args]
+        if node.target not in SIGNS or None in sides:
+            return None
+        return f"({sides[0]} {SIGNS[node.target]} {sides[1]})"
 
     def probe_dtype(self, key: str) -> torch.dtype:
         """Floating dtype of an evaluation: the source's, or, for the probe, another one."""
@@ -219,9 +236,9 @@ class Graph:
         Raises:
             ShapeError: at the first node whose inputs do not fit.
         """
-        changed: set[fx.Node] = set()
+        changed: set[torch.fx.Node] = set()
         residuals = {i.name for i in self.inputs if i.shape is None}
-        shaped: set[fx.Node] = set()
+        shaped: set[torch.fx.Node] = set()
         for node in self.fx.nodes:
             if node.op in ("placeholder", "output"):
                 continue
@@ -310,7 +327,7 @@ class Graph:
         self,
         code: Callable[..., Any] | nn.Module,
         *args: Any,
-        before: fx.Node | None = None,
+        before: torch.fx.Node | None = None,
         path: str = "",
     ) -> Any:
         """Trace ordinary PyTorch code into the graph.
@@ -325,27 +342,20 @@ class Graph:
         Raises:
             TraceError, ShapeError: the code cannot be traced; the graph is unchanged.
         """
-        given = [a for a in args if isinstance(a, fx.Node)]
-        if isinstance(code, nn.Module):
-            if not path:
-                raise EditError("a module is inserted without a path", cure="pass path=, where it is registered")
-            if is_leaf(code) and any(p.requires_grad and p.is_meta for p in code.parameters()):
-                raise EditError("the module's parameters are on meta", where=path, cure="give it weights")
+        given = [a for a in args if isinstance(a, torch.fx.Node)]
+        if isinstance(code, nn.Module) and not path:
+            raise EditError("a module is inserted without a path", cure="pass path=, where it is registered")
         order = {node: i for i, node in enumerate(self.fx.nodes)}
         anchor = before
         if anchor is None:
             last = max((n for n in given), key=lambda n: order[n], default=None)
             anchor = last.next if last is not None and last.op != "placeholder" else self._first_operation()
         tracer = Tracer(self, code if isinstance(code, nn.Module) else None, prefix=path)
-        if isinstance(code, nn.Module):
-            tracer.module_stack = self._stack(path.rpartition(".")[0], given)
-        else:
-            tracer.module_stack = self._stack(path, given)
+        tracer.module_stack = self._stack(path.rpartition(".")[0] if isinstance(code, nn.Module) else path)
         known = set(self.fx.nodes)
         try:
             with self.fx.inserting_before(anchor), tracing(tracer):
-                # nodes whose value is a tuple or a number are passed by value too
-                result = code(*[tracer.proxy(a) if isinstance(a, fx.Node) else a for a in args])
+                result = code(*[tracer.proxy(a) if isinstance(a, torch.fx.Node) else a for a in args])
                 made = tracer.create_arg(result)
         except BaseException:
             for node in reversed([n for n in self.fx.nodes if n not in known]):
@@ -354,7 +364,24 @@ class Graph:
         self.guards = tuple(dict.fromkeys((*self.guards, *tracer.guards)))
         return made
 
-    def replace(self, region: Region | str, code: Callable[..., Any] | nn.Module) -> fx.Node:
+    def insert_after(
+        self, node: torch.fx.Node, code: Callable[..., Any] | nn.Module, *args: Any, path: str = ""
+    ) -> torch.fx.Node:
+        """Trace `code(node, *args)` in, and let every earlier user of `node` take its result.
+
+        Returns:
+            the new value.
+        Raises:
+            ShapeError: it does not have the shape and dtype of `node`.
+        """
+        users = list(node.users)
+        made = self.insert(code, node, *args, path=path or scope(node))
+        self._same_shape(node, made, path or scope(node))
+        for user in users:
+            user.replace_input_with(node, made)
+        return made  # type: ignore[no-any-return]
+
+    def replace(self, region: Region | str, code: Callable[..., Any] | nn.Module) -> torch.fx.Node:
         """Put PyTorch code in the place of a region with one output.
 
         Args:
@@ -368,7 +395,7 @@ class Graph:
         region = self.region(region) if isinstance(region, str) else region
         old = region.output
         new = self.insert(code, *region.inputs, before=old.next, path=region.path)
-        if not isinstance(new, fx.Node):
+        if not isinstance(new, torch.fx.Node):
             raise EditError("the code must return one tensor", where=region.path)
         self._same_shape(old, new, region.path)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
@@ -392,26 +419,26 @@ class Graph:
             old.replace_all_uses_with(new)
         self.sweep()
 
-    def rewire(self, old: fx.Node, new: fx.Node) -> None:
+    def rewire(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         """Let every user of `old` take `new`, which must have the same shape at every size."""
         self._same_shape(old, new, scope(old))
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
-    def erase(self, node: fx.Node) -> None:
+    def erase(self, node: torch.fx.Node) -> None:
         """Remove a node nobody uses."""
         if node.users:
             names = ", ".join(n.name for n in node.users)
             raise EditError(f"{node.name} is used by {names}", where=scope(node), cure="rewire its users first")
         self.fx.erase_node(node)
 
-    def add_parameter(self, name: str, tensor: torch.Tensor, before: fx.Node | None = None) -> fx.Node:
+    def add_parameter(self, name: str, tensor: torch.Tensor, before: torch.fx.Node | None = None) -> torch.fx.Node:
         """A new trainable parameter, and the node that reads it."""
         if self.weights.get(name) is not None:
             raise EditError(f"there is a weight {name!r} already", cure="choose another name")
         self.add_tensor(name, nn.Parameter(tensor))
         with self.fx.inserting_before(before or self._first_operation()):
             node = self.fx.get_attr(name)
-        node.meta["nn_module_stack"] = self._stack(name.rpartition(".")[0], [])
+        node.meta["nn_module_stack"] = self._stack(name.rpartition(".")[0])
         self.infer(node)
         return node
 
@@ -425,19 +452,18 @@ class Graph:
 
     def copy(self) -> Graph:
         """A graph of its own over the same weights' storage."""
-        import dataclasses
-
-        weights, memo = Weights(), {}
+        weights = Weights()
+        memo: dict[int, torch.Tensor] = {}
         for path in {str(n.target): None for n in self.fx.nodes if n.op in ("call_module", "get_attr")}:
             held = self.weights.get(path)
             own = shared(held, memo) if isinstance(held, nn.Module) else share(held, memo)
             weights.put(path, own)
-        nodes = fx.Graph()
-        done: dict[fx.Node, fx.Node] = {}
+        nodes = torch.fx.Graph()
+        done: dict[torch.fx.Node, torch.fx.Node] = {}
         result = nodes.graph_copy(self.fx, done)
         output = nodes.output(result)
         output.meta = dict(self._output_node().meta)
-        return dataclasses.replace(
+        return replace(
             self,
             fx=nodes,
             weights=weights,
@@ -446,27 +472,25 @@ class Graph:
             _meta=dict(self._meta),
         )
 
-    def compile(self, root: nn.Module | None = None) -> fx.GraphModule:
+    def compile(self, root: nn.Module | None = None) -> torch.fx.GraphModule:
         """The graph as a module that runs, over the weights of `root` (by default the graph's own)."""
-        return fx.GraphModule(root if root is not None else self.weights, self.fx, class_name="UNet")
+        return torch.fx.GraphModule(root if root is not None else self.weights, self.fx, class_name="UNet")
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _first_operation(self) -> fx.Node:
+    def _first_operation(self) -> torch.fx.Node:
         return next(n for n in self.fx.nodes if n.op != "placeholder")
 
-    def _stack(self, path: str, near: Iterable[fx.Node]) -> dict[str, Any]:
+    def _stack(self, path: str) -> dict[str, Any]:
         """The module stack of a path: that of a node already there, or one made from its parts."""
         for node in self.fx.nodes:
             stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
             if path in stack:
-                keys = list(stack)
-                return {k: stack[k] for k in keys[: keys.index(path) + 1]}
-        if not path:
-            return {}
-        return {p: (p, self.classes.get(p, "")) for p in (*reversed(list(_above(path))), path) if p in self.classes or p == path}
+                return {p: stack[p] for p in list(stack)[: list(stack).index(path) + 1]}
+        above = [p for p in reversed(list(_above(path))) if p in self.classes]
+        return {p: (p, self.classes.get(p, "")) for p in (*above, path) if p}
 
-    def _same_shape(self, old: fx.Node, new: fx.Node, path: str) -> None:
+    def _same_shape(self, old: torch.fx.Node, new: torch.fx.Node, path: str) -> None:
         for before, after in zip(values(old), values(new), strict=True):
             if before.shape != after.shape or before.dtype != after.dtype:
                 raise ShapeError(
@@ -476,12 +500,12 @@ class Graph:
                 )
 
 
-def _question(node: fx.Node) -> tuple[Any, ...]:
+def _question(node: torch.fx.Node) -> tuple[Any, ...]:
     """What is evaluated: as long as this and the inputs' values stay, so does the value."""
     return node.op, node.target, repr(node.args), repr(node.kwargs)
 
 
-def _signature(node: fx.Node) -> list[Any]:
+def _signature(node: torch.fx.Node) -> list[Any]:
     """What a node's two values look like from outside."""
     flat: list[Any] = []
     for value in values(node):
@@ -496,7 +520,7 @@ def _above(path: str) -> Iterator[str]:
         yield path
 
 
-def _target(node: fx.Node) -> str:
+def _target(node: torch.fx.Node) -> str:
     if node.op == "call_function":
         return str(getattr(node.target, "__name__", node.target))
     return str(node.target)

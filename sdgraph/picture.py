@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import fx
 
 from .cost import macs
 from .errors import ExtraError, PathError, SpecError
-from .text import count, substance
+from .text import cost, count, substance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
     from .graph import Graph
 
 FORMATS = (".svg", ".png")
+ENDS = ("conv_in", "conv_out")  # where the U begins and ends
 BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)|mid_block")
 
 # Sizes in inches. A row holds one layer, left the one going down, right the one going up that takes its skip.
 BOX_WIDTH, BOX_HEIGHT, GAP = 1.12, 0.36, 0.16
+WIDE = 1.68  # of boxes outside of the U, which show their name
 ROW, BAND, INDENT, MIDDLE = 0.56, 0.42, 0.30, 2.0
 
 FILLS = {"R": ("#e3edf8", "#9dc3e6"), "A": ("#fdebd0", "#f5b75b"), "": ("#ececec", "#bdbdbd")}
 EDGES = {"kept": "#5f6b7a", "removed": "#c62828", "changed": "#7b1fa2", "inserted": "#1b7f3b"}
 GHOST = "#e08a8a"
-STYLE: Mapping[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "hatch.linewidth": 0.6,
@@ -45,8 +47,9 @@ STYLE: Mapping[str, Any] = {
 def picture(graph: Graph, path: str | os.PathLike[str], before: Graph | None = None) -> None:
     """Draw a UNet: going down on the left, up on the right, skip connections across.
 
-    Each box is a layer's resnet (R), attention (A, with its number of transformer blocks) or sampler; its bar and
-    figure are its share of the multiply-accumulates. In an SVG each box is an element whose id is its module path.
+    Each box is a layer's resnet (R), attention (A, with its number of transformer blocks) or sampler; its bar
+    and figure are its share of the multiply-accumulates. In an SVG each box is an element whose id is its
+    module path, and its label one whose id is the path and `:kept`, `:removed`, `:changed` or `:inserted`.
 
     Args:
         path: the file to write, `.svg` or `.png`.
@@ -72,7 +75,7 @@ def picture(graph: Graph, path: str | os.PathLike[str], before: Graph | None = N
         _Drawing(plan).save(path, suffix)
 
 
-# -- what there is to draw -----------------------------------------------------------------------------------------
+# -- what there is to draw -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -92,13 +95,7 @@ class _Box:
 
     @property
     def width(self) -> float:
-        return (
-            BOX_WIDTH
-            if BLOCK.match(self.path)
-            else BOX_WIDTH * 1.5
-            if self.label[:4] != "conv"
-            else BOX_WIDTH
-        )
+        return BOX_WIDTH if BLOCK.match(self.path) or self.path in ENDS else WIDE
 
 
 @dataclass(frozen=True)
@@ -147,13 +144,13 @@ class _Units:
                 target = next((u for u in map(_unit, _descend(node)) if u), "")
                 for part in parts[1:]:
                     source = _source(part) if isinstance(part, fx.Node) else ""
-                    if source and target and not source.startswith("up_blocks"):
-                        yield _Skip(source, target, int(part.meta["val"].shape[1]))  # type: ignore[union-attr]
+                    if source and target.startswith("up_blocks") and not source.startswith("up_blocks"):
+                        yield _Skip(source, target, int(part.meta["val"].shape[1]))
 
 
 def _unit(node: fx.Node) -> str:
     """The part of a block that a node belongs to, or the top-level module outside of the blocks."""
-    stack = list(node.meta.get("nn_module_stack", {}))
+    stack: list[str] = list(node.meta.get("nn_module_stack", {}))
     if not stack or (len(stack) == 1 and BLOCK.fullmatch(stack[0])):
         return ""
     return stack[1] if BLOCK.fullmatch(stack[0]) else stack[0]
@@ -184,9 +181,7 @@ class _Plan:
         self.old = _Units(before) if before is not None else self.after
         self.boxes = {path: self._box(path) for path in self._paths()}
         if not any(BLOCK.match(path) for path in self.boxes):
-            raise PathError(
-                "the graph has no down_blocks, mid_block or up_blocks to draw", cure="draw a traced UNet"
-            )
+            raise PathError("the graph has no down_blocks, mid_block or up_blocks to draw", cure="draw a traced UNet")
         self.skips = [(s, "kept" if s in self.old.skips else "inserted") for s in self.after.skips]
         self.skips += [(s, "removed") for s in self.old.skips if s not in self.after.skips]
         self.news = self._news()
@@ -230,7 +225,7 @@ class _Plan:
         was, now = (Counter(substance(units.graph, units.outside)) for units in (self.old, self.after))
         return ", ".join(f"{many} {word}" for word, many in sorted((now - was).items()))
 
-    # -- places ------------------------------------------------------------------------------------------------
+    # -- places ----------------------------------------------------------------------------------------------
 
     def _place(self) -> None:
         blocks: dict[str, list[str]] = {}
@@ -240,54 +235,55 @@ class _Plan:
                 blocks.setdefault(match[0], []).append(path)
         downs = {int(b.split(".")[1]): _layers(p) for b, p in blocks.items() if b.startswith("down")}
         ups = {int(b.split(".")[1]): _layers(p) for b, p in blocks.items() if b.startswith("up")}
-        known = len(self.graph.config.get("up_block_types") or ())
-        outermost = max([*ups, known - 1])
+        # the config tells how many levels there were where the outermost are gone
+        outermost = max([*ups, len(self.graph.config.get("up_block_types") or ()) - 1])
         levels = max([*(d + 1 for d in downs), *(outermost - u + 1 for u in ups)], default=0)
         widest = max((len(r) for rows in (*downs.values(), *ups.values()) for r in rows), default=1)
-        self.left = widest * (BOX_WIDTH + GAP)
-        inner = self.left + INDENT * (levels - 1) + MIDDLE / 2
-        y, entry = 0.0, ["conv_in"] if "conv_in" in self.boxes else []
-        rising: list[list[str]] = []
+        self.side = widest * (BOX_WIDTH + GAP)
+        self.centre = self.side + INDENT * max(levels - 1, 0) + MIDDLE / 2
+        y = 0.0
+        entry = [path for path in ENDS[:1] if path in self.boxes]
         falling: list[list[str]] = []
+        rising: list[list[str]] = []
         for level in range(levels):
             down, samplers = _split(downs.get(level, []))
-            up, risers = _split(ups.get(outermost - level, []))
+            up = self._rising(level, ups.get(outermost - level, []))
             rows = max(len(down) + 1, len(up))
-            x = INDENT * level
-            for i, row in enumerate([entry, *down]):
-                self._row(row, x, y - ROW * i)
-            tail = risers if level else [*risers, *(p for p in ("conv_out",) if p in self.boxes)]
-            lifted = [*up[:-1], [*up[-1], *tail]] if up else [tail]
-            for i, row in enumerate(lifted):
-                self._row(row, 2 * inner - x - self.left, y - ROW * (rows - 1 - i))
-            if not level and "conv_out" in tail:
-                self.boxes["conv_out"].x += GAP  # it stands outside of the block's frame
-            falling += [entry, *down]
-            rising = [*lifted, *rising]
+            self._sides(level, y, rows, [entry, *down], up)
             self._frame(f"down_blocks.{level}", down)
-            self._frame(f"up_blocks.{outermost - level}", [*up, risers] if up else [])
+            self._frame(f"up_blocks.{outermost - level}", [[p for p in row if p not in ENDS] for row in up])
+            falling, rising = [*falling, entry, *down], [*up, *rising]
             y -= ROW * rows + BAND
-            entry = samplers
-        self._row(entry, INDENT * levels, y)  # a down-sampler of the innermost level
-        falling.append(entry)
-        y -= ROW if entry else 0
-        middle = [p for p in blocks.get("mid_block", []) if p in self.boxes]
-        width = len(middle) * (BOX_WIDTH + GAP) - GAP
-        self._row(middle, inner - width / 2, y)
+            entry = samplers  # they stand where the next level begins, beside the layer that takes their skip
+        self._row(entry, INDENT * levels, y)
+        middle = blocks.get("mid_block", [])
+        self._row(middle, self.centre - (len(middle) * (BOX_WIDTH + GAP) - GAP) / 2, y - ROW * bool(entry))
         self._frame("mid_block", [middle])
-        self._top(inner)
-        self.flow = [p for row in [*falling, middle, *rising] for p in row]
+        self._top()
+        self.flow = [path for row in [*falling, entry, middle, *rising] for path in row]
 
-    def _top(self, centre: float) -> None:
+    def _rising(self, level: int, layers: list[list[str]]) -> list[list[str]]:
+        """Rows of an up block, from below; its up-sampler, or the end of the U, goes with the last layer."""
+        up, tail = _split(layers)
+        if level == 0:
+            tail = [*tail, *(path for path in ENDS[1:] if path in self.boxes)]
+        return [*up[:-1], [*up[-1], *tail]] if up else [tail]
+
+    def _sides(self, level: int, y: float, rows: int, down: list[list[str]], up: list[list[str]]) -> None:
+        x = INDENT * level
+        for i, row in enumerate(down):
+            self._row(row, x, y - ROW * i)
+        for i, row in enumerate(up):
+            self._row(row, 2 * self.centre - x - self.side, y - ROW * (rows - 1 - i))
+            if ENDS[1] in row:
+                self.boxes[ENDS[1]].x += GAP  # it stands outside of the block's frame
+
+    def _top(self) -> None:
         """What the blocks do not hold, such as the embeddings, side by side above the skips."""
-        rest = [
-            b
-            for b in self.boxes.values()
-            if not BLOCK.match(b.path) and b.path not in ("conv_in", "conv_out")
-        ]
-        width = len(rest) * (BOX_WIDTH * 1.5 + GAP) - GAP
+        rest = [b for b in self.boxes.values() if not BLOCK.match(b.path) and b.path not in ENDS]
+        width = len(rest) * (WIDE + GAP) - GAP
         for i, box in enumerate(rest):
-            box.x, box.y = centre - width / 2 + i * (BOX_WIDTH * 1.5 + GAP), ROW * 1.35
+            box.x, box.y = self.centre - width / 2 + i * (WIDE + GAP), ROW * 1.35
 
     def _row(self, paths: list[str], x: float, y: float) -> None:
         for i, path in enumerate(paths):
@@ -316,7 +312,7 @@ def _split(rows: list[list[str]]) -> tuple[list[list[str]], list[str]]:
     return rows, []
 
 
-# -- drawing -------------------------------------------------------------------------------------------------------
+# -- drawing -------------------------------------------------------------------------------------------------
 
 
 class _Drawing:
@@ -368,6 +364,8 @@ class _Drawing:
         ups = block.startswith("up")
         words = f"{block}  removed" if gone else f"{block}  {100 * total:.1f} %"
         x, align = (right, "right") if ups else (left, "left")
+        if right - left < 2 * BOX_WIDTH:  # one column: beside the arrow that leaves or enters it
+            x += -0.74 if ups else 0.74
         if block == "mid_block":
             x, align = (left + right) / 2, "center"
         y = low - 0.04
@@ -477,19 +475,19 @@ class _Drawing:
         from matplotlib.patches import FancyArrowPatch
         from matplotlib.path import Path as Line
 
-        look = {"arrowstyle": "-|>", "mutation_scale": 6, "shrinkA": 0, "shrinkB": 0}
-        line = Line(_corners(one, two))
-        self.axes.add_patch(
-            FancyArrowPatch(
-                path=line,
-                **look,
-                facecolor="#39424e",
-                edgecolor="#39424e",
-                linewidth=0.9,
-                zorder=1.5,
-                fill=True,
-            )
+        arrow = FancyArrowPatch(
+            path=Line(_corners(one, two)),
+            arrowstyle="-|>",
+            mutation_scale=6,
+            shrinkA=0,
+            shrinkB=0,
+            facecolor="#39424e",
+            edgecolor="#39424e",
+            linewidth=0.9,
+            fill=True,
+            zorder=1.5,
         )
+        self.axes.add_patch(arrow)
 
     def _fit(self) -> None:
         boxes = self.boxes.values()
@@ -516,12 +514,12 @@ class _Drawing:
         graphs = [g for g in (self.plan.before, self.plan.graph) if g is not None]
         nodes = [len(g.nodes) for g in graphs]
         weights = [sum(p.numel() for p in g.parameters().values()) for g in graphs]
-        costs = [g.macs / 1e9 for g in graphs]
+        costs = [g.macs for g in graphs]
         return "    ".join(
             (
                 f"{' → '.join(map(str, nodes))} nodes",
                 f"{' → '.join(map(count, weights))} parameters{_change(weights)}",
-                f"{' → '.join(f'{c:.4g}' for c in costs)} GMACs{_change(costs)}",
+                f"{' → '.join(map(cost, costs))}{_change(costs)}",
             )
         )
 
@@ -536,9 +534,7 @@ class _Drawing:
         states = {b.state for b in self.boxes.values()}
         if any(state == "inserted" for _, state in self.plan.skips):
             entries.append(("rewired skip", "", "changed"))
-        entries += [
-            (state, "white", state) for state in ("removed", "changed", "inserted") if state in states
-        ]
+        entries += [(state, "white", state) for state in ("removed", "changed", "inserted") if state in states]
         for words, fill, state in entries:
             gone = state == "removed"
             patch = Rectangle(

@@ -167,16 +167,19 @@ class _Match:
         orders = [found.args]
         if SAME.get(wanted.target, wanted.target) in COMMUTE:  # type: ignore[call-overload]
             orders.append(found.args[::-1])
-        state = dict(self.bound), list(self.taken)
-        for i, order in enumerate(orders):
+        start = dict(self.bound), list(self.taken)
+        failures: list[tuple[list[fx.Node], NoMatch]] = []
+        for order in orders:
             try:
                 for w, f in zip(args, order, strict=True):
                     self._value(w, f)
                 break
-            except NoMatch:
-                if i == len(orders) - 1:
-                    raise
-                self.bound, self.taken = dict(state[0]), list(state[1])
+            except NoMatch as failure:
+                failures.append((self.taken, failure))
+                self.bound, self.taken = dict(start[0]), list(start[1])
+        else:  # the order that came further tells the reason
+            self.taken, furthest = max(failures, key=lambda f: len(f[0]))
+            raise furthest
         for key, value in wanted.kwargs.items():
             self._value(value, found.kwargs[key])
 

@@ -20,7 +20,7 @@ from diffusers import UNet2DConditionModel
 from torch import fx
 
 from .capture import capture
-from .errors import ModeError, SavedError, SdgraphError
+from .errors import ModeError, SavedError
 from .graph import Graph
 from .report import Report
 from .runner import run_pass
@@ -48,14 +48,7 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
     config = {k: v for k, v in graph.config.items() if not k.startswith("_")}
     inputs = [i.name for i in graph.inputs if i.name == "encoder_attention_mask"]
     passes = [str(p) for p in graph.passes]
-    rebuilt = _rebuild(config, passes, inputs, next(unet.parameters()).dtype, ModeError)
-    if structure(rebuilt) != structure(graph):
-        raise ModeError(
-            "the graph cannot be rebuilt from its configuration and passes",
-            where="save_pretrained",
-            cure="IP-Adapter layers, custom attention processors and edits outside of passes are not part of a recipe: "
-            "save the source UNet and the adapter, and apply again after loading",
-        )
+    _check_can_come_back(graph, config, passes, inputs)
     name = f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors"
     with _whole(Path(directory)) as folder:
         tensors = {k: v.detach().contiguous() for k, v in unet.state_dict().items()}
@@ -75,6 +68,21 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
             "weights": name,
         }
         (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def _check_can_come_back(graph: Graph, config: dict[str, Any], passes: list[str], inputs: list[str]) -> None:
+    try:
+        same = structure(_rebuild(config, passes, inputs, graph.dtype)) == structure(graph)
+        reason: Exception | None = None
+    except Exception as error:
+        same, reason = False, error
+    if not same:
+        raise ModeError(
+            f"the graph cannot be rebuilt from its configuration and passes{f': {reason}' if reason else ''}",
+            where="save_pretrained",
+            cure="IP-Adapter layers, custom attention processors and edits outside of passes are not part of a recipe: "
+            "save the source UNet and the adapter, and apply again after loading",
+        ) from reason
 
 
 def load(
@@ -106,7 +114,14 @@ def load(
     saved_dtype = getattr(torch, recipe["dtype"], None)
     if not isinstance(saved_dtype, torch.dtype):
         raise SavedError(f"unknown dtype {recipe['dtype']!r}", where=str(folder / RECIPE), cure="save again")
-    graph = _rebuild(config, recipe["passes"], recipe["inputs"], saved_dtype, SavedError)
+    try:
+        graph = _rebuild(config, recipe["passes"], recipe["inputs"], saved_dtype)
+    except Exception as error:
+        raise SavedError(
+            f"the configuration and passes do not give a graph: {error}",
+            where=str(folder / RECIPE),
+            cure=f"install the packages of these passes: {', '.join(recipe['passes'])}",
+        ) from error
     if structure(graph) != recipe["structure"]:
         raise SavedError(
             f"the recipe gives another graph here than with sdgraph {recipe['sdgraph']}, diffusers "
@@ -132,24 +147,15 @@ def structure(graph: Graph) -> str:
     return digest.hexdigest()
 
 
-def _rebuild(
-    config: dict[str, Any], passes: list[str], inputs: list[str], dtype: torch.dtype, failure: type[SdgraphError]
-) -> Graph:
+def _rebuild(config: dict[str, Any], passes: list[str], inputs: list[str], dtype: torch.dtype) -> Graph:
     """The graph of a configuration with passes replayed, on the meta device."""
-    try:
-        with torch.device("meta"):
-            plain = dict(config) | {"_class_name": "UNet2DConditionModel"}
-            unet = torch.nn.Module.to(UNet2DConditionModel.from_config(plain), dtype)
-        graph = capture(unet, inputs)
-        for spec in passes:
-            for one in parse(spec):
-                graph, _ = run_pass(one, graph, verify=False)
-    except Exception as error:
-        raise failure(
-            f"the configuration and passes do not give a graph: {error}",
-            where=CONFIG,
-            cure="check that the packages with these passes are installed: " + ", ".join(passes),
-        ) from error
+    with torch.device("meta"):
+        plain = dict(config) | {"_class_name": "UNet2DConditionModel"}
+        unet = torch.nn.Module.to(UNet2DConditionModel.from_config(plain), dtype)
+    graph = capture(unet, inputs)
+    for spec in passes:
+        for one in parse(spec):
+            graph, _ = run_pass(one, graph, verify=False)
     return graph
 
 

@@ -1,4 +1,4 @@
-"""The graph as text, to be read: folded by module, with names that say nothing but the order of appearance."""
+"""The graph as text, to be read: folded by module, its values named in the order they appear."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 STEMS = {4: "h", 3: "t", 2: "e", 1: "e"}  # maps, tokens, embeddings; everything else is a v
 SHORT = {"scaled_dot_product_attention": "sdpa", "truediv": "div", "concat": "cat"}
 
+DEFAULTS = "stride=1|bias=True|affine=True|elementwise_affine=True|eps=[^,]*|inplace=False"
 IDLE = ("to", "float", "contiguous")
 
 # What PyTorch would do anyway, and `cat` along the channels, which is what a UNet does with its skips.
@@ -39,8 +40,8 @@ def text(graph: Graph, depth: int = 3, within: str = "") -> str:
     """Readable form of a graph. Graphs of the same structure give the same text.
 
     Args:
-        depth: levels of nesting: 1 is the header, 2 the blocks, 3 their layers (resnets, attentions), 4 and more what
-            these are made of. A region of nothing but PyTorch's own modules opens one level later than others.
+        depth: levels of nesting: 1 is the header, 2 the blocks, 3 their layers (resnets, attentions), 4 and
+            more their parts. A region of nothing but single operations opens one level later than others.
         within: a module path, to see the single operations of that region instead.
     Raises:
         PathError: no such path in the graph.
@@ -52,22 +53,18 @@ def text(graph: Graph, depth: int = 3, within: str = "") -> str:
         sheet = _Sheet(graph, depth)
         lines += ["", *_columns(sheet.rows, graph.macs), f"return {sheet.value(graph.output)}"]
         if any(re.search(r"/\d", row.shape) for row in sheet.rows):
-            lines[1] += (
-                "; H/2 is half of H, rounded up" if "H" in lines[1] else "; a/2 is half of a, rounded up"
-            )
+            lines[1] += "; H/2 is half of H, rounded up" if "H" in lines[1] else "; a/2 is half of a, rounded up"
     if graph.removed:
         width = max(map(len, graph.removed))
         lines += ["", "removed"]
-        lines += [
-            f"  {path.ljust(width)}  by {spec}{_left(graph, path)}" for path, spec in graph.removed.items()
-        ]
+        lines += [f"  {path.ljust(width)}  by {spec}{_left(graph, path)}" for path, spec in graph.removed.items()]
     return "\n".join(lines)
 
 
 def diff(before: Graph, after: Graph, depth: int = 3) -> str:
     """What is removed (-), added (+) or changed (both), region by region, with the blocks it happened in.
 
-    The values' numbers and the shares of the total, which move with every edit, are left out of the comparison.
+    Values' numbers and shares of the total, which move with every edit, are left out of the comparison.
     """
     sheets = [_Sheet(graph, depth) for graph in (before, after)]
     old, new = ([row.key() for row in sheet.rows] for sheet in sheets)
@@ -95,7 +92,7 @@ def diff(before: Graph, after: Graph, depth: int = 3) -> str:
     return "\n".join(f"{sign} {line}" for sign, line in zip(signs, lines, strict=True))
 
 
-# -- the parts of the text -----------------------------------------------------------------------------------------
+# -- the parts of the text -----------------------------------------------------------------------------------
 
 
 def _head(graph: Graph) -> list[str]:
@@ -103,8 +100,8 @@ def _head(graph: Graph) -> list[str]:
     free = [s for s in graph.dims.symbols if any(_mentions(i, s.name) for i in graph.inputs)]
     sizes = ", ".join(f"{s.name}={s.nominal}" for s in free)
     total = sum(p.numel() for p in graph.parameters().values())
-    cost = f"{len(graph.nodes)} nodes, {count(total)} parameters, {graph.macs / 1e9:.4g} GMACs"
-    lines = [f"{name}: {cost}" + (f" at {sizes}" if sizes else "")]
+    sums = f"{len(graph.nodes)} nodes, {count(total)} parameters, {cost(graph.macs)}"
+    lines = [f"{name}: {sums}" + (f" at {sizes}" if sizes else "")]
     lines.append("free sizes: " + (", ".join(s.name for s in free) or "none"))
     if graph.passes:
         lines.append(f"passes: {', '.join(map(str, graph.passes))}")
@@ -159,8 +156,8 @@ def _region_text(graph: Graph, path: str) -> str:
     share = f"{100 * region.macs / graph.macs:.1f} % of " if graph.macs else ""
     total = sum(p.numel() for p in region.parameters.values())
     title = f"{path}: {region.source_class or 'inserted'}"
-    cost = f"{len(region.nodes)} nodes, {count(total)} parameters, {share}{graph.macs / 1e9:.4g} GMACs"
-    lines = [f"{title}, {cost}", "", "inputs"]
+    sums = f"{len(region.nodes)} nodes, {count(total)} parameters, {share}{cost(graph.macs)}"
+    lines = [f"{title}, {sums}", "", "inputs"]
     outside = [(sheet.value(n), _shape(graph, n), _origin(n)) for n in sheet.given]
     widths = [max((len(row[i]) for row in outside), default=0) for i in range(2)]
     lines += [f"  {n.ljust(widths[0])}  {s.ljust(widths[1])}  {w}".rstrip() for n, s, w in outside]
@@ -176,12 +173,12 @@ def _origin(node: fx.Node) -> str:
 
 
 def _left(graph: Graph, path: str) -> str:
-    """What a removed region has left behind, such as the 1x1 shortcut of a resnet that changes the channels."""
+    """What a removed region has left behind, such as a resnet's 1x1 shortcut."""
     own = [n for n in graph.fx.nodes if path in n.meta.get("nn_module_stack", {}) and n.op == "call_module"]
     return f" ({', '.join(_relative(str(n.target), path) for n in own)} left)" if own else ""
 
 
-# -- rows ----------------------------------------------------------------------------------------------------------
+# -- rows ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -231,7 +228,7 @@ class _Sheet:
 
     def __init__(self, graph: Graph, depth: int = 3, within: str = "") -> None:
         self.graph, self.depth, self.within = graph, depth, within
-        self.names = {n: n.name for n in graph.fx.nodes if n.op == "placeholder"}
+        self.names: dict[fx.Node, str] = {n: n.name for n in graph.fx.nodes if n.op == "placeholder"}
         self.optional = {i.name: str(i.place[0]) for i in graph.inputs if i.shape is None}
         self.held = _held(graph)
         self.rows: list[_Row] = []
@@ -250,7 +247,7 @@ class _Sheet:
         else:
             self._lay_out(shown, 0, "")
 
-    # -- names and expressions ---------------------------------------------------------------------------------
+    # -- names and expressions -------------------------------------------------------------------------------
 
     def value(self, node: fx.Node) -> str:
         """A value as it is written in another line."""
@@ -258,10 +255,11 @@ class _Sheet:
             return self.names[node]
         if node.op == "get_attr":
             return _relative(str(node.target), self.within)
+        source: Any = node.args[0] if node.args else None
         if node.op == "call_function" and node.target is getattr:
-            return f"{self.value(node.args[0])}.{node.args[1]}"  # type: ignore[arg-type]
-        if node.target is operator.getitem and _is_tuple(node.args[0]):
-            return f"{self.value(node.args[0])}[{node.args[1]}]"  # type: ignore[arg-type]
+            return f"{self.value(source)}.{node.args[1]}"
+        if node.target is operator.getitem and _is_tuple(source):
+            return f"{self.value(source)}[{node.args[1]}]"
         size = node.meta.get("size")
         return _readable(str(size)) if size is not None else "…"
 
@@ -270,7 +268,10 @@ class _Sheet:
         if node in self.names:
             return self.names[node]
         if residual is not None and residual[0] in self.names and not self.within:
-            self.names[node] = f"{self.names[residual[0]]}'"
+            name = f"{self.names[residual[0]]}'"
+            while name in self.names.values():
+                name += "'"
+            self.names[node] = name
         else:
             val = node.meta["val"]
             stem = STEMS.get(val.ndim, "v") if isinstance(val, torch.Tensor) else "v"
@@ -279,16 +280,16 @@ class _Sheet:
 
     def _fresh(self, stem: str) -> str:
         self.counts[stem] = self.counts.get(stem, -1) + 1
-        return f"{stem}{self.counts[stem]}"
+        name = f"{stem}{self.counts[stem]}"
+        return name if name not in self.names.values() else self._fresh(stem)  # an input may be called h0
 
     def _written(self, arg: Any) -> str:
         """An argument of an operation."""
         if isinstance(arg, fx.Node):
             return self.value(arg)
         if isinstance(arg, slice):
-            return ":".join("" if a is None else self._written(a) for a in (arg.start, arg.stop)) + (
-                f":{self._written(arg.step)}" if arg.step is not None else ""
-            )
+            ends = (arg.start, arg.stop) if arg.step is None else (arg.start, arg.stop, arg.step)
+            return ":".join("" if a is None else self._written(a) for a in ends)
         if isinstance(arg, tuple | list):
             return f"({', '.join(map(self._written, arg))})"
         return str(arg).removeprefix("torch.") if isinstance(arg, torch.dtype) else repr(arg)
@@ -310,7 +311,7 @@ class _Sheet:
     def _callee(self, node: fx.Node) -> str:
         return _relative(str(node.target), self.within) if node.op == "call_module" else _short(node)
 
-    # -- rows --------------------------------------------------------------------------------------------------
+    # -- rows ------------------------------------------------------------------------------------------------
 
     def _lay_out(self, nodes: Iterable[fx.Node], level: int, parent: str) -> None:
         for (kind, key), run in groupby(nodes, key=lambda n: self._item(n, level)):
@@ -360,9 +361,7 @@ class _Sheet:
         expression = self._expression(node)
         source = _module(self.graph, node) if node.op == "call_module" else ""
         callee = self._callee(node)
-        self._add(
-            level, f"{self._name(node)} = {expression}", callee, source, [node], _shape(self.graph, node)
-        )
+        self._add(level, f"{self._name(node)} = {expression}", callee, source, [node], _shape(self.graph, node))
 
     def _add(
         self,
@@ -376,10 +375,10 @@ class _Sheet:
     ) -> None:
         new = self._targets(inside) - self.seen
         self.seen |= new
-        cost = sum(macs(self.graph, n) for n in inside)
+        work = sum(macs(self.graph, n) for n in inside)
         held = sum(self.held.get(t, 0) for t in new)
         self.rows.append(
-            _Row(level, statement, callee, source, shape, held, cost, substance(self.graph, inside), opens)
+            _Row(level, statement, callee, source, shape, held, work, substance(self.graph, inside), opens)
         )
 
     def _targets(self, inside: list[fx.Node]) -> set[str]:
@@ -412,7 +411,7 @@ def substance(graph: Graph, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
     return tuple(words)
 
 
-# -- nodes ---------------------------------------------------------------------------------------------------------
+# -- nodes ---------------------------------------------------------------------------------------------------
 
 
 def _is_line(node: fx.Node) -> bool:
@@ -480,7 +479,7 @@ def _held(graph: Graph) -> dict[str, int]:
     return held
 
 
-# -- words ---------------------------------------------------------------------------------------------------------
+# -- words ---------------------------------------------------------------------------------------------------
 
 
 def _short(node: fx.Node) -> str:
@@ -497,11 +496,10 @@ def _relative(path: str, base: str) -> str:
 
 
 def _module(graph: Graph, node: fx.Node) -> str:
-    """A leaf module with its options, without those at their defaults: `Conv2d(4, 320, kernel_size=3, padding=1)`."""
-    options = re.sub(r"\((\d+), \1\)", r"\1", (module := graph.module(str(node.target))).extra_repr())
-    options = re.sub(
-        r", (stride=1|bias=True|affine=True|elementwise_affine=True|eps=[^,]*)(?=,|$)", "", options
-    )
+    """A leaf module with the options not at their defaults: `Conv2d(4, 320, kernel_size=3, padding=1)`."""
+    module = graph.module(str(node.target))
+    options = re.sub(r"\((\d+), \1\)", r"\1", module.extra_repr())
+    options = re.sub(rf", ({DEFAULTS})(?=,|$)", "", options)
     options = options.replace("in_features=", "").replace("out_features=", "")
     return f"{type(module).__name__}({options})" if options else type(module).__name__
 
@@ -520,10 +518,14 @@ def _readable(size: str) -> str:
     return size[1:-1] if re.fullmatch(r"\([^()]*\)", size) else size
 
 
+def cost(number: int) -> str:
+    """A number of multiply-accumulates, in the unit they are quoted in."""
+    return f"{number / 1e9:.4g} GMACs" if number >= 1e7 else f"{count(number)} MACs"
+
+
 def count(number: int) -> str:
+    """A number in three digits: `860 M`."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
-            return (
-                f"{number / scale:.3g} {unit}" if number < 999.5 * scale else f"{number / scale:.0f} {unit}"
-            )
+            return f"{number / scale:.3g} {unit}" if number < 999.5 * scale else f"{number / scale:.0f} {unit}"
     return str(number)

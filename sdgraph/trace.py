@@ -63,14 +63,14 @@ NEUTRAL: Mapping[tuple[str, str], str] = {
 }
 
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+READS = {"item", "tolist", "numpy"}
 FACTORIES = ("arange", "empty", "zeros", "ones", "full", "linspace", "tensor")
 
 
 def is_leaf(module: nn.Module) -> bool:
     """PyTorch's own modules are leaves of the graph; everything else is traced through."""
-    return type(module).__module__.startswith("torch.nn.") and not isinstance(
-        module, nn.Sequential | nn.ModuleList | nn.ModuleDict
-    )
+    ours = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
+    return ours and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 def values(node: fx.Node) -> tuple[Any, Any]:
@@ -273,6 +273,7 @@ class Tracer(fx.proxy.TracerBase):
         self.graph = graph.fx  # the name fx gives it
         self.module_stack: dict[str, Any] = {}  # type: ignore[assignment]
         self.guards: dict[Guard, None] = {}
+        self.failed_at = ""  # innermost module in which an exception was raised
         self._once: dict[Any, Any] = {}
         dotted = prefix + "." if prefix else ""
         self._paths: dict[int, str] = {}
@@ -308,16 +309,28 @@ class Tracer(fx.proxy.TracerBase):
         """One operation: a node with its scope and its two values."""
         if target in IN_PLACE or (kind == "call_method" and target.endswith("_") and not target.endswith("__")):
             raise self.error(f"{target} edits a tensor in place", "use the form that returns a new tensor")
+        if kind == "call_method" and target in READS:
+            raise self.error(f"{target}() reads the values of a tensor", "compute with the tensor itself")
         node = self.graph.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         node.meta["nn_module_stack"] = dict(self.module_stack)
         for arg in node.all_input_nodes:
             if arg.meta["val"] is None:
                 self._shape_residual(arg, node)
+        versions = _versions(node)
         try:
             self.owner.infer(node)
-        except ShapeError:
+        except ShapeError as error:
             self.graph.erase_node(node)
+            if isinstance(error.__cause__, NotImplementedError):
+                name = getattr(target, "__name__", target)
+                raise self.error(
+                    f"the shape of the result of {name} depends on the values", "use torch.where or a mask"
+                ) from error
             raise
+        if _versions(node) != versions:
+            self.graph.erase_node(node)
+            name = getattr(target, "__name__", target)
+            raise self.error(f"{name} edits a tensor in place", "use the form that returns a new tensor")
         return self.proxy(node)
 
     def create_arg(self, a: Any) -> Any:
@@ -385,6 +398,9 @@ class Tracer(fx.proxy.TracerBase):
             if type(self.owner.weights.get(path)) is not type(module):  # a bare module may hold parameters read so far
                 self.owner.add_module(path, module)
             return self.create_proxy("call_module", path, args, kwargs)
+        except Exception:
+            self.failed_at = self.failed_at or path
+            raise
         finally:
             self.module_stack = outer
 
@@ -410,6 +426,12 @@ class Tracer(fx.proxy.TracerBase):
             raise self.error(f"the optional input {residual.name} is not simply added", "give it a shape")
         for key in ("val", "probe"):
             residual.meta[key] = torch.empty_like(others[0].meta[key])
+
+
+def _versions(node: fx.Node) -> list[int]:
+    """How often each tensor that a node reads has been edited in place."""
+    read = [v for n in node.all_input_nodes for v in values(n) if isinstance(v, torch.Tensor)]
+    return [v._version for v in read if not v.is_inference()]
 
 
 def _calling_line() -> tuple[str, str, str]:
@@ -454,7 +476,7 @@ def tracing(tracer: Tracer) -> Iterator[None]:
 
         return build
 
-    with _LOCK, torch.no_grad():
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
         patched: dict[tuple[Any, str], Any] = {(nn.Module, "__call__"): call, (nn.Module, "__getattr__"): attribute}
         originals = {(holder, name): getattr(holder, name) for holder, name in patched}
         for name in FACTORIES:

@@ -22,21 +22,15 @@ if TYPE_CHECKING:
     from .report import Report
 
 _AGAIN = "do it on the source UNet, then call sdgraph.apply again"
+_FUSE = "load and fuse LoRA in the source UNet (pipe.fuse_lora()), then call sdgraph.apply again"
 _CURES = {
-    "set_attn_processor": _AGAIN,
-    "set_default_attn_processor": _AGAIN,
-    "attn_processors": "attention is part of the graph; set processors on the source UNet, then apply again",
-    "fuse_qkv_projections": _AGAIN,
-    "unfuse_qkv_projections": _AGAIN,
-    "set_attention_slice": _AGAIN,
-    "enable_freeu": "FreeU is not covered",
-    "disable_freeu": "FreeU is not covered",
-    "load_lora_adapter": "load and fuse LoRA into the source UNet (pipe.fuse_lora()), then apply again",
-    "load_attn_procs": "load them into the source UNet and fuse, then apply again",
-    "fuse_lora": "fuse LoRA in the source UNet, then apply again",
-    "set_adapters": "choose and fuse adapters in the source UNet, then apply again",
-    "add_adapter": "train adapters on the source UNet, fuse them, then apply again",
-    "_load_ip_adapter_weights": "load the IP-Adapter into the source UNet, then apply again",
+    "load_lora_adapter": _FUSE,
+    "add_adapter": "train adapters on the source UNet, fuse them, then call sdgraph.apply again",
+    "fuse_lora": _FUSE,
+    "unfuse_lora": _FUSE,
+    "set_adapters": _FUSE,
+    "enable_freeu": "FreeU is not covered; leave it off",
+    "disable_freeu": "FreeU is not covered, so there is none to disable",
 }
 
 
@@ -155,6 +149,7 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         self._take_weights()
+        self._variants.clear()  # with assign=True they would go on reading the old tensors
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _take_weights(self) -> None:
@@ -208,9 +203,13 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     # -- what a diffusers UNet has and this has not --------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        if name in _CURES:
-            raise ModeError(f"a traced UNet has no {name}", where="GraphUNet", cure=_CURES[name])
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if hasattr(UNet2DConditionModel, name):
+                cure = _CURES.get(name, _AGAIN)
+                raise ModeError(f"a traced UNet has no {name}", where="GraphUNet", cure=cure) from None
+            raise
 
     def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         raise ModeError("a traced UNet has no gradient checkpointing", cure="train in smaller batches")
@@ -220,7 +219,9 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             "a traced UNet uses PyTorch's fused attention", cure="leave xformers off; it would change nothing here"
         )
 
-    set_attention_backend = enable_xformers_memory_efficient_attention = set_use_memory_efficient_attention_xformers
+    enable_xformers_memory_efficient_attention = set_use_memory_efficient_attention_xformers
+    disable_xformers_memory_efficient_attention = set_use_memory_efficient_attention_xformers
+    set_attention_backend = reset_attention_backend = set_use_memory_efficient_attention_xformers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphUNet:
         twin = GraphUNet(self.graph.copy(), self.report)

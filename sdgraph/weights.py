@@ -19,12 +19,14 @@ class Weights(nn.Module):
 
     def get(self, path: str) -> Any:
         """The module or tensor at `path`, None if there is none."""
-        found: Any = self
-        for name in path.split("."):
-            found = getattr(found, name, None)
-            if found is None:
-                return None
-        return found
+        *above, name = path.split(".")
+        holder: nn.Module | None = self
+        for step in above:
+            holder = holder._modules.get(step) if holder is not None else None
+        if holder is None:
+            return None
+        kinds: tuple[dict[str, Any], ...] = (holder._modules, holder._parameters, holder._buffers)
+        return next((kind[name] for kind in kinds if kind.get(name) is not None), None)
 
     def put(self, path: str, value: nn.Module | torch.Tensor) -> None:
         """Set the module, parameter or buffer at `path`, making the modules above it."""
@@ -85,7 +87,10 @@ def meta_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    if not isinstance(tensor, nn.Parameter):
+        return value
+    with torch.inference_mode(value.is_inference()):  # for models built in inference mode
+        return nn.Parameter(value, tensor.requires_grad)
 
 
 def _rebuilt(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:

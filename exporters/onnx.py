@@ -1,0 +1,241 @@
+"""`export`: a UNet as a directory that ONNX Runtime runs, checked against eager before it is there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from tqdm import tqdm
+
+import sdgraph
+from sdgraph import GraphUNet
+from sdgraph.errors import ExportError, SavedError, SpecError, did_you_mean
+
+from . import parity
+from .extra import require_onnx
+from .manifest import CONFIG, DATA, DTYPES, MODEL, REPORT, Manifest, describe
+from .parity import ExportReport
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+log = logging.getLogger("sdgraph")
+
+# 18 is the oldest torch translates to. From 21 on it writes GroupNormalization, for which no provider has a kernel: it
+# is inlined into thousands of nodes.
+OPSETS = range(18, 21)
+# Small tensors stay in model.onnx: shape inference does not read constants from external data.
+INLINE_BYTES = 1024
+STAGES = ("capture", "translate", "compact", "write", "check")
+
+
+def export(
+    unet: GraphUNet | UNet2DConditionModel,
+    directory: str | os.PathLike[str],
+    *,
+    inputs: Collection[str] = (),
+    opset: int = 20,
+    overwrite: bool = False,
+    atol: float | None = None,
+    rtol: float | None = None,
+    progress: bool = True,
+) -> ExportReport:
+    """Write a UNet as an ONNX model with dynamic batch, height, width and sequence length.
+
+    The model takes `sample` `(batch, channels, height, width)`, `timestep` `(1 or batch,)` in float32,
+    `encoder_hidden_states` `(batch, sequence, features)` and what else its configuration requires, and gives
+    `out_sample`. The directory holds `config.json`, `model.onnx`, the weights in `model.onnx.data`, and the report in
+    `export.json`. It appears complete and checked, or not at all.
+
+    Args:
+        unet: what `sdgraph.apply` returned, or a diffusers UNet; in float32 or float16.
+        directory: to be made; its parents are made too.
+        inputs: optional inputs to include: names of arguments such as "mid_block_additional_residual". A call of the
+            exported model must then give them.
+        opset: version of the ONNX operators, 18 to 20.
+        overwrite: replace an earlier export, once the new one is checked.
+        atol, rtol: bound on the largest difference from eager, `atol + rtol * largest value`.
+        progress: show a progress bar.
+    Returns:
+        the comparison with eager at two shapes on ONNX Runtime's CPU provider; prints as a table.
+    Raises:
+        ExtraError: the `onnx` extra is not installed.
+        ExportError: wrong kind of model or dtype, the directory exists or cannot be written, or the translation failed.
+        ParityError: the numbers are out of bounds.
+        SpecError: unknown inputs or opset.
+    """
+    require_onnx()
+    unet = _as_graph(unet)
+    if opset not in OPSETS:
+        raise SpecError(f"opset {opset} is not covered", cure=f"covered: {OPSETS[0]} to {OPSETS[-1]}")
+    given = _chosen(unet, inputs)
+    config = _config(unet)
+    manifest = describe(unet, given, opset, config)
+    bounds = parity.BOUNDS[manifest.torch_dtype]
+    atol, rtol = bounds[0] if atol is None else atol, bounds[1] if rtol is None else rtol
+    training = unet.training
+    with _appearing(Path(directory), overwrite) as folder:
+        try:
+            torch.nn.Module.train(unet, False)  # not its own: that would reset which weights are trainable
+            report = _export(unet, folder, manifest, config, (atol, rtol), progress)
+        finally:
+            torch.nn.Module.train(unet, training)
+        (folder / REPORT).write_text(report.json())
+    log.info("exported to %s\n%s", directory, report)
+    return report
+
+
+def _export(
+    unet: GraphUNet, folder: Path, manifest: Manifest, config: bytes, bounds: tuple[float, float], progress: bool
+) -> ExportReport:
+    from . import translate
+    from .ort import ORTUNet
+
+    seconds: dict[str, float] = {}
+    with tqdm(total=len(STAGES), desc="export", unit="stage", disable=not progress) as bar:
+
+        @contextmanager
+        def stage(name: str) -> Iterator[None]:
+            bar.set_description(f"export: {name}")
+            start = time.perf_counter()
+            yield
+            seconds[name] = time.perf_counter() - start
+            bar.update()
+
+        module = unet.variant(frozenset(manifest.given))
+        with stage("capture"):
+            program = translate.capture(module, parity.example_call(unet, manifest), manifest)
+        with stage("translate"):
+            model = translate.translate(program, manifest.opset)
+        with stage("compact"):
+            translate.compact(model, manifest)
+            nodes = len(model.graph)
+        with stage("write"):
+            _write(model, folder, manifest, config)
+            del model, program
+        with stage("check"):
+            try:
+                loaded = ORTUNet.from_pretrained(folder, provider="CPUExecutionProvider", session_options=_lean())
+            except SavedError as error:
+                raise ExportError(f"the exported model does not load: {error.what}", cure="please report it") from error
+            comparisons = []
+            for call in parity.calls(unet, manifest):
+                with torch.no_grad():
+                    eager = module(*call.values())
+                comparisons.append(parity.compare(eager, loaded.run(call), call, *bounds))
+            del loaded
+    weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
+    file_bytes = sum(f.stat().st_size for f in folder.iterdir())
+    report = ExportReport(nodes, weight_bytes, file_bytes, tuple(comparisons), seconds)
+    parity.require(report)
+    return report
+
+
+def _write(model: onnx_ir.Model, folder: Path, manifest: Manifest, config: bytes) -> None:
+    import onnx_ir
+
+    model.producer_name, model.producer_version = "sdgraph", sdgraph.__version__
+    model.metadata_props.update(manifest.metadata())
+    try:
+        (folder / CONFIG).write_bytes(config)
+        onnx_ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=INLINE_BYTES)
+    except OSError as error:
+        raise ExportError(
+            f"writing failed: {error.strerror or error}", where=str(folder.parent), cure="check space and rights"
+        ) from error
+
+
+def _lean() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = False  # it would keep the activations of the largest call
+    return options
+
+
+def _as_graph(unet: Any) -> GraphUNet:
+    if isinstance(unet, UNet2DConditionModel):
+        unet = sdgraph.apply(unet)
+    if not isinstance(unet, GraphUNet):
+        hint = "pass pipe.unet" if hasattr(unet, "unet") else "pass what sdgraph.apply returned, or a diffusers UNet"
+        raise ExportError(f"a {type(unet).__name__} cannot be exported", cure=hint)
+    name = str(unet.dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        why = "; ONNX Runtime has no bfloat16 kernels for Resize" if name == "bfloat16" else ""
+        raise ExportError(
+            f"a UNet in {name} cannot be exported{why}", where="dtype", cure="unet.to(torch.float16) or torch.float32"
+        )
+    return unet
+
+
+def _chosen(unet: GraphUNet, names: Collection[str]) -> frozenset[str]:
+    """Names of the flat inputs that the given argument names stand for."""
+    if isinstance(names, str):
+        names = (names,)
+    chosen: set[str] = set()
+    optional = [spec for spec in unet.graph.inputs if spec.optional]
+    for name in names:
+        found = {spec.name for spec in optional if name in (spec.name, spec.place[0])}
+        if not found:
+            known = list(dict.fromkeys(str(spec.place[0]) for spec in optional))
+            cure = did_you_mean(name, known) or f"optional inputs of this UNet: {', '.join(known)}"
+            raise SpecError(f"no optional input {name!r}", where="inputs", cure=cure)
+        chosen |= found
+    return frozenset(chosen)
+
+
+def _config(unet: GraphUNet) -> bytes:
+    public = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    named = {"_class_name": "UNet2DConditionModel", "_diffusers_version": diffusers.__version__, **public}
+    return (json.dumps(named, indent=2, sort_keys=True) + "\n").encode()
+
+
+@contextmanager
+def _appearing(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place when the block ends, and is gone if it fails."""
+    target = Path(os.path.abspath(target))
+    _check_target(target, overwrite)
+    beside = next(parent for parent in target.parents if parent.exists())  # a missing parent is made at the end
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=beside))
+    except OSError as error:
+        cure = "choose a directory that you may write to"
+        raise ExportError(f"cannot write there: {error.strerror}", where=str(beside), cure=cure) from error
+    new, old = made / "new", made / "old"
+    try:
+        new.mkdir()  # unlike a temporary directory's, its mode follows the umask
+        yield new
+        _check_target(target, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ExportError("the directory exists", where=str(target), cure="pass overwrite=True, or choose another")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MODEL).exists()):
+        raise ExportError(
+            "this is not an earlier export", where=str(target), cure="remove it yourself, or choose another"
+        )

@@ -1,0 +1,158 @@
+"""The exported model against eager: the calls compared, the bounds, the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from sdgraph import GraphUNet
+from sdgraph.dims import evaluate
+from sdgraph.errors import ParityError
+
+from .manifest import Manifest
+
+# Largest difference allowed, as (atol, rtol) with rtol of the largest eager value. fp32 differs by the order of
+# summation only, about 1e-6; fp16 rounds to 1e-3 at each of hundreds of operations, in different places.
+BOUNDS = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-3, 2e-2)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One call of both.
+
+    Args:
+        shapes: of the inputs, by name.
+        largest: largest absolute value of the eager output.
+        difference: largest absolute difference.
+        bound: what it must not exceed.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    largest: float
+    difference: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.bound  # not so for nan
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote and how it compares with eager. Prints as a table; `as_dict()` is plain data.
+
+    Args:
+        nodes: operators in the ONNX graph.
+        weight_bytes: of the UNet's parameters.
+        file_bytes: of all files written.
+        comparisons: one per shape.
+        seconds: by stage.
+    """
+
+    nodes: int
+    weight_bytes: int
+    file_bytes: int
+    comparisons: tuple[Comparison, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [("sample", "largest |eager|", "difference", "bound", "")]
+        for c in self.comparisons:
+            size = "x".join(map(str, c.shapes["sample"]))
+            verdict = "ok" if c.holds else "OUT OF BOUNDS"
+            rows.append((size, f"{c.largest:.3g}", f"{c.difference:.3g}", f"{c.bound:.3g}", verdict))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        took = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
+        size = f"{self.nodes} nodes, {self.file_bytes / 1e6:.1f} MB for {self.weight_bytes / 1e6:.1f} MB of weights"
+        return "\n".join([*lines, size, took])
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2) + "\n"
+
+
+def calls(unet: GraphUNet, manifest: Manifest) -> list[dict[str, torch.Tensor]]:
+    """Two random calls that share no size: one that the down-sampling divides, one that it does not.
+
+    The second gives one timestep for the whole batch.
+    """
+    unit = _unit(unet)
+    even = {"B": 3, "H": 2 * unit, "W": 3 * unit, "L": 11}
+    odd = {"B": 2, "H": 2 * unit + 1, "W": unit + 3, "L": 4}
+    symbols = [s for s in unet.graph.dims.symbols if s.name not in even]
+    first = random_call(unet, manifest, {s.name: s.nominal for s in symbols} | even)
+    second = random_call(unet, manifest, {s.name: s.generic for s in symbols} | odd, seed=1)
+    second["timestep"] = second["timestep"][:1]
+    return [first, second]
+
+
+def example_call(unet: GraphUNet, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """The call to trace with. No two sizes agree and none is 1 at any level, so that torch ties and fixes none."""
+    unit = _unit(unet)
+    symbols = unet.graph.dims.symbols
+    column = {s.name: s.generic for s in symbols}
+    if min(column.values()) < 2:
+        column = {s.name: s.nominal for s in symbols}
+    return random_call(unet, manifest, column | {"B": 2, "H": 4 * unit, "W": 5 * unit, "L": 7})
+
+
+def random_call(
+    unet: GraphUNet, manifest: Manifest, sizes: Mapping[str, int], seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Random inputs of the model, on the UNet's device, for sizes by symbol."""
+    generator = torch.Generator().manual_seed(seed)
+    call = {}
+    for spec in manifest.model_inputs:
+        shape = [d if isinstance(d, int) else evaluate(d, sizes) for d in spec.shape or ()]
+        if spec.kind == "float":
+            value = torch.randn(shape, generator=generator)
+            if spec.name.endswith("_mask"):
+                value = (value > -0.5).float()
+        else:
+            highest = (spec.kind == "index" and unet.config.get("num_class_embeds")) or 1000
+            value = torch.randint(0, highest, shape, generator=generator)
+        call[spec.name] = value.to(unet.device, manifest.dtype_of(spec))
+    return call
+
+
+def compare(
+    eager: torch.Tensor, exported: torch.Tensor, call: Mapping[str, torch.Tensor], atol: float, rtol: float
+) -> Comparison:
+    """How far an exported model's output is from eager's."""
+    shapes = {name: tuple(value.shape) for name, value in call.items()}
+    largest = float(eager.abs().max())
+    same = eager.shape == exported.shape
+    difference = float((eager.double() - exported.double()).abs().max()) if same else float("nan")
+    return Comparison(shapes, largest, difference, atol + rtol * largest)
+
+
+def require(report: ExportReport) -> None:
+    """Refuse a report that is out of bounds.
+
+    Raises:
+        ParityError: with the table.
+    """
+    for comparison in report.comparisons:
+        if not comparison.largest < float("inf"):
+            raise ParityError(
+                "the UNet itself gives values that are not finite on random inputs",
+                where=f"shapes {comparison.shapes}",
+                cure="in float16 it overflows: export it in float32",
+            )
+        if not comparison.holds:
+            raise ParityError(
+                f"the exported model is out of bounds against eager\n{report}",
+                where=f"shapes {comparison.shapes}",
+                cure="nothing was written; pass atol= and rtol= if this difference is acceptable, else report it",
+            )
+
+
+def _unit(unet: GraphUNet) -> int:
+    """What the down-sampling divides by."""
+    return int(2 ** max(len(unet.config.get("down_block_types", ())) - 1, 0))
