@@ -395,12 +395,10 @@ class Graph:
         region = self.region(region) if isinstance(region, str) else region
         old = region.output
         new = self.insert(code, *region.inputs, before=old.next, path=region.path)
-        if not isinstance(new, torch.fx.Node):
-            raise EditError("the code must return one tensor", where=region.path)
         self._same_shape(old, new, region.path)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self.sweep()
-        return new
+        return new  # type: ignore[no-any-return]
 
     def bypass(self, region: Region | str) -> None:
         """Take a region out, so that the main flow goes past it.
@@ -490,7 +488,9 @@ class Graph:
         above = [p for p in reversed(list(_above(path))) if p in self.classes]
         return {p: (p, self.classes.get(p, "")) for p in (*above, path) if p}
 
-    def _same_shape(self, old: torch.fx.Node, new: torch.fx.Node, path: str) -> None:
+    def _same_shape(self, old: torch.fx.Node, new: Any, path: str) -> None:
+        if not isinstance(new, torch.fx.Node) or not isinstance(new.meta["val"], torch.Tensor):
+            raise EditError("the code must return one tensor", where=path, cure="return the new value alone")
         for before, after in zip(values(old), values(new), strict=True):
             if before.shape != after.shape or before.dtype != after.dtype:
                 raise ShapeError(

@@ -97,7 +97,7 @@ def _check_module(path: str, module: nn.Module) -> None:
             where=path,
             cure="call unet.eval() first; the result has train() of its own",
         )
-    if hasattr(module, "lora_A") and not getattr(module, "merged", False):
+    if hasattr(module, "lora_A") and (not getattr(module, "merged", False) or module.disable_adapters):
         raise SourceError(
             "LoRA is loaded but not fused", where=path, cure="call pipe.fuse_lora(lora_scale=...) first"
         )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.models.embeddings import ImageProjection
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from torch import fx
+from torch import fx, nn
 
 from .dims import evaluate
 from .errors import CallError, ModeError
@@ -64,6 +65,7 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self.register_parameter(name, parameter)
         for name, buffer in graph.weights.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
+        _name_image_projections(graph)
         # `requires_grad` stays as in the source: PyTorch picks the kernel of a matrix product by it, so other flags
         # would give other last bits. What keeps an optimizer off the source's storage is `_take_weights`.
         super().train(False)
@@ -126,8 +128,23 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """The straight-line module for calls with the inputs `given`; its arguments are those, in graph order."""
         if given not in self._variants:
             absent = {i.name for i in self.graph.inputs} - given
+            self._check_offload()
             self._variants[given] = fx.GraphModule(self, without(self.graph.fx, absent), class_name="UNet")
         return self._variants[given]
+
+    def _check_offload(self) -> None:
+        # accelerate's sequential hooks bring weights in when a module is called; a parameter that the graph reads by
+        # itself belongs to no call.
+        for node in self.graph.fx.nodes:
+            if node.op == "get_attr" and any(user.target is not getattr for user in node.users):
+                path, _, name = str(node.target).rpartition(".")
+                holder = self.get_submodule(path)
+                if hasattr(holder, "_hf_hook") and getattr(holder, name).is_meta:
+                    raise ModeError(
+                        "this weight is read outside of any module, which sequential CPU offloading does not serve",
+                        where=str(node.target),
+                        cure="use pipe.enable_model_cpu_offload() instead of enable_sequential_cpu_offload()",
+                    )
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -230,6 +247,17 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModeError("a GraphUNet is not pickled", cure="use save_pretrained(directory) and from_pretrained")
+
+
+def _name_image_projections(graph: Graph) -> None:
+    """Let pipelines count the IP-Adapters and tell their kinds, which they do by `len` and `isinstance`."""
+    path = "encoder_hid_proj.image_projection_layers"
+    layers = graph.weights.get(path)
+    if layers is not None:
+        layers.__class__ = nn.ModuleList
+        for i, layer in layers.named_children():
+            if graph.classes.get(f"{path}.{i}") == "ImageProjection":
+                layer.__class__ = ImageProjection
 
 
 def accept(graph: Graph, flat: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
