@@ -183,7 +183,7 @@ def _chosen(unet: GraphUNet, names: Collection[str]) -> frozenset[str]:
     """Names of the flat inputs that the given argument names stand for."""
     if isinstance(names, str):
         names = (names,)
-    chosen: set[str] = set()
+    chosen = {"timestep_cond"}  # pipelines give it whenever the configuration has it
     optional = [spec for spec in unet.graph.inputs if spec.optional]
     for name in names:
         found = {spec.name for spec in optional if name in (spec.name, spec.place[0])}

@@ -47,7 +47,7 @@ class ExportReport:
     Args:
         nodes: operators in the ONNX graph.
         weight_bytes: of the UNet's parameters.
-        file_bytes: of all files written.
+        file_bytes: of the model, its weights and its configuration on disk.
         comparisons: one per shape.
         seconds: by stage.
     """

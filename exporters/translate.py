@@ -94,13 +94,19 @@ def translate(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
     try:
         return _translate(program, opset, Undecomposed)
     except torch.onnx.errors.OnnxExporterError as error:
-        log.info("decomposing after all: %s", str(error.__cause__ or error).splitlines()[0])
+        log.info("decomposing after all: %s", _reason(error))
     try:
         return _translate(program, opset, torch.export.ExportedProgram)
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
         cure = "an operator that a pass inserted may have no ONNX counterpart; the cause is chained"
-        raise ExportError(f"the translation to ONNX failed: {reason}", cure=cure) from error
+        raise ExportError(f"the translation to ONNX failed: {_reason(error)}", cure=cure) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what came first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0]
 
 
 def _translate(program: Any, opset: int, kind: type[torch.export.ExportedProgram]) -> ir.Model:

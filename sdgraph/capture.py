@@ -21,9 +21,7 @@ from .weights import Weights
 SYMBOLS = (Symbol("B", 1, 5), Symbol("H", 64, 101), Symbol("W", 64, 149), Symbol("L", 77, 31))
 
 
-def trace(
-    unet: UNet2DConditionModel, *, inputs: Collection[str] = (), processors: Collection[type] = ()
-) -> Graph:
+def trace(unet: UNet2DConditionModel, *, inputs: Collection[str] = (), processors: Collection[type] = ()) -> Graph:
     """One flat graph of a UNet, for all batches, sizes, sequence lengths and dtypes.
 
     Residuals of ControlNets and T2I-Adapters and `timestep_cond` are optional inputs of the same graph. Sizes that the

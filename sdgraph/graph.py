@@ -397,7 +397,7 @@ class Graph:
         new = self.insert(code, *region.inputs, before=old.next, path=region.path)
         self._same_shape(old, new, region.path)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-        self.sweep()
+        self._leave(region)
         return new  # type: ignore[no-any-return]
 
     def bypass(self, region: Region | str) -> None:
@@ -415,7 +415,7 @@ class Graph:
         for output in region.outputs:
             old, new = region.stand_in(output)
             old.replace_all_uses_with(new)
-        self.sweep()
+        self._leave(region)
 
     def rewire(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         """Let every user of `old` take `new`, which must have the same shape at every size."""
@@ -475,6 +475,15 @@ class Graph:
         return torch.fx.GraphModule(root if root is not None else self.weights, self.fx, class_name="UNet")
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _leave(self, region: Region) -> None:
+        """Sweep; what stays of a region that is gone, because others asked for the same size, goes to its source."""
+        self.sweep()
+        for node in region.nodes:
+            if not node._erased and not isinstance(node.meta["val"], torch.Tensor) and len(node.all_input_nodes) == 1:
+                source = node.all_input_nodes[0]
+                if source not in region.nodes:
+                    node.meta["nn_module_stack"] = dict(source.meta.get("nn_module_stack", {}))
 
     def _first_operation(self) -> torch.fx.Node:
         return next(n for n in self.fx.nodes if n.op != "placeholder")

@@ -137,8 +137,8 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
 
 
 def _check_containers(given: dict[str, Any]) -> None:
-    kinds: dict[str, Any] = {name: (list, tuple) for name in LISTS}
-    kinds |= {name: Mapping for name in ("added_cond_kwargs", "cross_attention_kwargs")}
+    kinds: dict[str, Any] = dict.fromkeys(LISTS, (list, tuple))
+    kinds |= dict.fromkeys(("added_cond_kwargs", "cross_attention_kwargs"), Mapping)
     for name, kind in kinds.items():
         if name in given and not isinstance(given[name], kind):
             wanted = "dict" if kind is Mapping else "list or tuple of tensors"
@@ -174,7 +174,9 @@ def _check_cross_attention(kwargs: Mapping[str, Any] | None) -> None:
     for key, value in (kwargs or {}).items():
         if key == "scale" and value == 1.0:
             continue
-        cure = "the graph is fixed when traced: fuse LoRA at the scale you want, set IP-Adapter scales, then apply again"
+        cure = (
+            "the graph is fixed when traced: fuse LoRA at the scale you want, set IP-Adapter scales, then apply again"
+        )
         raise CallError(f"cross_attention_kwargs[{key!r}] is not covered", where="argument", cure=cure)
 
 

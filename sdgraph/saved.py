@@ -132,7 +132,7 @@ def load(
     _load_weights(graph, folder / recipe["weights"])
     unet = GraphUNet(graph, Report((), (f"loaded from {folder}",)))
     unet._own_weights = True
-    return unet if dtype is None else unet.to(dtype)
+    return unet if dtype is None else torch.nn.Module.to(unet, dtype)
 
 
 def structure(graph: Graph) -> str:

@@ -88,9 +88,7 @@ def _check_module(path: str, module: nn.Module) -> None:
     if all(getattr(module, name, None) for name in ("s1", "s2", "b1", "b2")):
         raise SourceError("FreeU is on, and edits tensors in place", where=path, cure="call unet.disable_freeu() first")
     if getattr(module, "_chunk_size", None) is not None:
-        raise SourceError(
-            "feed-forward chunking is on", where=path, cure="call unet.disable_forward_chunking() first"
-        )
+        raise SourceError("feed-forward chunking is on", where=path, cure="call unet.disable_forward_chunking() first")
     if isinstance(module, nn.Dropout) and module.training and module.p > 0:
         raise SourceError(
             "the UNet is in training mode with active dropout, so it is not one function",
@@ -98,9 +96,7 @@ def _check_module(path: str, module: nn.Module) -> None:
             cure="call unet.eval() first; the result has train() of its own",
         )
     if hasattr(module, "lora_A") and (not getattr(module, "merged", False) or module.disable_adapters):
-        raise SourceError(
-            "LoRA is loaded but not fused", where=path, cure="call pipe.fuse_lora(lora_scale=...) first"
-        )
+        raise SourceError("LoRA is loaded but not fused", where=path, cure="call pipe.fuse_lora(lora_scale=...) first")
 
 
 def free_sizes(unet: UNet2DConditionModel, divisible: bool = False) -> tuple[Symbol, ...]:
@@ -189,9 +185,7 @@ def unet_inputs(unet: UNet2DConditionModel, extra: Collection[str] = ()) -> tupl
     if config.get("time_cond_proj_dim"):
         shape = ("B", config["time_cond_proj_dim"])
         inputs.append(Input("timestep_cond", ("timestep_cond",), shape, optional=True, broadcast=True))
-    skips = 1 + sum(
-        len(b.resnets) + len(getattr(b, "downsamplers", None) or ()) for b in unet.down_blocks
-    )
+    skips = 1 + sum(len(b.resnets) + len(getattr(b, "downsamplers", None) or ()) for b in unet.down_blocks)
     adapters = len(unet.down_blocks) + (unet.mid_block is not None) if _takes_adapter(unet) else 0
     for name, count in (
         ("down_block_additional_residuals", skips),
@@ -232,7 +226,9 @@ def _added_inputs(unet: UNet2DConditionModel) -> list[Input]:
             Input("time_ids", (place, "time_ids"), ("B", "N"), kind="time"),
         ]
     elif kind not in (None, "text"):
-        raise SourceError(f"addition_embed_type {kind!r} is not covered", where="config", cure="covered: text, text_time")
+        raise SourceError(
+            f"addition_embed_type {kind!r} is not covered", where="config", cure="covered: text, text_time"
+        )
     hidden = config_of(unet).get("encoder_hid_dim_type")
     if hidden not in (None, "text_proj", "ip_image_proj"):
         raise SourceError(

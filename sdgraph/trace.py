@@ -89,8 +89,8 @@ class TensorProxy(fx.Proxy):
 
     tracer: Tracer
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return torch.Tensor  # code asks isinstance(x, torch.Tensor)
 
     @property
@@ -158,7 +158,7 @@ class TensorProxy(fx.Proxy):
     def __bool__(self) -> bool:
         raise self.tracer.error("the code branches on the values of a tensor", "decide it before tracing")
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:
         raise self.tracer.error("a tensor is iterated over", "use unbind(dim)")
 
     def __len__(self) -> int:
@@ -196,7 +196,7 @@ class SizeProxy(fx.Proxy):
     def _decide(self, op: Callable[[Any, Any], Any], sign: str, other: Any) -> bool:
         mine = values(self.node)
         theirs = values(other.node) if isinstance(other, fx.Proxy) else (other, other)
-        outcomes = tuple(bool(op(a, b)) for a, b in zip(mine, theirs, strict=True))
+        outcomes = bool(op(mine[0], theirs[0])), bool(op(mine[1], theirs[1]))
         return self.tracer.decide(f"{self.tracer.expression(self)} {sign} {self.tracer.expression(other)}", outcomes)
 
     def __eq__(self, other: object) -> bool:
@@ -227,7 +227,7 @@ class SizeProxy(fx.Proxy):
             "a size of the call is used as a plain number, which would freeze it", "keep it a tensor operation"
         )
 
-    __int__ = __float__ = __index__  # type: ignore[assignment]
+    __int__ = __float__ = __index__
 
 
 class OpaqueProxy(fx.Proxy):

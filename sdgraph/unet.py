@@ -200,11 +200,22 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         return to_diffusers(self)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write `config.json`, `sdgraph.json` (the recipe) and the weights (safetensors); whole or not at all."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Write `config.json`, `sdgraph.json` (the recipe) and the weights (safetensors); whole or not at all.
+
+        Raises:
+            ModeError: the graph holds what no recipe brings back (IP-Adapter layers, edits outside of passes).
+            SavedError: the folder holds other files, or an option is not supported.
+        """
         from .saved import save
 
-        save(self, save_directory, **options)
+        save(self, save_directory, variant=variant, safe_serialization=safe_serialization, **options)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], **options: Any) -> GraphUNet:
@@ -278,7 +289,9 @@ def accept(graph: Graph, flat: Mapping[str, torch.Tensor], dtype: torch.dtype) -
         where = f"input {spec.name}"
         if value.device != device:
             raise CallError(
-                f"{spec.name} is on {value.device}, {first} is on {device}", where=where, cure=f"move it: .to('{device}')"
+                f"{spec.name} is on {value.device}, {first} is on {device}",
+                where=where,
+                cure=f"move it: .to('{device}')",
             )
         if spec.kind == "index" and (value.is_floating_point() or value.dtype is torch.bool):
             raise CallError(f"{spec.name} is {value.dtype}", where=where, cure="pass integers")
@@ -286,10 +299,18 @@ def accept(graph: Graph, flat: Mapping[str, torch.Tensor], dtype: torch.dtype) -
             raise CallError(
                 f"{spec.name} is {value.dtype}, the UNet is {dtype}", where=where, cure=f"cast it: .to({dtype})"
             )
+        if casting and spec.place[0] == "down_intrablock_additional_residuals":
+            cast = torch.get_autocast_dtype(device.type)  # diffusers adds these in place, so without promotion
+            if value.dtype != cast:
+                raise CallError(
+                    f"{spec.name} is {value.dtype}, autocast computes in {cast}",
+                    where=where,
+                    cure=f"cast it: .to({cast})",
+                )
         node = placeholders[spec.name]
         if node.meta["val"] is None:  # an optional residual whose place was pruned away
             continue
-        names = spec.shape or tuple(
+        names: tuple[Any, ...] = spec.shape or tuple(
             graph.dims.name(*pair) for pair in zip(node.meta["val"].shape, node.meta["probe"].shape, strict=True)
         )
         _match(spec.name, tuple(value.shape), names, sizes, spec.broadcast)

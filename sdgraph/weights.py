@@ -56,7 +56,7 @@ def _drop_unused(module: nn.Module, path: str, keep: set[str]) -> bool:
     dotted = f"{path}." if path else ""
     for kind in (module._parameters, module._buffers):
         for name in [n for n in kind if dotted + n not in keep]:
-            del kind[name]  # type: ignore[attr-defined]
+            del kind[name]
     for name, child in list(module._modules.items()):
         if child is None or not _drop_unused(child, dotted + name, keep):
             del module._modules[name]

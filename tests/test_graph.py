@@ -6,7 +6,7 @@ import networkx as nx
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from models import answer, build, call_of
+from .models import answer, build, call_of
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from models import answer, build, call_of
+from .models import answer, build, call_of
 from torch import nn
 
 import sdgraph

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build
+from .models import build
 
 import sdgraph
 from sdgraph import Graph

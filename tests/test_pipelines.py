@@ -46,18 +46,28 @@ def image(*shape: int) -> torch.Tensor:
 
 
 def plain(kind: str, unet: Any, **more: Any) -> Any:
-    parts = {name: None for name in ("tokenizer", "text_encoder", "safety_checker", "feature_extractor")}
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor"))
     pipe = getattr(diffusers, kind)(
-        unet=unet, vae=vae(), scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), requires_safety_checker=False, **parts, **more
+        unet=unet,
+        vae=vae(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        requires_safety_checker=False,
+        **parts,
+        **more,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def large(kind: str, unet: Any, **more: Any) -> Any:
-    parts = {name: None for name in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")}
+    parts = dict.fromkeys(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"))
     pipe = getattr(diffusers, kind)(
-        unet=unet, vae=vae(), scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), add_watermarker=False, **parts, **more
+        unet=unet,
+        vae=vae(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        add_watermarker=False,
+        **parts,
+        **more,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -131,7 +141,11 @@ def make(pipe: Any, call: dict[str, Any], steps: int = 3, **changes: Any) -> tor
     return pipe(**call).images  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+FIRST = ("text", "image", "inpaint-9", "controlnet", "xl-text", "lcm", "ip-adapter")
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES if name not in FIRST]
+
+
+@pytest.mark.parametrize("name", [*FIRST, *REST])
 def test_same_images(name: str) -> None:
     build_pipe, call = PIPELINES[name]
     pipe = build_pipe()
@@ -191,7 +205,7 @@ def test_saved_and_loaded_inside_a_pipeline(tmp_path: Any) -> None:
     expected = make(pipe, call)
     pipe.unet = sdgraph.apply(pipe.unet)
     pipe.save_pretrained(tmp_path)
-    absent = {name: None for name in ("tokenizer", "text_encoder", "safety_checker", "feature_extractor")}
+    absent = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor"))
     loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, requires_safety_checker=False, **absent)
     loaded.set_progress_bar_config(disable=True)
     assert isinstance(loaded.unet, sdgraph.GraphUNet)
@@ -281,7 +295,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("flags", ["trainable", "frozen", "training"])
+@pytest.mark.parametrize(
+    "flags", ["trainable", *(pytest.param(flags, marks=pytest.mark.slow) for flags in ("frozen", "training"))]
+)
 def test_the_source_never_changes(change: str, flags: str) -> None:
     if change == "train-without-a-word" and flags == "frozen":
         pytest.skip("frozen weights have no gradients")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from models import answer, build, call_of
+from .models import answer, build, call_of
 
 import sdgraph
 from sdgraph.capture import capture

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from models import answer, build, call_of
+from .models import answer, build, call_of
 from torch import nn
 from torch.nn import functional as F
 

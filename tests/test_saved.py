@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import answer, build, call_of, load_ip_adapter
+from .models import answer, build, call_of, load_ip_adapter
 
 import sdgraph
 from sdgraph import GraphUNet

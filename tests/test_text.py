@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import build
+from .models import build
 from torch import nn
 
 import sdgraph

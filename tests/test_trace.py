@@ -114,16 +114,17 @@ def test_channels_last_weights() -> None:
     assert all(same(unet, trace(unet), **sizes) for sizes in FEW)
 
 
-@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("trainable", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_last_bits_follow_requires_grad(trainable: bool) -> None:
     """PyTorch multiplies a 3-d tensor with a weight in another order when the weight requires gradients."""
     unet = build("refiner").requires_grad_(trainable)
     assert all(same(unet, trace(unet), **sizes) for sizes in FEW)
 
 
-@pytest.mark.parametrize(
-    "size", [None, 101, 104, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2, 102, 149, (101, 149), (16, 8)))], ids=str
-)
+MORE_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 2, 102, 149, (101, 149), (16, 8))]
+
+
+@pytest.mark.parametrize("size", [None, 101, 104, *MORE_SIZES], ids=str)
 def test_no_sample_size_is_frozen(size: Any) -> None:
     """101 and 149 are the sizes the trace tries by default: a model of such a size must not pass for a fixed one."""
     unet = build("sd15-levels", sample_size=size, layers_per_block=1)
@@ -138,8 +139,20 @@ def test_autocast() -> None:
         assert torch.equal(answer(unet, call), answer(graph, call))
         half = {**call, "encoder_hidden_states": call["encoder_hidden_states"].bfloat16()}
         assert torch.equal(answer(unet, half), answer(graph, half))
-    with pytest.raises(CallError, match="encoder_hidden_states is torch.bfloat16"):
+    with pytest.raises(CallError, match=r"encoder_hidden_states is torch\.bfloat16"):
         graph(**half)  # what autocast allowed is no longer allowed
+
+
+def test_autocast_with_adapter_residuals(traced: Any) -> None:
+    """diffusers adds them in place, so they take on the dtype of what they are added to."""
+    unet, graph = traced("sd15")
+    residuals = [torch.randn(2, 16, 8, 12), torch.randn(2, 32, 4, 6)]
+    call = {**call_of(unet), "down_intrablock_additional_residuals": residuals}
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(CallError, match=r"residual_0 is torch\.float32, autocast computes in torch\.bfloat16"):
+            answer(graph, call)
+        call["down_intrablock_additional_residuals"] = [residual.bfloat16() for residual in residuals]
+        assert torch.equal(answer(unet, call), answer(graph, call))
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
@@ -296,7 +309,11 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+FIRST = ("scale-shift", "resnet-sampling", "simple-attention", "self-attention", "fourier", "text-embedding")
+REST = [pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS if kind not in FIRST]
+
+
+@pytest.mark.parametrize("kind", [*FIRST, *REST])
 def test_other_blocks_are_exact_where_the_source_runs(kind: str) -> None:
     unet = build(**OTHERS[kind])
     graph = trace(unet)
@@ -387,7 +404,7 @@ def test_other_threads_go_on_while_one_traces() -> None:
             try:
                 assert torch.equal(answer(other, call), expected)
                 assert isinstance(torch.arange(3), torch.Tensor)
-            except BaseException as error:  # noqa: BLE001 - reported by the main thread
+            except BaseException as error:  # reported by the main thread
                 failures.append(error)
                 return
 
@@ -553,9 +570,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "sample_size": draw(st.one_of(st.none(), st.integers(1, 160))),
         "in_channels": draw(st.integers(1, 9)),
         "out_channels": draw(st.integers(1, 9)),
-        "block_out_channels": tuple(
-            4 * groups * heads * draw(st.integers(1, 2)) for _ in range(levels)
-        ),
+        "block_out_channels": tuple(4 * groups * heads * draw(st.integers(1, 2)) for _ in range(levels)),
         "down_block_types": tuple(ATTEND if attend else PLAIN for attend in kinds),
         "up_block_types": tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(kinds)),
         "mid_block_type": draw(st.sampled_from(["UNetMidBlock2DCrossAttn", None])),
@@ -594,9 +609,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         max_size=3,
     ),
 )
-def test_any_configuration_is_exact_or_refused(
-    config: dict[str, Any], seed: int, calls: list[dict[str, Any]]
-) -> None:
+def test_any_configuration_is_exact_or_refused(config: dict[str, Any], seed: int, calls: list[dict[str, Any]]) -> None:
     unet = build(seed=seed, **config)
     try:
         graph = trace(unet)
