@@ -12,7 +12,7 @@ demo: $(VENV)/.installed-onnx,plots,pipelines
 	$(RUN)/python examples/demo.py
 
 bench: $(VENV)/.installed-onnx,plots,pipelines
-	$(RUN)/python examples/bench.py
+	$(RUN)/python benchmarks/overhead.py $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(RUN)/pytest

@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import sdgraph
 from sdgraph import errors
-from sdgraph.exporters import extra, manifest, parity
+from sdgraph.exporters import extra, manifest, parity, translate
 from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort import ORTUNet
 
@@ -293,6 +293,27 @@ def test_what_cannot_be_exported_says_why(exported: Callable[..., Exported], tmp
     with pytest.raises(errors.ExportError, match="cannot write"):
         export(unet, tmp_path / "file" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+class Calls(torch.nn.Module):
+    def __init__(self, code: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.code = code
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.code(x)
+
+
+def test_operators_that_passes_may_bring() -> None:
+    def program(code: Callable[[torch.Tensor], torch.Tensor]) -> torch.export.ExportedProgram:
+        made = torch.export.export(Calls(code), (torch.rand(4, 3),))
+        translate.simplify(made.graph)
+        return made
+
+    decomposed = translate.translate(program(torch.special.entr), 20)
+    assert "entr" not in {node.op_type for node in decomposed.graph}
+    with pytest.raises(errors.ExportError, match=r"No ONNX function found for .*rrelu"):
+        translate.translate(program(torch.nn.functional.rrelu), 20)
 
 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,180 @@
+"""What sdgraph costs, and what pruning saves: on this machine, in one run.
+
+    python benchmarks/overhead.py                                 # all cases on the CPU
+    python benchmarks/overhead.py --device cuda --dtype float16   # on a GPU
+    python benchmarks/overhead.py --quick                         # minutes: small models, few samples
+    python benchmarks/overhead.py forward/sd15/32 apply/sdxl      # some cases
+
+Cases are `forward/MODEL/SIZE` (a traced UNet without passes against eager, and eager against itself, which is the noise
+of the machine), `apply/MODEL` (time and memory of tracing) and `prune/MODEL/SIZE` (the presets, time against
+multiply-accumulates). Each runs in a process of its own. The figures and every sample go to a JSON file, which
+`benchmarks/table.py` prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import measure
+import models
+import torch
+from table import report
+from tqdm import tqdm
+
+import sdgraph
+
+PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
+CASES = (
+    "forward/small/32",
+    "forward/sd15/16",
+    "forward/sd15/32",
+    "forward/sd15/64",
+    "apply/sd15",
+    "apply/sdxl",
+    "prune/sd15/64",
+)
+QUICK = ("forward/small/32", "apply/small", "prune/small/32")
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Args:
+        seconds: of timing, per case.
+        at_least: samples of each call, whatever the time.
+        dtype: of UNets on a GPU and of SDXL; on a CPU the others are in float32.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch: int = 1
+    seconds: float = 120.0
+    at_least: int = 9
+    quick: bool = False
+
+    def of(self, model: str) -> torch.dtype:
+        """SDXL in float32 takes 10 GB: on a CPU it is built in bfloat16."""
+        name = "bfloat16" if model == "sdxl" and self.dtype == "float32" else self.dtype
+        return getattr(torch, name)
+
+
+def forward(settings: Settings, model: str, size: str) -> dict[str, Any]:
+    """A traced UNet without passes, against eager."""
+    unet = models.build(model, settings.device, settings.of(model), sample_size=int(size))
+    call = models.call(unet, settings.batch, int(size), int(size))
+    traced = sdgraph.apply(unet, [])
+    largest = float((unet(**call)[0] - traced(**call)[0]).abs().max())
+    calls = {
+        "eager": lambda: unet(**call),
+        "traced": lambda: traced(**call),
+        "eager again": lambda: unet(**call),
+    }
+    samples = measure.in_turns(calls, settings.device, settings.seconds, settings.at_least)
+    return {"samples": samples, "largest_difference": largest, "nodes": len(traced.graph.nodes)}
+
+
+def apply(settings: Settings, model: str) -> dict[str, Any]:
+    """Time and memory of `trace` and `apply`."""
+    unet = models.build(model, settings.device, settings.of(model))
+    parameters = sum(p.numel() for p in unet.parameters())
+    weights = sum(p.numel() * p.element_size() for p in unet.parameters())
+    before, device = measure.resident(), measure.on_device(settings.device)
+    start = time.perf_counter()
+    graph = sdgraph.trace(unet)
+    traced = time.perf_counter()
+    result = sdgraph.apply(unet, [], verify=False)
+    applied = time.perf_counter()
+    nodes = len(graph.nodes)
+    del graph
+    after = measure.resident()
+    checking = time.perf_counter()
+    sdgraph.apply(unet, [])
+    return {
+        "parameters": parameters,
+        "weight_bytes": weights,
+        "nodes": nodes,
+        "trace_seconds": traced - start,
+        "apply_seconds": applied - traced,
+        "apply_verified_seconds": time.perf_counter() - checking,
+        "not_shared_bytes": measure.not_shared(result, unet),
+        "resident_bytes": after - before,
+        "device_bytes": measure.on_device(settings.device) - device,
+    }
+
+
+def prune(settings: Settings, model: str, size: str) -> dict[str, Any]:
+    """The presets: time of a forward against multiply-accumulates."""
+    unet = models.build(model, settings.device, settings.of(model), sample_size=int(size))
+    call = models.call(unet, settings.batch, int(size), int(size))
+    whole = sdgraph.apply(unet, [], verify=False)
+    results = {"traced": whole}
+    for preset in PRESETS:
+        results[preset] = sdgraph.apply(whole, ["CleanUp", f"PruneBlocks({preset!r})"], verify=False)
+    calls: dict[str, Any] = {"eager": lambda: unet(**call)}
+    calls |= {name: lambda result=result: result(**call) for name, result in results.items()}
+    samples = measure.in_turns(calls, settings.device, settings.seconds, settings.at_least)
+    sizes = {
+        name: {
+            "nodes": len(result.graph.nodes),
+            "parameters": sum(p.numel() for p in result.parameters()),
+            "macs": result.graph.macs,
+        }
+        for name, result in results.items()
+    }
+    return {"samples": samples, "sizes": sizes}
+
+
+@torch.no_grad()
+def run(case: str, settings: Settings) -> dict[str, Any]:
+    kind, *rest = case.split("/")
+    return {"case": case, **{"forward": forward, "apply": apply, "prune": prune}[kind](settings, *rest)}
+
+
+def run_all(cases: list[str], settings: Settings) -> dict[str, Any]:
+    done = []
+    spawn = multiprocessing.get_context("spawn")  # each case starts with an empty memory, and CUDA does not fork
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for case in (bar := tqdm(cases, unit="case")):
+            bar.set_description(case)
+            done.append(pool.submit(run, case, settings).result())
+    return {**measure.circumstances(settings.device), "settings": asdict(settings), "cases": done}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="default: all")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seconds", type=float, help="of timing per case (120; 5 with --quick)")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file (benchmarks/results/DATE-DEVICE.json; not with --quick)")
+    chosen = parser.parse_args()
+
+    settings = Settings(
+        device=chosen.device,
+        dtype=chosen.dtype,
+        batch=chosen.batch,
+        seconds=chosen.seconds or (5.0 if chosen.quick else 120.0),
+        at_least=3 if chosen.quick else 9,
+        quick=chosen.quick,
+    )
+    result = run_all(chosen.cases or list(QUICK if chosen.quick else CASES), settings)
+    name = f"{result['date'][:10]}-{torch.device(settings.device).type}-{settings.dtype}.json"
+    out = chosen.out or (Path("out/bench") if chosen.quick else RESULTS) / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{report(result)}\n\nwritten to {out}")
+
+
+if __name__ == "__main__":
+    main()
