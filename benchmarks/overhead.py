@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py                                 # all cases on the CPU
     python benchmarks/overhead.py --device cuda --dtype float16   # on a GPU
-    python benchmarks/overhead.py --quick                         # minutes: small models, few samples
+    python benchmarks/overhead.py --quick                         # a minute: small models, few samples
     python benchmarks/overhead.py forward/sd15/32 apply/sdxl      # some cases
 
 Cases are `forward/MODEL/SIZE` (a traced UNet without passes against eager, and eager against itself, which is the noise
@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +65,8 @@ class Settings:
     def of(self, model: str) -> torch.dtype:
         """SDXL in float32 takes 10 GB: on a CPU it is built in bfloat16."""
         name = "bfloat16" if model == "sdxl" and self.dtype == "float32" else self.dtype
-        return getattr(torch, name)
+        found: torch.dtype = getattr(torch, name)
+        return found
 
 
 def forward(settings: Settings, model: str, size: str) -> dict[str, Any]:
@@ -135,8 +137,9 @@ def prune(settings: Settings, model: str, size: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def run(case: str, settings: Settings) -> dict[str, Any]:
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {"forward": forward, "apply": apply, "prune": prune}
     kind, *rest = case.split("/")
-    return {"case": case, **{"forward": forward, "apply": apply, "prune": prune}[kind](settings, *rest)}
+    return {"case": case, **kinds[kind](settings, *rest)}
 
 
 def run_all(cases: list[str], settings: Settings) -> dict[str, Any]:

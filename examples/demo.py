@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def generate(pipe: StableDiffusionPipeline, unet: Any, name: str, out: Path) -> 
     pipe.unet = unet
     pipe.set_progress_bar_config(desc=name.rjust(18))
     generator = torch.Generator().manual_seed(0)
-    latents = pipe(PROMPT, num_inference_steps=STEPS, generator=generator, output_type="latent").images
+    latents: torch.Tensor = pipe(PROMPT, num_inference_steps=STEPS, generator=generator, output_type="latent").images
     with torch.no_grad():
         image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
     pipe.image_processor.postprocess(image)[0].save(out / f"{name.replace(' ', '-')}.png")
@@ -132,7 +133,7 @@ def same_threads() -> Any:
     return options
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:]])

@@ -6,16 +6,18 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdgraph import GraphUNet, __version__
+from sdgraph.accept import accept
 from sdgraph.dims import evaluate
 from sdgraph.errors import CallError, ExportError, SavedError
 from sdgraph.inputs import Input
+from sdgraph.trace import Guard
 
 FORMAT = 1
 CONFIG, MODEL, DATA, REPORT = "config.json", "model.onnx", "model.onnx.data", "export.json"
@@ -39,7 +41,7 @@ class Manifest:
         inputs: every input of the traced UNet, each dimension a number or an expression in the call's sizes.
         given: names of those that the model has; a call gives exactly these.
         output: shape of the output, as of the inputs.
-        guards: `(condition, outcome)` that a call must satisfy.
+        guards: what the sizes of a call must satisfy.
         recipe: the passes applied, as text.
         role: which of several graphs this is; "full" computes everything.
         version: of the sdgraph that wrote it.
@@ -52,7 +54,7 @@ class Manifest:
     inputs: tuple[Input, ...]
     given: tuple[str, ...]
     output: tuple[int | str, ...]
-    guards: tuple[tuple[str, bool], ...] = ()
+    guards: tuple[Guard, ...] = ()
     recipe: tuple[str, ...] = ()
     role: str = "full"
     version: str = __version__
@@ -99,7 +101,7 @@ class Manifest:
                 inputs=tuple(_input(each) for each in json.loads(found["inputs"])),
                 given=tuple(map(str, json.loads(found["given"]))),
                 output=_shape(json.loads(found["output"])),
-                guards=tuple((_checked(c), bool(o)) for c, o in json.loads(found["guards"])),
+                guards=tuple(_guard(each) for each in json.loads(found["guards"])),
                 recipe=tuple(map(str, json.loads(found["recipe"]))),
                 role=found["role"],
                 version=found["version"],
@@ -114,7 +116,10 @@ class Manifest:
     def _check_expressions(self) -> None:
         shapes = [spec.shape or () for spec in self.inputs]
         free = {d: 64 for shape in shapes for d in shape if isinstance(d, str) and d.isidentifier()}
-        for expression in (*(d for shape in (*shapes, self.output) for d in shape), *(c for c, _ in self.guards)):
+        for expression in (
+            *(d for shape in (*shapes, self.output) for d in shape),
+            *(g.condition for g in self.guards),
+        ):
             evaluate(str(expression), free)
 
     def check(self, flat: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -126,20 +131,8 @@ class Manifest:
             CallError: the model does not cover it; naming the input, what it is and what it should be.
         """
         self._check_given(flat)
-        sizes: dict[str, int] = {}
-        for spec in self.model_inputs:
-            value = flat[spec.name]
-            if spec.kind == "index" and (value.is_floating_point() or value.is_complex()):
-                raise CallError(f"{spec.name} is {value.dtype}", where="call", cure="pass integers")
-            if spec.kind == "float" and value.dtype != self.torch_dtype:
-                what = f"{spec.name} is {value.dtype}, the model is {self.torch_dtype}"
-                raise CallError(what, where="call", cure=f"cast it: .to({self.torch_dtype})")
-            _fit(spec, tuple(value.shape), sizes)
-        for condition, outcome in self.guards:
-            if bool(evaluate(condition, sizes)) != outcome:
-                what = f"this call takes another branch: {condition} is no longer {outcome}"
-                raise CallError(what, where="call", cure="use sizes on the traced side, or the source UNet")
-        return sizes
+        given = {name: value for name, value in flat.items() if name in self.given}
+        return accept(self.model_inputs, self.guards, given, self.torch_dtype)
 
     def _check_given(self, flat: Mapping[str, torch.Tensor]) -> None:
         places = {spec.name: str(spec.place[0]) for spec in self.inputs}
@@ -161,57 +154,21 @@ class Manifest:
 def describe(unet: GraphUNet, given: frozenset[str], opset: int, config: bytes) -> Manifest:
     """The manifest of a UNet exported with the optional inputs `given`."""
     graph = unet.graph
-    inputs = tuple(replace(spec, shape=_resolved(unet, spec)) for spec in graph.inputs)
+    inputs = graph.resolved_inputs()
+    for spec in inputs:
+        if "?" in (spec.shape or ()):
+            what = f"a size of {spec.name} is no known expression of the call's sizes"
+            raise ExportError(what, where=f"input {spec.name}", cure="a pass has made it so; please report it")
     return Manifest(
         config_sha256=hashlib.sha256(config).hexdigest(),
         dtype=str(unet.dtype).removeprefix("torch."),
         opset=opset,
         inputs=inputs,
         given=tuple(i.name for i in inputs if i.shape is not None and (not i.optional or i.name in given)),
-        output=_named(unet, graph.output.meta["val"], graph.output.meta["probe"]),
-        guards=tuple((guard.condition, guard.outcome) for guard in graph.guards),
+        output=graph.dims.expressions(graph.output.meta["val"], graph.output.meta["probe"]),
+        guards=graph.guards,
         recipe=tuple(map(str, graph.passes)),
     )
-
-
-def _resolved(unet: GraphUNet, spec: Input) -> tuple[int | str, ...] | None:
-    """Shape of an input; that of a residual is known from the value it is added to, None if that is gone."""
-    node = unet.graph.input(spec.name)
-    if spec.shape is not None or node.meta["val"] is None:
-        return spec.shape
-    return _named(unet, node.meta["val"], node.meta["probe"])
-
-
-def _named(unet: GraphUNet, nominal: torch.Tensor, generic: torch.Tensor) -> tuple[int | str, ...]:
-    names = []
-    for pair in zip(nominal.shape, generic.shape, strict=True):
-        name = unet.graph.dims.name(*pair)
-        if name is None:
-            what = f"a size of an input is no known expression of the call's: {pair[0]} at the nominal one"
-            raise ExportError(what, cure="leave this input out")
-        names.append(int(name) if name.isdigit() else name)
-    return tuple(names)
-
-
-def _fit(spec: Input, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    dims = spec.shape or ()
-    wanted: list[Any] = []
-    for i, dim in enumerate(dims):
-        have = shape[i] if i < len(shape) else None
-        if isinstance(dim, str) and not (i == 0 and spec.broadcast and have == 1):
-            if dim.isidentifier():
-                dim = sizes.setdefault(dim, have) if have is not None else dim
-            else:
-                dim = evaluate(dim, sizes)
-            wanted.append(dim)
-        else:
-            wanted.append(have if isinstance(dim, str) else dim)
-    if list(shape) != wanted or 0 in shape:
-        raise CallError(
-            f"{spec.name} has shape {shape}, expected ({', '.join(map(str, wanted))})",
-            where=f"input {spec.name}",
-            cure="batch, height and width must agree over all inputs of a call",
-        )
 
 
 def _known_dtype(name: str) -> str:
@@ -228,6 +185,10 @@ def _checked(expression: Any) -> str:
 
 def _shape(dims: Any) -> tuple[int | str, ...]:
     return tuple(d if isinstance(d, int) else _checked(d) for d in dims)
+
+
+def _guard(raw: Any) -> Guard:
+    return Guard(_checked(raw["condition"]), bool(raw["outcome"]), str(raw["where"]))
 
 
 def _input(raw: Any) -> Input:

@@ -19,15 +19,15 @@ class PruneBlocks(Pass):
     """Remove blocks, by preset or by module path.
 
     Presets are BK-SDM's (Kim et al., 2023, arXiv 2305.15798), on any UNet with two layers per block: `bk-sdm-base`
-    keeps the first layer of every down block and the first and last of every up block; `bk-sdm-small` also drops the mid
-    block; `bk-sdm-tiny` also drops the innermost level. The weights that stay are the source's, as BK-SDM initialises
-    its students; quality needs distillation afterwards.
+    keeps the first layer of every down block and the first and last of every up block; `bk-sdm-small` also drops the
+    mid block; `bk-sdm-tiny` also drops the innermost level. The weights that stay are the source's, as BK-SDM
+    initialises its students; quality needs distillation afterwards.
 
-    A list removes any regions: resnets, attentions, transformer blocks, units (`...attn1`, `...ff`), the mid block, whole
-    levels. `*` stands for anything within a name: `up_blocks.*.attentions.2`. What takes the place of a region is told in
-    `sdgraph.Graph.bypass`; in short, the flow goes past it, an up layer goes together with its skip connection, and
-    a resnet that changes the channels leaves its 1x1 shortcut. ControlNet and adapter residuals of skips that stay go
-    where they went before.
+    A list removes any regions: resnets, attentions, transformer blocks, units (`...attn1`, `...ff`), the mid block,
+    whole levels. `*` stands for anything within a name: `up_blocks.*.attentions.2`. What takes the place of a region is
+    told in `sdgraph.Graph.bypass`; in short, the flow goes past it, an up layer goes together with its skip connection,
+    and a resnet that changes the channels leaves its 1x1 shortcut. ControlNet and adapter residuals of skips that stay
+    go where they went before.
 
     Args:
         blocks: a preset, a path, or paths.

@@ -6,7 +6,7 @@ from .capture import trace, trace_code
 from .contract import Contract
 from .errors import SdgraphError
 from .graph import Graph
-from .pass_ import Findings, Fixpoint, Pass, Chain
+from .pass_ import Chain, Findings, Fixpoint, Pass
 from .region import Region
 from .report import NearMiss, PassReport, Report
 from .rewrite import Example, NoMatch, Rewrite
@@ -16,6 +16,7 @@ from .unet import GraphUNet
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chain",
     "Contract",
     "Example",
     "Findings",
@@ -30,7 +31,6 @@ __all__ = [
     "Report",
     "Rewrite",
     "SdgraphError",
-    "Chain",
     "Spec",
     "apply",
     "errors",

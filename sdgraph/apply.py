@@ -69,7 +69,7 @@ def _bar(passes: tuple[Pass, ...], progress: bool) -> Iterable[Pass]:
         return passes
     from tqdm import tqdm
 
-    return tqdm(passes, desc="passes", unit="pass")  # type: ignore[no-any-return]
+    return tqdm(passes, desc="passes", unit="pass")
 
 
 def _check_trace(unet: UNet2DConditionModel, graph: Graph) -> str:

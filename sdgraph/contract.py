@@ -136,5 +136,3 @@ def first_difference(before: Graph, after: Graph, flat: Mapping[str, torch.Tenso
             made = f", computed from the new {sources}" if sources else ""
             return f"{scope(node) or '(top level)'}, node {node.name} (largest difference {figure:.3g}{made})"
     return "the output, through new nodes only"
-
-

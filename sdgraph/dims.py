@@ -68,6 +68,11 @@ class Dims:
         """Expression of a dynamic dimension, the digits of a static one, None where no expression is known."""
         return str(nominal) if nominal == generic else self._names.get((nominal, generic))
 
+    def expressions(self, nominal: Any, generic: Any) -> tuple[int | str, ...]:
+        """The shape of a value: numbers where it is fixed, expressions where it moves, "?" where none is known."""
+        pairs = zip(nominal.shape, generic.shape, strict=True)
+        return tuple(n if n == g else self.name(n, g) or "?" for n, g in pairs)
+
     def shape(self, nominal: Any, generic: Any) -> str:
         """Readable shape of a value, e.g. `B×320×H/2×W/2`."""
         parts = []

@@ -95,20 +95,28 @@ class Graph:
     @property
     def output(self) -> torch.fx.Node:
         """The value the graph returns."""
-        value = self._output_node().args[0]
+        value = self.fx.output_node().args[0]
         assert isinstance(value, torch.fx.Node)
         return value
 
-    def _output_node(self) -> torch.fx.Node:
-        return next(n for n in reversed(self.fx.nodes) if n.op == "output")
-
     def input(self, name: str) -> torch.fx.Node:
         """The placeholder of an input."""
-        for node in self.fx.nodes:
+        for node in self.nodes:
             if node.op == "placeholder" and node.name == name:
                 return node
         names = [i.name for i in self.inputs]
         raise PathError(f"no input {name!r}", cure=did_you_mean(name, names) or f"inputs: {', '.join(names)}")
+
+    def resolved_inputs(self) -> tuple[Input, ...]:
+        """The inputs with the shapes of residuals filled in: that of what they are added to, None if that is gone, and
+        "?" for a size that is no known expression of the call's."""
+        resolved = []
+        for spec in self.inputs:
+            node = self.input(spec.name)
+            if spec.shape is None and node.meta["val"] is not None:
+                spec = replace(spec, shape=self.dims.expressions(*values(node)))
+            resolved.append(spec)
+        return tuple(resolved)
 
     def region(self, path: str) -> Region:
         """The nodes under a module path.
@@ -460,7 +468,7 @@ class Graph:
         done: dict[torch.fx.Node, torch.fx.Node] = {}
         result = nodes.graph_copy(self.fx, done)
         output = nodes.output(result)
-        output.meta = dict(self._output_node().meta)
+        output.meta = dict(self.fx.output_node().meta)
         return replace(
             self,
             fx=nodes,
@@ -486,7 +494,7 @@ class Graph:
                     node.meta["nn_module_stack"] = dict(source.meta.get("nn_module_stack", {}))
 
     def _first_operation(self) -> torch.fx.Node:
-        return next(n for n in self.fx.nodes if n.op != "placeholder")
+        return next(n for n in self.nodes if n.op != "placeholder")
 
     def _stack(self, path: str) -> dict[str, Any]:
         """The module stack of a path: that of a node already there, or one made from its parts."""
@@ -502,8 +510,9 @@ class Graph:
             raise EditError("the code must return one tensor", where=path, cure="return the new value alone")
         for before, after in zip(values(old), values(new), strict=True):
             if before.shape != after.shape or before.dtype != after.dtype:
+                one, two = f"{self.shape(new)} {after.dtype}", f"{self.shape(old)} {before.dtype}"
                 raise ShapeError(
-                    f"the new value is {self.shape(new)} {after.dtype}, the old one is {self.shape(old)} {before.dtype}",
+                    f"the new value is {one}, the old one is {two}",
                     where=path,
                     cure="return a tensor of the old shape and dtype, at every size and model dtype",
                 )

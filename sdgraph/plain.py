@@ -1,7 +1,7 @@
 """Back to diffusers: the plain `UNet2DConditionModel` that computes what a graph computes, where one exists.
 
-A configuration is proposed from the regions that are left; the plain model is traced; the two graphs are matched node by
-node from the output. A complete match is the proof, and tells which weight goes where.
+A configuration is proposed from the regions that are left; the plain model is traced; the two graphs are matched node
+by node from the output. A complete match is the proof, and tells which weight goes where.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def to_diffusers(unet: GraphUNet) -> UNet2DConditionModel:
             raise _none(f"the plain model needs {name!r}, which the graph does not use")
         state[name] = held[source].clone()
     plain.load_state_dict(state, assign=True)
-    return plain.eval()  # type: ignore[no-any-return]
+    return plain.eval()
 
 
 def propose(graph: Graph) -> dict[str, Any]:
@@ -100,9 +100,7 @@ def _match(graph: Graph, other: Graph) -> dict[str, str]:
     Raises:
         ModeError: at the first pair of nodes that differ.
     """
-    ours, theirs = (
-        without(g.fx, {i.name for i in g.inputs if i.shape is None}) for g in (graph, other)
-    )
+    ours, theirs = (without(g.fx, {i.name for i in g.inputs if i.shape is None}) for g in (graph, other))
     names: dict[str, str] = {}
     pairs: dict[fx.Node, fx.Node] = {}
     outputs = [next(n for n in reversed(nodes.nodes) if n.op == "output") for nodes in (ours, theirs)]

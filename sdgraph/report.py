@@ -59,7 +59,7 @@ class Report:
 
     def __str__(self) -> str:
         head = ("pass", "contract", "nodes", "parameters", "GMACs", "difference", "seconds")
-        rows = [head]
+        rows: list[tuple[str, ...]] = [head]
         for p in self.passes:
             rows += _rows(p, 0)
         widths = [max(len(r[i]) for r in rows) for i in range(len(head))]

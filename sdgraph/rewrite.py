@@ -18,7 +18,12 @@ from .report import NearMiss
 from .trace import scope
 
 COMMUTE = (operator.add, operator.mul)
-SAME = {torch.add: operator.add, torch.mul: operator.mul, torch.sub: operator.sub, torch.div: operator.truediv}
+SAME: Mapping[Any, Any] = {
+    torch.add: operator.add,
+    torch.sub: operator.sub,
+    torch.mul: operator.mul,
+    torch.div: operator.truediv,
+}
 
 
 class NoMatch(Exception):
@@ -155,7 +160,7 @@ class _Match:
             self._bind(name, module)
             args = args[1:]
         else:
-            targets = (SAME.get(wanted.target, wanted.target), SAME.get(found.target, found.target))  # type: ignore[call-overload]
+            targets = (SAME.get(wanted.target, wanted.target), SAME.get(found.target, found.target))
             if wanted.op != found.op or targets[0] != targets[1]:
                 raise NoMatch(f"expected {_name(wanted)}, found {_name(found)}")
             self.taken.append(found)
@@ -165,7 +170,7 @@ class _Match:
         if len(args) != len(found.args) or set(wanted.kwargs) != set(found.kwargs):
             raise NoMatch(f"{_name(found)} is called with other arguments: {found.args} {found.kwargs}")
         orders = [found.args]
-        if SAME.get(wanted.target, wanted.target) in COMMUTE:  # type: ignore[call-overload]
+        if SAME.get(wanted.target, wanted.target) in COMMUTE:
             orders.append(found.args[::-1])
         start = dict(self.bound), list(self.taken)
         failures: list[tuple[list[fx.Node], NoMatch]] = []

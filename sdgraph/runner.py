@@ -10,8 +10,8 @@ import torch
 from .contract import example, first_difference, largest_difference, run
 from .errors import ContractError, NoChangeError, OrderError, PassError, SdgraphError
 from .graph import Graph
-from .pass_ import Findings, Pass, Chain
-from .report import PassReport, Size
+from .pass_ import Chain, Findings, Pass
+from .report import NearMiss, PassReport, Size
 
 
 def check_order(done: tuple[Pass, ...], passes: Iterable[Pass]) -> None:
@@ -98,7 +98,7 @@ def _edited(one: Pass, graph: Graph) -> tuple[Graph, Findings, tuple[PassReport,
 def _edited_by_each(one: Chain, graph: Graph) -> tuple[Graph, Findings, tuple[PassReport, ...]]:
     reports: list[PassReport] = []
     edits: list[str] = []
-    misses = []
+    misses: list[NearMiss] = []
     for _ in range(one.repeat):
         before, misses = graph, []
         for inner in one.passes:
@@ -108,9 +108,7 @@ def _edited_by_each(one: Chain, graph: Graph) -> tuple[Graph, Findings, tuple[Pa
                 seconds = time.perf_counter() - start
                 sizes = size(graph), size(after)
                 reports.append(
-                    PassReport(
-                        str(inner), str(inner.contract), *sizes, None, seconds, findings.edits, (), children
-                    )
+                    PassReport(str(inner), str(inner.contract), *sizes, None, seconds, findings.edits, (), children)
                 )
             edits += findings.edits
             misses += findings.near_misses
@@ -182,7 +180,10 @@ def size(graph: Graph) -> Size:
 
 def fingerprint(graph: Graph) -> tuple[object, ...]:
     """What makes two graphs the same: their operations, how they are joined, and which tensors they hold."""
-    nodes = tuple((n.op, n.target if n.op != "call_function" else id(n.target), repr(n.args), repr(n.kwargs)) for n in graph.fx.nodes)
+    nodes = tuple(
+        (n.op, n.target if n.op != "call_function" else id(n.target), repr(n.args), repr(n.kwargs))
+        for n in graph.fx.nodes
+    )
     held: dict[str, torch.Tensor] = dict(graph.weights.state_dict(keep_vars=True))
     return nodes, tuple((name, t.data_ptr(), t.shape, t.dtype) for name, t in held.items())
 
@@ -193,4 +194,3 @@ def _flat(one: Pass) -> list[Pass]:
 
 def _names(one: Pass) -> list[str]:
     return [type(one).__name__, *(type(p).__name__ for p in _flat(one))]
-

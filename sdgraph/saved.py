@@ -172,9 +172,7 @@ def _load_weights(graph: Graph, path: Path) -> None:
             tensors[name] = tensors[twin]
     wrong = sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if wanted[n].shape != tensors[n].shape]
     if wrong:
-        raise SavedError(
-            f"the weights do not fit the graph, first at {wrong[0]!r}", where=str(path), cure="save again"
-        )
+        raise SavedError(f"the weights do not fit the graph, first at {wrong[0]!r}", where=str(path), cure="save again")
     graph.weights.load_state_dict(tensors, assign=True)
     graph.device = torch.device("cpu")
 
@@ -226,7 +224,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise SavedError(f"cannot read it: {error}", where=str(path), cure="pass a folder of save_pretrained") from error
+        raise SavedError(
+            f"cannot read it: {error}", where=str(path), cure="pass a folder of save_pretrained"
+        ) from error
     if not isinstance(value, dict):
         raise SavedError("it is not a JSON object", where=str(path), cure="save again")
     return value
@@ -234,7 +234,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `target` at the end, replacing an earlier save; on failure nothing remains."""
+    """A folder to write into that becomes `target` at the end, replacing an earlier save, or goes."""
     if target.exists():
         foreign = [p.name for p in target.iterdir()] if target.is_dir() else [target.name]
         foreign = [n for n in foreign if n not in (RECIPE, CONFIG) and not n.startswith("diffusion_pytorch_model.")]

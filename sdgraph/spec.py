@@ -131,4 +131,6 @@ def _construct(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], text: s
     try:
         return classes[name](*args, **kwargs)
     except TypeError as error:
-        raise SpecError(f"cannot construct {name}: {error}", where=text, cure=f"options: {', '.join(fields)}") from error
+        raise SpecError(
+            f"cannot construct {name}: {error}", where=text, cure=f"options: {', '.join(fields)}"
+        ) from error

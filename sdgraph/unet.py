@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,8 +12,8 @@ from diffusers.models.embeddings import ImageProjection
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import fx, nn
 
-from .dims import evaluate
-from .errors import CallError, ModeError
+from .accept import accept
+from .errors import ModeError
 from .graph import Graph
 from .inputs import flatten
 from .specialise import without
@@ -117,7 +116,7 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         casting = torch.is_autocast_enabled(flat["sample"].device.type)
         signature = (casting, *((name, v.shape, v.dtype, v.device) for name, v in flat.items()))
         if signature not in self._accepted:
-            accept(self.graph, flat, self.dtype)
+            accept(self.graph.resolved_inputs(), self.graph.guards, flat, self.dtype)
             self._accepted.add(signature)
         if not self._own_weights and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             self._take_weights()  # gradients may follow, and an optimizer that uses them
@@ -269,81 +268,3 @@ def _name_image_projections(graph: Graph) -> None:
         for i, layer in layers.named_children():
             if graph.classes.get(f"{path}.{i}") == "ImageProjection":
                 layer.__class__ = ImageProjection
-
-
-def accept(graph: Graph, flat: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Refuse flat inputs that the graph does not cover.
-
-    Raises:
-        CallError: naming the input, what it is and what it should be.
-    """
-    sizes: dict[str, int] = {}
-    placeholders = {n.name: n for n in graph.fx.nodes if n.op == "placeholder"}
-    first = next(iter(flat), "")
-    device = flat[first].device if flat else torch.device("cpu")
-    casting = torch.is_autocast_enabled(device.type)
-    for spec in graph.inputs:
-        value = flat.get(spec.name)
-        if value is None:
-            continue
-        where = f"input {spec.name}"
-        if value.device != device:
-            raise CallError(
-                f"{spec.name} is on {value.device}, {first} is on {device}",
-                where=where,
-                cure=f"move it: .to('{device}')",
-            )
-        if spec.kind == "index" and (value.is_floating_point() or value.dtype is torch.bool):
-            raise CallError(f"{spec.name} is {value.dtype}", where=where, cure="pass integers")
-        if spec.kind == "float" and not (value.dtype == dtype or (casting and value.is_floating_point())):
-            raise CallError(
-                f"{spec.name} is {value.dtype}, the UNet is {dtype}", where=where, cure=f"cast it: .to({dtype})"
-            )
-        if casting and spec.place[0] == "down_intrablock_additional_residuals":
-            cast = torch.get_autocast_dtype(device.type)  # diffusers adds these in place, so without promotion
-            if value.dtype != cast:
-                raise CallError(
-                    f"{spec.name} is {value.dtype}, autocast computes in {cast}",
-                    where=where,
-                    cure=f"cast it: .to({cast})",
-                )
-        node = placeholders[spec.name]
-        if node.meta["val"] is None:  # an optional residual whose place was pruned away
-            continue
-        names: tuple[Any, ...] = spec.shape or tuple(
-            graph.dims.name(*pair) for pair in zip(node.meta["val"].shape, node.meta["probe"].shape, strict=True)
-        )
-        _match(spec.name, tuple(value.shape), names, sizes, spec.broadcast)
-    for guard in graph.guards:
-        asked = set(re.findall(r"[A-Z]\d*", guard.condition))
-        if asked <= set(sizes) and bool(evaluate(guard.condition, sizes)) != guard.outcome:
-            values = ", ".join(f"{name}={sizes[name]}" for name in sorted(asked))
-            raise CallError(
-                f"this graph is for calls where {guard.condition} is {guard.outcome}; here {values}",
-                where=guard.where,
-                cure="use sizes on that side, or the source UNet",
-            )
-
-
-def _match(name: str, shape: tuple[int, ...], names: Any, sizes: dict[str, int], broadcast: bool) -> None:
-    wanted = []
-    fits = len(shape) == len(names)
-    for i, dim in enumerate(names):
-        have = shape[i] if i < len(shape) else None
-        if isinstance(dim, int):
-            want: Any = dim
-        elif dim is None or (i == 0 and broadcast and have == 1):
-            want = have
-        elif dim.isalnum() and not dim.isdigit():
-            want = sizes.setdefault(dim, have) if have is not None else dim
-        else:
-            want = evaluate(dim, sizes)
-        wanted.append(want)
-        fits = fits and have == want and (have is None or have > 0)
-    if not fits:
-        readable = ", ".join(str(d) for d in wanted)
-        raise CallError(
-            f"{name} has shape {tuple(shape)}, expected ({readable})",
-            where=f"input {name}",
-            cure="batch, height and width must agree over all inputs of a call",
-        )

@@ -6,7 +6,6 @@ import networkx as nx
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from .models import answer, build, call_of
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,6 +14,8 @@ import sdgraph
 from sdgraph import Graph, GraphUNet
 from sdgraph.capture import capture
 from sdgraph.errors import EditError, PathError, ShapeError, TraceError
+
+from .models import answer, build, call_of
 
 UNIT = "down_blocks.0.attentions.0.transformer_blocks.0"
 

@@ -76,17 +76,13 @@ def test_wheel_holds_every_file_as_sdgraph_and_nothing_else(source: Path, wheel:
 
 @pytest.mark.slow
 def test_installed_wheel_imports_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
-    assert imported_from(tmp_path, installed) == {
-        package: installed / package.replace(".", "/") for package in FOLDERS
-    }
+    assert imported_from(tmp_path, installed) == {package: installed / package.replace(".", "/") for package in FOLDERS}
 
 
 @pytest.mark.slow
 def test_wheel_declares_the_passes_of_pyproject(installed: Path) -> None:
     (distribution,) = importlib.metadata.distributions(name="sdgraph", path=[str(installed)])
-    declared = {
-        entry.name: entry.value for entry in distribution.entry_points if entry.group == "sdgraph.passes"
-    }
+    declared = {entry.name: entry.value for entry in distribution.entry_points if entry.group == "sdgraph.passes"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert declared == project["entry-points"]["sdgraph.passes"]
 

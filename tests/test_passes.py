@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from .models import answer, build, call_of
 from torch import nn
 
 import sdgraph
 from sdgraph import Chain, Contract, Findings, Fixpoint, Graph, Pass
 from sdgraph.errors import ContractError, EditError, NoChangeError, OrderError, PassError, ShapeError, SpecError
 from sdgraph.runner import fingerprint
+
+from .models import answer, build, call_of
 
 
 @dataclass(frozen=True)

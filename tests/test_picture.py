@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from .models import build
 
 import sdgraph
 from sdgraph import Graph
 from sdgraph.errors import ExtraError, PathError, SpecError
 from sdgraph.picture import picture
+
+from .models import build
 
 pytest.importorskip("matplotlib")
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from .models import answer, build, call_of
 
 import sdgraph
 from sdgraph.capture import capture
 from sdgraph.errors import EditError, ModeError, PathError, ShapeError, SpecError
 from sdgraph.passes import PruneBlocks
 from sdgraph.runner import run_pass
+
+from .models import answer, build, call_of
 
 PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
 ARCHITECTURES = {
@@ -139,8 +140,11 @@ def test_a_resnet_leaves_its_shortcut_where_channels_change() -> None:
 
 
 def test_patterns_and_groups(unet: UNet2DConditionModel) -> None:
-    pruned = sdgraph.apply(unet, "PruneBlocks(('down_blocks.*.attentions.1', 'up_blocks.0', 'down_blocks.3', "
-                                 "'down_blocks.2.downsamplers.0', 'mid_block'))")
+    pruned = sdgraph.apply(
+        unet,
+        "PruneBlocks(('down_blocks.*.attentions.1', 'up_blocks.0', 'down_blocks.3', "
+        "'down_blocks.2.downsamplers.0', 'mid_block'))",
+    )
     left = pruned.graph.paths()
     assert not [p for p in left if p.startswith(("mid_block", "up_blocks.0", "down_blocks.3"))]
     assert not [p for p in left if p.startswith("down_blocks.") and ".attentions.1" in p]
@@ -229,7 +233,8 @@ def test_the_report_counts(unet: UNet2DConditionModel) -> None:
     (row,) = report.passes
     assert row.after.parameters == sum(p.numel() for p in student(unet, "bk-sdm-base").parameters())
     assert row.after.macs < row.before.macs
-    assert row.difference is not None and row.difference > 0
+    assert row.difference is not None
+    assert row.difference > 0
     assert "removed down_blocks.0.resnets.1" in row.edits
     assert "bk-sdm-base" in str(report)
 

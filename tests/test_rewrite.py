@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from .models import answer, build, call_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +16,8 @@ from sdgraph.errors import ContractError, NoChangeError, ShapeError
 from sdgraph.passes import CleanUp, clean_up
 from sdgraph.runner import run_pass
 from sdgraph.testing import check, check_examples
+
+from .models import answer, build, call_of
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,7 @@ def test_one_value_bound_twice_and_either_order() -> None:
 def test_near_misses_carry_their_reason() -> None:
     with pytest.raises(NoChangeError, match="is used elsewhere too, by sin"):
         run_pass(FuseSilu(), graph_of(lambda x: (s := torch.sigmoid(x)) * x + s.sin()), verify=False)
-    after, report = run_pass(
-        FuseScales(), graph_of(lambda x: (x * 2.0 * 3.0) + (x * x.sum() * 3.0)), verify=True
-    )
+    after, report = run_pass(FuseScales(), graph_of(lambda x: (x * 2.0 * 3.0) + (x * x.sum() * 3.0)), verify=True)
     assert len(report.edits) == 1
     assert any("both factors must be constants" in m.reason for m in report.near_misses)
     assert all(m.where for m in report.near_misses)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from .models import answer, build, call_of, load_ip_adapter
 
 import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import ModeError, SavedError
+
+from .models import answer, build, call_of, load_ip_adapter
 
 PASSES = "CleanUp, PruneBlocks('mid_block')"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -70,9 +71,7 @@ def test_saving_again_replaces_and_leaves_nothing_else(pruned: GraphUNet, folder
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_a_failed_save_leaves_the_old_folder(
-    pruned: GraphUNet, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_the_old_folder(pruned: GraphUNet, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def fail(*args: Any, **kwargs: Any) -> None:

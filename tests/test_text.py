@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from .models import build
 from torch import nn
 
 import sdgraph
 from sdgraph import Graph
 from sdgraph.errors import PathError
 from sdgraph.text import diff, text
+
+from .models import build
 
 
 class Small(nn.Module):

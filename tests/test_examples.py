@@ -1,0 +1,172 @@
+"""What users read first: the examples, the code in README.md, the benchmark, and that what is generated is current."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+import sdgraph
+from sdgraph.errors import NoChangeError
+from sdgraph.testing import check
+
+from .models import answer, build, call_of
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def load(path: str) -> ModuleType:
+    """A script as a module."""
+    name = "tested_" + Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the demo sets it: let go of it afterwards
+
+
+# -- examples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def custom_pass() -> ModuleType:
+    return load("examples/custom_pass.py")
+
+
+def test_the_custom_pass_claims_what_it_does(custom_pass: ModuleType) -> None:
+    check(custom_pass.SubsampleKeys())
+    assert sdgraph.parse("SubsampleKeys(4, at_least=64)") == (custom_pass.SubsampleKeys(4, at_least=64),)
+
+
+def test_the_custom_pass_reads_fewer_keys_at_every_size(custom_pass: ModuleType) -> None:
+    unet = build(sample_size=16)
+    thinned = sdgraph.apply(unet, "SubsampleKeys(2, at_least=256)")
+    attentions = [n for n in thinned.graph.nodes if "scaled_dot_product_attention" in str(n.target)]
+    tokens = {tuple(a.meta["val"].shape[-2] for a in node.args[:2]) for node in attentions}
+    assert tokens == {(256, 128), (256, 77), (64, 64), (64, 77)}
+    for sizes in ({"H": 8, "W": 8}, {"H": 9, "W": 7, "B": 3}):
+        call = call_of(unet, **sizes)
+        found, expected = answer(thinned, call), answer(unet, call)
+        assert found.shape == expected.shape
+        assert not torch.equal(found, expected)
+    one = answer(sdgraph.apply(unet, "SubsampleKeys(1, at_least=256)"), call)
+    assert torch.allclose(one, expected, rtol=1e-4, atol=1e-5)  # every key is every key
+    with pytest.raises(NoChangeError, match="64 tokens are fewer than 4096"):
+        sdgraph.apply(build(), "SubsampleKeys")
+
+
+def test_the_custom_pass_runs(custom_pass: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    custom_pass.main()
+    out = capsys.readouterr().out
+    assert "SubsampleKeys(4)" in out
+    assert "1024 tokens are fewer than 4096" in out
+    assert "[:, :, ::4]" in out
+
+
+@pytest.mark.slow
+def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = load("examples/demo.py")
+    monkeypatch.setattr(demo, "STEPS", 2)
+    monkeypatch.setattr(demo, "TURNS", 2)
+    demo.main(tmp_path / "made")
+    out = capsys.readouterr().out
+    assert "0 from the source (must be 0)" in out
+    assert re.search(r"pruned, ONNX Runtime .* \d\S*e-0[4-9] from the one pruned in PyTorch", out)
+    images = {name: (tmp_path / "made" / f"{name}.png").read_bytes() for name in ("source", "traced", "pruned")}
+    assert images["source"] == images["traced"] != images["pruned"]
+    with Image.open(tmp_path / "made" / "pruned-on-ORT.png") as image:
+        assert image.size == (256, 256)
+    for name in ("graph.svg", "graph.png", "graph-before.txt", "graph-after.txt", "unet-onnx/model.onnx"):
+        assert (tmp_path / "made" / name).stat().st_size > 0
+        assert name.partition("/")[0] in out
+
+
+# -- README.md --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, with the demo's small pipeline in the place of a download."""
+    pipe = load("examples/demo.py").build_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"__name__": "readme"}
+    monkeypatch.setitem(sys.modules, "readme", ModuleType("readme"))  # dataclasses look their module up
+    assert len(BLOCKS) >= 5
+    for block in BLOCKS:
+        exec(compile(block.replace("num_inference_steps=25", "num_inference_steps=2"), "README.md", "exec"), scope)
+    assert type(scope["pipe"].unet).__name__ == "ORTUNet"
+    assert {"pruned.svg", "unet-base", "unet-onnx"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_readme_names_what_is_there() -> None:
+    for path in [*re.findall(r"\]\(([^)#:]+)\)", README), *re.findall(r"tests/\w+\.py", README)]:
+        assert (ROOT / path).exists(), path
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", README, re.MULTILINE))
+    assert {"demo", "test", "bench"} <= named <= targets
+
+
+@pytest.mark.slow
+def test_what_is_generated_is_current() -> None:
+    """If this fails: `python docs/generate.py`, and read what changed."""
+    generate = load("docs/generate.py")
+    before, after = generate.graphs()
+    assert generate.sample(after) in README
+    figure = ET.parse(ROOT / "docs" / "sd15-bk-sdm-base.svg")
+    words = " ".join("".join(e.itertext()) for e in figure.iter("{http://www.w3.org/2000/svg}text"))
+    assert f"{len(before.nodes)} → {len(after.nodes)} nodes" in words
+
+
+# -- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_in_the_readme_are_the_results() -> None:
+    table = load("benchmarks/table.py")
+    marked = table.MARKED.search(README)
+    assert marked is not None
+    if marked["file"] != "none":
+        assert table.filled(README, ROOT / marked["file"]) == README
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    script, out = ROOT / "benchmarks" / "overhead.py", tmp_path / "result.json"
+    cases = ["forward/tiny/16", "apply/tiny", "prune/tiny/16"]
+    run = subprocess.run(
+        [sys.executable, str(script), "--quick", "--seconds", "0.1", "--out", str(out), *cases],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(out.read_text())
+    forward, apply, prune = result["cases"]
+    assert forward["largest_difference"] == 0
+    assert len(forward["samples"]["eager"]) == len(forward["samples"]["traced"]) >= 3
+    assert apply["not_shared_bytes"] == 0
+    macs = [prune["sizes"][name]["macs"] for name in ("traced", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")]
+    assert macs == sorted(macs, reverse=True)
+    assert load("benchmarks/table.py").report(result) in run.stdout
+    assert "smoke test" in run.stdout
