@@ -11,14 +11,17 @@ export HF_HUB_OFFLINE ?= 1
 demo: $(VENV)/.installed-onnx,plots,pipelines
 	$(RUN)/python examples/demo.py
 
-bench: $(VENV)/.installed-onnx,plots,pipelines
+bench: $(VENV)/.installed-bench,pipelines
 	$(RUN)/python benchmarks/overhead.py $(ARGS)
 
+# Tests trace small models, which is Python: a process per core, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(RUN)/pytest -n auto --dist loadfile
+
 test: $(VENV)/.installed-test
-	$(RUN)/pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.installed-test
-	$(RUN)/pytest -m "not slow and not full"
+	$(PYTEST) -m "not slow and not full"
 
 test-full: $(VENV)/.installed-test
 	$(RUN)/pytest -m full

@@ -34,7 +34,7 @@ class SubsampleKeys(Rewrite):
     at_least: int = 4096
 
     def pattern(self, q: Any, k: Any, v: Any) -> Any:
-        return scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False)
+        return scaled_dot_product_attention(q, k, v)
 
     def check(self, q: Any, k: Any, v: Any) -> None:
         queries, keys = q.meta["val"].shape[-2], k.meta["val"].shape[-2]
@@ -56,7 +56,7 @@ class SubsampleKeys(Rewrite):
 
 def attention(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     """As diffusers calls it."""
-    return scaled_dot_product_attention(x, context, context, attn_mask=None, dropout_p=0.0, is_causal=False)
+    return scaled_dot_product_attention(x, context, context)
 
 
 def main() -> None:

@@ -110,7 +110,6 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
     _as_adapter(given)
     _check_cross_attention(given.pop("cross_attention_kwargs", None))
     flat: dict[str, torch.Tensor] = {}
-    taken: set[str] = set()
     for spec in inputs:
         value: Any = given
         try:
@@ -124,7 +123,6 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
                     f"{_place(spec.place)} is missing", where="call", cure="this UNet's configuration requires it"
                 )
             continue
-        taken.add(str(spec.place[0]))
         if spec.kind == "time":
             value = time_tensor(value, flat["sample"].device, _place(spec.place))
         if not isinstance(value, torch.Tensor):
@@ -132,7 +130,7 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
                 f"{_place(spec.place)} is a {type(value).__name__}, not a tensor", where="call", cure="pass a tensor"
             )
         flat[spec.name] = value
-    _refuse_rest(given, inputs, taken)
+    _refuse_rest(given, inputs)
     return flat
 
 
@@ -180,7 +178,7 @@ def _check_cross_attention(kwargs: Mapping[str, Any] | None) -> None:
         raise CallError(f"cross_attention_kwargs[{key!r}] is not covered", where="argument", cure=cure)
 
 
-def _refuse_rest(given: Mapping[str, Any], inputs: Sequence[Input], taken: set[str]) -> None:
+def _refuse_rest(given: Mapping[str, Any], inputs: Sequence[Input]) -> None:
     covered = {str(spec.place[0]) for spec in inputs}
     for name, value in given.items():
         if name not in covered:

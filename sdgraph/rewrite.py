@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import fx, nn
+from torch.fx.operator_schemas import get_signature_for_torch_op
 
 from .graph import Graph
 from .inputs import Dim
@@ -149,7 +151,8 @@ class _Match:
             return
         if not isinstance(found, fx.Node):
             raise NoMatch(f"expected a value of {_name(wanted)}, found the constant {found!r}")
-        args: tuple[Any, ...] = tuple(wanted.args)
+        args, kwargs = _call(wanted)
+        found_args, found_kwargs = _call(found)
         if wanted.op == "call_method" and wanted.target == "__call__":
             name = str(wanted.args[0])
             cls = self.pattern.classes.get(name, nn.Module)
@@ -160,38 +163,59 @@ class _Match:
             self._bind(name, module)
             args = args[1:]
         else:
-            targets = (SAME.get(wanted.target, wanted.target), SAME.get(found.target, found.target))
+            targets = SAME.get(wanted.target, wanted.target), SAME.get(found.target, found.target)
             if wanted.op != found.op or targets[0] != targets[1]:
                 raise NoMatch(f"expected {_name(wanted)}, found {_name(found)}")
             self.taken.append(found)
-        self._arguments(wanted, args, found)
-
-    def _arguments(self, wanted: fx.Node, args: tuple[Any, ...], found: fx.Node) -> None:
-        if len(args) != len(found.args) or set(wanted.kwargs) != set(found.kwargs):
+        if len(args) != len(found_args) or set(kwargs) != set(found_kwargs):
             raise NoMatch(f"{_name(found)} is called with other arguments: {found.args} {found.kwargs}")
-        orders = [found.args]
-        if SAME.get(wanted.target, wanted.target) in COMMUTE:
-            orders.append(found.args[::-1])
+        commutes = SAME.get(wanted.target, wanted.target) in COMMUTE
+        self._either(args, [found_args, found_args[::-1]] if commutes else [found_args])
+        for key, value in kwargs.items():
+            self._value(value, found_kwargs[key])
+
+    def _either(self, args: tuple[Any, ...], orders: list[tuple[Any, ...]]) -> None:
+        """Match arguments in one of several orders."""
         start = dict(self.bound), list(self.taken)
         failures: list[tuple[list[fx.Node], NoMatch]] = []
         for order in orders:
             try:
                 for w, f in zip(args, order, strict=True):
                     self._value(w, f)
-                break
+                return
             except NoMatch as failure:
                 failures.append((self.taken, failure))
                 self.bound, self.taken = dict(start[0]), list(start[1])
-        else:  # the order that came further tells the reason
-            self.taken, furthest = max(failures, key=lambda f: len(f[0]))
-            raise furthest
-        for key, value in wanted.kwargs.items():
-            self._value(value, found.kwargs[key])
+        self.taken, furthest = max(failures, key=lambda f: len(f[0]))  # that order tells the reason
+        raise furthest
 
     def _bind(self, name: str, found: Any) -> None:
         if name in self.bound and self.bound[name] is not found and self.bound[name] != found:
             raise NoMatch(f"{name} would be both {self.bound[name]} and {found}")
         self.bound[name] = found
+
+
+def _call(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, by name and without those that are the defaults, where the signature is known."""
+    if node.op == "call_function" and node.target not in SAME and node.target not in SAME.values():
+        for signature in _signatures(node.target):
+            try:
+                bound = signature.bind(*node.args, **node.kwargs)
+            except TypeError:
+                continue
+            default = {name: p.default for name, p in signature.parameters.items()}
+            return (), {k: v for k, v in bound.arguments.items() if isinstance(v, fx.Node) or v != default[k]}
+    return tuple(node.args), dict(node.kwargs)
+
+
+@functools.cache
+def _signatures(target: Any) -> tuple[inspect.Signature, ...]:
+    try:
+        found = [inspect.signature(target)]
+    except (TypeError, ValueError):
+        found = get_signature_for_torch_op(target) or []
+    loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(s for s in found if not any(p.kind in loose for p in s.parameters.values()))
 
 
 def _name(node: fx.Node) -> str:

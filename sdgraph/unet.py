@@ -175,6 +175,8 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                     tensor.data = tensor.data.clone()
             self._own_weights = True
 
+    to = nn.Module.to  # diffusers' own only adds a warning about layers to keep in float32, of which there are none
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._variants.clear()  # they hold buffers, which a move replaces
         self._accepted.clear()

@@ -131,7 +131,7 @@ def test_half_precision(exported: Callable[..., Exported]) -> None:
     result = answer(made.load(), call)
     assert result.dtype == torch.float16
     torch.testing.assert_close(result, answer(made.unet, call), rtol=2e-2, atol=5e-3)
-    with pytest.raises(errors.CallError, match=r"is torch\.float32, the model is torch\.float16"):
+    with pytest.raises(errors.CallError, match=r"is torch\.float32, the UNet is torch\.float16"):
         made.load()(**call | {"sample": call["sample"].float()})
 
 
@@ -328,7 +328,7 @@ def test_calls_that_are_not_covered(exported: Callable[..., Exported]) -> None:
     for change, message in (
         ({"sample": call["sample"][:, :3]}, r"sample has shape \(2, 3, 8, 12\), expected \(2, 4, 8, 12\)"),
         ({"sample": call["sample"][0]}, r"sample has shape \(4, 8, 12\)"),
-        ({"sample": call["sample"].half()}, "float16, the model is torch.float32"),
+        ({"sample": call["sample"].half()}, "float16, the UNet is torch.float32"),
         ({"encoder_hidden_states": call["encoder_hidden_states"][:1]}, "encoder_hidden_states has shape"),
         ({"timestep": torch.tensor([1, 2, 3])}, r"timestep has shape \(3,\)"),
         ({"timestep": "7"}, "timestep is a str"),

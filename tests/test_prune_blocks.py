@@ -20,7 +20,7 @@ ARCHITECTURES = {
     "sd21": {"use_linear_projection": True, "attention_head_dim": [2, 2, 4, 4]},
     "inpaint": {"in_channels": 9},
     "two levels": {
-        "block_out_channels": (16, 32),
+        "block_out_channels": (32, 32),
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     },
@@ -226,6 +226,13 @@ def test_pruned_twice_is_refused(unet: UNet2DConditionModel) -> None:
 def test_a_preset_needs_two_layers_per_block() -> None:
     with pytest.raises(EditError, match="two layers per block"):
         sdgraph.apply(build("sd15"), "PruneBlocks('bk-sdm-base')", verify=False)
+
+
+def test_tiny_needs_two_inner_levels_of_one_width() -> None:
+    """As SD's are: the level that becomes innermost must give what the removed one gave."""
+    unet = build("sd15", layers_per_block=2)  # 16 and 32 channels
+    with pytest.raises(ShapeError, match="down_blocks.1"):
+        sdgraph.apply(unet, "PruneBlocks('bk-sdm-tiny')", verify=False)
 
 
 def test_the_report_counts(unet: UNet2DConditionModel) -> None:

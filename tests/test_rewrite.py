@@ -109,6 +109,28 @@ def test_near_misses_carry_their_reason() -> None:
     assert after.output.name == "add"
 
 
+def test_defaults_need_not_be_written() -> None:
+    """diffusers writes `attn_mask=None, dropout_p=0.0, is_causal=False`; a pattern need not."""
+
+    @dataclass(frozen=True)
+    class DoubleValues(Rewrite):
+        contract: ClassVar[Contract] = Contract.CLOSE
+
+        def pattern(self, q: Any, k: Any, v: Any) -> Any:
+            return F.scaled_dot_product_attention(q, k, v)
+
+        def replace(self, q: Any, k: Any, v: Any) -> Any:
+            return F.scaled_dot_product_attention(q, k, v * 2) / 2
+
+    unet = build("sd15")
+    attentions = sum(n.target is F.scaled_dot_product_attention for n in sdgraph.trace(unet).nodes)
+    assert len(sdgraph.apply(unet, [DoubleValues()]).report.passes[0].edits) == attentions > 0
+
+    causal = graph_of(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), x=("B", 1, "L", 4))
+    with pytest.raises(NoChangeError, match="is called with other arguments"):
+        run_pass(DoubleValues(), causal, verify=False)
+
+
 def test_modules_match_by_class_and_keep_their_weights() -> None:
     unet = build("sd15")
     fused = sdgraph.apply(unet, [NormThenLinear()])
