@@ -231,7 +231,7 @@ def test_a_preset_needs_two_layers_per_block() -> None:
 def test_tiny_needs_two_inner_levels_of_one_width() -> None:
     """As SD's are: the level that becomes innermost must give what the removed one gave."""
     unet = build("sd15", layers_per_block=2)  # 16 and 32 channels
-    with pytest.raises(ShapeError, match="down_blocks.1"):
+    with pytest.raises(ShapeError, match=r"down_blocks\.1"):
         sdgraph.apply(unet, "PruneBlocks('bk-sdm-tiny')", verify=False)
 
 
