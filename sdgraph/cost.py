@@ -37,7 +37,7 @@ def _count(graph: Graph, node: fx.Node) -> int:
         return 0
     with FlopCounterMode(display=False) as counter:
         graph._evaluate(node, "val")
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def written(node: fx.Node) -> int:
