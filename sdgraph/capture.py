@@ -14,7 +14,7 @@ from .dims import Dims, Symbol
 from .errors import SdgraphError, ShapeError, SpecError, TraceError
 from .graph import Graph
 from .inputs import Dim, Input, unflatten
-from .source import call_guards, check_source, config_of, device_of, free_sizes, unet_inputs
+from .source import call_guards, check_source, config_of, free_sizes, unet_inputs
 from .trace import Tracer, tracing
 from .weights import Weights
 
@@ -56,7 +56,7 @@ def _capture_unet(unet: UNet2DConditionModel, inputs: Collection[str], divisible
         unet_inputs(unet, inputs),
         Dims(free_sizes(unet, divisible)),
         dtype=parameter.dtype,
-        device=device_of(unet),
+        device=parameter.device,
         config=config_of(unet),
         guards=call_guards(unet, divisible),
     )

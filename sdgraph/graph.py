@@ -17,7 +17,7 @@ from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
 from .inputs import Input
 from .region import Region
 from .trace import Guard, Tracer, scope, tracing, values
-from .weights import Weights, meta_like, on_meta, share, shared
+from .weights import Shares, Weights, meta_like, on_meta
 
 if TYPE_CHECKING:
     from .pass_ import Pass
@@ -303,23 +303,19 @@ class Graph:
     def has_tensor(self, name: str) -> bool:
         return isinstance(self.weights.get(name), torch.Tensor)
 
-    def add_module(self, path: str, module: nn.Module) -> None:
-        """Put a module at a path, replacing what is there. It is shared, not copied, and never the caller's object."""
-        self.weights.put(path, shared(module, self._shared))
+    def add_module(self, path: str, module: nn.Module, shares: Shares | None = None) -> None:
+        """Put a module at a path, replacing what is there: one of its own over the same weights. Those tied to weights
+        added with the same `shares` stay tied."""
+        self.weights.put(path, (shares or Shares()).module(module))
         for key in ("val", "probe"):
             self._meta.pop((path, key), None)
         for node in self.fx.nodes:
             if node.target == path:
                 node.meta.pop("asked", None)
 
-    def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a parameter or buffer at a name."""
-        self.weights.put(name, share(tensor, self._shared))
-
-    @property
-    def _shared(self) -> dict[int, torch.Tensor]:
-        """Copies by the id of what they were made from, so that tied parameters stay tied."""
-        return self.__dict__.setdefault("_shared_memo", {})  # type: ignore[no-any-return]
+    def add_tensor(self, name: str, tensor: torch.Tensor, shares: Shares | None = None) -> None:
+        """Put a parameter or buffer at a name, over the same storage."""
+        self.weights.put(name, (shares or Shares()).tensor(tensor))
 
     def free_name(self, stem: str) -> str:
         """A name no weight has: the stem, or the stem with a number."""
@@ -458,12 +454,10 @@ class Graph:
 
     def copy(self) -> Graph:
         """A graph of its own over the same weights' storage."""
-        weights = Weights()
-        memo: dict[int, torch.Tensor] = {}
+        weights, shares = Weights(), Shares()
         for path in {str(n.target): None for n in self.fx.nodes if n.op in ("call_module", "get_attr")}:
             held = self.weights.get(path)
-            own = shared(held, memo) if isinstance(held, nn.Module) else share(held, memo)
-            weights.put(path, own)
+            weights.put(path, shares.module(held) if isinstance(held, nn.Module) else shares.tensor(held))
         nodes = torch.fx.Graph()
         done: dict[torch.fx.Node, torch.fx.Node] = {}
         result = nodes.graph_copy(self.fx, done)

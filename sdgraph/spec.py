@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.metadata
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from .errors import SpecError, did_you_mean
 
 if TYPE_CHECKING:
     from .pass_ import Pass
+
+log = logging.getLogger("sdgraph")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,10 @@ def _not_a_pass(value: Any, text: str = "") -> SpecError:
 def known() -> dict[str, type[Spec]]:
     """Every spec class that can be named: those defined so far and those of installed packages' entry points."""
     for point in importlib.metadata.entry_points(group="sdgraph.passes"):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:  # one broken package must not take all others' passes along
+            log.warning("the pass %s (%s) cannot be loaded: %s", point.name, point.value, error)
     found: dict[str, type[Spec]] = {}
     stack = [Spec]
     while stack:

@@ -25,6 +25,7 @@ from torch import fx, nn
 
 from .dims import Probe
 from .errors import ShapeError, TraceError
+from .weights import Shares
 
 if TYPE_CHECKING:
     from .graph import Graph
@@ -274,6 +275,7 @@ class Tracer(fx.proxy.TracerBase):
         self.module_stack: dict[str, Any] = {}  # type: ignore[assignment]
         self.guards: dict[Guard, None] = {}
         self.failed_at = ""  # innermost module in which an exception was raised
+        self.shares = Shares()
         self._once: dict[Any, Any] = {}
         dotted = prefix + "." if prefix else ""
         self._paths: dict[int, str] = {}
@@ -281,6 +283,7 @@ class Tracer(fx.proxy.TracerBase):
         for start, model in (("", graph.weights), (dotted, root)):  # code may use the graph's own leaves too
             for path, module in model.named_modules() if model is not None else ():
                 path = f"{start}{path}" if path else start[:-1]
+                path = path.replace(".base_layer", "")  # inside a fused LoRA layer: the layer it stands for
                 self._paths[id(module)] = path
                 for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                     self._tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
@@ -389,14 +392,14 @@ class Tracer(fx.proxy.TracerBase):
             )
         outer = self.module_stack
         self.module_stack = {**outer, path: (path, type(module))}
-        self.owner.classes.setdefault(path, type(module).__name__)
+        self.owner.classes[path] = type(module).__name__
         try:
             if not is_leaf(module):
                 return module.forward(*args, **kwargs)
             if getattr(module, "inplace", False):
                 raise self.error(f"{type(module).__name__} works in place", "construct it with inplace=False")
             if type(self.owner.weights.get(path)) is not type(module):  # a bare module may hold parameters read so far
-                self.owner.add_module(path, module)
+                self.owner.add_module(path, module, self.shares)
             return self.create_proxy("call_module", path, args, kwargs)
         except Exception:
             self.failed_at = self.failed_at or path
@@ -414,7 +417,7 @@ class Tracer(fx.proxy.TracerBase):
             name = self.owner.free_name("constant")
             self._tensors[id(tensor)] = name
         if not self.owner.has_tensor(name):
-            self.owner.add_tensor(name, tensor)
+            self.owner.add_tensor(name, tensor, self.shares)
         key = ("get_attr", name)
         if key not in self._once:
             self._once[key] = self.create_proxy("get_attr", name, (), {})

@@ -63,16 +63,20 @@ def _drop_unused(module: nn.Module, path: str, keep: set[str]) -> bool:
     return bool(module._parameters or module._buffers or module._modules)
 
 
-def shared(module: nn.Module, memo: dict[int, torch.Tensor]) -> nn.Module:
-    """A module of its own over the same storage. Tied parameters stay tied through `memo` (source id to copy)."""
-    return _rebuilt(module, lambda tensor: share(tensor, memo))
+class Shares:
+    """Makes modules and tensors of one's own over the storage of others; what was tied stays tied."""
 
+    def __init__(self) -> None:
+        # By id; with the original, which must live as long as its id is looked up.
+        self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-def share(tensor: torch.Tensor, memo: dict[int, torch.Tensor]) -> torch.Tensor:
-    """A tensor of its own over the same storage."""
-    if id(tensor) not in memo:
-        memo[id(tensor)] = _like(tensor, tensor.detach())
-    return memo[id(tensor)]
+    def module(self, module: nn.Module) -> nn.Module:
+        return _rebuilt(module, self.tensor)
+
+    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in self._made:
+            self._made[id(tensor)] = tensor, _like(tensor, tensor.detach())
+        return self._made[id(tensor)][1]
 
 
 def on_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -95,7 +99,9 @@ def _like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def _rebuilt(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     own = copy.copy(module)
-    own.__dict__ = dict(module.__dict__)
+    own.__dict__ = {
+        n: copy.copy(v) if isinstance(v, dict | set) else v for n, v in module.__dict__.items()
+    }  # hooks too
     own.training = False
     own._parameters = {n: None if t is None else make(t) for n, t in module._parameters.items()}  # type: ignore[misc]
     own._buffers = {n: None if t is None else make(t) for n, t in module._buffers.items()}

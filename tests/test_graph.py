@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import networkx as nx
 import pytest
 import torch
@@ -195,6 +198,26 @@ def test_copies_are_independent(traced: Graph) -> None:
     pointers = {p.data_ptr() for p in traced.parameters().values()}
     assert {p.data_ptr() for p in two.parameters().values()} == pointers  # no weight copied
     assert not {id(p) for p in traced.parameters().values()} & {id(p) for p in two.parameters().values()}
+
+
+def test_hooks_on_the_result_are_not_on_the_source(unet: UNet2DConditionModel) -> None:
+    result = sdgraph.apply(unet, [], verify=False)
+    result.conv_in.register_forward_hook(lambda module, args, out: out * 0)
+    call = call_of(unet)
+    assert not unet.conv_in._forward_hooks
+    assert not torch.equal(answer(result, call), answer(unet, call))
+
+
+def test_moving_the_result_lets_go_of_the_source_s_storage() -> None:
+    unet = build("sd15")
+    result = sdgraph.apply(unet, "CleanUp", verify=False).to(torch.bfloat16)
+    gone = weakref.ref(unet.conv_in.weight)
+    storage = weakref.ref(unet.conv_in.weight.untyped_storage())
+    del unet
+    gc.collect()
+    assert gone() is None
+    assert storage() is None
+    assert result.dtype == torch.bfloat16
 
 
 def test_tied_weights_stay_tied() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,13 +230,16 @@ def test_processors_with_weights_of_their_own() -> None:
         sdgraph.trace(unet, processors=(processors.CustomDiffusionAttnProcessor2_0,))
 
 
-def test_fused_lora_is_honoured() -> None:
+def test_fused_lora_is_honoured(tmp_path: Path) -> None:
     plain, unet = build(), lora(build())
     unet.fuse_lora(lora_scale=0.7)
     assert exact(unet)
     assert not torch.equal(answer(plain, call_of(plain)), answer(unet, call_of(unet)))
     graph = sdgraph.GraphUNet(sdgraph.trace(unet))
-    assert not [name for name in graph.state_dict() if "lora" in name]
+    assert graph.state_dict().keys() == plain.state_dict().keys()
+    graph.save_pretrained(tmp_path / "fused")
+    again = sdgraph.GraphUNet.from_pretrained(tmp_path / "fused")
+    assert torch.equal(answer(again, call_of(unet)), answer(unet, call_of(unet)))
 
 
 def test_unloaded_lora_is_gone() -> None:

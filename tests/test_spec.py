@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -87,6 +88,30 @@ def test_bad_specs_say_what_was_meant(text: str, words: str) -> None:
     with pytest.raises(SpecError) as caught:
         parse(text)
     assert words in str(caught.value)
+
+
+def test_a_third_party_s_passes_are_found_and_a_broken_package_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    package = tmp_path / "acme-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    points = "[sdgraph.passes]\nAcmeFold = acme_passes:AcmeFold\nAcmeGone = acme_gone:AcmeGone\n"
+    (package / "entry_points.txt").write_text(points)
+    code = """
+from dataclasses import dataclass
+from sdgraph import Pass
+
+@dataclass(frozen=True)
+class AcmeFold(Pass):
+    depth: int = 1
+"""
+    (tmp_path / "acme_passes.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert str(parse("AcmeFold(3)")[0]) == "AcmeFold(3)"
+    assert "AcmeGone (acme_gone:AcmeGone) cannot be loaded" in caplog.text
+    with pytest.raises(SpecError, match="did you mean 'AcmeFold'"):
+        parse("AcmeFolt(3)")
 
 
 def test_our_passes_come_in_as_a_third_party_s_do() -> None:
