@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -306,16 +306,20 @@ class Graph:
     def add_module(self, path: str, module: nn.Module, shares: Shares | None = None) -> None:
         """Put a module at a path, replacing what is there: one of its own over the same weights. Those tied to weights
         added with the same `shares` stay tied."""
-        self.weights.put(path, (shares or Shares()).module(module))
-        for key in ("val", "probe"):
-            self._meta.pop((path, key), None)
-        for node in self.fx.nodes:
-            if node.target == path:
-                node.meta.pop("asked", None)
+        self._put(path, (shares or Shares()).module(module))
 
     def add_tensor(self, name: str, tensor: torch.Tensor, shares: Shares | None = None) -> None:
         """Put a parameter or buffer at a name, over the same storage."""
-        self.weights.put(name, (shares or Shares()).tensor(tensor))
+        self._put(name, (shares or Shares()).tensor(tensor))
+
+    def _put(self, path: str, value: nn.Module | torch.Tensor) -> None:
+        """Set a weight, and forget what was known of the one before."""
+        self.weights.put(path, value)
+        for key in ("val", "probe"):
+            if self._meta.pop((path, key), None) is not None:
+                for node in self.fx.nodes:
+                    if node.target == path:
+                        node.meta.pop("asked", None)
 
     def free_name(self, stem: str) -> str:
         """A name no weight has: the stem, or the stem with a number."""
@@ -333,6 +337,7 @@ class Graph:
         *args: Any,
         before: torch.fx.Node | None = None,
         path: str = "",
+        leaving: Iterable[torch.fx.Node] = (),
     ) -> Any:
         """Trace ordinary PyTorch code into the graph.
 
@@ -341,6 +346,7 @@ class Graph:
             args: its arguments: nodes of the graph stand for their values, anything else is passed as it is.
             before: the node the new ones come before; by default the earliest place where all arguments exist.
             path: the scope of the new nodes; for a module, also where it is registered.
+            leaving: nodes that will be removed, so that new weights may take the names of theirs.
         Returns:
             the node (or tuple of nodes) of what the code returns.
         Raises:
@@ -354,7 +360,7 @@ class Graph:
         if anchor is None:
             last = max((n for n in given), key=lambda n: order[n], default=None)
             anchor = last.next if last is not None and last.op != "placeholder" else self._first_operation()
-        tracer = Tracer(self, code if isinstance(code, nn.Module) else None, prefix=path)
+        tracer = Tracer(self, code if isinstance(code, nn.Module) else None, prefix=path, leaving=leaving)
         tracer.module_stack = self._stack(path.rpartition(".")[0] if isinstance(code, nn.Module) else path)
         known = set(self.fx.nodes)
         try:
@@ -364,6 +370,10 @@ class Graph:
         except BaseException:
             for node in reversed([n for n in self.fx.nodes if n not in known]):
                 self.fx.erase_node(node)
+            for name, held in reversed(tracer.displaced.items()):
+                if held is not None:
+                    self._put(name, held)
+            self._drop_unused_weights()
             raise
         self.guards = tuple(dict.fromkeys((*self.guards, *tracer.guards)))
         return made
@@ -398,7 +408,7 @@ class Graph:
         """
         region = self.region(region) if isinstance(region, str) else region
         old = region.output
-        new = self.insert(code, *region.inputs, before=old.next, path=region.path)
+        new = self.insert(code, *region.inputs, before=old.next, path=region.path, leaving=region.nodes)
         self._same_shape(old, new, region.path)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self._leave(region)
@@ -449,8 +459,7 @@ class Graph:
         for node in reversed(self.fx.nodes):
             if not node.users and node.op not in ("placeholder", "output"):
                 self.fx.erase_node(node)
-        used = {str(n.target) for n in self.fx.nodes if n.op in ("call_module", "get_attr")}
-        self.weights.keep_only(used)
+        self._drop_unused_weights()
 
     def copy(self) -> Graph:
         """A graph of its own over the same weights' storage."""
@@ -486,6 +495,9 @@ class Graph:
                 source = node.all_input_nodes[0]
                 if source not in region.nodes:
                     node.meta["nn_module_stack"] = dict(source.meta.get("nn_module_stack", {}))
+
+    def _drop_unused_weights(self) -> None:
+        self.weights.keep_only({str(n.target) for n in self.fx.nodes if n.op in ("call_module", "get_attr")})
 
     def _first_operation(self) -> torch.fx.Node:
         return next(n for n in self.nodes if n.op != "placeholder")

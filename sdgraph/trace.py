@@ -16,7 +16,7 @@ import linecache
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -266,9 +266,12 @@ class Tracer(fx.proxy.TracerBase):
     Args:
         graph: receives nodes and parameters, and holds the evaluation.
         root: the module whose code runs; its parameters keep the names they have in it, behind `prefix`.
+        leaving: nodes that will be removed, whose weights may be displaced.
     """
 
-    def __init__(self, graph: Graph, root: nn.Module | None = None, prefix: str = "") -> None:
+    def __init__(
+        self, graph: Graph, root: nn.Module | None = None, prefix: str = "", leaving: Iterable[fx.Node] = ()
+    ) -> None:
         super().__init__()
         self.owner, self.root = graph, root
         self.graph = graph.fx  # the name fx gives it
@@ -276,6 +279,8 @@ class Tracer(fx.proxy.TracerBase):
         self.guards: dict[Guard, None] = {}
         self.failed_at = ""  # innermost module in which an exception was raised
         self.shares = Shares()
+        self.displaced: dict[str, Any] = {}  # what this tracer has put in the place of, by name
+        self._staying = set(graph.fx.nodes).difference(leaving)
         self._once: dict[Any, Any] = {}
         dotted = prefix + "." if prefix else ""
         self._paths: dict[int, str] = {}
@@ -398,7 +403,8 @@ class Tracer(fx.proxy.TracerBase):
                 return module.forward(*args, **kwargs)
             if getattr(module, "inplace", False):
                 raise self.error(f"{type(module).__name__} works in place", "construct it with inplace=False")
-            if type(self.owner.weights.get(path)) is not type(module):  # a bare module may hold parameters read so far
+            if self.owner.weights.get(path) is not module and path not in self.displaced:
+                self._displace(path)
                 self.owner.add_module(path, module, self.shares)
             return self.create_proxy("call_module", path, args, kwargs)
         except Exception:
@@ -416,12 +422,21 @@ class Tracer(fx.proxy.TracerBase):
         if name is None:
             name = self.owner.free_name("constant")
             self._tensors[id(tensor)] = name
-        if not self.owner.has_tensor(name):
+        held = self.owner.weights.get(name)
+        if held is not tensor and held is not self.shares.tensor(tensor):
+            self._displace(name)
             self.owner.add_tensor(name, tensor, self.shares)
         key = ("get_attr", name)
         if key not in self._once:
             self._once[key] = self.create_proxy("get_attr", name, (), {})
         return self._once[key].node  # type: ignore[no-any-return]
+
+    def _displace(self, name: str) -> None:
+        """Make room for a new weight. What had its name must be on the way out, and is kept in case of failure."""
+        for node in self._staying:
+            if str(node.target) in (name, name.rpartition(".")[0]):
+                raise self.error(f"{node.name} still uses the weights at {name!r}", "register the new ones elsewhere")
+        self.displaced[name] = self.owner.weights.get(name)
 
     def _shape_residual(self, residual: fx.Node, user: fx.Node) -> None:
         others = [n for n in user.all_input_nodes if n is not residual and isinstance(n.meta["val"], torch.Tensor)]

@@ -156,6 +156,35 @@ def test_replace_with_itself_changes_nothing(unet: UNet2DConditionModel, graph: 
     assert torch.equal(answer(settled(graph), call), answer(unet, call))
 
 
+def test_new_weights_take_the_names_of_the_old(unet: UNet2DConditionModel, graph: Graph) -> None:
+    conv = nn.Conv2d(4, 16, 3, padding=1)
+    graph.replace("conv_in", conv)
+    twin = build("sd15")
+    twin.conv_in = conv
+    call = call_of(unet)
+    edited = settled(graph)
+    assert torch.equal(answer(edited, call), answer(twin, call))
+    assert edited.conv_in.weight.data_ptr() == conv.weight.data_ptr()
+
+
+def test_weights_in_use_are_not_displaced(unet: UNet2DConditionModel, graph: Graph) -> None:
+    with pytest.raises(TraceError, match="conv_in still uses the weights at 'conv_in'"):
+        graph.insert(nn.Conv2d(16, 16, 1), graph.region("conv_in").output, path="conv_in")
+
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q = nn.Linear(16, 16, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.to_q(x) + x[:, :, :1].repeat(1, 1, 99)
+
+    with pytest.raises(ShapeError):
+        graph.replace(f"{UNIT}.attn1", Fails())
+    call = call_of(unet)
+    assert torch.equal(answer(settled(graph), call), answer(unet, call))
+
+
 def unet_part(graph: Graph, temb: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The first resnet of the mid block, written out."""
     path = "mid_block.resnets.0"
