@@ -14,7 +14,8 @@ from .dims import Dims, Symbol
 from .errors import SdgraphError, ShapeError, SpecError, TraceError
 from .graph import Graph
 from .inputs import Dim, Input, unflatten
-from .source import call_guards, check_source, config_of, free_sizes, unet_inputs
+from .signature import call_guards, config_of, free_sizes, unet_inputs
+from .source import check_source
 from .trace import Tracer, tracing
 from .weights import Weights
 
