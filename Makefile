@@ -40,5 +40,5 @@ $(VENV)/bin/python:
 
 # One stamp per set of extras; a change of either file installs anew.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(RUN)/python -m pip install -c constraints.txt -e ".[$*]"
+	$(RUN)/python -m pip install -q -c constraints.txt -e ".[$*]"
 	touch $@
