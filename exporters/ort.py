@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
+from sdgraph.call import UNetCall
 from sdgraph.dims import evaluate
 from sdgraph.errors import ExtraError, ModeError, SavedError, SpecError, did_you_mean
-from sdgraph.inputs import flatten
+from sdgraph.inputs import Input
 
 from .extra import require_onnx
 from .manifest import AGAIN, MODEL, Manifest, read_config
@@ -29,7 +29,7 @@ _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.
 _ORT = {torch.float32: "tensor(float)", torch.float16: "tensor(float16)", torch.int64: "tensor(int64)"}
 
 
-class ORTUNet:
+class ORTUNet(UNetCall):
     """An exported UNet. Called like a diffusers `UNet2DConditionModel`, in an unmodified pipeline.
 
     Made by `from_pretrained`.
@@ -98,51 +98,12 @@ class ORTUNet:
 
     # -- the call ------------------------------------------------------------------------------------------------
 
-    def __call__(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        encoder_hidden_states: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        timestep_cond: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        added_cond_kwargs: dict[str, Any] | None = None,
-        down_block_additional_residuals: tuple[torch.Tensor, ...] | None = None,
-        mid_block_additional_residual: torch.Tensor | None = None,
-        down_intrablock_additional_residuals: list[torch.Tensor] | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """The noise prediction, with diffusers' arguments; without gradients.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The noise prediction, without gradients and on the device of `sample`; arguments as of `forward`."""
+        return self.forward(*args, **kwargs)
 
-        Args:
-            sample: latents, `(batch, in_channels, height, width)`; any height and width.
-            timestep: a number, a 0-d tensor, or one per sample.
-            encoder_hidden_states: `(batch, sequence, features)`.
-        Returns:
-            `UNet2DConditionOutput`, or a tuple with `return_dict=False`; on the device of `sample`.
-        Raises:
-            CallError: the model does not cover the call: a shape, dtype or argument; nothing is ignored.
-        """
-        call = {
-            "sample": sample,
-            "timestep": timestep,
-            "encoder_hidden_states": encoder_hidden_states,
-            "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
-            "attention_mask": attention_mask,
-            "cross_attention_kwargs": cross_attention_kwargs,
-            "added_cond_kwargs": added_cond_kwargs,
-            "down_block_additional_residuals": down_block_additional_residuals,
-            "mid_block_additional_residual": mid_block_additional_residual,
-            "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
-            "encoder_attention_mask": encoder_attention_mask,
-        }
-        result = self.run(flatten(call, self.manifest.inputs))
-        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
-
-    forward = __call__
+    def call_inputs(self) -> Sequence[Input]:
+        return self.manifest.inputs
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The noise prediction for flat inputs, by name. Tensors on the session's device are not copied.

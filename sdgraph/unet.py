@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.models.embeddings import ImageProjection
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import fx, nn
 
 from .accept import accept
+from .call import UNetCall
 from .errors import ModeError
 from .graph import Graph
-from .inputs import flatten
+from .inputs import Input
 from .specialise import without
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _CURES = {
 }
 
 
-class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A UNet that runs a graph. Called like a diffusers `UNet2DConditionModel`, anywhere one is.
 
     Weights share storage with the source UNet until they are made its own: by `train()`, `load_state_dict()`,
@@ -71,48 +71,10 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     # -- the call ------------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        encoder_hidden_states: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        timestep_cond: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        added_cond_kwargs: dict[str, Any] | None = None,
-        down_block_additional_residuals: tuple[torch.Tensor, ...] | None = None,
-        mid_block_additional_residual: torch.Tensor | None = None,
-        down_intrablock_additional_residuals: list[torch.Tensor] | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """The noise prediction, with diffusers' arguments.
+    def call_inputs(self) -> Sequence[Input]:
+        return self.graph.inputs
 
-        Args:
-            sample: latents, `(batch, in_channels, height, width)`; any height and width.
-            timestep: a number, a 0-d tensor, or one per sample.
-            encoder_hidden_states: `(batch, sequence, features)`.
-        Returns:
-            `UNet2DConditionOutput`, or a tuple with `return_dict=False`.
-        Raises:
-            CallError: the graph does not cover the call: a shape, dtype or argument; nothing is ignored.
-        """
-        call = {
-            "sample": sample,
-            "timestep": timestep,
-            "encoder_hidden_states": encoder_hidden_states,
-            "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
-            "attention_mask": attention_mask,
-            "cross_attention_kwargs": cross_attention_kwargs,
-            "added_cond_kwargs": added_cond_kwargs,
-            "down_block_additional_residuals": down_block_additional_residuals,
-            "mid_block_additional_residual": mid_block_additional_residual,
-            "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
-            "encoder_attention_mask": encoder_attention_mask,
-        }
-        flat = flatten(call, self.graph.inputs)
+    def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         casting = torch.is_autocast_enabled(flat["sample"].device.type)
         signature = (casting, *((name, v.shape, v.dtype, v.device) for name, v in flat.items()))
         if signature not in self._accepted:
@@ -120,8 +82,7 @@ class GraphUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self._accepted.add(signature)
         if not self._own_weights and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             self._take_weights()  # gradients may follow, and an optimizer that uses them
-        result = self.variant(frozenset(flat))(*flat.values())
-        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+        return self.variant(frozenset(flat))(*flat.values())  # type: ignore[no-any-return]
 
     def variant(self, given: frozenset[str]) -> fx.GraphModule:
         """The straight-line module for calls with the inputs `given`; its arguments are those, in graph order."""
