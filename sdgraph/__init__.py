@@ -1,5 +1,8 @@
 """sdgraph: a graph-transformation compiler for diffusion UNets."""
 
+import importlib
+from typing import Any
+
 from . import errors
 from .apply import apply
 from .capture import trace, trace_code
@@ -38,3 +41,10 @@ __all__ = [
     "trace",
     "trace_code",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`sdgraph.passes`, `sdgraph.exporters` and `sdgraph.testing` are loaded when first asked for."""
+    if name in ("exporters", "passes", "testing"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -102,3 +102,33 @@ def test_editable_install_imports_the_checkout(inside: bool, tmp_path: Path) -> 
         pytest.skip("the environment holds sdgraph as a wheel")
     expected = {package: ROOT / folder for package, folder in FOLDERS.items()}
     assert imported_from(ROOT if inside else tmp_path) == expected
+
+
+def test_submodules_load_when_asked_for(tmp_path: Path) -> None:
+    code = "import sdgraph; print(sdgraph.passes.CleanUp(), sdgraph.exporters.onnx.export.__name__, sdgraph.testing)"
+    assert run(sys.executable, "-c", code, cwd=tmp_path).startswith("CleanUp() export <module 'sdgraph.testing'")
+
+
+def test_the_core_runs_without_the_extras(tmp_path: Path) -> None:
+    """Exporters and pictures say which extra they need; everything else works."""
+    code = """
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+missing = ("onnx", "onnxruntime", "onnxscript", "matplotlib", "transformers", "accelerate", "peft")
+PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in missing else find(name, *rest)
+import torch, sdgraph
+from diffusers import UNet2DConditionModel
+unet = UNet2DConditionModel(block_out_channels=(8, 8), norm_num_groups=4, cross_attention_dim=8,
+    attention_head_dim=2, layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")).eval()
+pruned = sdgraph.apply(unet, "CleanUp, PruneBlocks('mid_block')")
+str(pruned.graph)
+for extra, need in (("onnx", lambda: sdgraph.exporters.onnx.export(pruned, "x")),
+                    ("plots", lambda: pruned.graph.picture("x.svg"))):
+    try:
+        need()
+    except sdgraph.errors.ExtraError as error:
+        print(extra, f"sdgraph[{extra}]" in str(error))
+"""
+    assert run(sys.executable, "-W", "ignore", "-c", code, cwd=tmp_path).split() == ["onnx", "True", "plots", "True"]

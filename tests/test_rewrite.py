@@ -151,7 +151,7 @@ def test_clean_up_s_own_examples(one: Rewrite) -> None:
     check(one)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "lcm"])
+@pytest.mark.parametrize("name", ["sd15", "sd21", pytest.param("sdxl", marks=pytest.mark.slow), "lcm"])
 def test_clean_up_is_exact_and_final(name: str) -> None:
     unet = build(name)
     clean = sdgraph.apply(unet, [CleanUp()])

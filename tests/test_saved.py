@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,17 @@ def pruned() -> GraphUNet:
     return sdgraph.apply(build("sd15"), PASSES, verify=False)
 
 
+@pytest.fixture(scope="module")
+def saved(pruned: GraphUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "unet"
+    pruned.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(pruned: GraphUNet, tmp_path: Path) -> Path:
-    pruned.save_pretrained(tmp_path / "unet")
-    return tmp_path / "unet"
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A saved folder to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "unet"))
 
 
 def test_round_trip(pruned: GraphUNet, folder: Path) -> None:
@@ -41,6 +49,7 @@ def test_round_trip(pruned: GraphUNet, folder: Path) -> None:
     assert half.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "lcm", "class-timestep", "upscaler"])
 def test_other_architectures(name: str, tmp_path: Path) -> None:
     unet = sdgraph.apply(build(name).to(torch.bfloat16), "CleanUp", verify=False)
