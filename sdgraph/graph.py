@@ -297,12 +297,6 @@ class Graph:
             raise PathError(f"no tensor {name!r}", cure=did_you_mean(name, self.parameters()))
         return found
 
-    def has_module(self, path: str) -> bool:
-        return isinstance(self.weights.get(path), nn.Module)
-
-    def has_tensor(self, name: str) -> bool:
-        return isinstance(self.weights.get(name), torch.Tensor)
-
     def add_module(self, path: str, module: nn.Module, shares: Shares | None = None) -> None:
         """Put a module at a path, replacing what is there: one of its own over the same weights. Those tied to weights
         added with the same `shares` stay tied."""
@@ -480,10 +474,6 @@ class Graph:
             removed=dict(self.removed),
             _meta=dict(self._meta),
         )
-
-    def compile(self, root: nn.Module | None = None) -> torch.fx.GraphModule:
-        """The graph as a module that runs, over the weights of `root` (by default the graph's own)."""
-        return torch.fx.GraphModule(root if root is not None else self.weights, self.fx, class_name="UNet")
 
     # -- inside --------------------------------------------------------------------------------------------------
 
