@@ -16,7 +16,7 @@ from .dims import Dims
 from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
 from .inputs import Input
 from .region import Region
-from .trace import Guard, Tracer, scope, tracing, values
+from .trace import Guard, Tracer, called, residual_like, scope, tracing, values
 from .weights import Shares, Weights, meta_like, on_meta
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class Graph:
                 shapes = ", ".join(f"{n.name}: {self.shape(n)}" for n in node.all_input_nodes)
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise ShapeError(
-                    f"{_target(node)} cannot take {shapes or 'its arguments'}: {reason}",
+                    f"{called(node)} cannot take {shapes or 'its arguments'}: {reason}",
                     where=f"{scope(node) or '(top level)'}, node {node.name}",
                     cure="the shapes on both sides must agree at every size of the call",
                 ) from error
@@ -252,13 +252,12 @@ class Graph:
                 continue
             for arg in node.all_input_nodes:
                 if arg.op == "placeholder" and arg.name in residuals and arg not in shaped:
-                    # an optional residual has the shape of what it is added to, also after that has changed
+                    # anew, for what it is added to may have changed
                     other = next(n for n in node.all_input_nodes if n is not arg)
                     shaped.add(arg)
                     if arg.meta["val"] is None or _signature(arg) != _signature(other):
                         changed.add(arg)
-                    for key in ("val", "probe"):
-                        arg.meta[key] = torch.empty_like(other.meta[key])
+                    residual_like(arg, other)
             if node.meta.get("asked") == _question(node) and changed.isdisjoint(node.all_input_nodes):
                 continue
             before = _signature(node) if "val" in node.meta else None
@@ -532,9 +531,3 @@ def _above(path: str) -> Iterator[str]:
     while "." in path:
         path = path.rpartition(".")[0]
         yield path
-
-
-def _target(node: torch.fx.Node) -> str:
-    if node.op == "call_function":
-        return str(getattr(node.target, "__name__", node.target))
-    return str(node.target)

@@ -17,7 +17,7 @@ from .graph import Graph
 from .inputs import Dim
 from .pass_ import Findings, Pass
 from .report import NearMiss
-from .trace import scope
+from .trace import called, scope
 
 COMMUTE = (operator.add, operator.mul)
 SAME: Mapping[Any, Any] = {
@@ -150,7 +150,7 @@ class _Match:
             self._bind(str(wanted.target), found)
             return
         if not isinstance(found, fx.Node):
-            raise NoMatch(f"expected a value of {_name(wanted)}, found the constant {found!r}")
+            raise NoMatch(f"expected a value of {called(wanted)}, found the constant {found!r}")
         args, kwargs = _call(wanted)
         found_args, found_kwargs = _call(found)
         if wanted.op == "call_method" and wanted.target == "__call__":
@@ -158,17 +158,17 @@ class _Match:
             cls = self.pattern.classes.get(name, nn.Module)
             module = self.graph.module(str(found.target)) if found.op == "call_module" else None
             if not isinstance(module, cls):
-                raise NoMatch(f"expected a {cls.__name__}, found {_name(found)}")
+                raise NoMatch(f"expected a {cls.__name__}, found {called(found)}")
             self.taken.append(found)
             self._bind(name, module)
             args = args[1:]
         else:
             targets = SAME.get(wanted.target, wanted.target), SAME.get(found.target, found.target)
             if wanted.op != found.op or targets[0] != targets[1]:
-                raise NoMatch(f"expected {_name(wanted)}, found {_name(found)}")
+                raise NoMatch(f"expected {called(wanted)}, found {called(found)}")
             self.taken.append(found)
         if len(args) != len(found_args) or set(kwargs) != set(found_kwargs):
-            raise NoMatch(f"{_name(found)} is called with other arguments: {found.args} {found.kwargs}")
+            raise NoMatch(f"{called(found)} is called with other arguments: {found.args} {found.kwargs}")
         commutes = SAME.get(wanted.target, wanted.target) in COMMUTE
         self._either(args, [found_args, found_args[::-1]] if commutes else [found_args])
         for key, value in kwargs.items():
@@ -216,9 +216,3 @@ def _signatures(target: Any) -> tuple[inspect.Signature, ...]:
         found = get_signature_for_torch_op(target) or []
     loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return tuple(s for s in found if not any(p.kind in loose for p in s.parameters.values()))
-
-
-def _name(node: fx.Node) -> str:
-    if node.op == "call_function":
-        return str(getattr(node.target, "__name__", node.target))
-    return str(node.target)

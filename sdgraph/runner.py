@@ -45,7 +45,8 @@ def run_pass(one: Pass, graph: Graph, verify: bool) -> tuple[Graph, PassReport]:
         SdgraphError: whatever the pass raised, or which of its promises it broke.
     """
     start = time.perf_counter()
-    versions = [(name, p, p._version) for name, p in graph.parameters().items()]
+    # Tensors made in inference mode do not count their edits.
+    versions = [(name, p, p._version) for name, p in graph.parameters().items() if not p.is_inference()]
     after, findings, children = _edited(one, graph)
     if fingerprint(after) == fingerprint(graph) and not one.may_change_nothing:
         closest = "; ".join(f"{m.where}: {m.reason}" for m in findings.near_misses[:3])

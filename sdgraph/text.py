@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .cost import macs
-from .trace import values
+from .trace import called, values
 
 if TYPE_CHECKING:
     from .graph import Graph
@@ -483,10 +483,7 @@ def _held(graph: Graph) -> dict[str, int]:
 
 
 def _short(node: fx.Node) -> str:
-    name = str(node.target)
-    if node.op == "call_function":
-        name = str(getattr(node.target, "__name__", node.target))
-    return SHORT.get(name, name)
+    return SHORT.get(called(node), called(node))
 
 
 def _relative(path: str, base: str) -> str:

@@ -79,6 +79,19 @@ def values(node: fx.Node) -> tuple[Any, Any]:
     return node.meta["val"], node.meta["probe"]
 
 
+def called(node: fx.Node) -> str:
+    """Name of what a node calls or reads."""
+    if node.op == "call_function":
+        return str(getattr(node.target, "__name__", node.target))
+    return str(node.target)
+
+
+def residual_like(residual: fx.Node, value: fx.Node) -> None:
+    """An optional residual has the shape of what it is added to."""
+    for key in ("val", "probe"):
+        residual.meta[key] = torch.empty_like(value.meta[key])
+
+
 def scope(node: fx.Node) -> str:
     """Path of the innermost source module a node belongs to ("" for the model itself)."""
     stack = node.meta.get("nn_module_stack")
@@ -442,8 +455,7 @@ class Tracer(fx.proxy.TracerBase):
         others = [n for n in user.all_input_nodes if n is not residual and isinstance(n.meta["val"], torch.Tensor)]
         if user.target not in (operator.add, torch.add) or len(others) != 1:
             raise self.error(f"the optional input {residual.name} is not simply added", "give it a shape")
-        for key in ("val", "probe"):
-            residual.meta[key] = torch.empty_like(others[0].meta[key])
+        residual_like(residual, others[0])
 
 
 def _versions(node: fx.Node) -> list[int]:

@@ -202,6 +202,14 @@ def test_editing_shared_weights_in_place_is_caught() -> None:
     assert "weight" in caught.value.where
 
 
+def test_a_source_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        unet = build("sd15")
+    clean = sdgraph.apply(unet, "CleanUp")
+    call = call_of(unet)
+    assert torch.equal(answer(clean, call), answer(unet, call))
+
+
 def test_order(traced: Graph) -> None:
     with pytest.raises(OrderError, match="NeedsScale needs Scale before it"):
         sdgraph.apply(traced, [NeedsScale()])

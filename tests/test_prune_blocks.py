@@ -98,7 +98,8 @@ def test_the_plain_model_has_weights_of_its_own(unet: UNet2DConditionModel) -> N
         "down_blocks.1.resnets.1",
         "down_blocks.2.resnets.0",  # its channels change: the shortcut stays
         "up_blocks.1.resnets.1",  # goes together with its skip
-        "up_blocks.2.resnets.2",  # its channels change: the shortcut stays
+        "up_blocks.2.resnets.0",  # its channels change: the shortcut stays
+        "up_blocks.2.resnets.2",  # goes together with its skip
         "down_blocks.1.attentions.0",
         "up_blocks.3.attentions.2",
         "mid_block.attentions.0.transformer_blocks.0",
@@ -112,7 +113,9 @@ def test_the_plain_model_has_weights_of_its_own(unet: UNet2DConditionModel) -> N
 )
 def test_any_region_can_go_alone(unet: UNet2DConditionModel, whole: sdgraph.Graph, path: str) -> None:
     pruned = sdgraph.apply(whole, [PruneBlocks((path,))])
-    assert path not in pruned.graph.paths() or path.endswith("resnets.0") or "resnets" in path
+    left = [p for p in pruned.graph.paths() if p == path or p.startswith(f"{path}.")]
+    keeps_shortcut = path in ("down_blocks.2.resnets.0", "up_blocks.2.resnets.0")
+    assert left == ([path, f"{path}.conv_shortcut"] if keeps_shortcut else [])
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in unet.parameters())
     for sizes in ({"B": 2, "H": 8, "W": 16}, {"B": 1, "H": 7, "W": 9}):
         assert answer(pruned, call_of(unet, **sizes)).isfinite().all()

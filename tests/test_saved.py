@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import sdgraph
-from sdgraph import GraphUNet
+from sdgraph import Graph, GraphUNet, Pass
 from sdgraph.errors import ModeError, SavedError
 
 from .models import answer, build, call_of, load_ip_adapter
@@ -58,6 +61,24 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     call = call_of(unet)
     assert back.dtype == torch.bfloat16
     assert torch.equal(answer(back, call), answer(unet, call))
+
+
+def test_a_pass_that_changes_only_weights_comes_back(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class HalveConvIn(Pass):
+        def run(self, graph: Graph) -> None:
+            old = graph.module("conv_in")
+            new = copy.deepcopy(old)
+            with torch.no_grad():
+                new.weight = nn.Parameter(old.weight / 2)
+            graph.add_module("conv_in", new)
+
+    unet = sdgraph.apply(build("sd15"), [HalveConvIn()])
+    unet.save_pretrained(tmp_path / "unet")
+    back = GraphUNet.from_pretrained(tmp_path / "unet")
+    call = call_of(unet)
+    assert torch.equal(answer(back, call), answer(unet, call))
+    assert not torch.equal(answer(back, call), answer(build("sd15"), call))
 
 
 def test_trained_weights_are_what_is_saved(tmp_path: Path) -> None:
