@@ -2,14 +2,24 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(CURDIR)/$(VENV)/bin
 
-# Demo and tests build their models from configurations: nothing is downloaded.
+# Models are part of the repository or built from configurations: nothing is downloaded.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-fast test-full lint bench
+.PHONY: demo train scenes test test-fast test-full lint bench
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/.installed-onnx,plots,pipelines
 	$(RUN)/python examples/demo.py
+
+# The small Stable Diffusion of examples/scenes. glibc is told to keep memory: returning it between
+# steps costs time.
+train: $(VENV)/.installed-plots,pipelines
+	cd examples && MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \
+		$(RUN)/python -m scenes.train $(ARGS)
+
+scenes: $(VENV)/.installed-plots,pipelines
+	cd examples && $(RUN)/python -m scenes.save && $(RUN)/python -m scenes.quality --out scenes/model \
+		&& $(RUN)/python -m scenes.card
 
 bench: $(VENV)/.installed-bench,pipelines
 	$(RUN)/python benchmarks/overhead.py $(ARGS)

@@ -170,6 +170,12 @@ def _as_graph(unet: Any) -> GraphUNet:
     if not isinstance(unet, GraphUNet):
         hint = "pass pipe.unet" if hasattr(unet, "unet") else "pass what sdgraph.apply returned, or a diffusers UNet"
         raise ExportError(f"a {type(unet).__name__} cannot be exported", cure=hint)
+    if unet.graph.sites:
+        raise ExportError(
+            "a UNet that inherits features is several graphs, and only one can be exported so far",
+            where=next(iter(unet.graph.sites)),
+            cure="export it without InheritFeatures",
+        )
     name = str(unet.dtype).removeprefix("torch.")
     if name not in DTYPES:
         why = "; ONNX Runtime has no bfloat16 kernels for Resize" if name == "bfloat16" else ""

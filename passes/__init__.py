@@ -1,6 +1,7 @@
 """Passes. Each uses only public names of `sdgraph`, as a user's pass does."""
 
 from .clean_up import CleanUp
+from .inherit_features import InheritFeatures
 from .prune_blocks import PruneBlocks
 
-__all__ = ["CleanUp", "PruneBlocks"]
+__all__ = ["CleanUp", "InheritFeatures", "PruneBlocks"]

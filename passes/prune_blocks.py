@@ -24,10 +24,10 @@ class PruneBlocks(Pass):
     initialises its students; quality needs distillation afterwards.
 
     A list removes any regions: resnets, attentions, transformer blocks, units (`...attn1`, `...ff`), the mid block,
-    whole levels. `*` stands for anything within a name: `up_blocks.*.attentions.2`. What takes the place of a region is
-    told in `sdgraph.Graph.bypass`; in short, the flow goes past it, an up layer goes together with its skip connection,
-    and a resnet that changes the channels leaves its 1x1 shortcut. ControlNet and adapter residuals of skips that stay
-    go where they went before.
+    whole levels. Patterns such as `up_blocks.*.attentions.-1` are those of `sdgraph.Graph.matching`. What takes the
+    place of a region is told in `sdgraph.Graph.bypass`; in short, the flow goes past it, an up layer goes together with
+    its skip connection, and a resnet that changes the channels leaves its 1x1 shortcut. ControlNet and adapter
+    residuals of skips that stay go where they went before.
 
     Args:
         blocks: a preset, a path, or paths.
@@ -53,30 +53,19 @@ class PruneBlocks(Pass):
             raise SpecError("nothing to prune", where="PruneBlocks", cure="pass a preset or module paths")
 
     def run(self, graph: Graph) -> Findings:
-        paths = list(_preset(graph, self.blocks) if self.blocks in PRESETS else _expand(graph, self.blocks))
+        if isinstance(self.blocks, str) and self.blocks in PRESETS:
+            paths = list(_preset(graph, self.blocks))
+        else:
+            paths = _outermost(graph.matching(self.blocks))
         for path in paths:
             graph.bypass(path)
             graph.removed[path] = str(self)
         return Findings(edits=tuple(f"removed {path}" for path in paths))
 
 
-def _expand(graph: Graph, blocks: str | tuple[str, ...]) -> Iterator[str]:
-    """Paths for patterns, the latest in the graph first, and none that lies inside another."""
-    known = graph.paths()
-    wanted: set[str] = set()
-    for pattern in (blocks,) if isinstance(blocks, str) else blocks:
-        if "*" not in pattern:
-            graph.region(pattern)
-            wanted.add(pattern)
-            continue
-        regex = re.compile(r"[^.]*".join(re.escape(part) for part in pattern.split("*")))
-        found = [path for path in known if regex.fullmatch(path)]
-        if not found:
-            cure = did_you_mean(pattern, known) or "print(graph) lists the paths"
-            raise PathError(f"no module matches {pattern!r}", where=pattern, cure=cure)
-        wanted.update(found)
-    outermost = [p for p in wanted if not any(p.startswith(f"{other}.") for other in wanted)]
-    yield from sorted(outermost, key=known.index, reverse=True)
+def _outermost(paths: list[str]) -> list[str]:
+    """The latest in the graph first, and none that lies inside another."""
+    return [p for p in reversed(paths) if not any(p.startswith(f"{other}.") for other in paths)]
 
 
 def _preset(graph: Graph, preset: str) -> Iterator[str]:

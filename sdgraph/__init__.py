@@ -8,6 +8,7 @@ from .apply import apply
 from .capture import trace, trace_code
 from .contract import Contract
 from .errors import SdgraphError
+from .evaluate import Evaluation, evaluate
 from .graph import Graph
 from .pass_ import Chain, Findings, Fixpoint, Pass
 from .region import Region
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Chain",
     "Contract",
+    "Evaluation",
     "Example",
     "Findings",
     "Fixpoint",
@@ -37,6 +39,7 @@ __all__ = [
     "Spec",
     "apply",
     "errors",
+    "evaluate",
     "parse",
     "trace",
     "trace_code",

@@ -58,6 +58,10 @@ class SpecError(SdgraphError, ValueError):
     """A text spec or an option that names no pass, field or value."""
 
 
+class ScheduleError(SdgraphError, ValueError):
+    """A schedule that makes no sense, or not for this generation."""
+
+
 class PassError(SdgraphError):
     """A pass failed; the cause is chained, the graph it was given is unchanged."""
 
@@ -88,6 +92,10 @@ class ExportError(SdgraphError):
 
 class ParityError(ExportError):
     """An exported model whose numbers are out of bounds against eager; nothing was written."""
+
+
+class QualityError(SdgraphError):
+    """Images that fall short of what was asked of them, or that cannot be compared."""
 
 
 class ExtraError(SdgraphError, ImportError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from torch import nn
 
 from .dims import Dims
 from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
+from .inherit import inherit, sites, step
 from .inputs import Input
 from .region import Region
+from .schedules import Schedule
 from .trace import Guard, Tracer, called, residual_like, scope, tracing, values
 from .weights import Shares, Weights, meta_like, on_meta
 
@@ -66,6 +69,7 @@ class Graph:
     classes: dict[str, str] = field(default_factory=dict)
     passes: tuple[Pass, ...] = ()
     removed: dict[str, str] = field(default_factory=dict)
+    _schedules: dict[str, Schedule] = field(default_factory=dict, repr=False)
     _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -146,6 +150,30 @@ class Graph:
     def paths(self) -> list[str]:
         """Paths of all regions, in graph order."""
         return list(dict.fromkeys(p for n in self.fx.nodes for p in n.meta.get("nn_module_stack", {})))
+
+    def matching(self, patterns: str | Iterable[str]) -> list[str]:
+        """Paths of the regions that patterns name, in graph order.
+
+        `*` stands for anything within a name, a negative number counts from the last of its siblings that are there:
+        `up_blocks.-1.attentions.*`.
+
+        Raises:
+            PathError: a pattern that names nothing; with the nearest paths.
+        """
+        known = self.paths()
+        found: set[str] = set()
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            path = _counted(pattern, known)
+            if "*" not in path:
+                found.add(self.region(path).path)
+                continue
+            regex = re.compile(r"[^.]*".join(re.escape(part) for part in path.split("*")))
+            matched = [one for one in known if regex.fullmatch(one)]
+            if not matched:
+                cure = did_you_mean(pattern, known) or "print(graph) lists the paths"
+                raise PathError(f"no module matches {pattern!r}", where=pattern, cure=cure)
+            found.update(matched)
+        return sorted(found, key=known.index)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by name."""
@@ -447,6 +475,37 @@ class Graph:
         self.infer(node)
         return node
 
+    def inherit(self, node: torch.fx.Node, site: str, schedule: Schedule) -> torch.fx.Node:
+        """Let calls take over the value of `node` from earlier ones, under the name `site`, except those at which
+        `schedule` refreshes it.
+
+        Returns:
+            the node that all earlier users of `node` now take.
+        """
+        if site in self.sites:
+            raise EditError(f"there is a site {site!r} already", where=scope(node), cure="name it otherwise")
+        if not isinstance(node.meta["val"], torch.Tensor):
+            raise EditError(f"{node.name} is no tensor", where=scope(node), cure="inherit a tensor")
+        after = node if node.op != "placeholder" else self._first_operation().prev
+        with self.fx.inserting_after(after):
+            made = self.fx.call_function(inherit, (node, site))
+        made.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack", {}))
+        self.infer(made)
+        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+        self._schedules[site] = schedule
+        return made
+
+    @property
+    def sites(self) -> dict[str, Schedule]:
+        """The sites of feature inheritance with their schedules, in graph order."""
+        return {site: self._schedules[site] for site in sites(self.fx)}
+
+    def step_macs(self, stale: Collection[str] = ()) -> int:
+        """Multiply-accumulates of a call at which the sites `stale` are inherited, at the nominal sizes."""
+        from .cost import macs
+
+        return sum(macs(self, node) for node in step(self.fx, stale).nodes.nodes)
+
     def sweep(self) -> None:
         """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""
         for node in reversed(self.fx.nodes):
@@ -471,6 +530,7 @@ class Graph:
             weights=weights,
             classes=dict(self.classes),
             removed=dict(self.removed),
+            _schedules=dict(self._schedules),
             _meta=dict(self._meta),
         )
 
@@ -511,6 +571,21 @@ class Graph:
                     where=path,
                     cure="return a tensor of the old shape and dtype, at every size and model dtype",
                 )
+
+
+def _counted(pattern: str, known: Sequence[str]) -> str:
+    """The pattern with its negative numbers replaced; as it is where there are too few siblings."""
+    names = pattern.split(".")
+    for i, name in enumerate(names):
+        if re.fullmatch(r"-\d+", name):
+            above = ".".join(names[:i])
+            siblings = dict.fromkeys(
+                path.split(".")[i] for path in known if path.startswith(f"{above}.") and path.count(".") >= i
+            )
+            there = sorted(map(int, filter(str.isdigit, siblings)))
+            if -int(name) <= len(there):
+                names[i] = str(there[int(name)])
+    return ".".join(names)
 
 
 def _question(node: torch.fx.Node) -> tuple[Any, ...]:

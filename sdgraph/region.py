@@ -69,6 +69,31 @@ class Region:
         found = [n for n in self.inputs if n.meta["val"].ndim == rank]
         return found[-1] if found else None
 
+    @property
+    def branch(self) -> fx.Node | None:
+        """What it adds to the main flow, if that is how it ends; its last addition may be inside (a resnet)
+        or outside (a unit)."""
+        if len(self.outputs) != 1:
+            return None
+        last = self.output
+        if self._residual(last) is not None:
+            return last
+        while last.target is operator.truediv and isinstance(last.args[0], fx.Node):  # a resnet's scale factor
+            last = last.args[0]
+        if last.target is not operator.add or last not in self.nodes:
+            return None
+        branches = [
+            side
+            for side in last.args
+            if isinstance(side, fx.Node) and side is not self.main_input and side is not self._shortcut
+        ]
+        return branches[0] if len(branches) == 1 else None
+
+    @property
+    def _shortcut(self) -> fx.Node | None:
+        """A resnet's own 1x1 convolution, past everything else."""
+        return next((n for n in self.nodes if n.target == f"{self.path}.conv_shortcut"), None)
+
     @cached_property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Its parameters by full name."""
@@ -106,10 +131,8 @@ class Region:
                     return output, parts[0]
             if _channels(entry) == _channels(output):
                 return output, entry
-        shortcut = next((n for n in self.nodes if n.target == f"{self.path}.conv_shortcut"), None)
-        if shortcut is not None:
-            joined = next(iter(shortcut.users))
-            return joined, shortcut
+        if self._shortcut is not None:
+            return next(iter(self._shortcut.users)), self._shortcut
         found = self.graph.shape(entry) if entry is not None else "nothing"
         raise ShapeError(
             f"without {self.path!r} its output {self.graph.shape(output)} would be replaced by {found}",

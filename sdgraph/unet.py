@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -14,8 +15,11 @@ from torch import fx, nn
 from .accept import accept
 from .call import UNetCall
 from .errors import ModeError
+from .generation import Generations, stale
 from .graph import Graph
+from .inherit import step
 from .inputs import Input
+from .schedules import Run
 from .specialise import without
 
 if TYPE_CHECKING:
@@ -40,6 +44,8 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
     Weights share storage with the source UNet until they are made its own: by `train()`, `load_state_dict()`,
     a move to another device or dtype. The source is never changed.
 
+    Features are inherited between calls without gradients only; a call that may be learned from computes everything.
+
     Args:
         graph: the graph; it belongs to this module from now on.
         report: what made it.
@@ -56,7 +62,9 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.graph = graph
         self.report = report if report is not None else Report(())
         self._own_weights = False
-        self._variants: dict[frozenset[str], fx.GraphModule] = {}
+        self._variants: dict[tuple[frozenset[str], frozenset[str]], fx.GraphModule] = {}
+        self._schedules = graph.sites
+        self._generations = Generations()
         self._accepted: set[Any] = set()
         for name, child in graph.weights.named_children():
             self.add_module(name, child)
@@ -80,17 +88,46 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         if signature not in self._accepted:
             accept(self.graph.resolved_inputs(), self.graph.guards, flat, self.dtype)
             self._accepted.add(signature)
-        if not self._own_weights and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if learning and not self._own_weights:
             self._take_weights()  # gradients may follow, and an optimizer that uses them
-        return self.variant(frozenset(flat))(*flat.values())  # type: ignore[no-any-return]
+        if learning or not self._schedules:
+            return self._step(flat, {}, frozenset())[0]
+        with self._generations.call(flat) as generation:
+            output, refreshed = self._step(flat, generation.values, stale(self._schedules, generation))
+            generation.values |= refreshed
+        return output
 
-    def variant(self, given: frozenset[str]) -> fx.GraphModule:
-        """The straight-line module for calls with the inputs `given`; its arguments are those, in graph order."""
-        if given not in self._variants:
+    def _step(
+        self, flat: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], inherited: frozenset[str]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The output of a call that takes the sites `inherited` from `values`, and what it refreshed."""
+        variant = self.variant(frozenset(flat), inherited)
+        result = variant(*flat.values(), *(values[site] for site in variant.meta["takes"]))
+        if not self._schedules:
+            return result, {}
+        output, *refreshed = result
+        return output, dict(zip(variant.meta["gives"], refreshed, strict=True))
+
+    def variant(self, given: frozenset[str], inherited: frozenset[str] = frozenset()) -> fx.GraphModule:
+        """The straight-line module for one kind of call, over this module's weights; built once.
+
+        Args:
+            given: the inputs of the call.
+            inherited: the sites that are not refreshed.
+        Returns:
+            a module whose arguments are those inputs, in graph order, and the values of the sites in
+            `meta["takes"]`; it returns the output and the values of the sites in `meta["gives"]`, as one tuple. If the
+            graph has no sites it returns the output.
+        """
+        key = given, inherited
+        if key not in self._variants:
             absent = {i.name for i in self.graph.inputs} - given
             self._check_offload()
-            self._variants[given] = fx.GraphModule(self, without(self.graph.fx, absent), class_name="UNet")
-        return self._variants[given]
+            made = step(without(self.graph.fx, absent), inherited)
+            self._variants[key] = fx.GraphModule(self, made.nodes, class_name="UNet")
+            self._variants[key].meta |= {"takes": made.takes, "gives": made.gives}
+        return self._variants[key]
 
     def _check_offload(self) -> None:
         # accelerate's sequential hooks bring weights in when a module is called; a parameter that the graph reads by
@@ -108,7 +145,7 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """The `torch.fx.GraphModule` for a call without optional inputs; over this module's weights."""
+        """The `torch.fx.GraphModule` for a call without optional inputs that refreshes all sites, see `variant`."""
         return self.variant(frozenset(i.name for i in self.graph.inputs if not i.optional))
 
     # -- weights, modes, moves -----------------------------------------------------------------------------------
@@ -127,6 +164,7 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         self._take_weights()
         self._variants.clear()  # with assign=True they would go on reading the old tensors
+        self.reset()
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _take_weights(self) -> None:
@@ -141,14 +179,25 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._variants.clear()  # they hold buffers, which a move replaces
         self._accepted.clear()
+        self.reset()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
+    def expecting(self, timesteps: Sequence[float] | torch.Tensor) -> AbstractContextManager[None]:
+        """A context in which generations that begin make one call for each of `timesteps`, in this thread.
+
+        Schedules that depend on the number of calls or their timesteps need it:
+        `with unet.expecting(scheduler.timesteps): pipe(...)`, after `scheduler.set_timesteps(steps)`.
+        """
+        known = tuple(float(timestep) for timestep in timesteps)
+        return self._generations.expecting(Run(len(known), known))
+
     def reset(self) -> None:
-        """Forget what was kept between calls. Without inherited features, there is nothing."""
+        """Forget what was kept between calls: whatever comes next is computed anew."""
+        self._generations.clear()
 
     def cache_bytes(self) -> int:
-        """Bytes kept between calls."""
-        return 0
+        """Bytes kept between calls, of all generations that are under way."""
+        return self._generations.bytes()
 
     # -- back and to disk ----------------------------------------------------------------------------------------
 

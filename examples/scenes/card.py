@@ -1,0 +1,59 @@
+"""The figures of the model card, from `model/training.json` and `model/quality.json`.
+
+cd examples
+python -m scenes.card       # after scenes.save and scenes.quality
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .pipeline import MODEL, QUALITY, RECORD
+
+MARKED = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+CARD = "README.md"
+
+
+def filled(model: Path = MODEL) -> str:
+    """The card of `model` with its figures between the markers."""
+    training, quality = (json.loads((model / name).read_text()) for name in (RECORD, QUALITY))
+    figures = f"{_quality(quality)}\n\n{_training(training)}\n"
+    return MARKED.sub(lambda match: match[1] + figures + match[2], (model / CARD).read_text())
+
+
+def _quality(quality: dict[str, Any]) -> str:
+    sides = quality["figures"]
+    rows: list[Sequence[str]] = [("of held-out captions", *sides)]
+    for name in sides["drawn"]:
+        if name != "frechet":
+            rows.append((name, *(f"{100 * side[name]:.1f} %" for side in sides.values())))
+    rows.append(("Fréchet distance to other drawn scenes", *(f"{side['frechet']:.3g}" for side in sides.values())))
+    return (
+        f"{quality['count']} captions, {quality['steps']} DDIM steps, guidance {quality['guidance']:g}, "
+        f"{quality['seconds per image']:.2g} s per image on {quality['machine']}.\n\n{markdown(rows)}\n\n"
+        f"The column `drawn` is what the judge can tell at all, and the floor of the Fréchet distance; the VAE "
+        f"reproduces drawn scenes at {sides['through the VAE']['psnr']:.1f} dB."
+    )
+
+
+def _training(runs: dict[str, Any]) -> str:
+    rows = [("begun", "stage", "steps", "minutes", "last loss")]
+    for begun, run in runs.items():
+        for stage, done in run["stages"].items():
+            rows.append((begun, stage, f"{done['steps']}", f"{done['minutes']:.0f}", f"{done['loss']:.4g}"))
+    last = [*runs.values()][-1]
+    versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
+    return f"{markdown(rows)}\n\nOn {last['machine']}; {versions}."
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
+
+
+if __name__ == "__main__":
+    (MODEL / CARD).write_text(filled())

@@ -1,0 +1,95 @@
+"""Write what was trained as a diffusers folder, in float16: the averaged weights of the last checkpoints.
+
+    cd examples
+    python -m scenes.save       # from ../out/scenes to scenes/model
+
+Beside the pipeline: the judge, `training.json` (how the weights came about) and `loss.svg`. Stages of training that
+the working folder has not seen are kept as they are. `scenes.quality` then measures it, for the model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from . import data, models
+from .fit import AVERAGE, LOG, read_log
+from .pipeline import JUDGE, MODEL, RECORD, SUMS, load, write_sums
+
+STAGES = {"vae-crops": (), "vae": ("vae",), "judge": (), "text": (), "unet": ("unet", "text_encoder")}
+CURVE = "loss.svg"
+
+
+def save(work: Path, model: Path) -> None:
+    tokenizer = models.tokenizer()
+    parts = {"text_encoder": models.text_encoder(tokenizer), "vae": models.vae(), "unet": models.unet()}
+    if (model / SUMS).exists():
+        kept = load(model)
+        for name, part in parts.items():
+            part.load_state_dict(getattr(kept, name).state_dict())
+    for stage, names in STAGES.items():
+        for name in names if (work / stage).exists() else ():
+            parts[name].load_state_dict(averaged(work, stage, name))
+    parts["vae"].register_to_config(scaling_factor=data.scaling_factor(np.load(work / "latents.npy", mmap_mode="r")))
+    models.pipeline(tokenizer, **{name: part.half() for name, part in parts.items()}).save_pretrained(model)
+    # Stored in half precision, run in single: transformers would else load what it finds, diffusers does not.
+    config = model / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    if (work / "judge").exists():
+        weights = {name: value.half() for name, value in averaged(work, "judge", "judge").items()}
+        save_file(weights, model / JUDGE)
+    record(work, model / RECORD)
+    draw_losses(work, model / CURVE)
+    write_sums(model)
+
+
+def averaged(work: Path, stage: str, part: str) -> dict[str, torch.Tensor]:
+    """The averaged weights of `part` of a stage of training, by name."""
+    state = load_file(work / stage / "state" / AVERAGE)
+    return {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
+
+
+def record(work: Path, file: Path) -> None:
+    """Write the runs that this working folder began with, and its own."""
+    before = work / RECORD
+    runs = json.loads(before.read_text()) if before.exists() else {}
+    stages = {}
+    for stage in STAGES:
+        if (work / stage).exists():
+            log = read_log(work / stage / LOG)
+            step, seconds, loss = log[-1]
+            stages[stage] = {"steps": int(step), "minutes": round(seconds / 60, 1), "loss": loss}
+    runs[(work / "begun").read_text().strip()] = {
+        "stages": stages,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+    }
+    file.write_text(json.dumps(runs, indent=2) + "\n")
+
+
+def draw_losses(work: Path, file: Path) -> None:
+    stages = [stage for stage in STAGES if (work / stage).exists()]
+    figure, axes = plt.subplots(1, len(stages), figsize=(3 * len(stages), 2.4), layout="constrained", squeeze=False)
+    for axis, stage in zip(axes[0], stages, strict=True):
+        step, _, loss = np.array(read_log(work / stage / LOG)).T
+        axis.semilogy(step, loss, linewidth=0.6, color="#5b4bb7")
+        axis.set(title=stage, xlabel="step")
+    axes[0][0].set_ylabel("loss")
+    figure.savefig(file, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("../out/scenes"))
+    parser.add_argument("--model", type=Path, default=MODEL)
+    options = parser.parse_args()
+    save(options.work, options.model)

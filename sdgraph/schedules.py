@@ -1,0 +1,234 @@
+"""Schedules: at which calls of a generation a site of feature inheritance is computed anew.
+
+A call is one call of the UNet; a scheduler of the second order makes two per step. The first call of a generation
+always refreshes. Schedules are specs: they print as text, parse back, and are saved with the passes that hold them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import ScheduleError
+from .spec import Spec
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a generation.
+
+    Args:
+        calls: how many calls it will make; None if nobody said.
+        timesteps: of those calls, in order; None if nobody said.
+    """
+
+    calls: int | None = None
+    timesteps: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Schedule(Spec):
+    """Base of all schedules. Subclass it as a frozen dataclass and define `refreshes`."""
+
+    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+        """Whether the site is computed anew at call number `call` (0 is the first, and always is).
+
+        Args:
+            timestep: of this call.
+            run: what is known of the generation.
+        Raises:
+            ScheduleError: the schedule needs to know more of the run than is known.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.refreshes")
+
+    def calls(self, run: Run) -> tuple[int, ...]:
+        """All refreshing calls of a run whose timesteps are known."""
+        timesteps = run.timesteps if run.timesteps is not None else (float("nan"),) * _known(run.calls, self)
+        return tuple(i for i, t in enumerate(timesteps) if i == 0 or self.refreshes(i, t, run))
+
+
+def _known(value: Any, schedule: Schedule) -> Any:
+    if value is None:
+        raise ScheduleError(
+            "this schedule needs to know the calls of the generation", where=str(schedule),
+            cure="tell them: `with unet.expecting(timesteps)`; or Uniform, Explicit or Gate, which need not know",
+        )  # fmt: skip
+    return value
+
+
+def _at_least(schedule: Schedule, least: int, **options: int) -> None:
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ScheduleError(f"{name} is {value!r}", where=str(schedule), cure=f"a whole number of at least {least}")
+
+
+@dataclass(frozen=True)
+class Uniform(Schedule):
+    """Every `interval`-th call, from the first: DeepCache's N."""
+
+    interval: int
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, interval=self.interval)
+
+    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+        return call % self.interval == 0
+
+
+@dataclass(frozen=True)
+class Explicit(Schedule):
+    """These calls, by number; the first one, 0, among them.
+
+    Args:
+        steps: the refreshing calls.
+        of: how many calls the generation must have for the list to make sense; None is any number.
+    """
+
+    steps: tuple[int, ...]
+    of: int | None = None
+
+    def __post_init__(self) -> None:
+        steps = tuple(sorted(set(self.steps)))
+        if not steps or steps[0] != 0:
+            raise ScheduleError(
+                f"{steps} does not refresh at the first call",
+                where=str(self),
+                cure="begin with 0: there is nothing to inherit",
+            )
+        if self.of is not None and steps[-1] >= self.of:
+            raise ScheduleError(f"call {steps[-1]} is not one of {self.of}", where=str(self), cure="count from 0")
+        object.__setattr__(self, "steps", steps)
+
+    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+        if self.of is not None and run.calls is not None and run.calls != self.of:
+            raise ScheduleError(
+                f"made for {self.of} calls, this generation has {run.calls}",
+                where=str(self),
+                cure="another schedule, or of=None",
+            )
+        return call in self.steps
+
+
+@dataclass(frozen=True)
+class _Dense(Schedule):
+    """As many refreshes as `Uniform(interval)` has, dense somewhere.
+
+    `power` is above 1; the larger, the denser. It is lowered in steps of 0.02 until the calls are distinct, which is
+    DeepCache's rule (Ma et al., 2023).
+    """
+
+    interval: int
+    power: float = 1.4
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, interval=self.interval)
+        if self.power <= 1:
+            raise ScheduleError(f"power is {self.power}", where=str(self), cure="a number above 1; 1.4 is DeepCache's")
+
+    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+        return call in self._chosen(_known(run.calls, self))
+
+    def _chosen(self, calls: int) -> tuple[int, ...]:
+        count, power = -(-calls // self.interval), self.power
+        while power > 1:
+            found = self._spaced(calls, count, power)
+            if len(set(found)) == count:
+                return found
+            power -= 0.02
+        raise ScheduleError(
+            f"no {count} distinct calls of {calls}", where=str(self), cure="a larger interval, or Uniform(interval)"
+        )
+
+    def _spaced(self, calls: int, count: int, power: float) -> tuple[int, ...]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DenseEarly(_Dense):
+    """Dense at the beginning: calls T·(k/n)^power."""
+
+    def _spaced(self, calls: int, count: int, power: float) -> tuple[int, ...]:
+        return tuple(int(calls * (k / count) ** power) for k in range(count))
+
+
+@dataclass(frozen=True)
+class DenseLate(_Dense):
+    """Dense at the end: calls T·(1 - (1 - k/n)^power)."""
+
+    def _spaced(self, calls: int, count: int, power: float) -> tuple[int, ...]:
+        return tuple(int(calls * (1 - (1 - k / count) ** power)) for k in range(count))
+
+
+@dataclass(frozen=True)
+class DenseCenter(_Dense):
+    """Dense around the call `center`: DeepCache's quadratic schedule, with its published values.
+
+    Equal steps between the roots of -center and T - center, raised to `power` again. The root of a negative number is
+    complex and only the real part is taken at the end, as in DeepCache's code: its values come from that.
+    """
+
+    center: int = 15
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, center=self.center)
+
+    def _spaced(self, calls: int, count: int, power: float) -> tuple[int, ...]:
+        if self.center >= calls:
+            raise ScheduleError(
+                f"the center {self.center} is not one of {calls} calls", where=str(self), cure="a smaller center"
+            )
+        ends = complex(-self.center) ** (1 / power), complex(calls - self.center) ** (1 / power)
+        offsets = np.unique((np.linspace(*ends, count + 1) ** power).real.astype(int))
+        return (0, *(int(offset) + self.center for offset in offsets[1:-1]))
+
+
+@dataclass(frozen=True)
+class Gate(Schedule):
+    """`before` until call number `call`, at which it refreshes for the last time: T-GATE's rule."""
+
+    call: int
+    before: Schedule = Uniform(1)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, call=self.call)
+
+    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+        return call == self.call or (call < self.call and self.before.refreshes(call, timestep, run))
+
+
+@dataclass(frozen=True)
+class Range(Schedule):
+    """`within` for timesteps between `low` and `high` (both outside); every call refreshes elsewhere.
+
+    Calls are counted from the first one inside, so that one is refreshed: attention broadcast's rule.
+    """
+
+    low: float
+    high: float
+    within: Schedule = Uniform(2)
+
+    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+        if not self.low < timestep < self.high:
+            return True
+        before = [i for i, t in enumerate(_known(run.timesteps, self)[:call]) if self.low < t < self.high]
+        return not before or self.within.refreshes(len(before), timestep, run)
+
+
+@dataclass(frozen=True)
+class Warm(Schedule):
+    """`then`, but every one of the `first` calls refreshes, and every one of the `last`: warm-up and tail."""
+
+    then: Schedule
+    first: int = 1
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, first=self.first, last=self.last)
+
+    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+        if call < self.first or (self.last and call >= _known(run.calls, self) - self.last):
+            return True
+        return self.then.refreshes(call, timestep, run)
