@@ -1,7 +1,8 @@
 """Passes. Each uses only public names of `sdgraph`, as a user's pass does."""
 
 from .clean_up import CleanUp
+from .hoist_invariants import HoistInvariants
 from .inherit_features import InheritFeatures
 from .prune_blocks import PruneBlocks
 
-__all__ = ["CleanUp", "InheritFeatures", "PruneBlocks"]
+__all__ = ["CleanUp", "HoistInvariants", "InheritFeatures", "PruneBlocks"]

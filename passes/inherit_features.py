@@ -8,12 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from sdgraph import Contract, Findings, Graph, Pass, Region
-from sdgraph.errors import EditError, SpecError
-from sdgraph.schedules import Schedule, Uniform
+from sdgraph import Chain, Contract, Findings, Graph, Pass, Region
+from sdgraph.errors import EditError, SpecError, did_you_mean
+from sdgraph.inherit import Site
+from sdgraph.schedules import Explicit, Gate, Range, Schedule, Uniform, Warm
 
 PARTS = ("auto", "branch", "value", "entry")
 EVERY_OTHER = Uniform(2)
+INNER = "{down_blocks.-2,down_blocks.-1,mid_block,up_blocks.0,up_blocks.1}"
+LEVELS = {"block": "", "layer": ".{resnets,attentions}.*", "unit": ".{resnets.*,**.attn1,**.attn2,**.ff}"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class InheritFeatures(Pass):
             "branch": its residual branch, which is then added to what is fresh.
             "auto": the branch of resnets, attentions and units, else the value.
             "entry": the main flow into an up layer, before the skip is concatenated to it.
+        forecast: what an inherited value is: the last one (0), or the line (1) or parabola (2) through the last ones.
     Raises:
         PathError: a site that is not in the graph.
         EditError: a site within another one, without such a part, or whose inheritance leaves nothing out.
@@ -41,6 +45,7 @@ class InheritFeatures(Pass):
     sites: str | tuple[str, ...] = ()
     schedule: Schedule = EVERY_OTHER
     part: str = "auto"
+    forecast: int = 0
 
     def __post_init__(self) -> None:
         sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
@@ -50,6 +55,7 @@ class InheritFeatures(Pass):
             raise SpecError(f"{self.schedule!r} is no schedule", where="InheritFeatures", cure="such as Uniform(3)")
         if self.part not in PARTS:
             raise SpecError(f"no part {self.part!r}", where="InheritFeatures", cure=f"one of {', '.join(PARTS)}")
+        Site(self.schedule, self.forecast)
         object.__setattr__(self, "sites", self.sites if isinstance(self.sites, str) else sites)
 
     @classmethod
@@ -64,6 +70,65 @@ class InheritFeatures(Pass):
         block, layer = divmod(branch, 3)
         return cls(f"up_blocks.{-1 - block}.resnets.{-1 - layer}", Uniform(interval), part="entry")
 
+    @classmethod
+    def faster_diffusion(
+        cls, key_calls: tuple[int, ...] = (0, 1, 2, 3, 5, 10, 15, 25, 35), of: int | None = None
+    ) -> InheritFeatures:
+        """Faster Diffusion (Li et al., 2023, arXiv 2312.09608): skips and mid block are those of the last key call.
+
+        The published calls are for 50. Neither the noise that its code adds to the latents nor its joining of calls
+        into batches is a matter of the UNet.
+        """
+        return cls("{conv_in,down_blocks.*,mid_block}", Explicit(key_calls, of), part="value")
+
+    @classmethod
+    def t_gate(cls, gate: int = 10, interval: int = 5, warm_up: int = 2) -> Chain:
+        """T-GATE (Zhang et al., 2024, arXiv 2404.02747): cross-attention stops at a call, self-attention begins there.
+
+        Published for 25 calls. Guidance goes on after the gate, and each half of the batch keeps its own features;
+        the published pipeline keeps their mean there and leaves guidance out.
+
+        Args:
+            gate: calls with cross-attention.
+            interval: before the gate, every how many calls self-attention is computed.
+            warm_up: the first calls that compute everything; so does the one after them.
+        """
+        before = Warm(Uniform(interval), first=warm_up + 1)
+        return Chain(
+            (cls("**.attn2", Gate(gate - 1)), cls("**.attn1", Gate(gate - 1, before=before, after=Uniform(1))))
+        )
+
+    @classmethod
+    def attention_broadcast(
+        cls,
+        interval: int = 2,
+        cross_interval: int = 5,
+        between: tuple[float, float] = (100, 800),
+        cross_between: tuple[float, float] = (100, 900),
+    ) -> Chain:
+        """Pyramid attention broadcast (Zhao et al., 2024, arXiv 2408.12588): attention at every n-th call, within a
+        range of timesteps; self-attention (`attn1`) and cross-attention (`attn2`) each have theirs."""
+        return Chain(
+            (
+                cls("**.attn1", Range(*between, within=Uniform(interval))),
+                cls("**.attn2", Range(*cross_between, within=Uniform(cross_interval))),
+            )
+        )
+
+    @classmethod
+    def at_level(cls, level: str, schedule: Schedule = EVERY_OTHER, within: str = INNER) -> InheritFeatures:
+        """Blocks, layers (each resnet and attention) or units (each resnet, attn1, attn2 and feed-forward): the three
+        levels of A-SDM's feature inheritance. Layers and units inherit their residual branches.
+
+        Args:
+            level: "block", "layer" or "unit".
+            within: the blocks. The default, ours, are the two innermost stages of each side and the middle.
+        """
+        if level not in LEVELS:
+            cure = did_you_mean(str(level), LEVELS) or f"one of {', '.join(LEVELS)}"
+            raise SpecError(f"no level {level!r}", where="InheritFeatures.at_level", cure=cure)
+        return cls(within + LEVELS[level], schedule)
+
     def run(self, graph: Graph) -> Findings:
         paths = graph.matching(self.sites)
         for path in paths:
@@ -76,7 +141,7 @@ class InheritFeatures(Pass):
             names = [path if i == 0 else f"{path}[{i}]" for i in range(len(values))]
             before = graph.step_macs()
             for name, value in zip(names, values, strict=True):
-                graph.inherit(value, name, self.schedule)
+                graph.inherit(value, name, self.schedule, self.forecast)
             after = graph.step_macs(names)
             if after == before:
                 raise EditError(

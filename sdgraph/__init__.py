@@ -5,6 +5,7 @@ from typing import Any
 
 from . import errors
 from .apply import apply
+from .attach import attach
 from .capture import trace, trace_code
 from .contract import Contract
 from .errors import SdgraphError
@@ -38,6 +39,7 @@ __all__ = [
     "SdgraphError",
     "Spec",
     "apply",
+    "attach",
     "errors",
     "evaluate",
     "parse",

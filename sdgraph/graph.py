@@ -15,15 +15,16 @@ from torch import nn
 
 from .dims import Dims
 from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
-from .inherit import inherit, sites, step
+from .inherit import Site, inherit, sites, step
 from .inputs import Input
 from .region import Region
-from .schedules import Schedule
+from .schedules import Run, Schedule
 from .trace import Guard, Tracer, called, residual_like, scope, tracing, values
 from .weights import Shares, Weights, meta_like, on_meta
 
 if TYPE_CHECKING:
     from .pass_ import Pass
+    from .timetable import Timetable
 
 
 SIGNS: Mapping[Any, str] = {
@@ -69,7 +70,7 @@ class Graph:
     classes: dict[str, str] = field(default_factory=dict)
     passes: tuple[Pass, ...] = ()
     removed: dict[str, str] = field(default_factory=dict)
-    _schedules: dict[str, Schedule] = field(default_factory=dict, repr=False)
+    _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -154,8 +155,8 @@ class Graph:
     def matching(self, patterns: str | Iterable[str]) -> list[str]:
         """Paths of the regions that patterns name, in graph order.
 
-        `*` stands for anything within a name, a negative number counts from the last of its siblings that are there:
-        `up_blocks.-1.attentions.*`.
+        `*` stands for anything within a name, `**` for anything; a negative number counts from the last of its
+        siblings that are there; `{a,b}` is either: `up_blocks.-1.{resnets,attentions}.*`.
 
         Raises:
             PathError: a pattern that names nothing; with the nearest paths.
@@ -163,12 +164,12 @@ class Graph:
         known = self.paths()
         found: set[str] = set()
         for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            path = _counted(pattern, known)
-            if "*" not in path:
-                found.add(self.region(path).path)
+            either = [_counted(each, known) for each in _expanded(pattern)]
+            if len(either) == 1 and "*" not in either[0]:
+                found.add(self.region(either[0]).path)
                 continue
-            regex = re.compile(r"[^.]*".join(re.escape(part) for part in path.split("*")))
-            matched = [one for one in known if regex.fullmatch(one)]
+            regex = re.compile("|".join(_regex(each) for each in either))
+            matched = [path for path in known if regex.fullmatch(path)]
             if not matched:
                 cure = did_you_mean(pattern, known) or "print(graph) lists the paths"
                 raise PathError(f"no module matches {pattern!r}", where=pattern, cure=cure)
@@ -475,30 +476,42 @@ class Graph:
         self.infer(node)
         return node
 
-    def inherit(self, node: torch.fx.Node, site: str, schedule: Schedule) -> torch.fx.Node:
-        """Let calls take over the value of `node` from earlier ones, under the name `site`, except those at which
-        `schedule` refreshes it.
+    def inherit(self, node: torch.fx.Node, name: str, schedule: Schedule, forecast: int = 0) -> torch.fx.Node:
+        """Let calls take over the value of `node` from earlier ones, under the name `name`, except those at which
+        `schedule` refreshes it; see `sdgraph.inherit.Site`.
 
         Returns:
             the node that all earlier users of `node` now take.
         """
-        if site in self.sites:
-            raise EditError(f"there is a site {site!r} already", where=scope(node), cure="name it otherwise")
+        if name in self.sites:
+            raise EditError(f"there is a site {name!r} already", where=scope(node), cure="name it otherwise")
         if not isinstance(node.meta["val"], torch.Tensor):
             raise EditError(f"{node.name} is no tensor", where=scope(node), cure="inherit a tensor")
         after = node if node.op != "placeholder" else self._first_operation().prev
         with self.fx.inserting_after(after):
-            made = self.fx.call_function(inherit, (node, site))
+            made = self.fx.call_function(inherit, (node, name))
         made.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack", {}))
         self.infer(made)
         node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
-        self._schedules[site] = schedule
+        self._sites[name] = Site(schedule, forecast)
         return made
 
     @property
-    def sites(self) -> dict[str, Schedule]:
-        """The sites of feature inheritance with their schedules, in graph order."""
-        return {site: self._schedules[site] for site in sites(self.fx)}
+    def sites(self) -> dict[str, Site]:
+        """The sites of feature inheritance by name, in graph order."""
+        return {name: self._sites[name] for name in sites(self.fx)}
+
+    def timetable(self, calls: int | Sequence[float] | torch.Tensor) -> Timetable:
+        """What each call of a generation refreshes, inherits and costs.
+
+        Args:
+            calls: how many, or their timesteps: `scheduler.timesteps`.
+        Raises:
+            ScheduleError: a schedule does not fit.
+        """
+        from .timetable import timetable
+
+        return timetable(self, Run.of(calls))
 
     def step_macs(self, stale: Collection[str] = ()) -> int:
         """Multiply-accumulates of a call at which the sites `stale` are inherited, at the nominal sizes."""
@@ -530,7 +543,7 @@ class Graph:
             weights=weights,
             classes=dict(self.classes),
             removed=dict(self.removed),
-            _schedules=dict(self._schedules),
+            _sites=dict(self._sites),
             _meta=dict(self._meta),
         )
 
@@ -571,6 +584,18 @@ class Graph:
                     where=path,
                     cure="return a tensor of the old shape and dtype, at every size and model dtype",
                 )
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The pattern for each choice of what its braces hold."""
+    before, brace, rest = pattern.partition("{")
+    inner, _, after = rest.partition("}")
+    return [each for choice in inner.split(",") for each in _expanded(before + choice + after)] if brace else [pattern]
+
+
+def _regex(pattern: str) -> str:
+    parts = re.split(r"(\*\*?)", pattern)
+    return "".join({"*": r"[^.]*", "**": r".*"}.get(part, re.escape(part)) for part in parts)
 
 
 def _counted(pattern: str, known: Sequence[str]) -> str:

@@ -13,12 +13,33 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .errors import ScheduleError
+from .schedules import Schedule
 from .specialise import copy_nodes
 
 
 def inherit(value: torch.Tensor, site: str) -> torch.Tensor:
     """`value`, which later calls may inherit under the name `site`."""
     return value
+
+
+@dataclass(frozen=True)
+class Site:
+    """A value that calls may inherit.
+
+    Args:
+        schedule: the calls at which it is computed anew.
+        forecast: at the others it is the polynomial of this order through its last refreshes; 0 repeats the last one.
+    """
+
+    schedule: Schedule
+    forecast: int = 0
+
+    def __post_init__(self) -> None:
+        if self.forecast not in (0, 1, 2):
+            raise ScheduleError(
+                f"no forecast of order {self.forecast!r}", where=str(self.schedule), cure="0 (the last value), 1 or 2"
+            )
 
 
 def sites(nodes: fx.Graph) -> dict[str, fx.Node]:
@@ -43,32 +64,32 @@ class Step:
 
 
 def step(nodes: fx.Graph, stale: Collection[str] = ()) -> Step:
-    """The graph for calls at which the sites `stale` are inherited and all others are refreshed.
+    """The graph for calls at which the sites `stale` are inherited.
 
-    A stale site whose value only feeds other stale sites is not taken. Without any sites the graph returns its output
-    as it is.
+    The others are refreshed if the output needs them: what only feeds stale sites is not computed, taken or given.
+    Without any sites the graph returns its output as it is.
     """
     made = copy_nodes(nodes)
     if not sites(made):
         return Step(made, (), ())
     given = [node for node in made.nodes if node.op == "placeholder"]
     arguments: dict[str, fx.Node] = {}
-    results: dict[str, fx.Node] = {}
     for site, node in sites(made).items():
         if site in stale:
             with made.inserting_after([*given, *arguments.values()][-1]):
-                value = made.placeholder(f"inherited_{len(arguments)}")
+                arguments[site] = value = made.placeholder(f"inherited_{len(arguments)}")
             value.meta = {key: node.meta[key] for key in ("val", "probe", "nn_module_stack") if key in node.meta}
-            arguments[site] = value
-        else:
-            value = results[site] = node.args[0]  # type: ignore[assignment]
-        node.replace_all_uses_with(value)
-        results = {name: value if old is node else old for name, old in results.items()}
-        made.erase_node(node)
-    output = made.output_node()
-    output.args = ((output.args[0], *results.values()),)
+            node.replace_all_uses_with(value)
+            made.erase_node(node)
     for node in reversed(list(made.nodes)):
         if not node.users and node.op != "output" and node not in given:
             made.erase_node(node)
+    results: dict[str, fx.Node] = {}
+    for site, node in sites(made).items():
+        results[site] = value = node.all_input_nodes[0]
+        node.replace_all_uses_with(value)
+        made.erase_node(node)
+    output = made.output_node()
+    output.args = ((output.args[0], *results.values()),)
     takes = tuple(site for site, node in arguments.items() if not node._erased)
     return Step(made, takes, tuple(results))

@@ -41,7 +41,19 @@ class Input:
     optional: bool = False
     broadcast: bool = False
 
+    @property
+    def conditioning(self) -> bool:
+        """Whether pipelines give the same tensor to every call of a generation."""
+        return self.place[0] in CONDITIONING
 
+
+CONDITIONING = (
+    "encoder_hidden_states",
+    "class_labels",
+    "timestep_cond",
+    "added_cond_kwargs",
+    "encoder_attention_mask",
+)
 LISTS = ("down_block_additional_residuals", "down_intrablock_additional_residuals")
 ARGUMENTS = (
     "sample",

@@ -8,22 +8,22 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from .cost import macs
-from .errors import ExtraError, PathError, SpecError
+from .errors import PathError
+from .paper import paper
 from .text import cost, count, substance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from .graph import Graph
 
-FORMATS = (".svg", ".png")
 ENDS = ("conv_in", "conv_out")  # where the U begins and ends
 BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)|mid_block")
 
@@ -35,13 +35,6 @@ ROW, BAND, INDENT, MIDDLE = 0.56, 0.42, 0.30, 2.0
 FILLS = {"R": ("#e3edf8", "#9dc3e6"), "A": ("#fdebd0", "#f5b75b"), "": ("#ececec", "#bdbdbd")}
 EDGES = {"kept": "#5f6b7a", "removed": "#c62828", "changed": "#7b1fa2", "inserted": "#1b7f3b"}
 GHOST = "#e08a8a"
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "hatch.linewidth": 0.6,
-    "svg.fonttype": "none",  # labels stay text: small files that can be searched
-    "svg.hashsalt": "sdgraph",
-}
 
 
 def picture(graph: Graph, path: str | os.PathLike[str], before: Graph | None = None) -> None:
@@ -59,20 +52,9 @@ def picture(graph: Graph, path: str | os.PathLike[str], before: Graph | None = N
         SpecError: another suffix.
         PathError: the graph has no blocks of a UNet.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in FORMATS:
-        raise SpecError(
-            f"cannot draw a {suffix or 'file without suffix'}", where=str(path), cure="name it .svg or .png"
-        )
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ExtraError("drawing needs matplotlib", cure="pip install sdgraph[plots]") from error
     plan = _Plan(graph, before)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's style would change the picture
-        matplotlib.rcParams.update(STYLE)
-        _Drawing(plan).save(path, suffix)
+    with paper(path) as figure:
+        _Drawing(plan, figure)
 
 
 # -- what there is to draw -----------------------------------------------------------------------------------
@@ -318,13 +300,8 @@ def _split(rows: list[list[str]]) -> tuple[list[list[str]], list[str]]:
 class _Drawing:
     """Puts a plan on paper, through matplotlib's object interface: no window, no global figure."""
 
-    def __init__(self, plan: _Plan) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        self.plan, self.boxes = plan, plan.boxes
-        self.figure = Figure()
-        FigureCanvasAgg(self.figure)
+    def __init__(self, plan: _Plan, figure: Figure) -> None:
+        self.plan, self.boxes, self.figure = plan, plan.boxes, figure
         self.axes: Axes = self.figure.add_axes((0.0, 0.0, 1.0, 1.0))
         self.most = max((box.share for box in self.boxes.values()), default=0.0) or 1.0
         for block, inside in plan.frames:
@@ -335,10 +312,6 @@ class _Drawing:
         for box in self.boxes.values():
             self._box(box)
         self._fit()
-
-    def save(self, path: str | os.PathLike[str], suffix: str) -> None:
-        metadata = {"Date": None, "Creator": None} if suffix == ".svg" else {"Software": None}
-        self.figure.savefig(path, format=suffix[1:], dpi=150, metadata=metadata)
 
     def _frame(self, block: str, inside: list[str]) -> None:
         from matplotlib.patches import FancyBboxPatch

@@ -6,6 +6,7 @@ always refreshes. Schedules are specs: they print as text, parse back, and are s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,14 @@ class Run:
 
     calls: int | None = None
     timesteps: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, calls: int | Iterable[float]) -> Run:
+        """From a number of calls, or from their timesteps."""
+        if isinstance(calls, int):
+            return cls(calls)
+        timesteps = tuple(map(float, calls))
+        return cls(len(timesteps), timesteps)
 
 
 @dataclass(frozen=True)
@@ -187,23 +196,26 @@ class DenseCenter(_Dense):
 
 @dataclass(frozen=True)
 class Gate(Schedule):
-    """`before` until call number `call`, at which it refreshes for the last time: T-GATE's rule."""
+    """`before` until call number `call`, which refreshes; then `after`, or never again: T-GATE's rule."""
 
     call: int
     before: Schedule = Uniform(1)
+    after: Schedule | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, 1, call=self.call)
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
-        return call == self.call or (call < self.call and self.before.refreshes(call, timestep, run))
+        if call < self.call:
+            return self.before.refreshes(call, timestep, run)
+        return call == self.call or (self.after is not None and self.after.refreshes(call, timestep, run))
 
 
 @dataclass(frozen=True)
 class Range(Schedule):
     """`within` for timesteps between `low` and `high` (both outside); every call refreshes elsewhere.
 
-    Calls are counted from the first one inside, so that one is refreshed: attention broadcast's rule.
+    Pyramid attention broadcast's rule (Zhao et al., 2024), as in diffusers.
     """
 
     low: float
@@ -211,10 +223,15 @@ class Range(Schedule):
     within: Schedule = Uniform(2)
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
-        if not self.low < timestep < self.high:
-            return True
-        before = [i for i, t in enumerate(_known(run.timesteps, self)[:call]) if self.low < t < self.high]
-        return not before or self.within.refreshes(len(before), timestep, run)
+        return not self.low < timestep < self.high or self.within.refreshes(call, timestep, run)
+
+
+@dataclass(frozen=True)
+class Once(Schedule):
+    """The first call only: for what stays the same all the way."""
+
+    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

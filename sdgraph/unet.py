@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,11 +14,11 @@ from torch import fx, nn
 
 from .accept import accept
 from .call import UNetCall
-from .errors import ModeError
-from .generation import Generations, stale
+from .errors import ModeError, PathError, did_you_mean
+from .generation import Generations
 from .graph import Graph
 from .inherit import step
-from .inputs import Input
+from .inputs import Input, flatten
 from .schedules import Run
 from .specialise import without
 
@@ -63,8 +63,10 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.report = report if report is not None else Report(())
         self._own_weights = False
         self._variants: dict[tuple[frozenset[str], frozenset[str]], fx.GraphModule] = {}
-        self._schedules = graph.sites
-        self._generations = Generations()
+        self._sites = graph.sites
+        self._conditioning = tuple(i.name for i in graph.inputs if i.conditioning)
+        self._compile: dict[str, Any] | None = None
+        self.generations = Generations()
         self._accepted: set[Any] = set()
         for name, child in graph.weights.named_children():
             self.add_module(name, child)
@@ -91,20 +93,48 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if learning and not self._own_weights:
             self._take_weights()  # gradients may follow, and an optimizer that uses them
-        if learning or not self._schedules:
-            return self._step(flat, {}, frozenset())[0]
-        with self._generations.call(flat) as generation:
-            output, refreshed = self._step(flat, generation.values, stale(self._schedules, generation))
-            generation.values |= refreshed
+        if learning or not self._sites:
+            return self._step(flat, frozenset(), _nothing)[0]
+        with self.generations.call(flat, self._conditioning) as generation:
+            stale = generation.stale(self._sites)
+            output, refreshed = self._step(flat, stale, generation.inherited)
+            generation.keep(refreshed, self._sites, stale)
         return output
 
-    def _step(
-        self, flat: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], inherited: frozenset[str]
+    def step(
+        self, values: Mapping[str, torch.Tensor], inherited: Collection[str] | None = None, **call: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The output of a call that takes the sites `inherited` from `values`, and what it refreshed."""
-        variant = self.variant(frozenset(flat), inherited)
-        result = variant(*flat.values(), *(values[site] for site in variant.meta["takes"]))
-        if not self._schedules:
+        """One call as a function: what it inherits goes in, what it refreshes comes out, nothing is kept here.
+
+        For loops of one's own: `output, fresh = unet.step(values, sample=..., timestep=..., ...); values |= fresh`.
+
+        Args:
+            values: of sites, as earlier calls returned them.
+            inherited: the sites to take from `values`; by default all that are there.
+            call: diffusers' arguments.
+        Returns:
+            the noise prediction, and the values of the refreshed sites that it needed.
+        Raises:
+            PathError: `inherited` names what is no site, or has no value.
+        """
+        stale = frozenset(values if inherited is None else inherited)
+        for site in stale:
+            if site not in self._sites or site not in values:
+                known = [name for name in self._sites if name in values]
+                raise PathError(
+                    f"there is no value of a site {site!r}",
+                    where="inherited",
+                    cure=did_you_mean(site, known) or f"values are given of {', '.join(known) or 'none'}",
+                )
+        return self._step(flatten(call, self.graph.inputs), stale, values.__getitem__)
+
+    def _step(
+        self, flat: Mapping[str, torch.Tensor], stale: frozenset[str], value: Callable[[str], torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The output of a call at which the sites `stale` have the values that `value` says, and what it refreshed."""
+        variant = self.variant(frozenset(flat), stale)
+        result = variant(*flat.values(), *map(value, variant.meta["takes"]))
+        if not self._sites:
             return result, {}
         output, *refreshed = result
         return output, dict(zip(variant.meta["gives"], refreshed, strict=True))
@@ -127,7 +157,21 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
             made = step(without(self.graph.fx, absent), inherited)
             self._variants[key] = fx.GraphModule(self, made.nodes, class_name="UNet")
             self._variants[key].meta |= {"takes": made.takes, "gives": made.gives}
+            if self._compile is not None:
+                self._variants[key].compile(**self._compile)
         return self._variants[key]
+
+    def compile(self, **options: Any) -> None:
+        """Let `torch.compile` compile each variant when it is first run.
+
+        `torch.compile(unet)` would also trace the bookkeeping between calls, which is Python's business.
+
+        Args:
+            options: of `torch.compile`, such as `mode="max-autotune"`; there are no graph breaks, so `fullgraph=True`
+                holds.
+        """
+        self._compile = options
+        self._variants.clear()
 
     def _check_offload(self) -> None:
         # accelerate's sequential hooks bring weights in when a module is called; a parameter that the graph reads by
@@ -182,22 +226,22 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.reset()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
-    def expecting(self, timesteps: Sequence[float] | torch.Tensor) -> AbstractContextManager[None]:
-        """A context in which generations that begin make one call for each of `timesteps`, in this thread.
+    def expecting(self, calls: int | Sequence[float] | torch.Tensor) -> AbstractContextManager[None]:
+        """A context in which generations that begin make that many calls, or one for each timestep, in this thread.
 
         Schedules that depend on the number of calls or their timesteps need it:
-        `with unet.expecting(scheduler.timesteps): pipe(...)`, after `scheduler.set_timesteps(steps)`.
+        `with unet.expecting(scheduler.timesteps): ...`, after `scheduler.set_timesteps(steps)`, in a loop of one's
+        own. With a pipeline, `sdgraph.attach(pipe)` sees to it.
         """
-        known = tuple(float(timestep) for timestep in timesteps)
-        return self._generations.expecting(Run(len(known), known))
+        return self.generations.expecting(Run.of(calls))
 
     def reset(self) -> None:
         """Forget what was kept between calls: whatever comes next is computed anew."""
-        self._generations.clear()
+        self.generations.clear()
 
     def cache_bytes(self) -> int:
         """Bytes kept between calls, of all generations that are under way."""
-        return self._generations.bytes()
+        return self.generations.bytes()
 
     # -- back and to disk ----------------------------------------------------------------------------------------
 
@@ -269,6 +313,10 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModeError("a GraphUNet is not pickled", cure="use save_pretrained(directory) and from_pretrained")
+
+
+def _nothing(site: str) -> torch.Tensor:
+    raise KeyError(site)
 
 
 def _name_image_projections(graph: Graph) -> None:

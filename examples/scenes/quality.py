@@ -40,7 +40,8 @@ class Quality:
         "place": and each is where the caption says it is (of the captions that say);
         "shape", "colour", "size", "count": that alone is right, for all objects;
         "... one", "... two": the first two by the number of objects.
-    Objects are compared in the order that makes the most right. And "frechet": the Fréchet distance between the judge's features of the images and of drawn held-out scenes.
+    Objects are compared in the order that makes the most right. And "frechet": the Fréchet distance between the judge's
+    features of the images and of drawn held-out scenes.
     """
 
     def __init__(self, judge: Judge | None = None, references: int = 1000):
