@@ -15,6 +15,7 @@ from .pass_ import Chain, Findings, Fixpoint, Pass
 from .region import Region
 from .report import NearMiss, PassReport, Report
 from .rewrite import Example, NoMatch, Rewrite
+from .search import search
 from .spec import Spec, parse
 from .unet import GraphUNet
 
@@ -43,6 +44,7 @@ __all__ = [
     "errors",
     "evaluate",
     "parse",
+    "search",
     "trace",
     "trace_code",
 ]

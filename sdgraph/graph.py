@@ -15,7 +15,7 @@ from torch import nn
 
 from .dims import Dims
 from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
-from .inherit import Site, inherit, sites, step
+from .inherit import Site, inherit, needed, sites
 from .inputs import Input
 from .region import Region
 from .schedules import Run, Schedule
@@ -496,6 +496,12 @@ class Graph:
         self._sites[name] = Site(schedule, forecast)
         return made
 
+    def reschedule(self, name: str, schedule: Schedule) -> None:
+        """Give a site another schedule."""
+        if name not in self.sites:
+            raise PathError(f"no site {name!r}", cure=did_you_mean(name, self.sites) or f"sites: {list(self.sites)}")
+        self._sites[name] = replace(self._sites[name], schedule=schedule)
+
     @property
     def sites(self) -> dict[str, Site]:
         """The sites of feature inheritance by name, in graph order."""
@@ -517,7 +523,7 @@ class Graph:
         """Multiply-accumulates of a call at which the sites `stale` are inherited, at the nominal sizes."""
         from .cost import macs
 
-        return sum(macs(self, node) for node in step(self.fx, stale).nodes.nodes)
+        return sum(macs(self, node) for node in needed(self.fx, stale))
 
     def sweep(self) -> None:
         """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""

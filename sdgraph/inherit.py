@@ -47,6 +47,19 @@ def sites(nodes: fx.Graph) -> dict[str, fx.Node]:
     return {str(node.args[1]): node for node in nodes.nodes if node.target is inherit}
 
 
+def needed(nodes: fx.Graph, stale: Collection[str] = ()) -> set[fx.Node]:
+    """What a call at which the sites `stale` are inherited comes by on its way from the output back to the inputs: the
+    nodes it computes, and the stale sites at which it stops."""
+    seen, stack = set(), [nodes.output_node()]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            if not (node.target is inherit and node.args[1] in stale):
+                stack += node.all_input_nodes
+    return seen
+
+
 @dataclass(frozen=True)
 class Step:
     """The graph of one kind of call.

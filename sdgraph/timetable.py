@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from .errors import ScheduleError
 from .generation import Generation
-from .inherit import Site, step
+from .inherit import Site, needed
 from .inherit import sites as nodes_of_sites
 from .paper import paper
 from .schedules import Run
@@ -139,22 +137,27 @@ def timetable(graph: Graph, run: Run) -> Timetable:
         raise ScheduleError("a generation without calls", where="timetable", cure="a number of calls, or timesteps")
     timesteps = run.timesteps if run.timesteps is not None else tuple(float(run.calls - i) for i in range(run.calls))
     generation = Generation((), (), run, 0, timesteps[0])
-    values: dict[str, torch.Tensor] = {name: node.meta["val"] for name, node in nodes_of_sites(graph.fx).items()}
+    sites, nodes = graph.sites, nodes_of_sites(graph.fx)
     kinds: dict[frozenset[str], Variant] = {}
     kept = 0
     for number, timestep in enumerate(timesteps):
         generation.timestep = timestep
-        stale = generation.stale(graph.sites)
-        if stale in kinds:
-            old = kinds[stale]
-            kinds[stale] = Variant((*old.calls, number), old.macs, old.refreshed, old.inherited)
-        else:
-            made = step(graph.fx, stale)
-            kinds[stale] = Variant((number,), graph.step_macs(stale), made.gives, made.takes)
-        generation.keep({name: values[name] for name in kinds[stale].refreshed}, graph.sites, stale)
+        stale = generation.stale(sites)
+        if stale not in kinds:
+            seen = needed(graph.fx, stale)
+            live = [name for name, node in nodes.items() if node in seen]
+            kinds[stale] = Variant(
+                (),
+                graph.step_macs(stale),
+                tuple(name for name in live if name not in stale),
+                tuple(name for name in live if name in stale),
+            )
+        kind = kinds[stale]
+        kinds[stale] = replace(kind, calls=(*kind.calls, number))
+        generation.keep({name: nodes[name].meta["val"] for name in kind.refreshed}, sites, stale)
         kept = max(kept, sum(v.nbytes for each in generation.values.values() for _, v in each))
         generation.advance()
-    return Timetable(run, graph.sites, tuple(kinds.values()), graph.step_macs(), kept)
+    return Timetable(run, sites, tuple(kinds.values()), graph.step_macs(), kept)
 
 
 def _names(names: Sequence[str]) -> str:

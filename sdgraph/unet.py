@@ -94,7 +94,7 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         if learning and not self._own_weights:
             self._take_weights()  # gradients may follow, and an optimizer that uses them
         if learning or not self._sites:
-            return self._step(flat, frozenset(), _nothing)[0]
+            return self._step(flat, frozenset(), no_value)[0]
         with self.generations.call(flat, self._conditioning) as generation:
             stale = generation.stale(self._sites)
             output, refreshed = self._step(flat, stale, generation.inherited)
@@ -315,7 +315,8 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         raise ModeError("a GraphUNet is not pickled", cure="use save_pretrained(directory) and from_pretrained")
 
 
-def _nothing(site: str) -> torch.Tensor:
+def no_value(site: str) -> torch.Tensor:
+    """For calls that inherit nothing."""
     raise KeyError(site)
 
 

@@ -269,9 +269,7 @@ def test_invariants_are_computed_once(pipe: StableDiffusionPipeline, run: Callab
     own = pipe.unet
     unet = sdgraph.apply(own, HoistInvariants())
     names = [name for name, _ in own.named_modules()]
-    assert list(unet.graph.sites) == sorted(
-        (n for n in names if n.endswith(("attn2.to_k", "attn2.to_v"))), key=names.index
-    )
+    assert set(unet.graph.sites) == {name for name in names if name.endswith(("attn2.to_k", "attn2.to_v"))}
     assert torch.equal(run(unet), run(own))
     assert torch.equal(run(unet, prompt="a blue star"), run(own, prompt="a blue star"))
     full, later = unet.graph.timetable(5).variants
