@@ -6,30 +6,37 @@
     python benchmarks/overhead.py forward/sd15/32 apply/sdxl      # some cases
 
 Cases are `forward/MODEL/SIZE` (a traced UNet without passes against eager, and eager against itself, which is the noise
-of the machine), `apply/MODEL` (time and memory of tracing) and `prune/MODEL/SIZE` (the presets, time against
-multiply-accumulates). Each runs in a process of its own. The figures and every sample go to a JSON file, which
-`benchmarks/table.py` prints.
+of the machine), `apply/MODEL` (time and memory of tracing), `prune/MODEL/SIZE` (the presets, time against
+multiply-accumulates) and `inherit/MODEL/SIZE` (feature inheritance, whole generations: time against
+multiply-accumulates, and against the DeepCache package at the same settings). Each runs in a process of its own. The
+figures and every sample go to a JSON file, which `benchmarks/table.py` prints.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import measure
 import models
 import torch
+from DeepCache import DeepCacheSDHelper
+from diffusers import DDIMScheduler
 from table import report
 from tqdm import tqdm
 
 import sdgraph
+from sdgraph.passes import InheritFeatures
 
 PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
 CASES = (
@@ -40,8 +47,11 @@ CASES = (
     "apply/sd15",
     "apply/sdxl",
     "prune/sd15/64",
+    "inherit/sd15/32",
 )
-QUICK = ("forward/small/32", "apply/small", "prune/small/32")
+QUICK = ("forward/small/32", "apply/small", "prune/small/32", "inherit/tiny/16")
+CALLS = 10  # of a generation
+DEEP_CACHE = ((2, 0), (3, 0), (5, 0), (5, 1), (5, 2))  # intervals and branches
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -135,9 +145,69 @@ def prune(settings: Settings, model: str, size: str) -> dict[str, Any]:
     return {"samples": samples, "sizes": sizes}
 
 
+def inherit(settings: Settings, model: str, size: str) -> dict[str, Any]:
+    """DeepCache's settings, ours and the package's: time of whole generations, and what is kept between calls."""
+    unet = models.build(model, settings.device, settings.of(model), sample_size=int(size))
+    call = models.call(unet, settings.batch, int(size), int(size))
+    prompt = call.pop("encoder_hidden_states")
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(CALLS, device=settings.device)
+    kept: dict[str, int] = {}
+
+    def generation(name: str, one: Any, bytes_kept: Callable[[], int]) -> torch.Tensor:
+        own = prompt.clone()  # another tensor is another generation
+        for timestep in scheduler.timesteps:
+            output = one(call["sample"], timestep, encoder_hidden_states=own, **rest)[0]
+        kept[name] = bytes_kept()
+        return output
+
+    rest = {key: value for key, value in call.items() if key not in ("sample", "timestep")}
+    calls: dict[str, Any] = {"eager": partial(generation, "eager", unet, lambda: 0)}
+    tables, largest = {}, {}
+    for interval, branch in DEEP_CACHE:
+        name = f"interval {interval}, branch {branch}"
+        mine = sdgraph.apply(unet, InheritFeatures.deep_cache(interval, branch), verify=False)
+        # the package replaces methods of modules: other modules, but the same weights
+        theirs = copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
+        helper = DeepCacheSDHelper(SimpleNamespace(unet=theirs, scheduler=scheduler))
+        helper.set_params(cache_interval=interval, cache_branch_id=branch)
+        helper.enable()
+        calls[name] = partial(generation, name, mine, mine.cache_bytes)
+        calls[f"{name}, DeepCache"] = partial(
+            generation, f"{name}, DeepCache", theirs, partial(_bytes, helper.cached_output)
+        )
+        tables[name] = mine.graph.timetable(CALLS)
+        largest[name] = float((calls[name]() - calls[f"{name}, DeepCache"]()).abs().max())
+    samples = measure.in_turns(calls, settings.device, settings.seconds, settings.at_least)
+    bounds = {name: {"bound": table.bound, "macs": table.macs} for name, table in tables.items()}
+    return {"samples": samples, "timetables": bounds, "kept_bytes": kept, "largest_difference": largest}
+
+
+def _bytes(kept: Any) -> int:
+    """Of all storages of tensors in nested containers."""
+    found: dict[int, int] = {}
+
+    def look(one: Any) -> None:
+        if isinstance(one, torch.Tensor):
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, dict):
+            look(list(one.values()))
+        elif isinstance(one, list | tuple):
+            for each in one:
+                look(each)
+
+    look(kept)
+    return sum(found.values())
+
+
 @torch.no_grad()
 def run(case: str, settings: Settings) -> dict[str, Any]:
-    kinds: dict[str, Callable[..., dict[str, Any]]] = {"forward": forward, "apply": apply, "prune": prune}
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "forward": forward,
+        "apply": apply,
+        "prune": prune,
+        "inherit": inherit,
+    }
     kind, *rest = case.split("/")
     return {"case": case, **kinds[kind](settings, *rest)}
 

@@ -24,7 +24,7 @@ def report(result: dict[str, Any]) -> str:
     kinds: dict[str, list[dict[str, Any]]] = {}
     for case in result["cases"]:
         kinds.setdefault(case["case"].partition("/")[0], []).append(case)
-    makers = {"forward": forward, "apply": apply, "prune": prune}
+    makers = {"forward": forward, "apply": apply, "prune": prune, "inherit": inherit}
     return "\n\n".join([conditions(result), *(makers[kind](cases) for kind, cases in kinds.items())])
 
 
@@ -95,6 +95,36 @@ def prune(cases: Sequence[dict[str, Any]]) -> str:
                 )
             )
     return markdown(rows)
+
+
+def inherit(cases: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        (
+            *("model", "latents", "inheriting", "eager/time", "bound by MACs", "share of the bound"),
+            *("time/DeepCache's", "kept", "kept/DeepCache's", "largest difference"),
+        )
+    ]
+    for case in cases:
+        _, model, size = case["case"].split("/")
+        samples, kept = case["samples"], case["kept_bytes"]
+        for name, table in case["timetables"].items():
+            gains = [e / m for m, e in zip(samples[name], samples["eager"], strict=True)]
+            theirs = f"{name}, DeepCache"
+            rows.append(
+                (
+                    model,
+                    f"{size}x{size}",
+                    name,
+                    f"{statistics.median(gains):.2f}",
+                    f"{table['bound']:.2f}",
+                    f"{statistics.median(gains) / table['bound']:.2f}",
+                    ratio(samples[name], samples[theirs]),
+                    f"{kept[name] / 1e6:.2f} MB",
+                    f"{kept[name] / kept[theirs]:.3f}",
+                    f"{case['largest_difference'][name]:.3g}",
+                )
+            )
+    return markdown(rows) + "\n\nWhole generations. Kept: between calls."
 
 
 def ratio(mine: Sequence[float], eager: Sequence[float]) -> str:
