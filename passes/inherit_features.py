@@ -141,7 +141,8 @@ class InheritFeatures(Pass):
             names = [path if i == 0 else f"{path}[{i}]" for i in range(len(values))]
             before = graph.step_macs()
             for name, value in zip(names, values, strict=True):
-                graph.inherit(value, name, self.schedule, self.forecast)
+                # the entry is the layer's, though another one made it
+                graph.inherit(value, name, self.schedule, self.forecast, path if self.part == "entry" else "")
             after = graph.step_macs(names)
             if after == before:
                 raise EditError(

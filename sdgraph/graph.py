@@ -425,10 +425,11 @@ class Graph:
         Returns:
             the new output.
         Raises:
-            EditError: the region has several outputs.
+            EditError: the region has several outputs, or sites of feature inheritance.
             ShapeError: the new value does not have the old one's shape.
         """
         region = self.region(region) if isinstance(region, str) else region
+        self._keep_sites(region)
         old = region.output
         new = self.insert(code, *region.inputs, before=old.next, path=region.path, leaving=region.nodes)
         self._same_shape(old, new, region.path)
@@ -445,9 +446,11 @@ class Graph:
         shortcut. Shapes are checked by `propagate`, so that several regions can go together.
 
         Raises:
+            EditError: the region has sites of feature inheritance.
             ShapeError: nothing fits; with the two shapes.
         """
         region = self.region(region) if isinstance(region, str) else region
+        self._keep_sites(region)
         for output in region.outputs:
             old, new = region.stand_in(output)
             old.replace_all_uses_with(new)
@@ -476,10 +479,14 @@ class Graph:
         self.infer(node)
         return node
 
-    def inherit(self, node: torch.fx.Node, name: str, schedule: Schedule, forecast: int = 0) -> torch.fx.Node:
+    def inherit(
+        self, node: torch.fx.Node, name: str, schedule: Schedule, forecast: int = 0, path: str = ""
+    ) -> torch.fx.Node:
         """Let calls take over the value of `node` from earlier ones, under the name `name`, except those at which
         `schedule` refreshes it; see `sdgraph.inherit.Site`.
 
+        Args:
+            path: the scope of the new node; by default that of the value.
         Returns:
             the node that all earlier users of `node` now take.
         """
@@ -490,7 +497,7 @@ class Graph:
         after = node if node.op != "placeholder" else self._first_operation().prev
         with self.fx.inserting_after(after):
             made = self.fx.call_function(inherit, (node, name))
-        made.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack", {}))
+        made.meta["nn_module_stack"] = self._stack(path) if path else dict(node.meta.get("nn_module_stack", {}))
         self.infer(made)
         node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
         self._sites[name] = Site(schedule, forecast)
@@ -554,6 +561,15 @@ class Graph:
         )
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _keep_sites(self, region: Region) -> None:
+        """Sites would vanish with their region, and nobody would know."""
+        for name, node in sites(self.fx).items():
+            if node in region.nodes:
+                raise EditError(
+                    f"{region.path} has the site {name!r}", where=region.path,
+                    cure="remove and replace modules before features are inherited",
+                )  # fmt: skip
 
     def _leave(self, region: Region) -> None:
         """Sweep; what stays of a region that is gone, because others asked for the same size, goes to its source."""

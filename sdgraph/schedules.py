@@ -88,11 +88,12 @@ class Uniform(Schedule):
 
 @dataclass(frozen=True)
 class Explicit(Schedule):
-    """These calls, by number; the first one, 0, among them.
+    """These calls, by number; the first one, 0, among them. Those that a shorter generation does not have never come.
 
     Args:
         steps: the refreshing calls.
-        of: how many calls the generation must have for the list to make sense; None is any number.
+        of: how many calls the generation must have for the list to make sense; None is any number. It is checked where
+            the number is known, see `sdgraph.attach`.
     """
 
     steps: tuple[int, ...]

@@ -54,6 +54,8 @@ def text(graph: Graph, depth: int = 3, within: str = "") -> str:
         lines += ["", *_columns(sheet.rows, graph.macs), f"return {sheet.value(graph.output)}"]
         if any(re.search(r"/\d", row.shape) for row in sheet.rows):
             lines[1] += "; H/2 is half of H, rounded up" if "H" in lines[1] else "; a/2 is half of a, rounded up"
+    if graph.sites:
+        lines += ["", "inherited", *_inherited(graph)]
     if graph.removed:
         width = max(map(len, graph.removed))
         lines += ["", "removed"]
@@ -90,6 +92,23 @@ def diff(before: Graph, after: Graph, depth: int = 3) -> str:
                     show(sign, row)
     lines = _columns(shown, after.macs, shares=False)
     return "\n".join(f"{sign} {line}" for sign, line in zip(signs, lines, strict=True))
+
+
+def _inherited(graph: Graph) -> list[str]:
+    """Sites by schedule, and what a call costs that inherits them."""
+    groups: dict[str, list[str]] = {}
+    for name, site in graph.sites.items():
+        forecast = f", forecast {site.forecast}" if site.forecast else ""
+        groups.setdefault(f"{site.schedule}{forecast}", []).append(name)
+    return [
+        f"  {schedule}: {several(names)}; without: {graph.step_macs(names) / graph.macs:.1%} of the MACs"
+        for schedule, names in groups.items()
+    ]
+
+
+def several(names: Sequence[str]) -> str:
+    """Names in one line."""
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
 
 
 # -- the parts of the text -----------------------------------------------------------------------------------

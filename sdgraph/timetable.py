@@ -13,7 +13,7 @@ from .inherit import Site, needed
 from .inherit import sites as nodes_of_sites
 from .paper import paper
 from .schedules import Run
-from .text import cost, count
+from .text import cost, count, several
 
 if TYPE_CHECKING:
     from .graph import Graph
@@ -84,7 +84,7 @@ class Timetable:
             rows.setdefault(self.row(site), []).append(site)
         lines = [f"{len(self.row(next(iter(self.sites))))} calls: {REFRESHED} refreshed {INHERITED} inherited "
                  f"{UNNEEDED} not needed"] if self.sites else ["nothing is inherited"]  # fmt: skip
-        lines += [f"  {row}  {_names(names)}" for row, names in rows.items()]
+        lines += [f"  {row}  {several(names)}" for row, names in rows.items()]
         lines += [
             f"  {len(v.calls)} × {cost(v.macs)} ({v.macs / self.full_macs:.1%}): calls {_ranges(v.calls)}; "
             f"{len(v.refreshed)} refreshed, {len(v.inherited)} inherited"
@@ -158,10 +158,6 @@ def timetable(graph: Graph, run: Run) -> Timetable:
         kept = max(kept, sum(v.nbytes for each in generation.values.values() for _, v in each))
         generation.advance()
     return Timetable(run, sites, tuple(kinds.values()), graph.step_macs(), kept)
-
-
-def _names(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
 
 
 def _ranges(calls: Sequence[int]) -> str:

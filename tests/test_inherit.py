@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import re
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +38,7 @@ import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import EditError, ExportError, ModeError, NoChangeError, PathError, ScheduleError, SpecError
 from sdgraph.inherit import Site
-from sdgraph.passes import HoistInvariants, InheritFeatures, PruneBlocks
+from sdgraph.passes import CleanUp, HoistInvariants, InheritFeatures, PruneBlocks
 from sdgraph.schedules import DenseCenter, DenseEarly, DenseLate, Explicit, Gate, Range, Run, Uniform, Warm
 
 from .models import answer, build, call_of
@@ -329,9 +330,36 @@ def test_it_composes_with_pruning(pipe: StableDiffusionPipeline, run: Callable[.
     assert torch.equal(run(unet), run(reference))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"])
+def test_it_composes_in_every_order(
+    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], preset: str
+) -> None:
+    """Pruning, cleaning up, hoisting, inheriting: the same images in whichever order."""
+    own = pipe.unet
+    prune, clean, hoist = PruneBlocks(preset), CleanUp(), HoistInvariants()
+    entry = InheritFeatures("up_blocks.3.resnets.2", Uniform(3), part="entry")
+    unit = InheritFeatures("down_blocks.1.attentions.0.**.attn1", Uniform(2))
+    orders = [
+        (prune, clean, entry, unit, hoist),
+        (entry, unit, prune, hoist, clean),
+        (unit, clean, prune, entry, hoist),
+        (prune, hoist, unit, clean, entry),
+    ]
+    images = [run(sdgraph.apply(own, order, verify=False), steps=7) for order in orders]
+    assert all(torch.equal(image, images[0]) for image in images[1:])
+
+
+def test_a_site_is_not_pruned_away(pipe: StableDiffusionPipeline) -> None:
+    for first in (InheritFeatures("**.attn2"), HoistInvariants()):
+        with pytest.raises(EditError, match=r"has the site '.*attn2(.*\n)*.*before features"):
+            sdgraph.apply(pipe.unet, [first, PruneBlocks("bk-sdm-base")], verify=False)
+
+
 def test_what_a_step_costs(pipe: StableDiffusionPipeline) -> None:
     unet = sdgraph.apply(pipe.unet, InheritFeatures.deep_cache(3, branch=0))
     (site,) = unet.graph.sites
+    assert re.search(r"inherited\n  Uniform\(3\): up_blocks.3.resnets.2; without: \d+.\d% of the MACs", str(unet.graph))
     assert unet.graph.step_macs([site]) < 0.15 * unet.graph.macs == 0.15 * unet.graph.step_macs()
     full, partial = (
         unet.variant(frozenset(unet.graph.inputs[i].name for i in range(3)), frozenset(s)) for s in ((), (site,))
