@@ -1,8 +1,9 @@
 """Passes. Each uses only public names of `sdgraph`, as a user's pass does."""
 
 from .clean_up import CleanUp
+from .gri_attention import GRIAttention
 from .hoist_invariants import HoistInvariants
 from .inherit_features import InheritFeatures
 from .prune_blocks import PruneBlocks
 
-__all__ = ["CleanUp", "HoistInvariants", "InheritFeatures", "PruneBlocks"]
+__all__ = ["CleanUp", "GRIAttention", "HoistInvariants", "InheritFeatures", "PruneBlocks"]

@@ -1,0 +1,157 @@
+"""`GRIAttention`: global-regional interactive attention in the place of self-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph.errors import EditError, SpecError
+from sdgraph.report import NearMiss
+
+
+@dataclass(frozen=True)
+class GRIAttention(Pass):
+    """Let each query of a self-attention see its own window, and the rest of the map pooled.
+
+    A-SDM names global-regional interactive attention; the form of it here is ours, for its papers' bodies were not at
+    hand. Each query attends, in one softmax, to the keys of its window (regional) and to the mean keys of all cells
+    outside of it (global), to whose logits the logarithm of the cell's size is added: every position counts once. The
+    source's weights are used as they are. With `pool=1`, or a window as large as the map, it is full attention.
+
+    Args:
+        window: side of a window, in tokens.
+        pool: side of a cell; divides the window.
+        levels: resolutions at which attention is replaced, 0 is that of the latents, 1 half of it.
+        shift: how far the windows of every second layer are moved, in tokens, so that their borders differ. A multiple
+            of `pool`, less than `window`.
+    Raises:
+        SpecError: sizes that do not go together.
+        EditError: a level without self-attention.
+    """
+
+    contract: ClassVar[Contract] = Contract.APPROXIMATE
+    window: int = 16
+    pool: int = 4
+    levels: tuple[int, ...] = (0,)
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("pool", 1), ("shift", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SpecError(f"{name} is {value!r}", where="GRIAttention", cure=f"a whole number, at least {least}")
+        if self.window % self.pool or self.shift % self.pool or self.shift >= self.window:
+            raise SpecError(
+                f"window {self.window}, pool {self.pool} and shift {self.shift} do not go together",
+                where="GRIAttention",
+                cure="pool divides window and shift, and shift is less than window",
+            )
+        if not self.levels or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in self.levels):
+            raise SpecError(f"levels are {self.levels!r}", where="GRIAttention", cure="such as (0,) or (0, 1)")
+
+    def run(self, graph: Graph) -> Findings:
+        found = self_attentions(graph)
+        known = sorted({level for _, _, level in found})
+        for level in self.levels:
+            if level not in known:
+                raise EditError(
+                    f"no self-attention at level {level}", where="GRIAttention", cure=f"there is some at {known}"
+                )
+        edits, misses = [], []
+        for attention, tokens, level in found:
+            path = list(attention.meta["nn_module_stack"])[-1]
+            if level not in self.levels:
+                continue
+            height, width = tokens.meta["val"].shape[-2:]
+            if self.pool > 1 and self.window >= max(height, width):
+                misses.append(NearMiss(path, f"a window of {self.window} holds the whole map of {height}x{width}"))
+                continue
+            before = graph.step_macs()
+            shift = self.shift if len(edits) % 2 else 0
+            made = graph.insert(self._code(attention, shift), *attention.args[:3], tokens, before=attention, path=path)
+            graph.rewire(attention, made)
+            graph.sweep()
+            edits.append(f"{path}: {graph.step_macs() / before:.1%} of the multiply-accumulates are left")
+        return Findings(edits=tuple(edits), near_misses=tuple(misses))
+
+    def _code(self, attention: fx.Node, shift: int) -> Callable[..., Tensor]:
+        scale = attention.kwargs.get("scale")
+
+        def code(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
+            height, width = tokens.shape[2], tokens.shape[3]
+            return attend(q, k, v, height, width, self.window, self.pool, shift, scale)
+
+        return code
+
+
+def self_attentions(graph: Graph) -> list[tuple[fx.Node, fx.Node, int]]:
+    """Each fused self-attention of a transformer, the map its tokens come from, and its level."""
+    found = []
+    outer = graph.input("sample").meta["val"].shape[-1]
+    for node in graph.nodes:
+        if node.target is not F.scaled_dot_product_attention:
+            continue
+        path = next(reversed(node.meta.get("nn_module_stack", {"": 0})))
+        transformer, inside, _ = path.partition(".transformer_blocks.")
+        q, k = (argument.meta["val"].shape[-2] for argument in node.args[:2])
+        if not path.endswith("attn1") or not inside or q != k or node.kwargs.get("attn_mask") is not None:
+            continue
+        tokens = graph.region(transformer).main_input
+        if tokens is not None and tokens.meta["val"].ndim == 4:
+            level = round(torch.log2(torch.tensor(outer / tokens.meta["val"].shape[-1])).item())
+            found.append((node, tokens, level))
+    return found
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, height: Any, width: Any, window: int, pool: int, shift: int = 0,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Global-regional attention.
+
+    Args:
+        q, k, v: (B, heads, height·width, d), row by row.
+        window, pool, shift: see `GRIAttention`.
+        scale: of the logits; 1/√d by default.
+    Returns:
+        (B, heads, height·width, d).
+    """
+    B, heads, N, d = q.shape[0], q.shape[1], q.shape[2], q.shape[3]
+    rows, columns = (height + shift + window - 1) // window, (width + shift + window - 1) // window
+    below, right = rows * window - height - shift, columns * window - width - shift
+    cells = window // pool  # along a window's side
+
+    def windows(x: Tensor) -> Tensor:
+        """(..., height, width, d) to (..., rows, columns, window², d), zeros where a window leaves the map."""
+        x = F.pad(x, (0, 0, shift, right, shift, below))
+        x = x.reshape(-1, rows, window, columns, window, x.shape[-1]).transpose(2, 3)
+        return x.reshape(-1, rows * columns, window * window, x.shape[-1])
+
+    def pooled(x: Tensor) -> Tensor:
+        """(..., rows·columns, window², d) to the sums over cells (..., rows·columns·cells², d)."""
+        x = x.reshape(-1, rows * columns, cells, pool, cells, pool, x.shape[-1]).sum((3, 5))
+        return x.reshape(-1, rows * columns * cells * cells, x.shape[-1])
+
+    inside = windows(q.new_ones((1, height, width, 1)))  # (1, windows, window², 1): 1 on the map
+    count = pooled(inside)  # (1, all cells, 1)
+    q, k, v = (windows(x.reshape(B * heads, height, width, d)) for x in (q, k, v))
+    far_k, far_v = (pooled(x) / count.clamp(min=1) for x in (k, v))
+    amount = rows * columns
+    # the cells of a window lie one after the other, so those of its own are a diagonal of blocks
+    own = torch.eye(amount, dtype=q.dtype, device=q.device).repeat_interleave(cells * cells, 1)
+    near_bias = inside.reshape(1, amount, 1, window * window).log()
+    far_bias = (count.reshape(1, 1, 1, amount * cells * cells) * (1 - own).reshape(1, amount, 1, -1)).log()
+    keys, values = (
+        torch.cat([near, far.unsqueeze(1).expand(-1, amount, -1, -1)], 2) for near, far in ((k, far_k), (v, far_v))
+    )
+    bias = torch.cat([near_bias, far_bias], 3)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
+    out = out.reshape(B * heads, rows, columns, window, window, d).transpose(2, 3)
+    out = out.reshape(B * heads, rows * window, columns * window, d)[:, shift : shift + height, shift : shift + width]
+    return out.reshape(B, heads, N, d)
