@@ -4,6 +4,7 @@ from .clean_up import CleanUp
 from .gri_attention import GRIAttention
 from .hoist_invariants import HoistInvariants
 from .inherit_features import InheritFeatures
+from .me_cond_conv import MECondConv
 from .prune_blocks import PruneBlocks
 
-__all__ = ["CleanUp", "GRIAttention", "HoistInvariants", "InheritFeatures", "PruneBlocks"]
+__all__ = ["CleanUp", "GRIAttention", "HoistInvariants", "InheritFeatures", "MECondConv", "PruneBlocks"]

@@ -57,6 +57,7 @@ class Graph:
         classes: class name of every source module, by path.
         passes: what has been applied.
         removed: module paths that are gone, with the spec of the pass that removed each.
+        dropped: convolutions that passes of this `apply` removed, by the path they had: material for later passes.
     """
 
     fx: torch.fx.Graph
@@ -70,6 +71,7 @@ class Graph:
     classes: dict[str, str] = field(default_factory=dict)
     passes: tuple[Pass, ...] = ()
     removed: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
 
@@ -556,6 +558,7 @@ class Graph:
             weights=weights,
             classes=dict(self.classes),
             removed=dict(self.removed),
+            dropped=dict(self.dropped),
             _sites=dict(self._sites),
             _meta=dict(self._meta),
         )
@@ -581,7 +584,11 @@ class Graph:
                     node.meta["nn_module_stack"] = dict(source.meta.get("nn_module_stack", {}))
 
     def _drop_unused_weights(self) -> None:
-        self.weights.keep_only({str(n.target) for n in self.fx.nodes if n.op in ("call_module", "get_attr")})
+        used = {str(n.target) for n in self.fx.nodes if n.op in ("call_module", "get_attr")}
+        for path, module in self.weights.named_modules():
+            if isinstance(module, nn.Conv2d) and path not in used:
+                self.dropped.setdefault(path, Shares().module(module))
+        self.weights.keep_only(used)
 
     def _first_operation(self) -> torch.fx.Node:
         return next(n for n in self.nodes if n.op != "placeholder")

@@ -7,8 +7,22 @@ from collections.abc import Collection
 
 import torch
 from torch import fx
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .errors import EditError
+
+
+def per_call(value: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """`value`, (B, ...), for the call: its first row if all samples have one timestep, else all rows.
+
+    For what depends on the timestep alone. Exported graphs take one timestep per call.
+
+    Args:
+        timestep: as the call gave it: (1,) or (B,).
+    """
+    if has_torch_function((value, timestep)):
+        return handle_torch_function(per_call, (value, timestep), value, timestep)
+    return value[:1] if torch.compiler.is_exporting() or timestep.shape[0] == 1 else value
 
 
 def without(nodes: fx.Graph, absent: Collection[str]) -> fx.Graph:

@@ -60,6 +60,7 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         super().__init__()
         self.register_to_config(**graph.config)
         self.graph = graph
+        graph.dropped.clear()  # or the weights that pruning takes out would stay in memory
         self.report = report if report is not None else Report(())
         self._own_weights = False
         self._variants: dict[tuple[frozenset[str], frozenset[str]], fx.GraphModule] = {}

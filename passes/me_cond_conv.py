@@ -1,0 +1,261 @@
+"""`MECondConv`: convolutions as mixtures of experts, whose kernel is mixed anew at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph.errors import EditError, SpecError
+from sdgraph.specialise import per_call
+
+ROUTINGS = ("timestep", "input")
+DONORS = ("pruned", "copies")
+GATES = ("softmax", "sigmoid")
+CLOSE = Contract.CLOSE(rtol=1e-4, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class MECondConv(Pass):
+    """Rewrite convolutions into multi-expert conditional convolutions (ME-CondConv).
+
+    The kernel is a sum of experts' kernels, whose weights are computed from the time embedding or from the input.
+    Expert 0 is the convolution itself; the others are convolutions that pruning has removed, of the same shape, from
+    whichever layer (A-SDM's cross-layer ME-CondConv, which inherits the original parameters), and copies where there
+    are none. Conditional convolutions are Yang et al., 2019 (CondConv); what is routed by, and how it starts, is ours,
+    for the bodies of A-SDM's papers were not at hand.
+
+    At first expert 0 counts 1 and the others 0, so nothing changes; training moves it. For that the gate is centred:
+    weights are e₀ + softmax(z/T) - 1/E, or e₀ + sigmoid(z/T) - 1/2, with z = 0 at first, where gradients are alive.
+
+    Args:
+        where: paths or patterns of convolutions; by default those of the resnets next to what was pruned.
+        experts: of each convolution, E.
+        routing: "timestep": one kernel for a call whose samples have one timestep, mixed once, so that experts cost
+            parameters and no convolutions. "input": a kernel for each sample, from the mean of its input.
+        donors: "pruned" convolutions, then copies; or "copies" only.
+        gate: "softmax" or "sigmoid".
+        temperature: T; a buffer, `<path>.temperature`, that training may change.
+    Raises:
+        SpecError: an option that names nothing.
+        PathError, EditError: no such convolution; nothing was pruned; no time embedding.
+    """
+
+    where: str | tuple[str, ...] = ()
+    experts: int = 4
+    routing: str = "timestep"
+    donors: str = "pruned"
+    gate: str = "softmax"
+    temperature: float = 1.0
+
+    @property
+    def contract(self) -> Contract:  # type: ignore[override]
+        """A kernel for each sample means another algorithm, and other last bits."""
+        return Contract.EXACT if self.routing == "timestep" else CLOSE
+
+    def __post_init__(self) -> None:
+        for name, known in (("routing", ROUTINGS), ("donors", DONORS), ("gate", GATES)):
+            if getattr(self, name) not in known:
+                cure = f"one of {', '.join(known)}"
+                raise SpecError(f"no {name} {getattr(self, name)!r}", where="MECondConv", cure=cure)
+        if isinstance(self.experts, bool) or not isinstance(self.experts, int) or self.experts < 2:
+            raise SpecError(f"experts is {self.experts!r}", where="MECondConv", cure="a whole number, at least 2")
+        if not self.temperature > 0:
+            raise SpecError(f"temperature is {self.temperature!r}", where="MECondConv", cure="a number above 0")
+        if not isinstance(self.where, str):
+            object.__setattr__(self, "where", tuple(self.where))
+
+    def run(self, graph: Graph) -> Findings:
+        embedding = time_embedding(graph)
+        if self.routing == "timestep" and embedding is None:
+            raise EditError("no layer takes a time embedding", where="MECondConv", cure="routing='input'")
+        pool = list(graph.dropped.items()) if self.donors == "pruned" else []
+        if self.donors == "pruned" and not pool:
+            raise EditError(
+                "no convolutions were pruned from this graph", where="MECondConv",
+                cure="apply it together with PruneBlocks, after it; or donors='copies'",
+            )  # fmt: skip
+        edits = []
+        for node in self._targets(graph):
+            path = str(node.target)
+            conv = graph.module(path)
+            donors = [(name, one) for name, one in pool if _same_shape(one, conv)]
+            donors = sorted(donors, key=lambda each: _block(each[0]) != _block(path))[: self.experts - 1]
+            pool = [each for each in pool if each not in donors]
+            convs = [conv, *(one for _, one in donors)]
+            width = conv.in_channels
+            if self.routing == "timestep" and embedding is not None:
+                width = int(embedding.meta["val"].shape[1])
+            module = ConditionalConv2d(convs, self.experts, width, self.gate, self.temperature)
+            extra = (embedding, graph.input("timestep")) if self.routing == "timestep" else ()
+            made = graph.insert(module, node.args[0], *extra, before=node.next, path=path, leaving=[node])
+            graph.rewire(node, made)
+            graph.sweep()
+            copies = self.experts - len(convs)
+            names = ", ".join(name for name, _ in donors)
+            told = [f"experts from {names}"] * bool(donors) + [f"{copies} copies of its own"] * bool(copies)
+            edits.append(f"{path}: {' and '.join(told)}")
+        return Findings(edits=tuple(edits))
+
+    def _targets(self, graph: Graph) -> list[fx.Node]:
+        paths = graph.matching(self.where) if self.where else _next_to_removed(graph)
+        nodes = {str(n.target): n for n in graph.nodes if n.op == "call_module"}
+        for path in paths:
+            if path not in nodes or not isinstance(graph.module(path), nn.Conv2d):
+                kind = graph.region(path).source_class or "something else"
+                raise EditError(f"{path} is a {kind}", where=path, cure="name nn.Conv2d modules, as in '**.conv2'")
+            if graph.module(path).padding_mode != "zeros":
+                raise EditError(f"{path} pads with other than zeros", where=path, cure="leave it out")
+        return [nodes[path] for path in paths]
+
+
+def time_embedding(graph: Graph) -> fx.Node | None:
+    """What all resnets make their time projections of, before the activation; (B, D)."""
+    for node in graph.nodes:
+        if node.op == "call_module" and str(node.target).endswith(".time_emb_proj"):
+            activated = node.args[0]
+            return activated.args[0] if isinstance(activated, fx.Node) else None  # type: ignore[return-value]
+    return None
+
+
+def _next_to_removed(graph: Graph) -> list[str]:
+    """The 3x3 convolutions of resnets in blocks that lost a module, and in the neighbours of blocks that are gone."""
+    paths = graph.paths()
+    blocks = list(dict.fromkeys(_block(p) for p in (*paths, *graph.removed) if _block(p)))
+    blocks.sort(key=_order)
+    there = {_block(p) for p in paths}
+    touched: set[str] = set()
+    for removed in graph.removed:
+        block = _block(removed)
+        if block in there:
+            touched.add(block)
+        elif block:
+            at = blocks.index(block)
+            touched |= {
+                *[b for b in reversed(blocks[:at]) if b in there][:1],
+                *[b for b in blocks[at:] if b in there][:1],
+            }
+    found = [p for p in paths if _block(p) in touched and ".resnets." in p and p.endswith((".conv1", ".conv2"))]
+    if not found:
+        raise EditError(
+            "nothing was pruned from this graph", where="MECondConv", cure="where='up_blocks.*.resnets.*.conv2', say"
+        )
+    return found
+
+
+def _block(path: str) -> str:
+    names = path.split(".")
+    return "mid_block" if names[0] == "mid_block" else ".".join(names[:2]) if names[0].endswith("_blocks") else ""
+
+
+def _order(block: str) -> tuple[int, int]:
+    """Blocks as the main flow passes them."""
+    side, _, number = block.partition(".")
+    return ("down_blocks", "mid_block", "up_blocks").index(side), int(number or 0)
+
+
+def _same_shape(one: nn.Module, other: nn.Conv2d) -> bool:
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    return (
+        isinstance(one, nn.Conv2d)
+        and one.weight.shape == other.weight.shape
+        and (one.bias is None) == (other.bias is None)
+        and all(getattr(one, name) == getattr(other, name) for name in names)
+    )
+
+
+class ConditionalConv2d(nn.Module):
+    """A convolution whose kernel and bias are sums of experts', with weights computed at each call.
+
+    Args:
+        convs: the experts; the first is used again for those that lack.
+        experts: how many, E.
+        width: features that are routed by.
+    """
+
+    def __init__(self, convs: Sequence[Any], experts: int, width: int, gate: str, temperature: float) -> None:
+        super().__init__()
+        first = convs[0]
+        chosen = [*convs, *[first] * (experts - len(convs))]
+        like = {"dtype": first.weight.dtype, "device": first.weight.device}
+        self.weight = nn.Parameter(torch.stack([one.weight.detach().to(first.weight) for one in chosen]))
+        self.bias = (
+            None
+            if first.bias is None
+            else nn.Parameter(torch.stack([one.bias.detach().to(first.bias) for one in chosen]))
+        )
+        self.routing = nn.Linear(width, experts, **like)
+        nn.init.zeros_(self.routing.weight)
+        nn.init.zeros_(self.routing.bias)
+        self.register_buffer("temperature", torch.tensor(temperature, **like))
+        self.register_buffer("first", F.one_hot(torch.tensor(0), experts).to(**like))
+        self.gate = gate
+        self.options = (first.stride, first.padding, first.dilation, first.groups)
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None, timestep: Tensor | None = None) -> Tensor:
+        """(B, I, H, W) to (B, O, H', W')."""
+        if embedding is not None and timestep is not None:
+            z = self.routing(F.silu(per_call(embedding, timestep)))
+        else:
+            z = self.routing(x.mean((2, 3)))
+        z = z / self.temperature
+        E = self.weight.shape[0]
+        gates = F.softmax(z, 1) - 1 / E if self.gate == "softmax" else torch.sigmoid(z) - 0.5
+        return conditional_conv2d(x, self.first + gates, self.weight, self.bias, *self.options)
+
+
+def conditional_conv2d(
+    x: Tensor,
+    weights: Tensor,
+    kernels: Tensor,
+    biases: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    """Convolution with kernels that are sums of experts'.
+
+    Args:
+        x: (B, I, H, W).
+        weights: of the experts: (1, E) for all samples, or (B, E).
+        kernels, biases: of the experts, (E, O, I / groups, h, w) and (E, O).
+    """
+    given = (x, weights, kernels) if biases is None else (x, weights, kernels, biases)
+    if has_torch_function(given):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            conditional_conv2d, given, x, weights, kernels, biases, stride, padding, dilation, groups
+        )
+    shared = weights.shape[0] == 1
+    if not shared and torch.compiler.is_exporting():
+        # ONNX fixes the number of groups in the graph, so here every expert is convolved with
+        experts, channels = kernels.shape[:2]
+
+        def within_groups(each: Tensor) -> Tensor:
+            return each.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2)
+
+        flat = None if biases is None else within_groups(biases)
+        every = F.conv2d(x, within_groups(kernels), flat, stride, padding, dilation, groups)
+        every = every.unflatten(1, (groups, experts, channels // groups))
+        return (every * weights[:, None, :, None, None, None]).sum(2).flatten(1, 2)
+    kernel = (weights @ kernels.flatten(1)).unflatten(1, kernels.shape[1:])  # (1 or B, O, I / groups, h, w)
+    bias = None if biases is None else weights @ biases
+    if shared:
+        return F.conv2d(x, kernel[0], None if bias is None else bias[0], stride, padding, dilation, groups)
+    B = x.shape[0]
+    out = F.conv2d(
+        x.reshape(1, -1, *x.shape[2:]),
+        kernel.flatten(0, 1),
+        None if bias is None else bias.flatten(),
+        stride,
+        padding,
+        dilation,
+        B * groups,
+    )
+    return out.unflatten(1, (B, -1))[0]
