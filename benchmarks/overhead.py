@@ -8,8 +8,10 @@
 Cases are `forward/MODEL/SIZE` (a traced UNet without passes against eager, and eager against itself, which is the noise
 of the machine), `apply/MODEL` (time and memory of tracing), `prune/MODEL/SIZE` (the presets, time against
 multiply-accumulates) and `inherit/MODEL/SIZE` (feature inheritance, whole generations: time against
-multiply-accumulates, and against the DeepCache package at the same settings). Each runs in a process of its own. The
-figures and every sample go to a JSON file, which `benchmarks/table.py` prints.
+multiply-accumulates, and against the DeepCache package at the same settings), `experts/MODEL/SIZE` (a pruned UNet with
+conditional convolutions against the same with plain ones) and `attention/MODEL/SIZE` (self-attention at the latents'
+resolution alone, and the whole UNet, with global-regional attention against full). Each runs in a process of its own.
+The figures and every sample go to a JSON file, which `benchmarks/table.py` prints.
 """
 
 from __future__ import annotations
@@ -30,13 +32,15 @@ from typing import Any
 import measure
 import models
 import torch
+import torch.nn.functional as F
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler
 from table import report
 from tqdm import tqdm
 
 import sdgraph
-from sdgraph.passes import InheritFeatures
+from sdgraph.passes import GRIAttention, InheritFeatures, MECondConv, PruneBlocks
+from sdgraph.passes.gri_attention import attend, self_attentions
 
 PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
 CASES = (
@@ -48,8 +52,15 @@ CASES = (
     "apply/sdxl",
     "prune/sd15/64",
     "inherit/sd15/32",
+    "experts/sd15/32",
+    "attention/sd15/64",
+    "attention/sd15/96",
 )
-QUICK = ("forward/small/32", "apply/small", "prune/small/32", "inherit/tiny/16")
+QUICK = (
+    *("forward/small/32", "apply/small", "prune/small/32", "inherit/tiny/16"),
+    *("experts/tiny/16", "attention/small/32"),
+)
+GRI = ((16, 4), (16, 8), (8, 4))  # windows and pools
 CALLS = 10  # of a generation
 DEEP_CACHE = ((2, 0), (3, 0), (5, 0), (5, 1), (5, 2))  # intervals and branches
 RESULTS = Path(__file__).parent / "results"
@@ -183,6 +194,43 @@ def inherit(settings: Settings, model: str, size: str) -> dict[str, Any]:
     return {"samples": samples, "timetables": bounds, "kept_bytes": kept, "largest_difference": largest}
 
 
+def experts(settings: Settings, model: str, size: str) -> dict[str, Any]:
+    """Conditional convolutions in a pruned UNet: what they cost in time and memory, by routing."""
+    unet = models.build(model, settings.device, settings.of(model), sample_size=int(size))
+    call = models.call(unet, settings.batch, int(size), int(size))
+    made = {"plain": sdgraph.apply(unet, [PruneBlocks("bk-sdm-base")], verify=False)}
+    for routing in ("timestep", "input"):
+        made[routing] = sdgraph.apply(unet, [PruneBlocks("bk-sdm-base"), MECondConv(routing=routing)], verify=False)
+    calls = {name: partial(one, **call) for name, one in made.items()}
+    samples = measure.in_turns(calls, settings.device, settings.seconds, settings.at_least)
+    sizes = {name: {"parameters": sum(p.numel() for p in one.parameters())} for name, one in made.items()}
+    return {"samples": samples, "sizes": sizes}
+
+
+def attention(settings: Settings, model: str, size: str) -> dict[str, Any]:
+    """Global-regional attention against full attention: the operation alone, and the whole UNet."""
+    unet = models.build(model, settings.device, settings.of(model), sample_size=int(size))
+    call = models.call(unet, settings.batch, int(size), int(size))
+    whole = sdgraph.apply(unet, (), verify=False)
+    node = next(node for node, _, level in self_attentions(whole.graph) if level == 0)
+    shape = (settings.batch, *node.args[0].meta["val"].shape[1:])
+    q, k, v = torch.randn(3, *shape, dtype=unet.dtype, device=unet.device)
+    side = int(size)
+    alone: dict[str, Any] = {"full": lambda: F.scaled_dot_product_attention(q, k, v)}
+    inside: dict[str, Any] = {"full": partial(whole, **call)}
+    for window, pool in GRI:
+        if window >= side:
+            continue
+        name = f"window {window}, pool {pool}"
+        alone[name] = partial(attend, q, k, v, side, side, window, pool)
+        inside[name] = partial(sdgraph.apply(whole, GRIAttention(window, pool), verify=False), **call)
+    seconds = settings.seconds / 2
+    return {
+        "alone": measure.in_turns(alone, settings.device, seconds, settings.at_least),
+        "samples": measure.in_turns(inside, settings.device, seconds, settings.at_least),
+    }
+
+
 def _bytes(kept: Any) -> int:
     """Of all storages of tensors in nested containers."""
     found: dict[int, int] = {}
@@ -207,6 +255,8 @@ def run(case: str, settings: Settings) -> dict[str, Any]:
         "apply": apply,
         "prune": prune,
         "inherit": inherit,
+        "experts": experts,
+        "attention": attention,
     }
     kind, *rest = case.split("/")
     return {"case": case, **kinds[kind](settings, *rest)}

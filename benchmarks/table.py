@@ -24,7 +24,14 @@ def report(result: dict[str, Any]) -> str:
     kinds: dict[str, list[dict[str, Any]]] = {}
     for case in result["cases"]:
         kinds.setdefault(case["case"].partition("/")[0], []).append(case)
-    makers = {"forward": forward, "apply": apply, "prune": prune, "inherit": inherit}
+    makers = {
+        "forward": forward,
+        "apply": apply,
+        "prune": prune,
+        "inherit": inherit,
+        "experts": experts,
+        "attention": attention,
+    }
     return "\n\n".join([conditions(result), *(makers[kind](cases) for kind, cases in kinds.items())])
 
 
@@ -125,6 +132,27 @@ def inherit(cases: Sequence[dict[str, Any]]) -> str:
                 )
             )
     return markdown(rows) + "\n\nWhole generations. Kept: between calls."
+
+
+def experts(cases: Sequence[dict[str, Any]]) -> str:
+    rows = [("bk-sdm-base", "latents", "convolutions", "parameters", "time/plain")]
+    for case in cases:
+        _, model, size = case["case"].split("/")
+        for name, each in case["sizes"].items():
+            times = ratio(case["samples"][name], case["samples"]["plain"])
+            kind = "plain" if name == "plain" else f"MECondConv, by {name}"
+            rows.append((model, f"{size}x{size}", kind, f"{each['parameters'] / 1e6:.4g} M", times))
+    return markdown(rows)
+
+
+def attention(cases: Sequence[dict[str, Any]]) -> str:
+    rows = [("model", "latents", "self-attention", "its time/full", "UNet's time/full")]
+    for case in cases:
+        _, model, size = case["case"].split("/")
+        for name in case["alone"]:
+            each = (ratio(case[key][name], case[key]["full"]) for key in ("alone", "samples"))
+            rows.append((model, f"{size}x{size}", name, *each))
+    return markdown(rows) + "\n\nAt the latents' resolution; other levels have full attention."
 
 
 def ratio(mine: Sequence[float], eager: Sequence[float]) -> str:

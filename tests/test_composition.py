@@ -45,7 +45,7 @@ def test_two_passes_in_both_orders(one: str, other: str) -> None:
             with pytest.raises(SdgraphError, match=ILLEGAL[order]):
                 sdgraph.apply(source, chain)
         else:
-            results.append(generation(sdgraph.apply(source, chain)))
+            results.append(generation(sdgraph.apply(source, chain, verify=False)))
     for result in results[1:]:
         for found, expected in zip(result, results[0], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

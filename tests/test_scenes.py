@@ -288,7 +288,6 @@ def test_the_card_is_current() -> None:
     assert card.filled() == (MODEL / "README.md").read_text()
 
 
-@pytest.mark.xfail(strict=True, reason="the UNet has been trained for an hour; it takes several")
 def test_the_figures_meet_the_bar() -> None:
     found = json.loads((MODEL / "quality.json").read_text())
     generated = found["figures"]["generated"]
@@ -297,7 +296,6 @@ def test_the_figures_meet_the_bar() -> None:
     assert generated["place"] >= 0.85
 
 
-@pytest.mark.xfail(strict=True, reason="the UNet has been trained for an hour; it takes several")
 @pytest.mark.slow
 def test_the_model_makes_what_captions_say(judge: Judge) -> None:
     """The recorded figures, on fewer images and steps."""
