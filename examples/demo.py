@@ -25,8 +25,8 @@ from scenes.quality import Quality, held_out_captions
 import sdgraph
 from sdgraph.exporters import onnx, ort
 
-PRUNE = "CleanUp, PruneBlocks('mid_block')"
-INHERIT = "HoistInvariants, InheritFeatures('up_blocks.-1.resnets.-1', part='entry', schedule=Uniform(2))"
+PRUNE = "CleanUp, PruneBlocks(('mid_block', 'up_blocks.3.attentions.1'))"
+INHERIT = "HoistInvariants, InheritFeatures('up_blocks.3.resnets.2', part='entry', schedule=Uniform(3), forecast=1)"
 STEPS, IMAGES = 25, 24
 SHOWN = 8  # images in the picture
 

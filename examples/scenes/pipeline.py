@@ -22,7 +22,11 @@ class AssetError(OSError):
 
 
 class ScenePipeline(StableDiffusionPipeline):
-    """Stable Diffusion for scenes: words that no caption has are an error, not noise. Else it is its base class."""
+    """Stable Diffusion for scenes: words that no caption has are an error, not noise, and guidance is as tuned.
+    Else it is its base class."""
+
+    def __call__(self, *args: Any, guidance_scale: float = GUIDANCE, **kwargs: Any) -> Any:
+        return super().__call__(*args, guidance_scale=guidance_scale, **kwargs)
 
     def check_inputs(self, prompt: str | list[str] | None, *args: Any, **kwargs: Any) -> None:
         for text in [prompt] if isinstance(prompt, str) else prompt or ():
