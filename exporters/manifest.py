@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sdgraph.accept import accept
 from sdgraph.dims import evaluate
 from sdgraph.errors import CallError, ExportError, SavedError
 from sdgraph.inputs import Input
+from sdgraph.specialise import per_call
 from sdgraph.trace import Guard
 
 FORMAT = 1
@@ -155,6 +156,8 @@ def describe(unet: GraphUNet, given: frozenset[str], opset: int, config: bytes) 
     """The manifest of a UNet exported with the optional inputs `given`."""
     graph = unet.graph
     inputs = graph.resolved_inputs()
+    if any(node.target is per_call for node in graph.nodes):  # in the exported graph one timestep serves all samples
+        inputs = tuple(replace(i, shape=(1,), broadcast=False) if i.name == "timestep" else i for i in inputs)
     for spec in inputs:
         if "?" in (spec.shape or ()):
             what = f"a size of {spec.name} is no known expression of the call's sizes"

@@ -63,7 +63,8 @@ class GRIAttention(Pass):
                 raise EditError(
                     f"no self-attention at level {level}", where="GRIAttention", cure=f"there is some at {known}"
                 )
-        edits, misses = [], []
+        edits: list[str] = []
+        misses: list[NearMiss] = []
         for attention, tokens, level in found:
             path = list(attention.meta["nn_module_stack"])[-1]
             if level not in self.levels:
@@ -81,7 +82,7 @@ class GRIAttention(Pass):
         return Findings(edits=tuple(edits), near_misses=tuple(misses))
 
     def _code(self, attention: fx.Node, shift: int) -> Callable[..., Tensor]:
-        scale = attention.kwargs.get("scale")
+        scale: Any = attention.kwargs.get("scale")
 
         def code(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
             height, width = tokens.shape[2], tokens.shape[3]
@@ -99,7 +100,9 @@ def self_attentions(graph: Graph) -> list[tuple[fx.Node, fx.Node, int]]:
             continue
         path = next(reversed(node.meta.get("nn_module_stack", {"": 0})))
         transformer, inside, _ = path.partition(".transformer_blocks.")
-        q, k = (argument.meta["val"].shape[-2] for argument in node.args[:2])
+        queries: Any = node.args[0]
+        keys: Any = node.args[1]
+        q, k = (argument.meta["val"].shape[-2] for argument in (queries, keys))
         if not path.endswith("attn1") or not inside or q != k or node.kwargs.get("attn_mask") is not None:
             continue
         tokens = graph.region(transformer).main_input

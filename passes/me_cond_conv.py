@@ -84,12 +84,12 @@ class MECondConv(Pass):
         edits = []
         for node in self._targets(graph):
             path = str(node.target)
-            conv = graph.module(path)
+            conv = _conv(graph, path)
             donors = [(name, one) for name, one in pool if _same_shape(one, conv)]
             donors = sorted(donors, key=lambda each: _block(each[0]) != _block(path))[: self.experts - 1]
             pool = [each for each in pool if each not in donors]
             convs = [conv, *(one for _, one in donors)]
-            width = conv.in_channels
+            width: int = conv.in_channels
             if self.routing == "timestep" and embedding is not None:
                 width = int(embedding.meta["val"].shape[1])
             module = ConditionalConv2d(convs, self.experts, width, self.gate, self.temperature)
@@ -107,12 +107,21 @@ class MECondConv(Pass):
         paths = graph.matching(self.where) if self.where else _next_to_removed(graph)
         nodes = {str(n.target): n for n in graph.nodes if n.op == "call_module"}
         for path in paths:
-            if path not in nodes or not isinstance(graph.module(path), nn.Conv2d):
-                kind = graph.region(path).source_class or "something else"
+            if path not in nodes:
+                kind = graph.region(path).source_class or "no single module"
                 raise EditError(f"{path} is a {kind}", where=path, cure="name nn.Conv2d modules, as in '**.conv2'")
-            if graph.module(path).padding_mode != "zeros":
+            if _conv(graph, path).padding_mode != "zeros":
                 raise EditError(f"{path} pads with other than zeros", where=path, cure="leave it out")
         return [nodes[path] for path in paths]
+
+
+def _conv(graph: Graph, path: str) -> nn.Conv2d:
+    found = graph.module(path)
+    if not isinstance(found, nn.Conv2d):
+        raise EditError(
+            f"{path} is a {type(found).__name__}", where=path, cure="name nn.Conv2d modules, as in '**.conv2'"
+        )
+    return found
 
 
 def time_embedding(graph: Graph) -> fx.Node | None:
@@ -193,6 +202,8 @@ class ConditionalConv2d(nn.Module):
         self.routing = nn.Linear(width, experts, **like)
         nn.init.zeros_(self.routing.weight)
         nn.init.zeros_(self.routing.bias)
+        self.temperature: Tensor
+        self.first: Tensor
         self.register_buffer("temperature", torch.tensor(temperature, **like))
         self.register_buffer("first", F.one_hot(torch.tensor(0), experts).to(**like))
         self.gate = gate
@@ -229,7 +240,7 @@ def conditional_conv2d(
     """
     given = (x, weights, kernels) if biases is None else (x, weights, kernels, biases)
     if has_torch_function(given):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             conditional_conv2d, given, x, weights, kernels, biases, stride, padding, dilation, groups
         )
     shared = weights.shape[0] == 1
@@ -238,13 +249,14 @@ def conditional_conv2d(
         experts, channels = kernels.shape[:2]
 
         def within_groups(each: Tensor) -> Tensor:
-            return each.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2)
+            return each.reshape(experts, groups, -1, *each.shape[2:]).transpose(0, 1).flatten(0, 2)
 
         flat = None if biases is None else within_groups(biases)
         every = F.conv2d(x, within_groups(kernels), flat, stride, padding, dilation, groups)
-        every = every.unflatten(1, (groups, experts, channels // groups))
+        height, width = every.shape[2:]
+        every = every.reshape(-1, groups, experts, channels // groups, height, width)
         return (every * weights[:, None, :, None, None, None]).sum(2).flatten(1, 2)
-    kernel = (weights @ kernels.flatten(1)).unflatten(1, kernels.shape[1:])  # (1 or B, O, I / groups, h, w)
+    kernel = (weights @ kernels.flatten(1)).reshape(-1, *kernels.shape[1:])  # (1 or B, O, I / groups, h, w)
     bias = None if biases is None else weights @ biases
     if shared:
         return F.conv2d(x, kernel[0], None if bias is None else bias[0], stride, padding, dilation, groups)
@@ -258,4 +270,4 @@ def conditional_conv2d(
         dilation,
         B * groups,
     )
-    return out.unflatten(1, (B, -1))[0]
+    return out.reshape(B, -1, *out.shape[2:])

@@ -128,7 +128,7 @@ def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(BLOCKS) >= 5
     for block in BLOCKS:
         exec(compile(block.replace("num_inference_steps=25", "num_inference_steps=2"), "README.md", "exec"), scope)
-    assert list(scope["pipe"].unet.graph.sites)[-1] == "up_blocks.3.resnets.2"
+    assert "up_blocks.3.resnets.2" in scope["pipe"].unet.graph.sites
     assert {"pruned.svg", "unet-base", "unet-onnx"} <= {path.name for path in tmp_path.iterdir()}
 
 

@@ -19,7 +19,7 @@ from scenes.caption import WORDS, CaptionError, Said, caption, said
 from scenes.draw import draw
 from scenes.fit import OutOfTimeError, fit, read_log
 from scenes.judge import Judge, labels
-from scenes.pipeline import JUDGE, MODEL, AssetError, load
+from scenes.pipeline import GUIDANCE, JUDGE, MODEL, AssetError, load
 from scenes.scene import COLOURS, HELD_OUT, SHAPES, Scene
 from torch import Tensor, nn
 
@@ -253,8 +253,10 @@ def test_the_model_loads_as_any_pipeline() -> None:
     for pipe in (plain, ours):
         pipe.set_progress_bar_config(disable=True)
     prompt = "a red circle on the left of a small blue star"
-    a, b = (pipe([prompt], generator=torch.Generator().manual_seed(0), **ONE_STEP).images for pipe in (plain, ours))
+    options = {**ONE_STEP, "latents": torch.randn(1, 4, 16, 16)}
+    a, b = (pipe([prompt], **options, guidance_scale=GUIDANCE).images for pipe in (plain, ours))
     assert np.array_equal(a, b)
+    assert np.array_equal(ours([prompt], **options).images, b)
     assert sum(file.stat().st_size for file in MODEL.rglob("*")) < 25e6
     config = ours.unet.config
     assert tuple(config.down_block_types) == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
