@@ -110,7 +110,7 @@ def ways(pipe: Any, quick: bool, folder: Path) -> dict[str, Way]:
             for group in (GROUPS[:1] if quick else GROUPS)
         ]
         for name, budget in deep.items():
-            budget = 0.95 if quick else budget
+            budget = 0.98 if quick else budget
             options = {"num_inference_steps": steps, "reach": 4 if quick else 12, "folder": folder}
             try:
                 result = sdgraph.search(pipe, candidates, prompts, budget=budget, **options)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import hypothesis
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from scenes import models
 
 import sdgraph
 
@@ -33,6 +34,16 @@ def traced() -> Callable[[str], Pair]:
         return unet, sdgraph.GraphUNet(sdgraph.trace(unet))
 
     return pair
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    """A pipeline of the scenes' architecture with random weights. Leave it as it is."""
+    torch.manual_seed(0)
+    tokenizer = models.tokenizer()
+    pipe = models.pipeline(tokenizer, models.text_encoder(tokenizer), models.vae(), models.unet())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(autouse=True)

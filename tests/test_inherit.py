@@ -57,15 +57,6 @@ SCHEDULERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pipe() -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    tokenizer = models.tokenizer()
-    pipe = models.pipeline(tokenizer, models.text_encoder(tokenizer), models.vae(), models.unet())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
 def run(pipe: StableDiffusionPipeline) -> Any:
     """`run(unet, prompt=..., steps=..., seed=...)`: the final latents; the pipeline is as it was."""

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers import StableDiffusionPipeline
-from scenes import models
 
 import sdgraph
 from sdgraph.errors import ScheduleError, SourceError, SpecError
@@ -19,15 +17,6 @@ from sdgraph.search import _costs, _path, _total
 
 OPTIONS: dict[str, Any] = {"num_inference_steps": 6, "progress": False, "reach": 6}
 CANDIDATES = (InheritFeatures("up_blocks.2.{resnets,attentions}.*"), InheritFeatures("up_blocks.3.attentions.*"))
-
-
-@pytest.fixture(scope="module")
-def pipe() -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    tokenizer = models.tokenizer()
-    pipe = models.pipeline(tokenizer, models.text_encoder(tokenizer), models.vae(), models.unet())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def test_the_path_is_the_best_choice() -> None:
