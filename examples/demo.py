@@ -114,9 +114,9 @@ def main(out: Path) -> None:
     print(f"pruned:\n{found['pruned']}\n\n{table(rows)}")
     print(
         f"""
-MMACs: of a forward at batch 1, the mean over the steps. Time: of whole images, the two sides in turns, threads:
-{torch.get_num_threads()}. PSNR: {IMAGES} images of {STEPS} steps against those of the source. Shape and colour, place:
-share of images in which a classifier reads what the caption says. Nothing was trained after pruning.
+MMACs: of a forward at batch 1, the mean over the steps. Time: of whole images, the two sides in turns, with
+{torch.get_num_threads()} thread(s). PSNR: {IMAGES} images of {STEPS} steps against those of the source. Shape and
+colour, place: share of images in which a classifier reads what the caption says. Nothing was trained after pruning.
 
 {out}/
   images.png                            {SHOWN} images of each, a row of the table per row
