@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from .apply import apply
 from .errors import ScheduleError, SourceError, SpecError
+from .graph import Graph
 from .pass_ import Chain, Pass
-from .schedules import Explicit, Run
+from .schedules import Explicit, Run, Uniform
 from .timetable import Timetable
 from .unet import GraphUNet, no_value
 
@@ -106,8 +107,8 @@ def search(
         before = set(inheriting.graph.sites)
         inheriting = apply(inheriting, one, verify=False)
         groups.append(frozenset(inheriting.graph.sites) - before)
-        if not groups[-1]:
-            raise SpecError(f"{one} has no sites", where="candidates", cure="InheritFeatures passes")
+        if not groups[-1] or not {"schedule", "forecast"} <= {field.name for field in fields(one)}:
+            raise SpecError(f"{one} has no sites to give a schedule", where="candidates", cure="InheritFeatures passes")
 
     def generate(unet: GraphUNet) -> Tensor:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -115,15 +116,16 @@ def search(
             found = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
         return found.images  # type: ignore[no-any-return]
 
-    calls = _Recorder(inheriting.graph.copy())
+    calls = _Recorder(inheriting.graph.copy(), frozenset().union(*groups))
     final = generate(calls)
     timesteps = tuple(float(each.flat["timestep"].reshape(-1)[0]) for each in calls.made)
     kept = _Kept(Path(folder) if folder else None, final)
     with tqdm(total=len(timesteps) * (1 + len(groups)), desc="search", unit="call", disable=not progress) as bar:
-        weights = kept("weights", partial(_weights, generate, calls, final, bar))
+        names = [str(replace(one, schedule=Uniform(1), forecast=0)) for one in candidates]  # type: ignore[call-arg]
+        weights = kept(f"weights: {', '.join(names)}", partial(_weights, generate, calls, final, bar))
         costs = [
-            _costs(weights, kept(f"{one}, {reach}", partial(_errors, calls, group, reach, bar)))
-            for one, group in zip(candidates, groups, strict=True)
+            _costs(weights, kept(f"{name}, {reach}", partial(_errors, calls, group, reach, bar)))
+            for name, group in zip(names, groups, strict=True)
         ]
     saved = [source.graph.macs - inheriting.graph.step_macs(group) for group in groups]
     run, graph = Run(len(timesteps), timesteps), inheriting.graph.copy()
@@ -177,10 +179,11 @@ class _Made:
 
 
 class _Recorder(GraphUNet):
-    """Computes everything at every call and keeps it; or lets a single call inherit all sites from the one before."""
+    """Computes everything at every call and keeps it; or lets a single call inherit `sites` from the one before."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Graph, sites: frozenset[str]) -> None:
         super().__init__(graph)
+        self.sites = sites
         self.made: list[_Made] = []
         self.disturbed: int | None = None
         self.number = 0
@@ -188,7 +191,7 @@ class _Recorder(GraphUNet):
     def run(self, flat: Mapping[str, Tensor]) -> Tensor:
         if self.disturbed is not None and self.number == self.disturbed:
             value = self.made[self.number - 1].values.__getitem__
-            output, _ = self._step(flat, frozenset(self._sites), value)
+            output, _ = self._step(flat, self.sites, value)
         else:
             output, values = self._step(flat, frozenset(), no_value)
             if self.disturbed is None:
@@ -209,7 +212,7 @@ def _weights(generate: Callable[[GraphUNet], Tensor], calls: _Recorder, final: T
     for j in range(1, len(found)):
         calls.number, calls.disturbed = 0, j
         latents = generate(calls)
-        output, _ = calls._step(calls.made[j].flat, frozenset(calls._sites), calls.made[j - 1].values.__getitem__)
+        output, _ = calls._step(calls.made[j].flat, calls.sites, calls.made[j - 1].values.__getitem__)
         found[j] = _distance(latents, final) / max(_distance(output, calls.made[j].output), 1e-300)
         bar.update()
     return found

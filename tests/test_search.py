@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 import sdgraph
 from sdgraph.errors import ScheduleError, SourceError, SpecError
-from sdgraph.passes import CleanUp, InheritFeatures
+from sdgraph.passes import CleanUp, HoistInvariants, InheritFeatures
 from sdgraph.search import _costs, _path, _total
 
 OPTIONS: dict[str, Any] = {"num_inference_steps": 6, "progress": False, "reach": 6}
@@ -52,6 +52,7 @@ def test_a_budget_is_met_and_the_error_foreseen(pipe: StableDiffusionPipeline, t
         ({"budget": 1.5}, SpecError, "the budget is 1.5"),
         ({"candidates": ()}, SpecError, "no candidates"),
         ({"candidates": (CleanUp(),)}, SpecError, "has no sites"),
+        ({"candidates": (HoistInvariants(),)}, SpecError, "has no sites to give a schedule"),
         ({"pipe": object()}, SourceError, "object has no UNet"),
     ],
 )
