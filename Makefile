@@ -5,7 +5,7 @@ RUN := $(CURDIR)/$(VENV)/bin
 # Models are part of the repository or built from configurations: nothing is downloaded.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo train scenes test test-fast test-full lint bench
+.PHONY: demo train scenes test test-fast test-full lint bench frontier
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/.installed-onnx,plots,pipelines
@@ -23,6 +23,9 @@ scenes: $(VENV)/.installed-plots,pipelines
 
 bench: $(VENV)/.installed-bench,pipelines
 	$(RUN)/python benchmarks/overhead.py $(ARGS)
+
+frontier: $(VENV)/.installed-bench,pipelines,plots
+	$(RUN)/python benchmarks/frontier.py $(ARGS)
 
 # Tests trace small models, which is Python: a process per core, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(RUN)/pytest -n auto --dist loadfile

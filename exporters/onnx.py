@@ -174,7 +174,7 @@ def _as_graph(unet: Any) -> GraphUNet:
         raise ExportError(
             "a UNet that inherits features is several graphs, and only one can be exported so far",
             where=next(iter(unet.graph.sites)),
-            cure="export it without InheritFeatures",
+            cure="export it without InheritFeatures and HoistInvariants",
         )
     name = str(unet.dtype).removeprefix("torch.")
     if name not in DTYPES:

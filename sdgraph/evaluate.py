@@ -187,6 +187,8 @@ def evaluate(
         raise SpecError(
             "nothing to compare: no prompts or no seeds", where="evaluate", cure="give at least one of each"
         )
+    if "output_type" in call:
+        raise SpecError("output_type is not yours to set", where="evaluate", cure="leave it out: images are compared")
     for name in perceptual:
         if name not in PERCEPTUAL:
             raise SpecError(

@@ -99,6 +99,8 @@ def search(
         raise SpecError("nothing to search: no candidates or no prompts", where="search", cure="give some of each")
     if not 0 < budget <= 1:
         raise SpecError(f"the budget is {budget}", where="search", cure="a share of all, above 0 and at most 1")
+    if "output_type" in call:
+        raise SpecError("output_type is not yours to set", where="search", cure="leave it out: latents are compared")
     if getattr(pipe, "unet", None) is None:
         raise SourceError(f"{type(pipe).__name__} has no UNet", where="search", cure="a pipeline with one")
     source = apply(pipe.unet, ())

@@ -86,11 +86,7 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.graph.inputs
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        casting = torch.is_autocast_enabled(flat["sample"].device.type)
-        signature = (casting, *((name, v.shape, v.dtype, v.device) for name, v in flat.items()))
-        if signature not in self._accepted:
-            accept(self.graph.resolved_inputs(), self.graph.guards, flat, self.dtype)
-            self._accepted.add(signature)
+        self._accept(flat)
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if learning and not self._own_weights:
             self._take_weights()  # gradients may follow, and an optimizer that uses them
@@ -102,12 +98,21 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
             generation.keep(refreshed, self._sites, stale)
         return output
 
+    def _accept(self, flat: Mapping[str, torch.Tensor]) -> None:
+        """Refuse a call that the graph does not cover; each kind of call is looked at once."""
+        casting = torch.is_autocast_enabled(flat["sample"].device.type)
+        signature = (casting, *((name, v.shape, v.dtype, v.device) for name, v in flat.items()))
+        if signature not in self._accepted:
+            accept(self.graph.resolved_inputs(), self.graph.guards, flat, self.dtype)
+            self._accepted.add(signature)
+
     def step(
         self, values: Mapping[str, torch.Tensor], inherited: Collection[str] | None = None, **call: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One call as a function: what it inherits goes in, what it refreshes comes out, nothing is kept here.
 
-        For loops of one's own: `output, fresh = unet.step(values, sample=..., timestep=..., ...); values |= fresh`.
+        For loops of one's own, which say at each call what is inherited:
+        `output, fresh = unet.step(values, inherited, sample=..., timestep=..., ...); values |= fresh`.
 
         Args:
             values: of sites, as earlier calls returned them.
@@ -117,6 +122,7 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
             the noise prediction, and the values of the refreshed sites that it needed.
         Raises:
             PathError: `inherited` names what is no site, or has no value.
+            CallError: the graph does not cover the call.
         """
         stale = frozenset(values if inherited is None else inherited)
         for site in stale:
@@ -127,7 +133,9 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
                     where="inherited",
                     cure=did_you_mean(site, known) or f"values are given of {', '.join(known) or 'none'}",
                 )
-        return self._step(flatten(call, self.graph.inputs), stale, values.__getitem__)
+        flat = flatten(call, self.graph.inputs)
+        self._accept(flat)
+        return self._step(flat, stale, values.__getitem__)
 
     def _step(
         self, flat: Mapping[str, torch.Tensor], stale: frozenset[str], value: Callable[[str], torch.Tensor]

@@ -210,3 +210,8 @@ def test_images_that_are_not_finite(pipe: StableDiffusionPipeline) -> None:
         sdgraph.evaluate(pipe, broken, PROMPTS[0], **CALL)
     assert pipe.unet is own
     assert all(torch.isfinite(p).all() for p in own.parameters())
+
+
+def test_images_are_compared_whatever_the_caller_wants_of_them(pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(SpecError, match="output_type is not yours to set"):
+        sdgraph.evaluate(pipe, (), "a red circle", output_type="latent")

@@ -36,7 +36,16 @@ from torch._dynamo.testing import CompileCounter
 
 import sdgraph
 from sdgraph import GraphUNet
-from sdgraph.errors import EditError, ExportError, ModeError, NoChangeError, PathError, ScheduleError, SpecError
+from sdgraph.errors import (
+    CallError,
+    EditError,
+    ExportError,
+    ModeError,
+    NoChangeError,
+    PathError,
+    ScheduleError,
+    SpecError,
+)
 from sdgraph.inherit import Site
 from sdgraph.passes import CleanUp, HoistInvariants, InheritFeatures, PruneBlocks
 from sdgraph.schedules import DenseCenter, DenseEarly, DenseLate, Explicit, Gate, Range, Run, Uniform, Warm
@@ -688,6 +697,8 @@ def test_the_functional_form(pipe: StableDiffusionPipeline, inheriting: GraphUNe
         assert list(values) == list(inheriting.graph.sites)
         with pytest.raises(PathError, match="no value of a site 'mid_block'"):
             inheriting.step(values, ["mid_block"], **given)
+        with pytest.raises(CallError, match=r"sample is torch\.float64"):
+            inheriting.step({}, **{**given, "sample": given["sample"].double()})
 
 
 def test_variants_compile_without_breaks(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:

@@ -53,6 +53,7 @@ def test_a_budget_is_met_and_the_error_foreseen(pipe: StableDiffusionPipeline, t
         ({"candidates": ()}, SpecError, "no candidates"),
         ({"candidates": (CleanUp(),)}, SpecError, "has no sites"),
         ({"candidates": (HoistInvariants(),)}, SpecError, "has no sites to give a schedule"),
+        ({"output_type": "pil"}, SpecError, "output_type is not yours"),
         ({"pipe": object()}, SourceError, "object has no UNet"),
     ],
 )
