@@ -1,8 +1,9 @@
-"""Quality against time: feature inheritance, and the plain alternative, fewer steps.
+"""Quality against time: of the small trained Stable Diffusion, for the ways of making images of `ways.py`.
 
-    python benchmarks/frontier.py             # the small trained Stable Diffusion, about half an hour on two cores
-    python benchmarks/frontier.py --quick     # a smoke test
-    python benchmarks/frontier.py --device cuda --dtype float16 --images 256
+    python benchmarks/frontier.py inheritance           # feature inheritance, and fewer steps
+    python benchmarks/frontier.py attention             # global-regional attention, and token merging
+    python benchmarks/frontier.py inheritance --quick   # a smoke test
+    python benchmarks/frontier.py inheritance --device cuda --dtype float16 --images 256
 
 Every way of making images gets the same prompts and seeds, and all ways take turns, batch by batch. PSNR is against
 the images of all steps, so it asks for the same image; the attributes ask whether the image is what the prompt says.
@@ -16,7 +17,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,94 +33,12 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from scenes.pipeline import load  # noqa: E402
 from scenes.quality import Quality, held_out_captions  # noqa: E402
+from ways import KINDS, Way  # noqa: E402
 
 import sdgraph  # noqa: E402
 from sdgraph import similarity  # noqa: E402
-from sdgraph.passes import InheritFeatures  # noqa: E402
-from sdgraph.schedules import DenseCenter, DenseEarly, DenseLate  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, FEWER = 50, (40, 30, 25, 20, 17, 14, 12, 10)
-INTERVALS, BRANCHES = (2, 3, 5, 10), (0, 1, 2)
-CALIBRATION = 8  # prompts that schedules are searched on
-# What is searched over: the layers of each stage, which lie beside each other.
-GROUPS = (
-    "{down_blocks.3,mid_block,up_blocks.0}",
-    "{down_blocks.2,up_blocks.1}",
-    "{down_blocks.1,up_blocks.2}",
-    "{down_blocks.0,up_blocks.3}",
-)
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way of making images.
-
-    Args:
-        kind: what it is drawn as.
-        unet: the UNet, in place of the pipeline's own.
-        steps: of the scheduler.
-        macs: of the UNet per image, as a share of the way with all steps.
-    """
-
-    kind: str
-    unet: Any
-    steps: int
-    macs: float
-    passes: str = ""
-
-
-def ways(pipe: Any, quick: bool, folder: Path) -> dict[str, Way]:
-    """All that is compared, by name; the first is what the others are compared with."""
-    steps = 6 if quick else STEPS
-    source = sdgraph.apply(pipe.unet, ())
-    found = {"all steps": Way("fewer steps", source, steps, 1.0)}
-    for fewer in (3,) if quick else FEWER:
-        found[f"{fewer} steps"] = Way("fewer steps", source, fewer, fewer / steps)
-
-    def add(kind: str, name: str, passes: Any) -> None:
-        unet = sdgraph.apply(source, passes, verify=False)
-        macs = unet.graph.timetable(timesteps).macs / (steps * source.graph.macs)
-        found[name] = Way(kind, unet, steps, macs, ", ".join(map(str, unet.graph.passes)))
-
-    pipe.scheduler.set_timesteps(steps)
-    timesteps = pipe.scheduler.timesteps.tolist()
-    for interval in (2,) if quick else INTERVALS:
-        for branch in (0,) if quick else BRANCHES:
-            one = InheritFeatures.deep_cache(interval, branch)
-            add("DeepCache", f"DeepCache {interval}, branch {branch}", one)
-            if branch == 0 and interval in (3, 5):
-                line = replace(one, forecast=1)
-                add("DeepCache, forecast", f"DeepCache {interval}, branch {branch}, forecast", line)
-    if not quick:
-        five = InheritFeatures.deep_cache(5, 0)
-        for schedule in (DenseEarly(5), DenseLate(5), DenseCenter(5)):
-            add("DeepCache", f"DeepCache {schedule}, branch 0", replace(five, schedule=schedule))
-        add("published", "Faster Diffusion", InheritFeatures.faster_diffusion())
-        add("published", "T-GATE", InheritFeatures.t_gate(20))
-        add("published", "attention broadcast", InheritFeatures.attention_broadcast())
-        for level in ("layer", "unit"):
-            within = "{" + ",".join(GROUPS[i].strip("{}") for i in range(4)) + "}"
-            add("levels", f"all {level}s, every 2nd", InheritFeatures.at_level(level, within=within))
-    _, prompts = held_out_captions(2000)
-    prompts = prompts[-2:] if quick else prompts[-CALIBRATION:]
-    deep = {f"DeepCache {n}": found[f"DeepCache {n}, branch 0"].macs for n in ((2,) if quick else INTERVALS)}
-    for forecast in (0, 1):
-        candidates = [
-            replace(InheritFeatures.at_level("layer", within=group), forecast=forecast)
-            for group in (GROUPS[:1] if quick else GROUPS)
-        ]
-        for name, budget in deep.items():
-            budget = 0.98 if quick else budget
-            options = {"num_inference_steps": steps, "reach": 4 if quick else 12, "folder": folder}
-            try:
-                result = sdgraph.search(pipe, candidates, prompts, budget=budget, **options)
-            except sdgraph.errors.ScheduleError as reason:
-                tqdm.write(f"as much as {name}: {reason.what}")
-                continue
-            kind = "searched, forecast" if forecast else "searched"
-            add(kind, f"{kind}, as much as {name}", result.passes)
-    return found
 
 
 def measured(pipe: Any, found: Mapping[str, Way], images: int, batch: int, device: str) -> dict[str, dict[str, Any]]:
@@ -174,7 +93,8 @@ def report(result: Mapping[str, Any]) -> str:
         rows.append((name, f"{each['macs']:.3f}", f"{each['time']:.3f}", psnr, f"{each['frechet']:.3g}", *shares))
     head = (
         f"{result['device']}, {result['threads']} threads, {result['dtype']}; torch {result['torch']}, diffusers "
-        f"{result['diffusers']}; {result['images']} images of {STEPS} DDIM steps, {result['batch']} at a time; MACs "
+        f"{result['diffusers']}; {result['images']} images of {result['steps']} DDIM steps, {result['batch']} at a "
+        f"time; MACs "
         f"and time as shares of all steps ({result['date'][:10]})."
     )
     return f"{head}\n\n{markdown(rows)}"
@@ -207,6 +127,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--images", type=int, default=64)
@@ -218,10 +139,11 @@ def main() -> None:
     pipe = load().to(chosen.device, getattr(torch, chosen.dtype))
     pipe.set_progress_bar_config(disable=True)
     images, batch = (4, 2) if chosen.quick else (chosen.images, chosen.batch)
-    figures = measured(pipe, ways(pipe, chosen.quick, chosen.folder), images, batch, chosen.device)
-    settings = {"dtype": chosen.dtype, "images": images, "batch": batch, "quick": chosen.quick}
+    ways = KINDS[chosen.kind](pipe, chosen.quick, chosen.folder)
+    figures = measured(pipe, ways, images, batch, chosen.device)
+    settings = {"dtype": chosen.dtype, "images": images, "batch": batch, "steps": ways.steps, "quick": chosen.quick}
     result = {**measure.circumstances(chosen.device), **settings, "ways": figures}
-    name = f"{result['date'][:10]}-{torch.device(chosen.device).type}-{chosen.dtype}-frontier.json"
+    name = f"{result['date'][:10]}-{torch.device(chosen.device).type}-{chosen.dtype}-{chosen.kind}.json"
     out = chosen.out or (ROOT / "out" / "bench" if chosen.quick else RESULTS) / name
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")

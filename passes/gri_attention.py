@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sdgraph import Contract, Findings, Graph, Pass
 from sdgraph.errors import EditError, SpecError
 from sdgraph.report import NearMiss
+
+VARIANTS = ("joint", "gated")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class GRIAttention(Pass):
         levels: resolutions at which attention is replaced, 0 is that of the latents, 1 half of it.
         shift: how far the windows of every second layer are moved, in tokens, so that their borders differ. A multiple
             of `pool`, less than `window`.
+        variant: "joint" is as above. "gated" adds a parameter of each head, `<path>.interaction.balance`, to the logits
+            of the cells: that sums what comes of the window and what comes of the cells with the gates
+            σ(n - f - balance) and σ(f - n + balance), where n and f are the logarithms of their sums of exponentials.
+            It starts at 0, where both variants are the same, and training moves it.
     Raises:
         SpecError: sizes that do not go together.
         EditError: a level without self-attention.
@@ -40,6 +45,7 @@ class GRIAttention(Pass):
     pool: int = 4
     levels: tuple[int, ...] = (0,)
     shift: int = 0
+    variant: str = "joint"
 
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("pool", 1), ("shift", 0)):
@@ -52,6 +58,9 @@ class GRIAttention(Pass):
                 where="GRIAttention",
                 cure="pool divides window and shift, and shift is less than window",
             )
+        if self.variant not in VARIANTS:
+            cure = f"one of {', '.join(VARIANTS)}"
+            raise SpecError(f"no variant {self.variant!r}", where="GRIAttention", cure=cure)
         if not self.levels or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in self.levels):
             raise SpecError(f"levels are {self.levels!r}", where="GRIAttention", cure="such as (0,) or (0, 1)")
 
@@ -65,6 +74,7 @@ class GRIAttention(Pass):
                 )
         edits: list[str] = []
         misses: list[NearMiss] = []
+        device = next(graph.weights.parameters()).device
         for attention, tokens, level in found:
             path = list(attention.meta["nn_module_stack"])[-1]
             if level not in self.levels:
@@ -75,20 +85,37 @@ class GRIAttention(Pass):
                 continue
             before = graph.step_macs()
             shift = self.shift if len(edits) % 2 else 0
-            made = graph.insert(self._code(attention, shift), *attention.args[:3], tokens, before=attention, path=path)
+            module = GlobalRegional(attention, self.window, self.pool, shift, self.variant, device)
+            made = graph.insert(module, *attention.args[:3], tokens, before=attention, path=f"{path}.interaction")
             graph.rewire(attention, made)
             graph.sweep()
             edits.append(f"{path}: {graph.step_macs() / before:.1%} of the multiply-accumulates are left")
         return Findings(edits=tuple(edits), near_misses=tuple(misses))
 
-    def _code(self, attention: fx.Node, shift: int) -> Callable[..., Tensor]:
-        scale: Any = attention.kwargs.get("scale")
 
-        def code(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
-            height, width = tokens.shape[2], tokens.shape[3]
-            return attend(q, k, v, height, width, self.window, self.pool, shift, scale)
+class GlobalRegional(nn.Module):
+    """What takes the place of a fused attention.
 
-        return code
+    Args:
+        attention: that node, whose first argument has heads in its second dimension.
+        window, pool, shift, variant: see `GRIAttention`.
+        device: of its parameter, if it has one.
+    """
+
+    def __init__(
+        self, attention: fx.Node, window: int, pool: int, shift: int, variant: str, device: torch.device
+    ) -> None:
+        super().__init__()
+        queries: Any = attention.args[0]
+        self.sizes = window, pool, shift
+        self.scale: Any = attention.kwargs.get("scale")
+        like = queries.meta["val"]
+        balance = torch.zeros(like.shape[1], dtype=like.dtype, device=device)
+        self.balance = nn.Parameter(balance) if variant == "gated" else None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
+        height, width = tokens.shape[2], tokens.shape[3]
+        return attend(q, k, v, height, width, *self.sizes, scale=self.scale, balance=self.balance)
 
 
 def self_attentions(graph: Graph) -> list[tuple[fx.Node, fx.Node, int]]:
@@ -114,7 +141,7 @@ def self_attentions(graph: Graph) -> list[tuple[fx.Node, fx.Node, int]]:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, height: Any, width: Any, window: int, pool: int, shift: int = 0,
-    scale: float | None = None,
+    scale: float | None = None, balance: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Global-regional attention.
 
@@ -122,6 +149,7 @@ def attend(
         q, k, v: (B, heads, height·width, d), row by row.
         window, pool, shift: see `GRIAttention`.
         scale: of the logits; 1/√d by default.
+        balance: (heads,) added to the logits of the cells.
     Returns:
         (B, heads, height·width, d).
     """
@@ -153,6 +181,9 @@ def attend(
     keys, values = (
         torch.cat([near, far.unsqueeze(1).expand(-1, amount, -1, -1)], 2) for near, far in ((k, far_k), (v, far_v))
     )
+    if balance is not None:
+        far_bias = far_bias + balance.repeat(B).reshape(B * heads, 1, 1, 1)
+        near_bias = near_bias.expand(B * heads, -1, -1, -1)
     bias = torch.cat([near_bias, far_bias], 3)
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
     out = out.reshape(B * heads, rows, columns, window, window, d).transpose(2, 3)

@@ -1,38 +1,37 @@
 """`search`: the refresh steps that cost the least quality, for a budget of multiply-accumulates.
 
-What inheriting does is measured on calibration prompts: for each group of sites, the error at call j of what was
-refreshed at call i. Errors of different calls are made comparable by how far a disturbance of each moves the final
-latents. The best refreshes of a group are then a shortest path from the first call to the end, whose edges are the
-stretches without a refresh; the price of a refresh, one for all groups, is set so that the budget is met.
+What inheriting does is measured on calibration prompts. The calls from one refresh to the next are a stretch. For each
+group of sites and each stretch, the sampler goes on from the undisturbed latents with that stretch inherited, and how
+far the latents are off at its end is its error: so the errors of its calls add up as they do in a generation, and a
+forecast is measured as what it is. Errors at different calls are made comparable by how far they move the final
+latents. The best refreshes of a group are then a shortest path from the first call to the end, one for each number of
+refreshes; the groups share the budget so that the last multiply-accumulate buys as much in each.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .apply import apply
 from .errors import ScheduleError, SourceError, SpecError
-from .graph import Graph
 from .pass_ import Chain, Pass
-from .schedules import Explicit, Run, Uniform
+from .rehearsal import Array, Kept, Rehearsal, distance
+from .schedules import Explicit, Uniform
 from .timetable import Timetable
-from .unet import GraphUNet, no_value
+from .unet import GraphUNet
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
-HALVINGS = 40  # of the interval, 15 decades, in which the price of a refresh is sought
+State = tuple[int, ...]  # the last refreshes, as many as a forecast goes through; the newest last
+Choice = Mapping[int, tuple[float, tuple[int, ...]]]  # by the number of refreshes: the least error, and which they are
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Found:
     Args:
         passes: the candidates with their schedules, but for those that are better never inherited.
         timetable: what the calls do.
-        predicted: mean squared error of the final latents, as the sum of what was measured call by call.
+        predicted: mean squared error of the final latents, as the sum of what was measured stretch by stretch.
         measured: the same of whole generations with these passes, on the same prompts.
     """
 
@@ -72,7 +71,8 @@ def search(
     *,
     budget: float,
     seed: int = 0,
-    reach: int = 12,
+    reach: int = 10,
+    probes: int = 8,
     folder: str | Path | None = None,
     progress: bool = True,
     **call: Any,
@@ -86,7 +86,9 @@ def search(
         prompts: to calibrate on, in one batch.
         budget: multiply-accumulates of a generation, as a share of all.
         seed: of the latents.
-        reach: the most calls from a refresh to the next.
+        reach: the most calls from a refresh to the next. Of n calls, n·reach are measured per group, without what is
+            inherited; reach times as many for each order of forecast.
+        probes: places at which it is measured how far a disturbance moves the final latents.
         folder: where measurements are kept, so that a stopped search goes on and another budget costs little.
         progress: show a bar.
         call: further arguments of the pipeline, such as `num_inference_steps=50`.
@@ -118,145 +120,99 @@ def search(
             found = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
         return found.images  # type: ignore[no-any-return]
 
-    calls = _Recorder(inheriting.graph.copy(), frozenset().union(*groups))
-    final = generate(calls)
-    timesteps = tuple(float(each.flat["timestep"].reshape(-1)[0]) for each in calls.made)
-    kept = _Kept(Path(folder) if folder else None, final)
-    with tqdm(total=len(timesteps) * (1 + len(groups)), desc="search", unit="call", disable=not progress) as bar:
-        names = [str(replace(one, schedule=Uniform(1), forecast=0)) for one in candidates]  # type: ignore[call-arg]
-        weights = kept(f"weights: {', '.join(names)}", partial(_weights, generate, calls, final, bar))
-        costs = [
-            _costs(weights, kept(f"{name}, {reach}", partial(_errors, calls, group, reach, bar)))
-            for name, group in zip(names, groups, strict=True)
-        ]
-    saved = [source.graph.macs - inheriting.graph.step_macs(group) for group in groups]
-    run, graph = Run(len(timesteps), timesteps), inheriting.graph.copy()
+    rehearsal = Rehearsal(inheriting.graph.copy(), generate)
+    T = len(rehearsal.made)
+    ways = [_stretches(T, reach, 1 + one.forecast) for one in candidates]  # type: ignore[attr-defined]
+    kept = Kept(Path(folder) if folder else None, rehearsal.final)
+    with tqdm(total=probes + sum(map(len, ways)), desc="search", unit="run", disable=not progress) as bar:
+        names = [str(replace(one, schedule=Uniform(1))) for one in candidates]  # type: ignore[call-arg]
+        all_sites: frozenset[str] = frozenset().union(*groups)
+        weights = kept(f"{probes} probes: {', '.join(names)}", partial(rehearsal.weights, all_sites, probes))
+        bar.update(probes)
+        choices = []
+        for name, group, stretches in zip(names, groups, ways, strict=True):
+            errors = {}
+            for state, ends in stretches.items():
+                measure = partial(rehearsal.errors, state, group, ends[-1], ends[-1])
+                errors[state] = kept(f"{name}: {state} to {ends[-1]}", measure)
+                bar.update()
+            choices.append(_best(stretches, errors, weights))
+    inherited = cache(inheriting.graph.step_macs)
 
-    def table(plan: Sequence[tuple[int, ...]]) -> Timetable:
-        for group, refreshes in zip(groups, plan, strict=True):
-            for site in group:
-                graph.reschedule(site, Explicit(refreshes))
-        return graph.timetable(run.timesteps or ())
+    def macs(counts: Sequence[int]) -> int:
+        plan = [choice[count][1] for choice, count in zip(choices, counts, strict=True)]
+        stale = (frozenset(g for g, refreshes in enumerate(plan) if call not in refreshes) for call in range(T))
+        return sum(inherited(frozenset().union(*(groups[g] for g in each))) for each in stale)
 
-    def plan(price: float) -> list[tuple[int, ...]]:
-        return [_path(cost, price * macs) for cost, macs in zip(costs, saved, strict=True)]
-
-    high = _dear(costs, saved)
-    low, best = high * 1e-15, plan(high)
-    least, most = table(best).macs, budget * source.graph.macs * len(timesteps)
-    if least > most:
+    everything = source.graph.macs * T
+    if (least := macs([min(choice) for choice in choices])) > budget * everything:
         raise ScheduleError(
-            f"a budget of {budget:.3g} is not to be had: these candidates leave "
-            f"{least / source.graph.macs / len(timesteps):.3g} at the least",
+            f"a budget of {budget:.3g} is not to be had: these candidates leave {least / everything:.3g} at the least",
             where="search", cure="a larger budget or reach, or other candidates",
         )  # fmt: skip
-    for _ in range(HALVINGS):
-        found = plan(price := math.sqrt(low * high))
-        if table(found).macs <= most:
-            high, best = price, found
-        else:
-            low = price
+    counts = _share(choices, macs, budget * everything)
+    found = [choice[count] for choice, count in zip(choices, counts, strict=True)]
     passes = Chain(
         tuple(
-            replace(one, schedule=Explicit(refreshes, len(timesteps)))  # type: ignore[call-arg]
-            for one, refreshes in zip(candidates, best, strict=True)
-            if len(refreshes) < len(timesteps)
+            replace(one, schedule=Explicit(refreshes, T))  # type: ignore[call-arg]
+            for one, (_, refreshes) in zip(candidates, found, strict=True)
+            if len(refreshes) < T
         )
     )
-    predicted = sum(_total(cost, refreshes) for cost, refreshes in zip(costs, best, strict=True))
-    measured = _distance(generate(apply(source, passes, verify=False)), final)
-    return Found(passes, table(best), predicted, measured)
+    result = apply(source, passes, verify=False)
+    measured = distance(generate(result), rehearsal.final)
+    return Found(passes, result.graph.timetable(rehearsal.timesteps), sum(error for error, _ in found), measured)
 
 
-# -- what is measured -------------------------------------------------------------------------------------------------
+def _stretches(T: int, reach: int, memory: int) -> dict[State, range]:
+    """All the states that refreshes may come to, each with the calls at which the next refresh, or the end, may be."""
+    found: dict[State, range] = {}
+    todo: list[State] = [(0,)]
+    while todo:
+        state = todo.pop()
+        if state not in found:
+            found[state] = range(state[-1] + 1, min(state[-1] + reach, T) + 1)
+            todo += [(*state, k)[-memory:] for k in found[state] if k < T]
+    return dict(sorted(found.items(), key=lambda each: (each[0][-1], each[0])))
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A call that computed everything."""
+def _best(stretches: Mapping[State, range], errors: Mapping[State, Array], weights: Array) -> Choice:
+    """Shortest paths from the first call to the end: of states and the number of refreshes so far.
 
-    flat: Mapping[str, Tensor]
-    output: Tensor
-    values: Mapping[str, Tensor]
-
-
-class _Recorder(GraphUNet):
-    """Computes everything at every call and keeps it; or lets a single call inherit `sites` from the one before."""
-
-    def __init__(self, graph: Graph, sites: frozenset[str]) -> None:
-        super().__init__(graph)
-        self.sites = sites
-        self.made: list[_Made] = []
-        self.disturbed: int | None = None
-        self.number = 0
-
-    def run(self, flat: Mapping[str, Tensor]) -> Tensor:
-        if self.disturbed is not None and self.number == self.disturbed:
-            value = self.made[self.number - 1].values.__getitem__
-            output, _ = self._step(flat, self.sites, value)
-        else:
-            output, values = self._step(flat, frozenset(), no_value)
-            if self.disturbed is None:
-                self.made.append(_Made(dict(flat), output, values))
-        self.number += 1
-        return output
-
-
-@torch.no_grad()
-def _weights(generate: Callable[[GraphUNet], Tensor], calls: _Recorder, final: Tensor, bar: Any) -> Array:
-    """(T) mean squared error of the final latents, per that of the output of each call.
-
-    Measured with errors that inheriting makes: guidance weakens what they have in common with and without the prompt,
-    and would magnify random ones.
+    Args:
+        errors: of the latents at the end of each stretch.
+        weights: by what these are multiplied until the end of the generation.
     """
-    found = np.zeros(len(calls.made))
-    bar.update()  # there is nothing to inherit at the first call
-    for j in range(1, len(found)):
-        calls.number, calls.disturbed = 0, j
-        latents = generate(calls)
-        output, _ = calls._step(calls.made[j].flat, calls.sites, calls.made[j - 1].values.__getitem__)
-        found[j] = _distance(latents, final) / max(_distance(output, calls.made[j].output), 1e-300)
-        bar.update()
-    return found
+    T, memory = len(weights) - 1, max(map(len, stretches))
+    net: nx.DiGraph[tuple[State, int]] = nx.DiGraph()
+    for state, ends in stretches.items():
+        for end, error in zip(ends, errors[state] * weights[ends[0] : ends[-1] + 1], strict=True):
+            for count in range(len(state), state[-1] + 2):
+                then = ((T,), count) if end == T else ((*state, end)[-memory:], count + 1)
+                net.add_edge((state, count), then, weight=error)
+    length, path = nx.single_source_dijkstra(net, ((0,), 1))
+    return {
+        count: (length[(T,), count], tuple(state[-1] for state, _ in path[(T,), count][:-1]))
+        for count in range(1, T + 1)
+        if ((T,), count) in length
+    }
 
 
-@torch.no_grad()
-def _errors(calls: _Recorder, group: frozenset[str], reach: int, bar: Any) -> Array:
-    """(T, T) mean squared error of the output of call j if a group of sites comes from call i; nan where it is not
-    asked for."""
-    T = len(calls.made)
-    found = np.full((T, T), np.nan)
-    for i, earlier in enumerate(calls.made):
-        for j in range(i + 1, min(T, i + reach)):
-            output, _ = calls._step(calls.made[j].flat, group, earlier.values.__getitem__)
-            found[i, j] = _distance(output, calls.made[j].output)
-        bar.update()
-    return found
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).square().mean())
-
-
-class _Kept:
-    """Measurements in a folder, named by what they are of and by the latents that the undisturbed pipeline makes:
-    those depend on the weights, prompts, scheduler and steps alike."""
-
-    def __init__(self, folder: Path | None, final: Tensor) -> None:
-        self.folder = folder
-        self.key = final.cpu().float().numpy().tobytes()
-
-    def __call__(self, name: str, measure: Callable[[], Array]) -> Array:
-        if self.folder is None:
-            return measure()
-        path = self.folder / f"{hashlib.sha256(name.encode() + self.key).hexdigest()[:20]}.npy"
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".part")
-            with unfinished.open("wb") as file:
-                np.save(file, measure())
-            unfinished.rename(path)
-        return np.load(path)  # type: ignore[no-any-return]
+def _share(choices: Sequence[Choice], macs: Callable[[Sequence[int]], int], most: float) -> list[int]:
+    """How many refreshes each group gets: always those next that lower the error the most per multiply-accumulate."""
+    counts = [min(choice) for choice in choices]
+    while True:
+        spent, steps = macs(counts), []
+        for g, choice in enumerate(choices):
+            for count in choice:
+                more = [*counts[:g], count, *counts[g + 1 :]]
+                if count > counts[g] and macs(more) <= most:
+                    gain = choice[counts[g]][0] - choice[count][0]
+                    steps.append((gain / max(macs(more) - spent, 1), more))
+        gain, more = max(steps, default=(0.0, counts))
+        if gain <= 0:
+            return counts
+        counts = more
 
 
 @contextlib.contextmanager
@@ -266,34 +222,3 @@ def _instead(pipe: Any, unet: GraphUNet) -> Iterator[None]:
         yield
     finally:
         pipe.unet = own
-
-
-# -- what is chosen ---------------------------------------------------------------------------------------------------
-
-
-def _costs(weights: Array, errors: Array) -> Array:
-    """(T, T + 1) error of the final latents if a refresh at call i is followed by one at call k, or by the end (T)."""
-    T = len(weights)
-    found = np.full((T, T + 1), np.nan)
-    for i in range(T):
-        found[i, i + 1] = 0.0
-        for k in range(i + 2, T + 1):
-            found[i, k] = found[i, k - 1] + weights[k - 1] * errors[i, k - 1]
-    return found
-
-
-def _path(cost: Array, price: float) -> tuple[int, ...]:
-    """The cheapest refreshes, at a price for each."""
-    net: nx.DiGraph[int] = nx.DiGraph()
-    net.add_weighted_edges_from((int(i), int(k), cost[i, k] + price) for i, k in np.argwhere(np.isfinite(cost)))
-    return tuple(nx.shortest_path(net, 0, cost.shape[1] - 1, weight="weight")[:-1])
-
-
-def _total(cost: Array, refreshes: Sequence[int]) -> float:
-    stops = (*refreshes[1:], cost.shape[1] - 1)
-    return float(sum(cost[i, k] for i, k in zip(refreshes, stops, strict=True)))
-
-
-def _dear(costs: Sequence[Array], saved: Sequence[int]) -> float:
-    """A price at which no refresh is bought that need not be."""
-    return max(float(np.nansum(cost)) / macs for cost, macs in zip(costs, saved, strict=True)) + 1e-300

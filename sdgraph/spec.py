@@ -1,6 +1,7 @@
 """Passes and their options as text: printed, parsed back, found by name.
 
-The text is that of a Python call with literal arguments, `PruneBlocks('bk-sdm-base')`; nothing of it is executed.
+The text is that of a Python call with literal arguments, of a class, `PruneBlocks('bk-sdm-base')`, or of one of its
+presets, `InheritFeatures.deep_cache(3)`; nothing else of it is executed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.metadata
+import inspect
 import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -113,9 +115,12 @@ def _value(tree: ast.expr, text: str) -> Any:
         return tuple(_value(item, text) for item in tree.elts)
     if isinstance(tree, ast.Name):
         return _construct(tree.id, (), {}, text)
-    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and all(k.arg for k in tree.keywords):
-        args = tuple(_value(a, text) for a in tree.args)
-        return _construct(tree.func.id, args, {str(k.arg): _value(k.value, text) for k in tree.keywords}, text)
+    if isinstance(tree, ast.Call) and all(k.arg for k in tree.keywords):
+        name, dot, preset = ast.unparse(tree.func).partition(".")
+        if name.isidentifier() and (preset.isidentifier() or not dot):
+            args = tuple(_value(a, text) for a in tree.args)
+            kwargs = {str(k.arg): _value(k.value, text) for k in tree.keywords}
+            return _construct(name, args, kwargs, text, preset)
     try:
         return ast.literal_eval(tree)
     except ValueError as error:
@@ -124,19 +129,32 @@ def _value(tree: ast.expr, text: str) -> Any:
         ) from error
 
 
-def _construct(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], text: str) -> Any:
+def presets(one: type[Spec]) -> dict[str, Any]:
+    """The class methods of a spec class that construct it with options of some fame."""
+    names = (n for n in dir(one) if not n.startswith("_") and isinstance(inspect.getattr_static(one, n), classmethod))
+    return {name: getattr(one, name) for name in names}
+
+
+def _construct(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], text: str, preset: str = "") -> Any:
     classes = known()
     if name not in classes:
         cure = did_you_mean(name, classes) or f"known: {', '.join(sorted(classes))}"
         raise SpecError(f"no pass named {name!r}", where=text, cure=cure)
-    fields = [f.name for f in dataclasses.fields(classes[name]) if f.init]
+    make: Any = classes[name]
+    if preset:
+        named = presets(classes[name])
+        if preset not in named:
+            cure = did_you_mean(preset, named) or f"presets: {', '.join(named) or 'none'}"
+            raise SpecError(f"{name} has no preset {preset!r}", where=text, cure=cure)
+        make, name = named[preset], f"{name}.{preset}"
+    options = list(inspect.signature(make).parameters)
     for option in kwargs:
-        if option not in fields:
-            cure = did_you_mean(option, fields) or f"options: {', '.join(fields) or 'none'}"
+        if option not in options:
+            cure = did_you_mean(option, options) or f"options: {', '.join(options) or 'none'}"
             raise SpecError(f"{name} has no option {option!r}", where=text, cure=cure)
     try:
-        return classes[name](*args, **kwargs)
+        return make(*args, **kwargs)
     except TypeError as error:
         raise SpecError(
-            f"cannot construct {name}: {error}", where=text, cure=f"options: {', '.join(fields)}"
+            f"cannot construct {name}: {error}", where=text, cure=f"options: {', '.join(options)}"
         ) from error

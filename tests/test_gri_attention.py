@@ -108,12 +108,36 @@ def test_every_attention_layout(name: str) -> None:
         assert not torch.allclose(answer(other, call), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_the_gated_variant_starts_as_the_joint_one_and_learns() -> None:
+    """The gates are those that are told: σ of the difference of the logarithms of sums of exponentials."""
+    source = build()
+    joint, gated = (
+        sdgraph.apply(source, f"GRIAttention(4, pool=2, shift=2, variant='{name}')") for name in ("joint", "gated")
+    )
+    call = call_of(source, H=6, W=10)
+    torch.testing.assert_close(answer(gated, call), answer(joint, call), rtol=1e-4, atol=1e-5)
+    balances = {name: p for name, p in gated.named_parameters() if name.endswith("attn1.interaction.balance")}
+    assert len(balances) == 5
+    assert all(p.shape == (source.config.attention_head_dim,) for p in balances.values())
+    gated.train()
+    gated(**call)[0].square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in balances.values())
+
+    q, k, v = features(8, 8)
+    by = {b: attend(q, k, v, 8, 8, 4, 2, balance=torch.full((3,), b)) for b in (-40.0, 0.0, 1.5, 40.0)}
+    near, far = by[-40.0], by[40.0]
+    share = ((by[0.0] - near) * (far - near)).sum(-1, keepdim=True) / (far - near).square().sum(-1, keepdim=True)
+    gate = torch.sigmoid(torch.logit(share) + 1.5)
+    torch.testing.assert_close(by[1.5], near + gate * (far - near), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("spec", "error", "complaint"),
     [
         ("GRIAttention(6, pool=4)", SpecError, "do not go together"),
         ("GRIAttention(8, pool=4, shift=8)", SpecError, "do not go together"),
         ("GRIAttention(0)", SpecError, "window is 0"),
+        ("GRIAttention(4, variant='sum')", SpecError, "no variant 'sum'"),
         ("GRIAttention(4, levels=())", SpecError, r"levels are \(\)"),
         ("GRIAttention(4, levels=(7,))", EditError, r"no self-attention at level 7(.*\n)*.*there is some at \[0, 1\]"),
         ("GRIAttention(16)", sdgraph.errors.NoChangeError, "a window of 16 holds the whole map of 8x8"),

@@ -2,31 +2,94 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 
 import sdgraph
 from sdgraph.errors import ScheduleError, SourceError, SpecError
 from sdgraph.passes import CleanUp, HoistInvariants, InheritFeatures
-from sdgraph.search import _costs, _path, _total
+from sdgraph.rehearsal import Rehearsal, distance
+from sdgraph.schedules import Explicit
+from sdgraph.search import _best, _share, _stretches
 
 OPTIONS: dict[str, Any] = {"num_inference_steps": 6, "progress": False, "reach": 6}
 CANDIDATES = (InheritFeatures("up_blocks.2.{resnets,attentions}.*"), InheritFeatures("up_blocks.3.attentions.*"))
 
 
-def test_the_path_is_the_best_choice() -> None:
-    """Against all choices of refreshes there are."""
+@pytest.mark.parametrize("reach", [3, 7])
+@pytest.mark.parametrize("memory", [1, 2, 3])
+def test_the_paths_are_the_best_choices(memory: int, reach: int) -> None:
+    """Against all choices of refreshes there are, for each number of them."""
     rng = np.random.default_rng(0)
-    costs = _costs(rng.random(7), rng.random((7, 7)))
-    every = [(0, *rest) for count in range(7) for rest in combinations(range(1, 7), count)]
-    for price in (0.0, 0.3, 1.0, 10.0):
-        best = min(every, key=lambda refreshes: _total(costs, refreshes) + price * len(refreshes))
-        assert _path(costs, price) == best
+    stretches = _stretches(7, reach, memory)
+    errors = {state: rng.random(len(ends)) for state, ends in stretches.items()}
+    weights = rng.random(8)
+
+    def error(refreshes: tuple[int, ...]) -> float:
+        total = 0.0
+        for n, end in enumerate((*refreshes[1:], 7), 1):
+            state = refreshes[max(n - memory, 0) : n]
+            total += errors[state][end - state[-1] - 1] * weights[end]
+        return total
+
+    found = _best(stretches, errors, weights)
+    for count in range(1, 8):
+        every = [(0, *rest) for rest in combinations(range(1, 7), count - 1)]
+        every = [one for one in every if all(b - a <= reach for a, b in pairwise((*one, 7)))]
+        assert (count in found) == bool(every)
+        if every:
+            best = min(every, key=error)
+            assert found[count] == (pytest.approx(error(best)), best)
+
+
+def test_groups_share_a_budget() -> None:
+    """Against all pairs of numbers of refreshes; the first group costs three times as much."""
+    choices = [{n: (a / n, (0,) * n) for n in range(1, 9)} for a in (3.0, 1.0)]
+
+    def macs(counts: Sequence[int]) -> int:
+        return 3 * counts[0] + counts[1]
+
+    for most in (4, 9, 20, 32):
+        a, b = _share(choices, macs, most)
+        assert macs((a, b)) <= most
+        least = min(3 / i + 1 / j for i in range(1, 9) for j in range(1, 9) if macs((i, j)) <= most)
+        assert 3 / a + 1 / b <= 1.1 * least
+
+
+def test_an_error_is_followed_to_the_end(pipe: StableDiffusionPipeline) -> None:
+    """A stretch that is inherited leaves what a generation with that schedule leaves, forecasts and all."""
+    one = InheritFeatures(CANDIDATES[0].sites, forecast=1)
+    inheriting = sdgraph.apply(pipe.unet, one, verify=False)
+
+    def generate(unet: sdgraph.GraphUNet) -> torch.Tensor:
+        own, pipe.unet = pipe.unet, unet
+        try:
+            generator = torch.Generator().manual_seed(0)
+            return pipe("a red circle", generator=generator, num_inference_steps=6, output_type="latent").images
+        finally:
+            pipe.unet = own
+
+    rehearsal = Rehearsal(inheriting.graph.copy(), generate)
+    with torch.no_grad():
+        assert torch.equal(rehearsal.final, generate(pipe.unet))
+    sites = frozenset(inheriting.graph.sites)
+    found = rehearsal.errors((0, 1), sites, 6, 6)
+    schedule = Explicit((0, 1))
+    there = sdgraph.apply(pipe.unet, InheritFeatures(one.sites, schedule, forecast=1), verify=False)
+    assert len(found) == 5
+    assert found[0] == 0  # the latents that come of the refresh itself
+    assert found[-1] == pytest.approx(distance(generate(there), rehearsal.final))
+    again = rehearsal.errors((0, 1), sites, 4, 6)  # computing all from call 4 on
+    assert (again[:3] == found[:3]).all()
+    assert 0 < again[-1] < found[-1]
+    assert (rehearsal.errors((0, 1), sites, 4, 4) == found[:3]).all()
 
 
 def test_a_budget_is_met_and_the_error_foreseen(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
@@ -35,7 +98,7 @@ def test_a_budget_is_met_and_the_error_foreseen(pipe: StableDiffusionPipeline, t
     assert pipe.unet is own
     unet = sdgraph.apply(own, found.passes)
     assert unet.graph.timetable(6).macs == found.timetable.macs <= 0.85 * 6 * unet.graph.macs
-    assert 0.1 < found.measured / found.predicted < 10  # added up call by call, to first order
+    assert 0.1 < found.measured / found.predicted < 10  # added up stretch by stretch, to first order
     assert sdgraph.parse(found.as_dict()["passes"]) == (found.passes,)
     # what was measured is kept: a tighter budget runs nothing but the reference and the result
     kept = sorted((file.name, file.stat().st_mtime_ns) for file in tmp_path.iterdir())

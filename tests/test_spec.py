@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sdgraph import Graph, Pass, Spec, parse
 from sdgraph.errors import SpecError
-from sdgraph.passes import CleanUp, PruneBlocks
+from sdgraph.passes import CleanUp, InheritFeatures, PruneBlocks
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ def test_several_at_once() -> None:
     assert parse("") == ()
 
 
+def test_presets() -> None:
+    assert parse("InheritFeatures.deep_cache(5, branch=1)") == (InheritFeatures.deep_cache(5, 1),)
+    assert parse("CleanUp, InheritFeatures.t_gate()") == (CleanUp(), InheritFeatures.t_gate())
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -82,6 +87,10 @@ def test_several_at_once() -> None:
         ("Window(3)", "is not a pass"),
         ("Tile(1, 2, 3, 4, 5)", "cannot construct Tile"),
         ("zzz", "known: "),
+        ("InheritFeatures.deep_cash(3)", "did you mean 'deep_cache'"),
+        ("InheritFeatures.deep_cache(intervall=3)", "did you mean 'interval'"),
+        ("InheritFeatures.run(3)", "has no preset 'run'"),
+        ("CleanUp.x.y()", "neither a literal nor a call"),
     ],
 )
 def test_bad_specs_say_what_was_meant(text: str, words: str) -> None:

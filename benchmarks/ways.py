@@ -1,0 +1,99 @@
+"""The ways of making images that `frontier.py` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scenes.quality import held_out_captions
+
+import sdgraph
+from sdgraph.passes import InheritFeatures
+from sdgraph.schedules import DenseCenter, DenseEarly, DenseLate, Uniform
+
+STEPS, FEWER = 50, (30, 25, 20, 17, 14, 12, 10)
+INTERVALS, BRANCHES = (2, 3, 5), (0, 1, 2)
+EVERYWHERE = "{down_blocks.*,mid_block,up_blocks.*}"
+CALIBRATION = 8  # prompts that schedules are searched on
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of making images.
+
+    Args:
+        kind: what it is drawn as.
+        unet: the UNet, in place of the pipeline's own.
+        steps: of the scheduler.
+        macs: of the UNet per image, as a share of the way with all steps.
+    """
+
+    kind: str
+    unet: Any
+    steps: int
+    macs: float
+    passes: str = ""
+
+
+class Ways(dict[str, Way]):
+    """Ways by name; the first is what the others are compared with: all steps, and nothing applied.
+
+    Args:
+        pipe: its UNet is what passes are applied to.
+        steps: of all steps.
+    """
+
+    def __init__(self, pipe: Any, steps: int) -> None:
+        self.source = sdgraph.apply(pipe.unet, ())
+        self.steps = steps
+        pipe.scheduler.set_timesteps(steps)
+        self.timesteps = pipe.scheduler.timesteps.tolist()
+        super().__init__({"all steps": Way("fewer steps", self.source, steps, 1.0)})
+
+    def fewer(self, *numbers: int) -> None:
+        for steps in numbers:
+            self[f"{steps} steps"] = Way("fewer steps", self.source, steps, steps / self.steps)
+
+    def add(self, kind: str, name: str, passes: Any) -> None:
+        unet = sdgraph.apply(self.source, passes, verify=False)
+        macs = unet.graph.timetable(self.timesteps).macs / (self.steps * self.source.graph.macs)
+        self[name] = Way(kind, unet, self.steps, macs, ", ".join(map(str, unet.graph.passes)))
+
+
+def inheritance(pipe: Any, quick: bool, folder: Path) -> Ways:
+    """Feature inheritance: DeepCache and other published ways, forecasts, and schedules that are searched."""
+    ways = Ways(pipe, 6 if quick else STEPS)
+    ways.fewer(*((3,) if quick else FEWER))
+    intervals = (2,) if quick else INTERVALS
+    for interval in intervals:
+        for branch in (0,) if quick else BRANCHES:
+            ways.add(
+                "DeepCache", f"DeepCache {interval}, branch {branch}", InheritFeatures.deep_cache(interval, branch)
+            )
+    deep = InheritFeatures.deep_cache()
+    if not quick:
+        for schedule in (DenseEarly(5), DenseLate(5), DenseCenter(5)):
+            ways.add("DeepCache", f"DeepCache {schedule}, branch 0", replace(deep, schedule=schedule))
+        ways.add("published", "Faster Diffusion", InheritFeatures.faster_diffusion())
+        ways.add("published", "T-GATE", InheritFeatures.t_gate(20))
+        ways.add("published", "attention broadcast", InheritFeatures.attention_broadcast())
+        ways.add("published", "all layers, every 2nd", InheritFeatures.at_level("layer", within=EVERYWHERE))
+    _, prompts = held_out_captions(2000)
+    prompts = prompts[-2:] if quick else prompts[-CALIBRATION:]
+    for forecast in (0, 1):
+        one = replace(deep, forecast=forecast)
+        for interval in intervals:
+            if forecast:
+                ways.add("forecast", f"DeepCache {interval}, forecast", replace(one, schedule=Uniform(interval)))
+            result = sdgraph.search(
+                pipe, [one], prompts, budget=ways[f"DeepCache {interval}, branch 0"].macs, folder=folder,
+                num_inference_steps=ways.steps, reach=4 if quick else 10,
+            )  # fmt: skip
+            kind = "searched, forecast" if forecast else "searched"
+            ways.add(kind, f"as much as DeepCache {interval}, {kind}", result.passes)
+    return ways
+
+
+KINDS: Mapping[str, Callable[[Any, bool, Path], Ways]] = {"inheritance": inheritance}
