@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tomesd
+import torch.nn.functional as F
 from scenes.quality import held_out_captions
+from torch import Tensor
 
 import sdgraph
-from sdgraph.passes import InheritFeatures
+from sdgraph.passes import GRIAttention, InheritFeatures
+from sdgraph.passes.gri_attention import self_attentions
 from sdgraph.schedules import DenseCenter, DenseEarly, DenseLate, Uniform
 
 STEPS, FEWER = 50, (30, 25, 20, 17, 14, 12, 10)
@@ -27,13 +32,13 @@ class Way:
         kind: what it is drawn as.
         unet: the UNet, in place of the pipeline's own.
         steps: of the scheduler.
-        macs: of the UNet per image, as a share of the way with all steps.
+        macs: of the UNet per image, as a share of the way with all steps; None where nobody counts.
     """
 
     kind: str
     unet: Any
     steps: int
-    macs: float
+    macs: float | None
     passes: str = ""
 
 
@@ -87,8 +92,10 @@ def inheritance(pipe: Any, quick: bool, folder: Path) -> Ways:
         for interval in intervals:
             if forecast:
                 ways.add("forecast", f"DeepCache {interval}, forecast", replace(one, schedule=Uniform(interval)))
+            budget = ways[f"DeepCache {interval}, branch 0"].macs
+            assert budget is not None
             result = sdgraph.search(
-                pipe, [one], prompts, budget=ways[f"DeepCache {interval}, branch 0"].macs, folder=folder,
+                pipe, [one], prompts, budget=budget, folder=folder,
                 num_inference_steps=ways.steps, reach=4 if quick else 10,
             )  # fmt: skip
             kind = "searched, forecast" if forecast else "searched"
@@ -96,4 +103,46 @@ def inheritance(pipe: Any, quick: bool, folder: Path) -> Ways:
     return ways
 
 
-KINDS: Mapping[str, Callable[[Any, bool, Path], Ways]] = {"inheritance": inheritance}
+@dataclass(frozen=True)
+class PooledKeys(sdgraph.Pass):
+    """Self-attention to the means of cells of keys and values only, near or far (ToDo, Smith et al., 2024)."""
+
+    pool: int = 2
+    levels: tuple[int, ...] = (0,)
+
+    def run(self, graph: sdgraph.Graph) -> None:
+        def pooled(x: Tensor, height: Any, width: Any) -> Tensor:
+            B, heads, _, d = x.shape
+            x = x.transpose(2, 3).reshape(B * heads, d, height, width)
+            return F.avg_pool2d(x, self.pool).reshape(B, heads, d, -1).transpose(2, 3)
+
+        def code(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
+            height, width = tokens.shape[2], tokens.shape[3]
+            return F.scaled_dot_product_attention(q, pooled(k, height, width), pooled(v, height, width))
+
+        for node, tokens, level in self_attentions(graph):
+            if level in self.levels:
+                path = list(node.meta["nn_module_stack"])[-1]
+                made = graph.insert(code, *node.args[:3], tokens, before=node, path=path)
+                graph.rewire(node, made)
+        graph.sweep()
+
+
+def attention(pipe: Any, quick: bool, folder: Path) -> Ways:
+    """Global-regional attention, pooled keys and token merging, all without training."""
+    ways = Ways(pipe, 2 if quick else STEPS)
+    for window, pool in ((8, 4),) if quick else ((8, 2), (8, 4), (4, 2), (4, 4), (2, 2)):
+        ways.add("GRI", f"GRI, window {window}, pool {pool}", GRIAttention(window, pool))
+    if not quick:
+        ways.add("GRI", "GRI, window 8, pool 4, shift 4", GRIAttention(8, 4, shift=4))
+        ways.add("GRI, two levels", "GRI, window 4, pool 2, two levels", GRIAttention(4, 2, (0, 1)))
+        ways.add("GRI, two levels", "GRI, window 2, pool 2, two levels", GRIAttention(2, 2, (0, 1)))
+    for pool in (2,) if quick else (2, 4):
+        ways.add("pooled keys", f"pooled keys, pool {pool}", PooledKeys(pool))
+    for ratio in (0.5,) if quick else (0.25, 0.5, 0.75):
+        merging = tomesd.apply_patch(copy.deepcopy(pipe.unet), ratio=ratio)
+        ways[f"tomesd, ratio {ratio}"] = Way("token merging", merging, ways.steps, None)
+    return ways
+
+
+KINDS: Mapping[str, Callable[[Any, bool, Path], Ways]] = {"inheritance": inheritance, "attention": attention}

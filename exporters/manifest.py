@@ -1,63 +1,107 @@
-"""What an exported directory says of itself: written into the model's metadata, checked on load."""
+"""`sdgraph.json`: what an exported directory says of itself. Written last, checked on load."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from sdgraph import GraphUNet, __version__
+from sdgraph import Graph, GraphUNet, __version__
 from sdgraph.accept import accept
 from sdgraph.dims import evaluate
-from sdgraph.errors import CallError, ExportError, SavedError
+from sdgraph.errors import CallError, ExportError, SavedError, SdgraphError
+from sdgraph.inherit import Site
+from sdgraph.inherit import sites as inherited
 from sdgraph.inputs import Input
+from sdgraph.schedules import Schedule
+from sdgraph.spec import read
 from sdgraph.specialise import per_call
 from sdgraph.trace import Guard
 
-FORMAT = 1
-CONFIG, MODEL, DATA, REPORT = "config.json", "model.onnx", "model.onnx.data", "export.json"
+FORMAT = 2
+CONFIG, MODEL, DATA, REPORT, MANIFEST = "config.json", "model.onnx", "model.onnx.data", "export.json", "sdgraph.json"
+OUTPUT = "out_sample"
+NAMES = {"B": "batch", "H": "height", "W": "width", "L": "sequence"}  # of sizes, in the models
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 AGAIN = "export the UNet again"
 
-_PREFIX = "sdgraph."
 _KINDS = {"index": torch.int64, "time": torch.float32}
 # Expressions are evaluated on load: numbers, names, `ceil(...)` and arithmetic; no attributes, no powers.
 _EXPRESSION = re.compile(r"(?!.*\*\*)(?:[A-Za-z]\w{0,15}|\d{1,9}|[ ()+\-*/%<>=!])+")
+_FILE = re.compile(r"[A-Za-z0-9][\w.-]{0,60}")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that calls may inherit.
+
+    Args:
+        site: its name.
+        schedule: as text.
+        forecast: order of it.
+        shape: each dimension a number or an expression in the call's sizes.
+    """
+
+    site: str
+    schedule: str
+    forecast: int
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The graph of one kind of call.
+
+    Args:
+        file: its name.
+        takes: sites whose values are inputs, `inherited.SITE`, after those of the call.
+        gives: sites whose values are outputs, `refreshed.SITE`, after the noise prediction.
+        macs: multiply-accumulates, at the nominal sizes.
+    """
+
+    file: str
+    takes: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+    macs: int = 0
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an exported model is, and the calls it takes.
+    """What an exported directory holds, and the calls it takes.
 
     Args:
-        config_sha256: of `config.json`.
         dtype: "float32" or "float16".
         opset: version of the ONNX operators.
         inputs: every input of the traced UNet, each dimension a number or an expression in the call's sizes.
-        given: names of those that the model has; a call gives exactly these.
+        given: names of those that the models have; a call gives exactly these.
         output: shape of the output, as of the inputs.
+        models: the first computes everything.
+        values: what calls may inherit.
         guards: what the sizes of a call must satisfy.
         recipe: the passes applied, as text.
-        role: which of several graphs this is; "full" computes everything.
+        files: SHA-256 of each other file, by name.
         version: of the sdgraph that wrote it.
         format: of this description.
     """
 
-    config_sha256: str
     dtype: str
     opset: int
     inputs: tuple[Input, ...]
     given: tuple[str, ...]
     output: tuple[int | str, ...]
+    models: tuple[Model, ...]
+    values: tuple[Value, ...] = ()
     guards: tuple[Guard, ...] = ()
     recipe: tuple[str, ...] = ()
-    role: str = "full"
+    files: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
     format: int = FORMAT
 
@@ -66,62 +110,119 @@ class Manifest:
         return DTYPES[self.dtype]
 
     def dtype_of(self, spec: Input) -> torch.dtype:
-        """Dtype of an input of the model. Times are float32: the UNet casts them to it first thing."""
+        """Dtype of an input of a model. Times are float32: the UNet casts them to it first thing."""
         return _KINDS.get(spec.kind, self.torch_dtype)
 
-    @property
+    @cached_property
     def model_inputs(self) -> tuple[Input, ...]:
-        """The inputs that the model has, in its order."""
+        """The inputs of a call that the models have, in their order."""
         return tuple(spec for spec in self.inputs if spec.name in self.given)
 
-    def metadata(self) -> dict[str, str]:
-        """As metadata properties of an ONNX model: each value JSON, or plain text."""
-        return {_PREFIX + k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(self).items()}
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        return {each.site: Site(_schedule(each.schedule), each.forecast) for each in self.values}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int | str, ...]]:
+        """Of the values, by site."""
+        return {each.site: each.shape for each in self.values}
+
+    def inputs_of(self, model: Model) -> tuple[Input, ...]:
+        """All inputs of a model, in its order."""
+        return (*self.model_inputs, *(self._port("inherited", site) for site in model.takes))
+
+    def outputs_of(self, model: Model) -> tuple[Input, ...]:
+        """All outputs of a model, in its order."""
+        return (Input(OUTPUT, (), self.output), *(self._port("refreshed", site) for site in model.gives))
+
+    def _port(self, kind: str, site: str) -> Input:
+        return Input(f"{kind}.{site}", (site,), self.shapes[site])
+
+    # -- on disk -------------------------------------------------------------------------------------------------
+
+    def write(self, folder: Path) -> None:
+        """Write it, with the hashes of the files that are there."""
+        files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, REPORT)}
+        plain = asdict(replace(self, files=files))
+        (folder / MANIFEST).write_text(json.dumps({**plain, "sha256": _digest(plain)}, indent=1) + "\n")
 
     @classmethod
-    def read(cls, metadata: Mapping[str, str], where: str) -> Manifest:
-        """The reverse of `metadata`, for untrusted input.
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a directory, which is not trusted.
 
         Raises:
-            SavedError: something is missing, malformed, or of a newer format.
+            SavedError: it is missing, edited, malformed, or of a newer format.
         """
-        found = {k.removeprefix(_PREFIX): v for k, v in metadata.items() if k.startswith(_PREFIX)}
-        if "format" not in found:
-            raise SavedError("the model was not exported by sdgraph", where=where, cure=AGAIN)
-        if not found["format"].isdigit() or int(found["format"]) > FORMAT:
-            raise SavedError(
-                f"the model has format {found['format'][:20]}, this sdgraph reads up to {FORMAT}",
-                where=where,
-                cure=f"upgrade sdgraph; it was written by {found.get('version', 'an unknown version')[:20]}",
-            )
+        where = str(folder / MANIFEST)
         try:
-            manifest = cls(
-                config_sha256=found["config_sha256"],
-                dtype=_known_dtype(found["dtype"]),
-                opset=int(found["opset"]),
-                inputs=tuple(_input(each) for each in json.loads(found["inputs"])),
-                given=tuple(map(str, json.loads(found["given"]))),
-                output=_shape(json.loads(found["output"])),
-                guards=tuple(_guard(each) for each in json.loads(found["guards"])),
-                recipe=tuple(map(str, json.loads(found["recipe"]))),
-                role=found["role"],
-                version=found["version"],
-                format=int(found["format"]),
+            plain = json.loads((folder / MANIFEST).read_bytes())
+        except OSError as error:
+            raise SavedError(f"{MANIFEST} cannot be read: {error.strerror}", where=where, cure=AGAIN) from error
+        except (ValueError, RecursionError) as error:
+            raise SavedError(f"{MANIFEST} is not JSON", where=where, cure=AGAIN) from error
+        if not isinstance(plain, dict) or "models" not in plain or not isinstance(plain.get("format"), int):
+            hint = "sdgraph.GraphUNet.from_pretrained reads what save_pretrained wrote"
+            raise SavedError(f"{MANIFEST} is not that of an export", where=where, cure=hint)
+        if plain["format"] > FORMAT:
+            raise SavedError(
+                f"the export has format {plain['format']}, this sdgraph reads up to {FORMAT}",
+                where=where,
+                cure=f"upgrade sdgraph; it was written by {str(plain.get('version', 'an unknown version'))[:20]}",
             )
-            manifest._check_expressions()
-        except (KeyError, ValueError, TypeError, NameError, ArithmeticError, RecursionError) as error:
+        if plain.pop("sha256", None) != _digest(plain):
+            raise SavedError(f"{MANIFEST} was edited", where=where, cure=f"{AGAIN}: it says what the models are")
+        try:
+            return cls._from(plain)
+        except (KeyError, ValueError, TypeError, NameError, ArithmeticError, RecursionError, SdgraphError) as error:
             reason = f"{type(error).__name__}: {error}"[:200]
-            raise SavedError(f"the model's metadata is damaged ({reason})", where=where, cure=AGAIN) from error
-        return manifest
+            raise SavedError(f"{MANIFEST} is damaged ({reason})", where=where, cure=AGAIN) from error
+
+    @classmethod
+    def _from(cls, plain: Mapping[str, Any]) -> Manifest:
+        made = cls(
+            dtype=_known(plain["dtype"], DTYPES),
+            opset=int(plain["opset"]),
+            inputs=tuple(_input(each) for each in plain["inputs"]),
+            given=tuple(map(str, plain["given"])),
+            output=_shape(plain["output"]),
+            models=tuple(_model(each) for each in plain["models"]),
+            values=tuple(_value(each) for each in plain["values"]),
+            guards=tuple(_guard(each) for each in plain["guards"]),
+            recipe=tuple(map(str, plain["recipe"])),
+            files={_file(name): str(digest) for name, digest in plain["files"].items()},
+            version=str(plain["version"]),
+            format=plain["format"],
+        )
+        if not made.models or made.models[0].takes:
+            raise ValueError("no model computes everything")
+        sites = made.sites  # their schedules are read, if only to see that they can be
+        for model in made.models:
+            for site in (*model.takes, *model.gives):
+                _known(site, sites)
+            _known(model.file, made.files)
+        made._check_expressions()
+        return made
 
     def _check_expressions(self) -> None:
         shapes = [spec.shape or () for spec in self.inputs]
         free = {d: 64 for shape in shapes for d in shape if isinstance(d, str) and d.isidentifier()}
-        for expression in (
-            *(d for shape in (*shapes, self.output) for d in shape),
-            *(g.condition for g in self.guards),
-        ):
+        sizes = (*shapes, self.output, *self.shapes.values())
+        for expression in (*(d for shape in sizes for d in shape), *(g.condition for g in self.guards)):
             evaluate(str(expression), free)
+
+    def check_files(self, folder: Path, names: Iterable[str]) -> None:
+        """Compare files with their hashes.
+
+        Raises:
+            SavedError: one is missing or another.
+        """
+        for name in names:
+            if not (folder / name).is_file():
+                raise SavedError(f"{name} is missing", where=str(folder), cure=AGAIN)
+            if sha256(folder / name) != self.files.get(name):
+                raise SavedError(f"{name} is not the file that was exported", where=str(folder / name), cure=AGAIN)
+
+    # -- calls ---------------------------------------------------------------------------------------------------
 
     def check(self, flat: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """The sizes of a call.
@@ -129,7 +230,7 @@ class Manifest:
         Args:
             flat: its inputs, as `sdgraph.inputs.flatten` gives them.
         Raises:
-            CallError: the model does not cover it; naming the input, what it is and what it should be.
+            CallError: the models do not cover it; naming the input, what it is and what it should be.
         """
         self._check_given(flat)
         given = {name: value for name, value in flat.items() if name in self.given}
@@ -152,8 +253,13 @@ class Manifest:
                 )
 
 
-def describe(unet: GraphUNet, given: frozenset[str], opset: int, config: bytes) -> Manifest:
-    """The manifest of a UNet exported with the optional inputs `given`."""
+def describe(unet: GraphUNet, given: frozenset[str], opset: int, calls: Any) -> Manifest:
+    """The manifest, without files, of a UNet exported with the optional inputs `given`.
+
+    Args:
+        calls: the generations it is to serve: how many calls, at timesteps evenly spaced, or their timesteps. They
+            decide which models there are.
+    """
     graph = unet.graph
     inputs = graph.resolved_inputs()
     if any(node.target is per_call for node in graph.nodes):  # in the exported graph one timestep serves all samples
@@ -163,21 +269,76 @@ def describe(unet: GraphUNet, given: frozenset[str], opset: int, config: bytes) 
             what = f"a size of {spec.name} is no known expression of the call's sizes"
             raise ExportError(what, where=f"input {spec.name}", cure="a pass has made it so; please report it")
     return Manifest(
-        config_sha256=hashlib.sha256(config).hexdigest(),
         dtype=str(unet.dtype).removeprefix("torch."),
         opset=opset,
         inputs=inputs,
         given=tuple(i.name for i in inputs if i.shape is not None and (not i.optional or i.name in given)),
         output=graph.dims.expressions(graph.output.meta["val"], graph.output.meta["probe"]),
+        models=_models(graph, calls),
+        values=tuple(_kept(graph, name, site, unet.dtype) for name, site in graph.sites.items()),
         guards=graph.guards,
         recipe=tuple(map(str, graph.passes)),
     )
 
 
-def _known_dtype(name: str) -> str:
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r}")
+def _models(graph: Graph, calls: Any) -> tuple[Model, ...]:
+    """One for each kind of call; the first call of a generation refreshes all that it needs."""
+    if not graph.sites:
+        return (Model(MODEL, macs=graph.macs),)
+    found: dict[tuple[tuple[str, ...], tuple[str, ...]], Model] = {}
+    timesteps = np.linspace(999, 0, calls) if isinstance(calls, int) else calls
+    for kind in graph.timetable(timesteps).variants:  # two may differ in what neither needs
+        name = f"inherit_{len(found)}.onnx" if found else MODEL
+        found.setdefault((kind.inherited, kind.refreshed), Model(name, kind.inherited, kind.refreshed, kind.macs))
+    return tuple(found.values())
+
+
+def _kept(graph: Graph, name: str, site: Site, dtype: torch.dtype) -> Value:
+    node = inherited(graph.fx)[name]
+    shape = graph.dims.expressions(node.meta["val"], node.meta["probe"])
+    if "?" in shape or node.meta["val"].dtype != dtype:
+        raise ExportError(
+            f"what is inherited has shape {shape} and dtype {node.meta['val'].dtype}, which is not covered",
+            where=name,
+            cure="choose another site",
+        )
+    return Value(name, str(site.schedule), site.forecast, shape)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _schedule(text: str) -> Schedule:
+    found = read(text)
+    if not isinstance(found, Schedule):
+        raise TypeError(f"{text!r} is no schedule")
+    return found
+
+
+def _known(name: Any, among: Iterable[str]) -> str:
+    if name not in among:
+        raise ValueError(f"{name!r} is not known")
+    return str(name)
+
+
+def _file(name: Any) -> str:
+    if not isinstance(name, str) or not _FILE.fullmatch(name) or ".." in name:
+        raise ValueError(f"{name!r} is no file name")
     return name
+
+
+def _model(raw: Any) -> Model:
+    return Model(_file(raw["file"]), tuple(map(str, raw["takes"])), tuple(map(str, raw["gives"])), int(raw["macs"]))
+
+
+def _value(raw: Any) -> Value:
+    return Value(str(raw["site"]), str(raw["schedule"]), int(raw["forecast"]), _shape(raw["shape"]))
 
 
 def _checked(expression: Any) -> str:
@@ -201,20 +362,19 @@ def _input(raw: Any) -> Input:
     return Input(**{**raw, "place": tuple(raw["place"]), "shape": shape})
 
 
-def read_config(directory: Path) -> tuple[dict[str, Any], str]:
-    """The UNet's configuration and its hash.
+def read_config(folder: Path) -> dict[str, Any]:
+    """The UNet's configuration.
 
     Raises:
         SavedError: the file is missing or no JSON object.
     """
-    path = directory / CONFIG
+    path = folder / CONFIG
     try:
-        raw = path.read_bytes()
-        config = json.loads(raw)
+        config = json.loads(path.read_bytes())
     except OSError as error:
         raise SavedError(f"{CONFIG} cannot be read: {error.strerror}", where=str(path), cure=AGAIN) from error
     except (ValueError, RecursionError) as error:
         raise SavedError(f"{CONFIG} is not JSON", where=str(path), cure=AGAIN) from error
     if not isinstance(config, dict):
         raise SavedError(f"{CONFIG} holds no configuration", where=str(path), cure=AGAIN)
-    return config, hashlib.sha256(raw).hexdigest()
+    return config

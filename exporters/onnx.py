@@ -8,10 +8,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -24,20 +24,15 @@ from sdgraph.errors import ExportError, SavedError, SpecError, did_you_mean
 
 from . import parity
 from .extra import require_onnx
-from .manifest import CONFIG, DATA, DTYPES, MODEL, REPORT, Manifest, describe
-from .parity import ExportReport
-
-if TYPE_CHECKING:
-    import onnx_ir
+from .manifest import CONFIG, DATA, DTYPES, MANIFEST, REPORT, Manifest, describe
+from .parity import Comparison, ExportReport
+from .weights import Weights
 
 log = logging.getLogger("sdgraph")
 
 # 18 is the oldest torch translates to. From 21 on it writes GroupNormalization, for which no provider has a kernel: it
 # is inlined into thousands of nodes.
 OPSETS = range(18, 21)
-# Small tensors stay in model.onnx: shape inference does not read constants from external data.
-INLINE_BYTES = 1024
-STAGES = ("capture", "translate", "compact", "write", "check")
 
 
 def export(
@@ -45,33 +40,41 @@ def export(
     directory: str | os.PathLike[str],
     *,
     inputs: Collection[str] = (),
+    calls: int | Sequence[float] = 50,
     opset: int = 20,
     overwrite: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
     progress: bool = True,
 ) -> ExportReport:
-    """Write a UNet as an ONNX model with dynamic batch, height, width and sequence length.
+    """Write a UNet as ONNX models with dynamic batch, height, width and sequence length: one for each kind of call, all
+    over one file of weights.
 
-    The model takes `sample` `(batch, channels, height, width)`, `timestep` `(1 or batch,)` in float32,
-    `encoder_hidden_states` `(batch, sequence, features)` and what else its configuration requires, and gives
-    `out_sample`. The directory holds `config.json`, `model.onnx`, the weights in `model.onnx.data`, and the report in
-    `export.json`. It appears complete and checked, or not at all.
+    The models take `sample` `(batch, channels, height, width)`, `timestep` `(1 or batch,)` in float32,
+    `encoder_hidden_states` `(batch, sequence, features)` and what else the configuration requires, and give
+    `out_sample`. A UNet that inherits features has several: they also take `inherited.SITE` and give `refreshed.SITE`,
+    which is for `ORTUNet` to see to. `model.onnx` computes everything, and other tools run it alone.
+
+    The directory holds `config.json`, the models, their weights in `model.onnx.data`, `sdgraph.json`, which says what
+    they are, and the report in `export.json`. It appears complete and checked, or not at all.
 
     Args:
         unet: what `sdgraph.apply` returned, or a diffusers UNet; in float32 or float16.
         directory: to be made; its parents are made too.
         inputs: optional inputs to include: names of arguments such as "mid_block_additional_residual". A call of the
             exported model must then give them.
+        calls: the generations to serve, of a UNet that inherits features: how many calls, or their timesteps. There is
+            a model for each kind of call among them; one of another kind computes more than it need.
         opset: version of the ONNX operators, 18 to 20.
         overwrite: replace an earlier export, once the new one is checked.
         atol, rtol: bound on the largest difference from eager, `atol + rtol * largest value`.
         progress: show a progress bar.
     Returns:
-        the comparison with eager at two shapes on ONNX Runtime's CPU provider; prints as a table.
+        the comparison of each model with eager at two shapes on ONNX Runtime's CPU provider; prints as a table.
     Raises:
         ExtraError: the `onnx` extra is not installed.
         ExportError: wrong kind of model or dtype, the directory exists or cannot be written, or the translation failed.
+        ScheduleError: a schedule does not fit `calls`.
         ParityError: the numbers are out of bounds.
         SpecError: unknown inputs or opset.
     """
@@ -79,16 +82,15 @@ def export(
     unet = _as_graph(unet)
     if opset not in OPSETS:
         raise SpecError(f"opset {opset} is not covered", cure=f"covered: {OPSETS[0]} to {OPSETS[-1]}")
-    given = _chosen(unet, inputs)
-    config = _config(unet)
-    manifest = describe(unet, given, opset, config)
+    manifest = describe(unet, _chosen(unet, inputs), opset, calls)
     bounds = parity.BOUNDS[manifest.torch_dtype]
     atol, rtol = bounds[0] if atol is None else atol, bounds[1] if rtol is None else rtol
     training = unet.training
     with _appearing(Path(directory), overwrite) as folder:
         try:
             torch.nn.Module.train(unet, False)  # not its own: that would reset which weights are trainable
-            report = _export(unet, folder, manifest, config, (atol, rtol), progress)
+            with torch.no_grad():
+                report = _export(unet, folder, manifest, (atol, rtol), progress)
         finally:
             torch.nn.Module.train(unet, training)
         (folder / REPORT).write_text(report.json())
@@ -97,59 +99,80 @@ def export(
 
 
 def _export(
-    unet: GraphUNet, folder: Path, manifest: Manifest, config: bytes, bounds: tuple[float, float], progress: bool
+    unet: GraphUNet, folder: Path, manifest: Manifest, bounds: tuple[float, float], progress: bool
 ) -> ExportReport:
+    import onnx_ir
+
     from . import translate
-    from .ort import ORTUNet
 
     seconds: dict[str, float] = {}
-    with tqdm(total=len(STAGES), desc="export", unit="stage", disable=not progress) as bar:
+    nodes: dict[str, int] = {}
+    with tqdm(total=4 * len(manifest.models) + 1, desc="export", unit="stage", disable=not progress) as bar:
 
         @contextmanager
         def stage(name: str) -> Iterator[None]:
             bar.set_description(f"export: {name}")
             start = time.perf_counter()
             yield
-            seconds[name] = time.perf_counter() - start
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             bar.update()
 
-        module = unet.variant(frozenset(manifest.given))
-        with stage("capture"):
-            program = translate.capture(module, parity.example_call(unet, manifest), manifest)
-        with stage("translate"):
-            model = translate.translate(program, manifest.opset)
-        with stage("compact"):
-            translate.compact(model, manifest)
-            nodes = len(model.graph)
-        with stage("write"):
-            _write(model, folder, manifest, config)
-            del model, program
+        weights = Weights(folder / DATA)
+        example = parity.example_call(unet, manifest)
+        for model in manifest.models:
+            module = unet.variant(frozenset(manifest.given), frozenset(model.takes))
+            inputs, outputs = manifest.inputs_of(model), manifest.outputs_of(model)
+            with stage("capture"):
+                program = translate.capture(module, parity.with_values(unet, manifest, model, example), inputs)
+            with stage("translate"):
+                made = translate.translate(program, manifest.opset)
+            with stage("compact"):
+                translate.compact(made, inputs, outputs)
+                nodes[model.file] = len(made.graph)
+            with stage("write"), _written(folder):
+                weights.take(made)
+                made.producer_name, made.producer_version = "sdgraph", sdgraph.__version__
+                made.metadata_props["sdgraph.recipe"] = ", ".join(manifest.recipe)
+                onnx_ir.save(made, folder / model.file)
+            del made, program
+        with _written(folder):
+            (folder / CONFIG).write_bytes(_config(unet))
+            manifest.write(folder)
         with stage("check"):
-            try:
-                loaded = ORTUNet.from_pretrained(folder, provider="CPUExecutionProvider", session_options=_lean())
-            except SavedError as error:
-                raise ExportError(f"the exported model does not load: {error.what}", cure="please report it") from error
-            comparisons = []
-            for call in parity.calls(unet, manifest):
-                with torch.no_grad():
-                    eager = module(*call.values())
-                comparisons.append(parity.compare(eager, loaded.run(call), call, *bounds))
-            del loaded
-    weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
+            comparisons = _compare(unet, folder, Manifest.read(folder), bounds)
+    weight_bytes = sum(p.numel() * p.element_size() for p in unet.parameters())
     file_bytes = sum(f.stat().st_size for f in folder.iterdir())
-    report = ExportReport(nodes, weight_bytes, file_bytes, tuple(comparisons), seconds)
+    report = ExportReport(nodes, weight_bytes, file_bytes, comparisons, seconds)
     parity.require(report)
     return report
 
 
-def _write(model: onnx_ir.Model, folder: Path, manifest: Manifest, config: bytes) -> None:
-    import onnx_ir
+def _compare(unet: GraphUNet, folder: Path, manifest: Manifest, bounds: tuple[float, float]) -> tuple[Comparison, ...]:
+    """Every output of every model, at two shapes."""
+    from .ort import ORTUNet
 
-    model.producer_name, model.producer_version = "sdgraph", sdgraph.__version__
-    model.metadata_props.update(manifest.metadata())
     try:
-        (folder / CONFIG).write_bytes(config)
-        onnx_ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=INLINE_BYTES)
+        loaded = ORTUNet.from_pretrained(folder, provider="CPUExecutionProvider", session_options=_lean(), verify=False)
+    except SavedError as error:
+        raise ExportError(f"the exported model does not load: {error.what}", cure="please report it") from error
+    found = []
+    for model in manifest.models:
+        module = unet.variant(frozenset(manifest.given), frozenset(model.takes))
+        for call in parity.calls(unet, manifest):
+            given = parity.with_values(unet, manifest, model, call)
+            eager = module(*given.values())
+            eager = eager if isinstance(eager, tuple) else (eager,)
+            found.append(
+                parity.compare(model.file, eager, loaded.models.run(model, given, manifest.check(call)), call, *bounds)
+            )
+        loaded.models.close(model)
+    return tuple(found)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ExportError(
             f"writing failed: {error.strerror or error}", where=str(folder.parent), cure="check space and rights"
@@ -170,12 +193,6 @@ def _as_graph(unet: Any) -> GraphUNet:
     if not isinstance(unet, GraphUNet):
         hint = "pass pipe.unet" if hasattr(unet, "unet") else "pass what sdgraph.apply returned, or a diffusers UNet"
         raise ExportError(f"a {type(unet).__name__} cannot be exported", cure=hint)
-    if unet.graph.sites:
-        raise ExportError(
-            "a UNet that inherits features is several graphs, and only one can be exported so far",
-            where=next(iter(unet.graph.sites)),
-            cure="export it without InheritFeatures and HoistInvariants",
-        )
     name = str(unet.dtype).removeprefix("torch.")
     if name not in DTYPES:
         why = "; ONNX Runtime has no bfloat16 kernels for Resize" if name == "bfloat16" else ""
@@ -241,7 +258,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ExportError("the directory exists", where=str(target), cure="pass overwrite=True, or choose another")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / MODEL).exists()):
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).exists()):
         raise ExportError(
             "this is not an earlier export", where=str(target), cure="remove it yourself, or choose another"
         )

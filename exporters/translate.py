@@ -7,7 +7,7 @@ import functools
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,12 @@ from onnxscript.optimizer import fold_constants_ir
 from torch import fx
 
 from sdgraph.errors import ExportError
+from sdgraph.inputs import Input
 
-from .manifest import Manifest
+from .manifest import NAMES
 
 log = logging.getLogger("sdgraph")
 aten = torch.ops.aten
-
-NAMES = {"B": "batch", "H": "height", "W": "width", "L": "sequence"}
-OUTPUT = "out_sample"
 
 
 class Undecomposed(torch.export.ExportedProgram):
@@ -43,20 +41,25 @@ class Undecomposed(torch.export.ExportedProgram):
 
 
 def capture(
-    module: fx.GraphModule, call: Mapping[str, torch.Tensor], manifest: Manifest
+    module: fx.GraphModule, call: Mapping[str, torch.Tensor], inputs: Sequence[Input]
 ) -> torch.export.ExportedProgram:
     """The module as ATen operators for all sizes.
 
+    Args:
+        call: values of the inputs, by their names, in order.
+        inputs: the module's, with their shapes.
     Raises:
         ExportError: torch.export failed.
     """
+    names = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
     dynamic = {
-        spec.name: {i: torch.export.Dim.DYNAMIC for i, dim in enumerate(spec.shape or ()) if isinstance(dim, str)}
-        for spec in manifest.model_inputs
+        name: {i: torch.export.Dim.DYNAMIC for i, dim in enumerate(spec.shape or ()) if isinstance(dim, str)}
+        for name, spec in zip(names, inputs, strict=True)
     }
+    given = dict(zip(names, call.values(), strict=True))
     try:
         with torch.no_grad(), quiet():
-            program = torch.export.export(module, (), dict(call), dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(module, (), given, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise ExportError(
             f"torch.export failed: {type(error).__name__}: {error}",
@@ -117,7 +120,7 @@ def _translate(program: Any, opset: int, kind: type[torch.export.ExportedProgram
     return made.model
 
 
-def compact(model: ir.Model, manifest: Manifest) -> None:
+def compact(model: ir.Model, inputs: Sequence[Input], outputs: Sequence[Input]) -> None:
     """Fold constants, drop what is unused or computed twice, and name everything for the reader.
 
     onnxscript's full optimiser takes 20 times as long, most of it in patterns that a UNet does not hold; ONNX Runtime
@@ -132,15 +135,15 @@ def compact(model: ir.Model, manifest: Manifest) -> None:
     store_reshaped(model)
     common.RemoveUnusedNodesPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
-    for spec, value in zip(manifest.model_inputs, list(model.graph.inputs), strict=True):
+    for spec, value in (
+        *zip(inputs, model.graph.inputs, strict=True),
+        *zip(outputs, model.graph.outputs, strict=True),
+    ):
         value.name = spec.name
         value.shape = ir.Shape([d if isinstance(d, int) else readable(d) for d in spec.shape or ()])
-    for spec, value in zip(manifest.model_inputs, list(model.graph.inputs), strict=True):
+    for spec, value in zip(inputs, list(model.graph.inputs), strict=True):
         if spec.broadcast:
             expand_over_batch(model, value)
-    (output,) = model.graph.outputs
-    output.name = OUTPUT
-    output.shape = ir.Shape([d if isinstance(d, int) else readable(d) for d in manifest.output])
     strip(model)
 
 

@@ -20,8 +20,8 @@ Each CANDIDATE is an InheritFeatures pass whose schedule is replaced by the one 
 
   sdgraph search stable-diffusion-v1-5 "InheritFeatures.deep_cache()" --prompts prompts.txt --budget 0.4
 
-Give `forecast=1` to extrapolate: "InheritFeatures('up_blocks.-1.resnets.-1', part='entry', forecast=1)". Measurements are
-kept in --folder: a stopped search goes on there, and another budget costs one generation.
+To extrapolate: "InheritFeatures('up_blocks.-1.resnets.-1', part='entry', forecast=1)". 
+Measurements are kept in --folder: a stopped search goes on there, and another budget costs one generation.
 """
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
+from .generation import Generations
 from .inputs import Input, flatten
+from .schedules import Run
 
 
 class UNetCall:
-    """A UNet whose computation is `run(flat inputs)`."""
+    """A UNet whose computation is `run(flat inputs)`, and whose calls may inherit from earlier ones."""
+
+    generations: Generations
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The noise prediction for flat inputs, by name.
@@ -69,3 +74,20 @@ class UNetCall:
         }
         result = self.run(flatten(call, self.call_inputs()))
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+    def expecting(self, calls: int | Sequence[float] | torch.Tensor) -> AbstractContextManager[None]:
+        """A context in which generations that begin make that many calls, or one for each timestep, in this thread.
+
+        Schedules that depend on the number of calls or their timesteps need it:
+        `with unet.expecting(scheduler.timesteps): ...`, after `scheduler.set_timesteps(steps)`, in a loop of one's
+        own. With a pipeline, `sdgraph.attach(pipe)` sees to it.
+        """
+        return self.generations.expecting(Run.of(calls))
+
+    def reset(self) -> None:
+        """Forget what was kept between calls: whatever comes next is computed anew."""
+        self.generations.clear()
+
+    def cache_bytes(self) -> int:
+        """Bytes kept between calls, of all generations that are under way."""
+        return self.generations.bytes()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -36,6 +36,15 @@ class Moment:
     timestep: float
     number: int | None
     run: Run
+
+
+class Step(Protocol):
+    """What computes a call: the backend."""
+
+    def __call__(
+        self, flat: Mapping[str, torch.Tensor], stale: frozenset[str], value: Callable[[str], torch.Tensor], /
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The output of a call at which the sites `stale` have the values that `value` says, and what it refreshed."""
 
 
 class Clock(Protocol):
@@ -133,6 +142,27 @@ class Generations:
         self._known: dict[tuple[int, int], Generation] = {}
         self._expected = threading.local()
         self.clocks: list[Clock] = []
+
+    def run(
+        self,
+        flat: Mapping[str, torch.Tensor],
+        constant: Collection[str],
+        sites: Mapping[str, Site],
+        step: Step,
+    ) -> torch.Tensor:
+        """The output of the next call of the generation that it belongs to.
+
+        Args:
+            flat: the inputs of the call.
+            constant: names of those that a generation keeps.
+            sites: that calls may inherit.
+            step: computes a call.
+        """
+        with self.call(flat, constant) as generation:
+            stale = generation.stale(sites)
+            output, refreshed = step(flat, stale, generation.inherited)
+            generation.keep(refreshed, sites, stale)
+        return output
 
     @contextmanager
     def call(self, flat: Mapping[str, torch.Tensor], constant: Collection[str]) -> Iterator[Generation]:

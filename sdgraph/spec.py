@@ -58,6 +58,23 @@ def parse(text: str) -> tuple[Pass, ...]:
     return tuple(_as_pass(_value(item, text), text) for item in tree.elts)
 
 
+def read(text: str) -> Spec:
+    """One spec of any kind, such as a schedule, from the text that `str` made of it.
+
+    Raises:
+        SpecError: it is something else.
+    """
+    try:
+        found = _value(ast.parse(text, mode="eval").body, text)
+    except SyntaxError as error:
+        raise SpecError(
+            f"cannot read the spec {text!r}: {error.msg}", cure="write a call, as in 'Uniform(3)'"
+        ) from error
+    if not isinstance(found, Spec):
+        raise SpecError(f"{text!r} is no spec", cure="write a call, as in 'Uniform(3)'")
+    return found
+
+
 def as_passes(passes: Any) -> tuple[Pass, ...]:
     """Passes from what `apply` takes: a pass, a spec, or an iterable of both.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -19,7 +18,6 @@ from .generation import Generations
 from .graph import Graph
 from .inherit import step
 from .inputs import Input, flatten
-from .schedules import Run
 from .specialise import without
 
 if TYPE_CHECKING:
@@ -92,11 +90,7 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
             self._take_weights()  # gradients may follow, and an optimizer that uses them
         if learning or not self._sites:
             return self._step(flat, frozenset(), no_value)[0]
-        with self.generations.call(flat, self._conditioning) as generation:
-            stale = generation.stale(self._sites)
-            output, refreshed = self._step(flat, stale, generation.inherited)
-            generation.keep(refreshed, self._sites, stale)
-        return output
+        return self.generations.run(flat, self._conditioning, self._sites, self._step)
 
     def _accept(self, flat: Mapping[str, torch.Tensor]) -> None:
         """Refuse a call that the graph does not cover; each kind of call is looked at once."""
@@ -234,23 +228,6 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         self._accepted.clear()
         self.reset()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
-
-    def expecting(self, calls: int | Sequence[float] | torch.Tensor) -> AbstractContextManager[None]:
-        """A context in which generations that begin make that many calls, or one for each timestep, in this thread.
-
-        Schedules that depend on the number of calls or their timesteps need it:
-        `with unet.expecting(scheduler.timesteps): ...`, after `scheduler.set_timesteps(steps)`, in a loop of one's
-        own. With a pipeline, `sdgraph.attach(pipe)` sees to it.
-        """
-        return self.generations.expecting(Run.of(calls))
-
-    def reset(self) -> None:
-        """Forget what was kept between calls: whatever comes next is computed anew."""
-        self.generations.clear()
-
-    def cache_bytes(self) -> int:
-        """Bytes kept between calls, of all generations that are under way."""
-        return self.generations.bytes()
 
     # -- back and to disk ----------------------------------------------------------------------------------------
 

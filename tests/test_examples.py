@@ -165,7 +165,14 @@ def test_the_figures_in_the_readme_are_the_results() -> None:
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     script, out = ROOT / "benchmarks" / "overhead.py", tmp_path / "result.json"
-    cases = ["forward/tiny/16", "apply/tiny", "prune/tiny/16"]
+    cases = [
+        "forward/tiny/16",
+        "apply/tiny",
+        "prune/tiny/16",
+        "inherit/tiny/16",
+        "experts/tiny/16",
+        "attention/tiny/16",
+    ]
     run = subprocess.run(
         [sys.executable, str(script), "--quick", "--seconds", "0.1", "--out", str(out), *cases],
         capture_output=True,
@@ -174,11 +181,34 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     result = json.loads(out.read_text())
-    forward, apply, prune = result["cases"]
+    forward, apply, prune, inherit, experts, attention = result["cases"]
     assert forward["largest_difference"] == 0
     assert len(forward["samples"]["eager"]) == len(forward["samples"]["traced"]) >= 3
     assert apply["not_shared_bytes"] == 0
     macs = [prune["sizes"][name]["macs"] for name in ("traced", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")]
     assert macs == sorted(macs, reverse=True)
+    assert set(inherit["largest_difference"].values()) == {0}
+    assert all(inherit["kept_bytes"][name] > 0 for name in inherit["timetables"])
+    assert experts["sizes"]["timestep"]["parameters"] > experts["sizes"]["plain"]["parameters"]
+    assert set(attention["alone"]) == set(attention["samples"]) == {"full", "window 8, pool 4"}
     assert load("benchmarks/table.py").report(result) in run.stdout
     assert "smoke test" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "ways"), [("inheritance", "searched, forecast"), ("attention", "tomesd, ratio 0.5")])
+def test_quality_against_time_is_measured(kind: str, ways: str, tmp_path: Path) -> None:
+    script, out = ROOT / "benchmarks" / "frontier.py", tmp_path / "result.json"
+    run = subprocess.run(
+        [sys.executable, str(script), kind, "--quick", "--folder", str(tmp_path / "search"), "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(out.read_text())["ways"]
+    assert any(ways in name for name in figures)
+    whole = figures.pop("all steps")
+    assert whole["psnr"] is None  # the same images
+    assert all(10 < each["psnr"] < 100 and each["frechet"] > 0 for each in figures.values())
+    assert out.with_suffix(".svg").read_text().startswith("<?xml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -200,7 +201,7 @@ def test_stands_in_for_the_unet_of_an_sdxl_pipeline(exported: Callable[..., Expo
 def test_files_hold_the_weights_once_under_their_names(exported: Callable[..., Exported]) -> None:
     made = exported("pruned")
     names = {path.name for path in made.directory.iterdir()}
-    assert names == {"config.json", "model.onnx", "model.onnx.data", "export.json"}
+    assert names == {"config.json", "model.onnx", "model.onnx.data", "sdgraph.json", "export.json"}
     model = onnx.load(made.directory / "model.onnx", load_external_data=False)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     for name, parameter in made.unet.named_parameters():
@@ -214,15 +215,19 @@ def test_files_hold_the_weights_once_under_their_names(exported: Callable[..., E
     assert "/" + str(Path(torch.__file__).parent) not in (made.directory / "model.onnx").read_text(errors="ignore")
 
 
-def test_metadata_and_report(exported: Callable[..., Exported]) -> None:
+def test_manifest_and_report(exported: Callable[..., Exported]) -> None:
     made = exported("pruned")
     loaded = made.load()
-    props = loaded.session.get_modelmeta().custom_metadata_map
-    assert props["sdgraph.version"] == sdgraph.__version__
-    assert json.loads(props["sdgraph.recipe"]) == [str(p) for p in made.unet.graph.passes] != []
-    assert (props["sdgraph.opset"], props["sdgraph.dtype"], props["sdgraph.role"]) == ("20", "float32", "full")
-    assert json.loads(props["sdgraph.given"]) == ["sample", "timestep", "encoder_hidden_states"]
-    assert [each.shape for each in loaded.session.get_inputs()] == [
+    said = json.loads((made.directory / "sdgraph.json").read_text())
+    assert said["version"] == sdgraph.__version__
+    assert said["recipe"] == [str(p) for p in made.unet.graph.passes] != []
+    assert (said["opset"], said["dtype"], said["format"]) == (20, "float32", 2)
+    assert said["given"] == ["sample", "timestep", "encoder_hidden_states"]
+    assert [each["file"] for each in said["models"]] == ["model.onnx"]
+    for name in ("config.json", "model.onnx", "model.onnx.data"):
+        assert said["files"][name] == hashlib.sha256((made.directory / name).read_bytes()).hexdigest()
+    session = loaded.models.session(loaded.manifest.models[0])
+    assert [each.shape for each in session.get_inputs()] == [
         ["batch", 4, "height", "width"],
         ["timestep_batch"],
         ["batch", "sequence", CROSS],
@@ -263,7 +268,7 @@ def test_an_existing_directory_survives_a_failure(
         export(unet, target)
     with pytest.raises(errors.ExportError, match="not an earlier export"):
         export(unet, target, overwrite=True)
-    (target / "model.onnx").touch()
+    (target / "sdgraph.json").touch()
 
     def fail(*args: Any) -> Any:
         raise errors.ExportError("no")
@@ -271,7 +276,7 @@ def test_an_existing_directory_survives_a_failure(
     monkeypatch.setattr("sdgraph.exporters.onnx._export", fail)
     with pytest.raises(errors.ExportError, match="no"):
         export(unet, target, overwrite=True)
-    assert {path.name for path in target.iterdir()} == {"mine", "model.onnx"}
+    assert {path.name for path in target.iterdir()} == {"mine", "sdgraph.json"}
     (report,) = [exported("sd15").report]
     monkeypatch.setattr("sdgraph.exporters.onnx._export", lambda *args: report)
     export(unet, target, overwrite=True)
@@ -383,11 +388,20 @@ def edit(path: Path, change: Callable[[onnx.ModelProto], None]) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def set_property(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
-    def change(model: onnx.ModelProto) -> None:
-        next(p for p in model.metadata_props if p.key == key).value = value
+def edit_manifest(directory: Path, signed: bool = True, **changes: Any) -> None:
+    """Change the manifest; with a hash that fits, as somebody who means harm would."""
+    path = directory / "sdgraph.json"
+    said = json.loads(path.read_text()) | changes
+    if signed:
+        said.pop("sha256")
+        said["sha256"] = manifest._digest(said)
+    path.write_text(json.dumps(said))
 
-    return change
+
+def edit_model(directory: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Change the model, and the manifest's hash of it."""
+    edit(directory / "model.onnx", change)
+    manifest.Manifest.read(directory).write(directory)
 
 
 def set_place(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
@@ -398,39 +412,47 @@ def set_place(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
-INPUTS = json.dumps([{"name": "sample"}])
-HOSTILE = json.dumps([["().__class__", True]])
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "no config": ("config.json cannot be read", lambda d: (d / "config.json").unlink()),
     "config no JSON": ("config.json is not JSON", lambda d: (d / "config.json").write_text("{")),
-    "another config": ("not the one", lambda d: (d / "config.json").write_text('{"in_channels": 9}')),
+    "another config": ("config.json is not the file", lambda d: (d / "config.json").write_text('{"in_channels": 9}')),
     "no model": ("model.onnx is missing", lambda d: (d / "model.onnx").unlink()),
-    "model cut": ("model.onnx is damaged|not exported by sdgraph", lambda d: truncate(d / "model.onnx")),
-    "model of noise": ("model.onnx is damaged", lambda d: (d / "model.onnx").write_bytes(b"\x07noise" * 99)),
+    "model cut": ("model.onnx is not the file", lambda d: truncate(d / "model.onnx")),
     "no weights": ("model.onnx.data is missing", lambda d: (d / "model.onnx.data").unlink()),
-    "weights cut": ("truncated", lambda d: truncate(d / "model.onnx.data", 0.9)),
-    "no metadata": (
-        "not exported by sdgraph",
-        lambda d: edit(d / "model.onnx", lambda model: model.ClearField("metadata_props")),
+    "weights cut": ("model.onnx.data is not the file", lambda d: truncate(d / "model.onnx.data", 0.9)),
+    "other weights": ("model.onnx.data is not the file", lambda d: flip(d / "model.onnx.data")),
+    "no manifest": ("sdgraph.json cannot be read", lambda d: (d / "sdgraph.json").unlink()),
+    "manifest cut": ("sdgraph.json is not JSON", lambda d: truncate(d / "sdgraph.json")),
+    "a recipe": ("not that of an export", lambda d: (d / "sdgraph.json").write_text('{"format": 1, "passes": []}')),
+    "manifest edited": ("was edited", lambda d: edit_manifest(d, signed=False, opset=19)),
+    "newer": ("format 3.*up to 2", lambda d: edit_manifest(d, format=3)),
+    "bad inputs": ("is damaged", lambda d: edit_manifest(d, inputs=[{"name": "sample"}])),
+    "code": (
+        "is damaged",
+        lambda d: edit_manifest(d, guards=[{"condition": "().__class__", "outcome": True, "where": ""}]),
     ),
-    "newer": ("format 2.*up to 1", lambda d: edit(d / "model.onnx", set_property("sdgraph.format", "2"))),
-    "bad inputs": ("metadata is damaged", lambda d: edit(d / "model.onnx", set_property("sdgraph.inputs", INPUTS))),
-    "code": ("metadata is damaged", lambda d: edit(d / "model.onnx", set_property("sdgraph.guards", HOSTILE))),
-    "other inputs": (
-        "inputs are not those",
-        lambda d: edit(d / "model.onnx", set_property("sdgraph.given", '["sample"]')),
+    "a path": ("is damaged.*no file name", lambda d: edit_manifest(d, models=[{"file": "../model.onnx"}])),
+    "a schedule": (
+        "is damaged",
+        lambda d: edit_manifest(d, values=[{"site": "x", "schedule": "open('x')", "forecast": 0, "shape": [1]}]),
     ),
-    "weights elsewhere": (
-        "outside of the directory",
-        lambda d: edit(d / "model.onnx", set_place("location", "../x.data")),
-    ),
+    "no models": ("is damaged", lambda d: edit_manifest(d, models=[])),
+    "other inputs": ("inputs are not those", lambda d: edit_manifest(d, given=["sample"])),
+    "weights elsewhere": ("outside of the directory", lambda d: edit_model(d, set_place("location", "../x.data"))),
     "weights from the root": (
         "outside of the directory",
-        lambda d: edit(d / "model.onnx", set_place("location", "/etc/passwd")),
+        lambda d: edit_model(d, set_place("location", "/etc/passwd")),
     ),
+    "weights beyond the end": ("truncated", lambda d: edit_model(d, set_place("offset", str(1 << 40)))),
     "no operator": (
         "ONNX Runtime refuses",
-        lambda d: edit(d / "model.onnx", lambda model: setattr(model.graph.node[5], "op_type", "Nothing")),
+        lambda d: edit_model(d, lambda model: setattr(model.graph.node[5], "op_type", "Nothing")),
     ),
 }
 

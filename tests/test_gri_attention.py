@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scenes.pipeline import load
 
 import sdgraph
 from sdgraph.errors import EditError, SpecError
@@ -117,7 +121,7 @@ def test_the_gated_variant_starts_as_the_joint_one_and_learns() -> None:
     call = call_of(source, H=6, W=10)
     torch.testing.assert_close(answer(gated, call), answer(joint, call), rtol=1e-4, atol=1e-5)
     balances = {name: p for name, p in gated.named_parameters() if name.endswith("attn1.interaction.balance")}
-    assert len(balances) == 5
+    assert len(balances) == 3
     assert all(p.shape == (source.config.attention_head_dim,) for p in balances.values())
     gated.train()
     gated(**call)[0].square().mean().backward()
@@ -129,6 +133,60 @@ def test_the_gated_variant_starts_as_the_joint_one_and_learns() -> None:
     share = ((by[0.0] - near) * (far - near)).sum(-1, keepdim=True) / (far - near).square().sum(-1, keepdim=True)
     gate = torch.sigmoid(torch.logit(share) + 1.5)
     torch.testing.assert_close(by[1.5], near + gate * (far - near), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def trained() -> list[tuple[torch.Tensor, ...]]:
+    """Queries, keys and values of the trained model's self-attentions on its 16x16 latents, amid a generation."""
+    pipe = load()
+    seen: list[tuple[torch.Tensor, ...]] = []
+    attend_fully = F.scaled_dot_product_attention
+
+    def watch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        if q.shape[-2] == k.shape[-2] == 256:
+            seen.append((q, k, v))
+        return attend_fully(q, k, v, **options)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(F, "scaled_dot_product_attention", watch)
+        pipe.set_progress_bar_config(disable=True)
+        caption = "a large red circle left of a small blue square"
+        pipe(caption, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="latent")
+    return seen
+
+
+def test_on_trained_features_the_error_falls_with_larger_windows_and_smaller_cells(
+    trained: list[tuple[torch.Tensor, ...]],
+) -> None:
+    assert len(trained) == 4 * 5  # two layers down, three up
+
+    def error(window: int, pool: int) -> float:
+        pairs = [(attend(*each, 16, 16, window, pool), F.scaled_dot_product_attention(*each)) for each in trained]
+        return sum(float((mine - full).square().sum()) for mine, full in pairs) / sum(
+            float(full.square().sum()) for _, full in pairs
+        )
+
+    by_window = [error(window, 4) for window in (4, 8, 16)]
+    assert by_window[0] > by_window[1] > by_window[2]
+    by_pool = [error(8, pool) for pool in (8, 4, 2, 1)]
+    assert by_pool == sorted(by_pool, reverse=True)
+    assert by_pool[0] > 10 * max(by_pool[-1], 1e-9)
+
+
+def test_no_matrix_of_all_pairs_is_made() -> None:
+    """At 128x128 tokens and two heads it would have 2.1 GB; the process grows by a tenth of that at most."""
+    code = """
+import resource, torch
+from sdgraph.passes.gri_attention import attend
+q, k, v = torch.randn(3, 1, 2, 128 * 128, 40)
+attend(q, k, v, 32, 512, 16, 4)  # what the first call loads
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    attend(q, k, v, 128, 128, 16, 4)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1024 * int(done.stdout) < 0.1 * 2 * (128 * 128) ** 2 * 4
 
 
 @pytest.mark.parametrize(
