@@ -30,6 +30,7 @@ FORMAT = 2
 CONFIG, MODEL, DATA, REPORT, MANIFEST = "config.json", "model.onnx", "model.onnx.data", "export.json", "sdgraph.json"
 OUTPUT = "out_sample"
 NAMES = {"B": "batch", "H": "height", "W": "width", "L": "sequence"}  # of sizes, in the models
+ARTEFACTS = ("portable", "cuda")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 AGAIN = "export the UNet again"
 
@@ -78,6 +79,7 @@ class Manifest:
     """What an exported directory holds, and the calls it takes.
 
     Args:
+        artefact: "portable", or "cuda" with ONNX Runtime's own operators, which have kernels there.
         dtype: "float32" or "float16".
         opset: version of the ONNX operators.
         inputs: every input of the traced UNet, each dimension a number or an expression in the call's sizes.
@@ -92,6 +94,7 @@ class Manifest:
         format: of this description.
     """
 
+    artefact: str
     dtype: str
     opset: int
     inputs: tuple[Input, ...]
@@ -126,6 +129,18 @@ class Manifest:
     def shapes(self) -> dict[str, tuple[int | str, ...]]:
         """Of the values, by site."""
         return {each.site: each.shape for each in self.values}
+
+    def model_for(self, stale: frozenset[str]) -> tuple[Model, bool]:
+        """The model for calls at which the sites `stale` are inherited, and whether it is made for just these.
+
+        Each site that it meets it takes if stale and computes if not, so there is one at most; else the one that
+        computes the least of those that inherit nothing else.
+        """
+        able = [each for each in self.models if stale.issuperset(each.takes)]
+        for each in able:
+            if stale.isdisjoint(each.gives):
+                return each, True
+        return min(able, key=lambda each: each.macs), False
 
     def inputs_of(self, model: Model) -> tuple[Input, ...]:
         """All inputs of a model, in its order."""
@@ -180,6 +195,7 @@ class Manifest:
     @classmethod
     def _from(cls, plain: Mapping[str, Any]) -> Manifest:
         made = cls(
+            artefact=_known(plain["artefact"], ARTEFACTS),
             dtype=_known(plain["dtype"], DTYPES),
             opset=int(plain["opset"]),
             inputs=tuple(_input(each) for each in plain["inputs"]),
@@ -253,7 +269,7 @@ class Manifest:
                 )
 
 
-def describe(unet: GraphUNet, given: frozenset[str], opset: int, calls: Any) -> Manifest:
+def describe(unet: GraphUNet, given: frozenset[str], artefact: str, opset: int, calls: Any) -> Manifest:
     """The manifest, without files, of a UNet exported with the optional inputs `given`.
 
     Args:
@@ -269,6 +285,7 @@ def describe(unet: GraphUNet, given: frozenset[str], opset: int, calls: Any) -> 
             what = f"a size of {spec.name} is no known expression of the call's sizes"
             raise ExportError(what, where=f"input {spec.name}", cure="a pass has made it so; please report it")
     return Manifest(
+        artefact=artefact,
         dtype=str(unet.dtype).removeprefix("torch."),
         opset=opset,
         inputs=inputs,

@@ -50,20 +50,22 @@ class Models:
         self._provider_options = {key: str(value) for key, value in options.items()}
         self._session_options = onnxruntime.SessionOptions() if session_options is None else session_options
         self._sizes = _free(free_dims or {}, self._session_options)
+        if manifest.artefact == "cuda" and self.provider != CUDA:  # then models are not opened as files
+            where = "session.model_external_initializers_file_folder_path"
+            self._session_options.add_session_config_entry(where, str(folder.resolve()))
         self._sessions: dict[Model, Any] = {}
         self._chosen: dict[frozenset[str], Model] = {}
 
     def of(self, stale: frozenset[str]) -> Model:
         """The model for calls at which the sites `stale` are inherited, or one that computes more."""
         if stale not in self._chosen:
-            able = [each for each in self.manifest.models if stale.issuperset(each.takes)]
-            exact = [each for each in able if stale.isdisjoint(each.gives)]
-            self._chosen[stale] = model = exact[0] if exact else min(able, key=lambda each: each.macs)
+            model, exact = self.manifest.model_for(stale)
             if not exact:
                 log.warning(
                     "no model was exported for calls that inherit %s: %s computes more; export with calls= the "
                     "generations that are run", sorted(stale), model.file,
                 )  # fmt: skip
+            self._chosen[stale] = model
         return self._chosen[stale]
 
     def run(
@@ -125,9 +127,14 @@ class Models:
         import onnxruntime
 
         path = self.folder / model.file
+        what: str | bytes = str(path)
+        if self.manifest.artefact == "cuda" and self.provider != CUDA:
+            from .reference import runnable
+
+            what = runnable(path)
         try:
             session = onnxruntime.InferenceSession(
-                str(path), self._session_options, providers=[(self.provider, self._provider_options)]
+                what, self._session_options, providers=[(self.provider, self._provider_options)]
             )
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise SavedError(

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sdgraph.errors import ExportError, SavedError, SpecError, did_you_mean
 
 from . import parity
 from .extra import require_onnx
-from .manifest import CONFIG, DATA, DTYPES, MANIFEST, REPORT, Manifest, describe
+from .manifest import ARTEFACTS, CONFIG, DATA, DTYPES, MANIFEST, REPORT, Manifest, describe
 from .parity import Comparison, ExportReport
 from .weights import Weights
 
@@ -39,6 +40,7 @@ def export(
     unet: GraphUNet | UNet2DConditionModel,
     directory: str | os.PathLike[str],
     *,
+    artefact: str = "portable",
     inputs: Collection[str] = (),
     calls: int | Sequence[float] = 50,
     opset: int = 20,
@@ -61,6 +63,9 @@ def export(
     Args:
         unet: what `sdgraph.apply` returned, or a diffusers UNet; in float32 or float16.
         directory: to be made; its parents are made too.
+        artefact: "portable" has standard operators only, for any provider. "cuda" has ONNX Runtime's own operators for
+            normalisation, attention and feed-forward in their place (`sdgraph.exporters.lowering`), which have kernels
+            in its CUDA provider; elsewhere they are computed by their definitions, which is slow.
         inputs: optional inputs to include: names of arguments such as "mid_block_additional_residual". A call of the
             exported model must then give them.
         calls: the generations to serve, of a UNet that inherits features: how many calls, or their timesteps. There is
@@ -76,13 +81,16 @@ def export(
         ExportError: wrong kind of model or dtype, the directory exists or cannot be written, or the translation failed.
         ScheduleError: a schedule does not fit `calls`.
         ParityError: the numbers are out of bounds.
-        SpecError: unknown inputs or opset.
+        SpecError: unknown inputs, artefact or opset.
     """
     require_onnx()
     unet = _as_graph(unet)
     if opset not in OPSETS:
         raise SpecError(f"opset {opset} is not covered", cure=f"covered: {OPSETS[0]} to {OPSETS[-1]}")
-    manifest = describe(unet, _chosen(unet, inputs), opset, calls)
+    if artefact not in ARTEFACTS:
+        raise SpecError(f"no artefact {artefact!r}", cure=f"one of {', '.join(ARTEFACTS)}")
+    manifest = describe(unet, _chosen(unet, inputs), artefact, opset, calls)
+    lowered, fused = _lowered(unet) if artefact == "cuda" else (unet, {})
     bounds = parity.BOUNDS[manifest.torch_dtype]
     atol, rtol = bounds[0] if atol is None else atol, bounds[1] if rtol is None else rtol
     training = unet.training
@@ -90,7 +98,8 @@ def export(
         try:
             torch.nn.Module.train(unet, False)  # not its own: that would reset which weights are trainable
             with torch.no_grad():
-                report = _export(unet, folder, manifest, (atol, rtol), progress)
+                report = _export(unet, lowered, folder, manifest, (atol, rtol), progress)
+                report = replace(report, fused=fused)
         finally:
             torch.nn.Module.train(unet, training)
         (folder / REPORT).write_text(report.json())
@@ -98,8 +107,22 @@ def export(
     return report
 
 
+def _lowered(unet: GraphUNet) -> tuple[GraphUNet, dict[str, int]]:
+    """The UNet with ONNX Runtime's own operators, and how often each lowering applied."""
+    from .lowering import ALL
+
+    lowered = sdgraph.apply(unet, ("CleanUp", *ALL), verify=False)  # the export is checked, as a whole
+    reports = lowered.report.passes[-len(ALL) :]
+    return lowered, {type(one).__name__: len(each.edits) for one, each in zip(ALL, reports, strict=True)}
+
+
 def _export(
-    unet: GraphUNet, folder: Path, manifest: Manifest, bounds: tuple[float, float], progress: bool
+    unet: GraphUNet,
+    lowered: GraphUNet,
+    folder: Path,
+    manifest: Manifest,
+    bounds: tuple[float, float],
+    progress: bool,
 ) -> ExportReport:
     import onnx_ir
 
@@ -120,7 +143,7 @@ def _export(
         weights = Weights(folder / DATA)
         example = parity.example_call(unet, manifest)
         for model in manifest.models:
-            module = unet.variant(frozenset(manifest.given), frozenset(model.takes))
+            module = lowered.variant(frozenset(manifest.given), frozenset(model.takes))
             inputs, outputs = manifest.inputs_of(model), manifest.outputs_of(model)
             with stage("capture"):
                 program = translate.capture(module, parity.with_values(unet, manifest, model, example), inputs)

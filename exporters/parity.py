@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -52,6 +53,7 @@ class ExportReport:
         file_bytes: of the models, their weights, configuration and manifest on disk.
         comparisons: one per model and shape.
         seconds: by stage.
+        fused: places at which each lowering applied.
     """
 
     nodes: dict[str, int]
@@ -59,6 +61,7 @@ class ExportReport:
     file_bytes: int
     comparisons: tuple[Comparison, ...]
     seconds: dict[str, float] = field(default_factory=dict)
+    fused: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [("model", "nodes", "sample", "largest |eager|", "difference", "bound", "")]
@@ -71,7 +74,8 @@ class ExportReport:
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         took = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
         size = f"{self.file_bytes / 1e6:.1f} MB for {self.weight_bytes / 1e6:.1f} MB of weights"
-        return "\n".join([*lines, size, took])
+        fused = [", ".join(f"{name} {count}" for name, count in self.fused.items())] if self.fused else []
+        return "\n".join([*lines, *fused, size, took])
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -105,9 +109,7 @@ def example_call(unet: GraphUNet, manifest: Manifest) -> dict[str, torch.Tensor]
     return random_call(unet, manifest, column | {"B": 2, "H": 4 * unit, "W": 5 * unit, "L": 7})
 
 
-def random_call(
-    unet: GraphUNet, manifest: Manifest, sizes: Mapping[str, int], seed: int = 0
-) -> dict[str, torch.Tensor]:
+def random_call(unet: Any, manifest: Manifest, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random inputs of the model, on the UNet's device, for sizes by symbol."""
     generator = torch.Generator().manual_seed(seed)
     call = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,24 +149,32 @@ def compact(model: ir.Model, inputs: Sequence[Input], outputs: Sequence[Input]) 
 
 
 def store_reshaped(model: ir.Model) -> None:
-    """Store weights as they are used: transposed as `name.T`, unsqueezed as `name.CxHxW`; made only when written."""
+    """Store weights as they are used: transposed as `name.T`, unsqueezed as `name.CxHxW`, cast as `name.float32`; made
+    only when written."""
     initializers = model.graph.initializers
     for node in list(model.graph):
-        weight = node.inputs[0] if node.op_type in ("Transpose", "Unsqueeze") else None
+        weight = node.inputs[0] if node.op_type in ("Transpose", "Unsqueeze", "Cast") else None
         if weight is None or not weight.is_initializer() or weight.const_value is None:
             continue
         change: Callable[[Any], Any]
+        dtype = weight.const_value.dtype
+        shape = weight.const_value.shape.numpy()
         if node.op_type == "Transpose":
-            change = functools.partial(np.transpose, axes=node.attributes["perm"].as_ints())
+            axes = tuple(node.attributes["perm"].as_ints())
+            change, ending = functools.partial(np.transpose, axes=axes), "T"
+        elif node.op_type == "Cast":
+            dtype = ir.DataType(node.attributes["to"].as_int())
+            change, ending = operator.methodcaller("astype", dtype.numpy()), dtype.numpy().name
         else:
-            axes = node.inputs[1]
-            if axes is None or axes.const_value is None:
+            places = node.inputs[1]
+            if places is None or places.const_value is None:
                 continue
-            change = functools.partial(np.expand_dims, axis=tuple(axes.const_value.numpy().tolist()))
-        shape = change(np.broadcast_to(0, weight.const_value.shape.numpy())).shape
-        name = f"{weight.name}.{'T' if node.op_type == 'Transpose' else 'x'.join(map(str, shape))}"
+            change = functools.partial(np.expand_dims, axis=tuple(places.const_value.numpy().tolist()))
+            ending = ""
+        shape = change(np.broadcast_to(np.float32(0), shape)).shape
+        name = f"{weight.name}.{ending or 'x'.join(map(str, shape))}"
         if name not in initializers:
-            tensor = _changed(weight.const_value, change, shape, name)
+            tensor = _changed(weight.const_value, change, shape, dtype, name)
             kind = ir.TensorType(tensor.dtype)
             model.graph.register_initializer(ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=kind))
         node.outputs[0].replace_all_uses_with(initializers[name])
@@ -174,11 +183,13 @@ def store_reshaped(model: ir.Model) -> None:
             del initializers[str(weight.name)]
 
 
-def _changed(tensor: Any, change: Callable[[Any], Any], shape: tuple[int, ...], name: str) -> ir.LazyTensor:
+def _changed(
+    tensor: Any, change: Callable[[Any], Any], shape: tuple[int, ...], dtype: ir.DataType, name: str
+) -> ir.LazyTensor:
     def make() -> Any:
         return ir.tensor(np.ascontiguousarray(change(tensor.numpy())))
 
-    return ir.LazyTensor(make, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)
+    return ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(shape), name=name)
 
 
 def expand_over_batch(model: ir.Model, value: ir.Value) -> None:

@@ -86,7 +86,7 @@ class Timetable:
                  f"{UNNEEDED} not needed"] if self.sites else ["nothing is inherited"]  # fmt: skip
         lines += [f"  {row}  {several(names)}" for row, names in rows.items()]
         lines += [
-            f"  {len(v.calls)} × {cost(v.macs)} ({v.macs / self.full_macs:.1%}): calls {_ranges(v.calls)}; "
+            f"  {len(v.calls)} × {cost(v.macs)} ({v.macs / self.full_macs:.1%}): calls {ranges(v.calls)}; "
             f"{len(v.refreshed)} refreshed, {len(v.inherited)} inherited"
             for v in self.variants
         ]
@@ -160,7 +160,7 @@ def timetable(graph: Graph, run: Run) -> Timetable:
     return Timetable(run, sites, tuple(kinds.values()), graph.step_macs(), kept)
 
 
-def _ranges(calls: Sequence[int]) -> str:
+def ranges(calls: Sequence[int]) -> str:
     """`0, 3-5, 9`."""
     runs: list[list[int]] = []
     for call in calls:

@@ -1,0 +1,240 @@
+"""Exported UNets that inherit features: whole generations equal PyTorch's, over one file of weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+from scenes.pipeline import load
+
+import sdgraph
+from sdgraph import GraphUNet, similarity
+from sdgraph.__main__ import main
+from sdgraph.errors import CallError, ModeError, SpecError
+from sdgraph.exporters.onnx import export
+from sdgraph.exporters.ort import ORTUNet
+from sdgraph.passes import GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
+from sdgraph.schedules import Explicit
+
+from .models import answer, build, call_of
+
+pytestmark = pytest.mark.slow
+
+PRESETS: dict[str, Any] = {
+    "deep cache": [HoistInvariants(), replace(InheritFeatures.deep_cache(3), forecast=1)],
+    "faster diffusion": InheritFeatures.faster_diffusion((0, 1, 3)),
+    "t-gate": InheritFeatures.t_gate(3, interval=2, warm_up=1),
+    "attention broadcast": InheritFeatures.attention_broadcast(),
+    "layers": InheritFeatures.at_level("layer", within="{down_blocks.1,up_blocks.0}"),
+    "all passes": [
+        PruneBlocks("bk-sdm-base"),
+        MECondConv(experts=2),
+        GRIAttention(4, pool=2),
+        InheritFeatures.deep_cache(2),
+    ],
+}
+SCHEDULERS = (
+    DDIMScheduler,
+    PNDMScheduler,
+    HeunDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
+Exported = tuple[GraphUNet, Path]
+
+
+@pytest.fixture(scope="module")
+def exported(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """A UNet with a preset and its export, each made once."""
+    known: dict[str, Exported] = {}
+
+    def of(name: str) -> Exported:
+        if name not in known:
+            unet = sdgraph.apply(pipe.unet, PRESETS[name], verify=False)
+            directory = tmp_path_factory.mktemp("bundle") / name.replace(" ", "-")
+            export(unet, directory, calls=6, progress=False)
+            known[name] = unet, directory
+        return known[name]
+
+    return of
+
+
+def opened(directory: Path, **options: Any) -> ORTUNet:
+    return ORTUNet.from_pretrained(directory, provider="CPUExecutionProvider", **options)
+
+
+def latents(pipe: StableDiffusionPipeline, unet: Any, scheduler: Any = None, **options: Any) -> torch.Tensor:
+    """Of a generation of some steps, with the pipeline left as it was."""
+    parts = {**pipe.components, "unet": unet}
+    if scheduler is not None:
+        parts["scheduler"] = scheduler.from_config(pipe.scheduler.config)
+    own = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    own.set_progress_bar_config(disable=True)
+    given = {"prompt": ["a red circle", "a blue square"], "num_inference_steps": 6, "guidance_scale": 3.0, **options}
+    with sdgraph.attach(own):
+        made = own(**given, generator=torch.Generator().manual_seed(0), output_type="latent")
+    return made.images  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_generations_equal_pytorchs(
+    pipe: StableDiffusionPipeline, exported: Callable[[str], Exported], name: str
+) -> None:
+    """At two shapes and batches, the second of which no level divides."""
+    unet, directory = exported(name)
+    running = opened(directory)
+    for options in ({}, {"prompt": "a red circle", "height": 40, "width": 72}):
+        mine, theirs = latents(pipe, running, **options), latents(pipe, unet, **options)
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    assert running.cache_bytes() == 0  # freed with the last call
+    plain = latents(pipe, pipe.unet)
+    assert (latents(pipe, running) - plain).abs().max() > 1e-2  # something was inherited
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_under_every_scheduler(
+    pipe: StableDiffusionPipeline, exported: Callable[[str], Exported], scheduler: Any
+) -> None:
+    unet, directory = exported("deep cache")
+    mine, theirs = (latents(pipe, each, scheduler) for each in (opened(directory), unet))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_comes_from_another_generation(exported: Callable[[str], Exported]) -> None:
+    """The driver is that of the PyTorch module; here are a batch that changes, an interruption, and another prompt."""
+    unet, directory = exported("deep cache")
+    running = opened(directory)
+    call = call_of(unet, L=77)
+    other = call_of(unet, L=77, B=1, seed=3)
+    for step, given in enumerate((call, call, call, other, call, other, other, call)):
+        now = {**given, "timestep": 900 - 10 * step}
+        torch.testing.assert_close(answer(running, now), answer(unet, now), rtol=1e-4, atol=1e-5)
+    running.reset()
+    unet.reset()
+    assert running.cache_bytes() == 0
+    with pytest.raises(CallError):
+        running(**{**call, "sample": call["sample"][:, :3]})
+
+
+def test_the_weights_are_there_once(exported: Callable[[str], Exported]) -> None:
+    unet, directory = exported("deep cache")
+    said = json.loads((directory / "sdgraph.json").read_text())
+    assert [each["file"] for each in said["models"]] == ["model.onnx", "inherit_1.onnx", "inherit_2.onnx"]
+    size = sum(p.numel() * p.element_size() for p in unet.parameters())
+    assert size < (directory / "model.onnx.data").stat().st_size <= 1.02 * size
+    places = []
+    for model in said["models"]:
+        graph = onnx.load(directory / model["file"], load_external_data=False).graph
+        assert {each.name for each in graph.input} >= {f"inherited.{site}" for site in model["takes"]}
+        assert [each.name for each in graph.output] == ["out_sample", *(f"refreshed.{s}" for s in model["gives"])]
+        places.append({t.name: {e.key: e.value for e in t.external_data}.get("offset") for t in graph.initializer})
+    whole, inherit, hoisted = places
+    shared = {name for name in inherit if inherit[name] is not None and name in whole}
+    assert shared
+    assert all(inherit[name] == whole[name] for name in shared)
+    assert len(inherit) < len(hoisted) < len(whole)
+
+
+def test_a_kind_of_call_that_was_not_exported_computes_more(
+    exported: Callable[[str], Exported], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = "down_blocks.0.resnets.0", "up_blocks.1.resnets.0"
+    passes = [InheritFeatures(first, Explicit((0, 1))), InheritFeatures(second, Explicit((0, 1, 2)))]
+    unet = sdgraph.apply(build(), passes, verify=False)
+    export(unet, tmp_path / "short", calls=3, progress=False)  # so that there is no call that inherits both
+    running = opened(tmp_path / "short")
+    assert [set(model.takes) for model in running.manifest.models] == [set(), {first}]
+    call = call_of(unet)
+    for step in range(5):
+        mine, theirs = (answer(each, {**call, "timestep": 900 - step}) for each in (running, unet))
+        if step < 3:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert "inherit_1.onnx computes more" in caplog.text
+    once = sdgraph.apply(build(), passes[0], verify=False)
+    for step in range(5):
+        expected = answer(once, {**call, "timestep": 900 - step})
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_that_are_fixed_on_loading(exported: Callable[[str], Exported]) -> None:
+    unet, directory = exported("deep cache")
+    running = opened(directory, free_dims={"batch": 2, "height": 8, "width": 12})
+    call = call_of(unet, L=77)
+    torch.testing.assert_close(answer(running, call), answer(unet, call), rtol=1e-4, atol=1e-5)
+    with pytest.raises(CallError, match="height is 9, and this UNet was loaded for 8"):
+        running(**call_of(unet, L=77, H=9))
+    with pytest.raises(SpecError, match="did you mean 'height'"):
+        opened(directory, free_dims={"heigth": 8})
+
+
+def test_images_of_the_trained_model(tmp_path: Path) -> None:
+    """At least 50 dB between ONNX Runtime's images and PyTorch's."""
+    pipe = load()
+    pipe.set_progress_bar_config(disable=True)
+    unet = sdgraph.apply(pipe.unet, PRESETS["deep cache"], verify=False)
+    export(unet, tmp_path / "trained", calls=10, progress=False)
+    images = []
+    for each in (unet, opened(tmp_path / "trained")):
+        pipe.unet = each
+        with sdgraph.attach(pipe):
+            generator = torch.Generator().manual_seed(1)
+            caption = "a large red circle left of a small blue square"
+            images.append(pipe([caption] * 2, num_inference_steps=10, generator=generator, output_type="np").images)
+    assert similarity.psnr(*images) > 50
+
+
+def test_attaching_takes_what_inherits(exported: Callable[[str], Exported], pipe: StableDiffusionPipeline) -> None:
+    own = copy.copy(pipe)
+    own.unet = opened(exported("deep cache")[1])
+    with sdgraph.attach(own):
+        pass
+    own.unet = object()
+    with pytest.raises(ModeError, match="object as its unet"):
+        sdgraph.attach(own)
+
+
+def test_the_commands(
+    pipe: StableDiffusionPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    unet, out, figures = tmp_path / "unet", tmp_path / "out", tmp_path / "figures.json"
+    build().save_pretrained(unet)
+    passes = "InheritFeatures.deep_cache(3)"
+    assert main(["export", str(unet), "--passes", passes, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "inherit_1.onnx" in said
+    assert "OUT OF BOUNDS" not in said
+    assert main(["inspect", str(out), "--calls", "10"]) == 0
+    said = capsys.readouterr().out
+    assert "0, 3, 6, 9" in said
+    assert "1-2, 4-5, 7-8" in said
+    assert "Uniform(3)" in said
+    assert "batch" in said or "B, 4, H, W" in said
+    arguments = ["bench", str(out), "--calls", "4", "--size", "8", "12", "--repeats", "1", "--out", str(figures)]
+    assert main([*arguments, "--provider", "CPUExecutionProvider"]) == 0
+    assert "4 calls" in capsys.readouterr().out
+    assert set(json.loads(figures.read_text())["models"]) == {"model.onnx", "inherit_1.onnx"}
+    assert main(["export", str(unet), "--out", str(out)]) == 2
+    assert "the directory exists" in capsys.readouterr().err
+    (out / "model.onnx.data").write_bytes(b"")
+    assert main(["inspect", str(out)]) == 2
+    assert "not the file that was exported" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
