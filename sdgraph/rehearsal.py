@@ -63,7 +63,7 @@ class Rehearsal(GraphUNet):
 
     @torch.no_grad()
     def errors(self, refreshes: tuple[int, ...], sites: frozenset[str], until: int, stop: int) -> Array:
-        """How far the latents are off, as mean squared errors, if `sites` are inherited for some calls.
+        """(calls, samples) mean squared errors of the latents if `sites` are inherited for some calls.
 
         Args:
             refreshes: calls they are inherited from; the calls up to the last of them are as recorded.
@@ -73,14 +73,15 @@ class Rehearsal(GraphUNet):
             of the latents that go into each call after the last refresh, up to and with the one at which it stops; the
             end of the generation counts as a call.
         """
-        found: list[float] = []
+        found: list[Array] = []
         number = -1
+        samples = len(self.final)
 
         def play(flat: Mapping[str, Tensor]) -> Tensor:
             nonlocal number
             number += 1
             if number > refreshes[-1]:
-                found.append(distance(flat["sample"], self.made[number].flat["sample"]))
+                found.append(distances(flat["sample"], self.made[number].flat["sample"], samples))
             if number == stop:
                 raise _Enough
             if number <= refreshes[-1]:
@@ -93,11 +94,11 @@ class Rehearsal(GraphUNet):
 
         self.play = play
         with contextlib.suppress(_Enough):
-            found.append(distance(self.generate(self), self.final))
+            found.append(distances(self.generate(self), self.final, samples))
         return np.array(found)
 
     def weights(self, sites: frozenset[str], probes: int) -> Array:
-        """(T + 1) by how much an error of the latents that go into each call is multiplied until the end.
+        """(T + 1, samples) by how much an error of the latents that go into each call is multiplied until the end.
 
         Measured at some calls, with errors that inheriting makes: guidance weakens what they have in common with and
         without the prompt, and would magnify random ones. Between these calls the weights are geometric.
@@ -106,13 +107,18 @@ class Rehearsal(GraphUNet):
         at = sorted({round(k) for k in np.linspace(2, T - 1, probes)} - {*range(2)}) if T > 2 else []
         logs = []
         for k in at:
-            found = self.errors((k - 2,), sites, k, T)
-            logs.append(np.log(max(found[-1], 1e-300) / max(found[1], 1e-300)))
-        return np.exp(np.interp(np.arange(T + 1), [*at, T], [*logs, 0.0]))
+            found = np.maximum(self.errors((k - 2,), sites, k, T), 1e-300)
+            logs.append(np.log(found[-1] / found[1]))
+        logs.append(np.zeros(len(self.final)))
+        return np.exp([np.interp(np.arange(T + 1), [*at, T], each) for each in np.transpose(logs)]).T
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).square().mean())
+def distances(a: Tensor, b: Tensor, samples: int) -> Array:
+    """(samples,) mean squared differences. There may be several latents of each sample, as with guidance: then samples
+    come by turns."""
+    each = (a.double() - b.double()).square().flatten(1).mean(1)
+    found: Array = each.reshape(-1, samples).mean(0).cpu().numpy()
+    return found
 
 
 class Kept:

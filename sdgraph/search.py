@@ -4,8 +4,9 @@ What inheriting does is measured on calibration prompts. The calls from one refr
 group of sites and each stretch, the sampler goes on from the undisturbed latents with that stretch inherited, and how
 far the latents are off at its end is its error: so the errors of its calls add up as they do in a generation, and a
 forecast is measured as what it is. Errors at different calls are made comparable by how far they move the final
-latents. The best refreshes of a group are then a shortest path from the first call to the end, one for each number of
-refreshes; the groups share the budget so that the last multiply-accumulate buys as much in each.
+latents, and prompts by what they are like on the whole: some are a hundred times as touchy as others, and would else
+decide alone. The best refreshes of a group are then a shortest path from the first call to the end, one for each
+number of refreshes; the groups share the budget so that the last multiply-accumulate buys as much in each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from .apply import apply
 from .errors import ScheduleError, SourceError, SpecError
 from .pass_ import Chain, Pass
-from .rehearsal import Array, Kept, Rehearsal, distance
+from .rehearsal import Array, Kept, Rehearsal, distances
 from .schedules import Explicit, Uniform
 from .timetable import Timetable
 from .unet import GraphUNet
@@ -41,7 +43,8 @@ class Found:
     Args:
         passes: the candidates with their schedules, but for those that are better never inherited.
         timetable: what the calls do.
-        predicted: mean squared error of the final latents, as the sum of what was measured stretch by stretch.
+        predicted: mean squared error of the final latents, the geometric mean over the prompts, as the sum of what was
+            measured stretch by stretch.
         measured: the same of whole generations with these passes, on the same prompts.
     """
 
@@ -129,14 +132,19 @@ def search(
         all_sites: frozenset[str] = frozenset().union(*groups)
         weights = kept(f"{probes} probes: {', '.join(names)}", partial(rehearsal.weights, all_sites, probes))
         bar.update(probes)
-        choices = []
+        weighted: list[dict[State, Array]] = []
         for name, group, stretches in zip(names, groups, ways, strict=True):
-            errors = {}
+            weighted.append({})
             for state, ends in stretches.items():
                 measure = partial(rehearsal.errors, state, group, ends[-1], ends[-1])
-                errors[state] = kept(f"{name}: {state} to {ends[-1]}", measure)
+                found = kept(f"{name}: {state} to {ends[-1]}", measure)
+                weighted[-1][state] = found * weights[ends[0] : ends[-1] + 1]
                 bar.update()
-            choices.append(_best(stretches, errors, weights))
+    scale = sum(each.sum(0) for errors in weighted for each in errors.values())  # of each prompt
+    choices = [
+        _best(stretches, {state: (each / (scale + 1e-300)).mean(1) for state, each in errors.items()}, T)
+        for stretches, errors in zip(ways, weighted, strict=True)
+    ]
     inherited = cache(inheriting.graph.step_macs)
 
     def macs(counts: Sequence[int]) -> int:
@@ -151,17 +159,22 @@ def search(
             where="search", cure="a larger budget or reach, or other candidates",
         )  # fmt: skip
     counts = _share(choices, macs, budget * everything)
-    found = [choice[count] for choice, count in zip(choices, counts, strict=True)]
+    chosen = [choice[count][1] for choice, count in zip(choices, counts, strict=True)]
     passes = Chain(
         tuple(
             replace(one, schedule=Explicit(refreshes, T))  # type: ignore[call-arg]
-            for one, (_, refreshes) in zip(candidates, found, strict=True)
+            for one, refreshes in zip(candidates, chosen, strict=True)
             if len(refreshes) < T
         )
     )
     result = apply(source, passes, verify=False)
-    measured = distance(generate(result), rehearsal.final)
-    return Found(passes, result.graph.timetable(rehearsal.timesteps), sum(error for error, _ in found), measured)
+    measured = distances(generate(result), rehearsal.final, len(prompts))
+    predicted = sum(_error(errors, each, T) for errors, each in zip(weighted, chosen, strict=True))
+    return Found(passes, result.graph.timetable(rehearsal.timesteps), _typical(predicted), _typical(measured))
+
+
+def _typical(errors: Array) -> float:
+    return float(np.exp(np.log(np.maximum(errors, 1e-300)).mean()))
 
 
 def _stretches(T: int, reach: int, memory: int) -> dict[State, range]:
@@ -176,17 +189,16 @@ def _stretches(T: int, reach: int, memory: int) -> dict[State, range]:
     return dict(sorted(found.items(), key=lambda each: (each[0][-1], each[0])))
 
 
-def _best(stretches: Mapping[State, range], errors: Mapping[State, Array], weights: Array) -> Choice:
+def _best(stretches: Mapping[State, range], errors: Mapping[State, Array], T: int) -> Choice:
     """Shortest paths from the first call to the end: of states and the number of refreshes so far.
 
     Args:
-        errors: of the latents at the end of each stretch.
-        weights: by what these are multiplied until the end of the generation.
+        errors: of the stretches from each state, by their ends.
     """
-    T, memory = len(weights) - 1, max(map(len, stretches))
+    memory = max(map(len, stretches))
     net: nx.DiGraph[tuple[State, int]] = nx.DiGraph()
     for state, ends in stretches.items():
-        for end, error in zip(ends, errors[state] * weights[ends[0] : ends[-1] + 1], strict=True):
+        for end, error in zip(ends, errors[state], strict=True):
             for count in range(len(state), state[-1] + 2):
                 then = ((T,), count) if end == T else ((*state, end)[-memory:], count + 1)
                 net.add_edge((state, count), then, weight=error)
@@ -196,6 +208,16 @@ def _best(stretches: Mapping[State, range], errors: Mapping[State, Array], weigh
         for count in range(1, T + 1)
         if ((T,), count) in length
     }
+
+
+def _error(errors: Mapping[State, Array], refreshes: Sequence[int], T: int) -> Array:
+    """The sum of the errors of stretches, for each prompt."""
+    memory = max(map(len, errors))
+    total: Any = 0.0
+    for n, end in enumerate((*refreshes[1:], T), 1):
+        state = tuple(refreshes[max(n - memory, 0) : n])
+        total = total + errors[state][end - state[-1] - 1]
+    return np.asarray(total)
 
 
 def _share(choices: Sequence[Choice], macs: Callable[[Sequence[int]], int], most: float) -> list[int]:

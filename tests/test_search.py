@@ -15,9 +15,9 @@ from diffusers import StableDiffusionPipeline
 import sdgraph
 from sdgraph.errors import ScheduleError, SourceError, SpecError
 from sdgraph.passes import CleanUp, HoistInvariants, InheritFeatures
-from sdgraph.rehearsal import Rehearsal, distance
+from sdgraph.rehearsal import Rehearsal, distances
 from sdgraph.schedules import Explicit
-from sdgraph.search import _best, _share, _stretches
+from sdgraph.search import _best, _error, _share, _stretches
 
 OPTIONS: dict[str, Any] = {"num_inference_steps": 6, "progress": False, "reach": 6}
 CANDIDATES = (InheritFeatures("up_blocks.2.{resnets,attentions}.*"), InheritFeatures("up_blocks.3.attentions.*"))
@@ -30,23 +30,14 @@ def test_the_paths_are_the_best_choices(memory: int, reach: int) -> None:
     rng = np.random.default_rng(0)
     stretches = _stretches(7, reach, memory)
     errors = {state: rng.random(len(ends)) for state, ends in stretches.items()}
-    weights = rng.random(8)
-
-    def error(refreshes: tuple[int, ...]) -> float:
-        total = 0.0
-        for n, end in enumerate((*refreshes[1:], 7), 1):
-            state = refreshes[max(n - memory, 0) : n]
-            total += errors[state][end - state[-1] - 1] * weights[end]
-        return total
-
-    found = _best(stretches, errors, weights)
+    found = _best(stretches, errors, 7)
     for count in range(1, 8):
         every = [(0, *rest) for rest in combinations(range(1, 7), count - 1)]
         every = [one for one in every if all(b - a <= reach for a, b in pairwise((*one, 7)))]
         assert (count in found) == bool(every)
         if every:
-            best = min(every, key=error)
-            assert found[count] == (pytest.approx(error(best)), best)
+            best = min(every, key=lambda one: _error(errors, one, 7))
+            assert found[count] == (pytest.approx(_error(errors, best, 7)), best)
 
 
 def test_groups_share_a_budget() -> None:
@@ -85,7 +76,7 @@ def test_an_error_is_followed_to_the_end(pipe: StableDiffusionPipeline) -> None:
     there = sdgraph.apply(pipe.unet, InheritFeatures(one.sites, schedule, forecast=1), verify=False)
     assert len(found) == 5
     assert found[0] == 0  # the latents that come of the refresh itself
-    assert found[-1] == pytest.approx(distance(generate(there), rehearsal.final))
+    assert found[-1] == pytest.approx(distances(generate(there), rehearsal.final, 1))
     again = rehearsal.errors((0, 1), sites, 4, 6)  # computing all from call 4 on
     assert (again[:3] == found[:3]).all()
     assert 0 < again[-1] < found[-1]
