@@ -27,7 +27,7 @@ from typing import Any
 import measure
 import numpy as np
 import torch
-from table import markdown
+from table import report
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -88,23 +88,6 @@ def measured(pipe: Any, found: Mapping[str, Way], images: int, batch: int, devic
             **quality(pictures, prompts),
         }
     return figures
-
-
-def report(result: Mapping[str, Any]) -> str:
-    rows = [("way", "MACs", "time", "PSNR", "its 10 % worst", "Fréchet", "shape and colour", "place")]
-    for name, each in result["ways"].items():
-        psnr = ["-" if each[key] is None else f"{each[key]:.1f} dB" for key in ("psnr", "psnr_low")]
-        shares = (f"{100 * each[key]:.0f} %" for key in ("shape and colour", "place"))
-        macs = "-" if each["macs"] is None else f"{each['macs']:.3f}"
-        rows.append((name, macs, f"{each['time']:.3f}", *psnr, f"{each['frechet']:.3g}", *shares))
-    head = (
-        f"{result['device']}, {result['threads']} threads, {result['dtype']}; torch {result['torch']}, diffusers "
-        f"{result['diffusers']}; {result['images']} images of {result['steps']} DDIM steps, {result['batch']} at a "
-        f"time; MACs "
-        f"and time as shares of all steps; PSNR of the median image, and of the one that a tenth are not better than "
-        f"({result['date'][:10]})."
-    )
-    return f"{head}\n\n{markdown(rows)}"
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:

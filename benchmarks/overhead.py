@@ -10,7 +10,8 @@ of the machine), `apply/MODEL` (time and memory of tracing), `prune/MODEL/SIZE` 
 multiply-accumulates) and `inherit/MODEL/SIZE` (feature inheritance, whole generations: time against
 multiply-accumulates, and against the DeepCache package at the same settings), `experts/MODEL/SIZE` (a pruned UNet with
 conditional convolutions against the same with plain ones) and `attention/MODEL/SIZE` (self-attention at the latents'
-resolution alone, and the whole UNet, with global-regional attention against full). Each runs in a process of its own.
+resolution alone, and the whole UNet, with global-regional attention against full), `export/MODEL` (time, memory and
+size of an export) and `deploy/MODEL/SIZE` (ONNX Runtime on the CPU against eager). Each runs in a process of its own.
 The figures and every sample go to a JSON file, which `benchmarks/table.py` prints.
 """
 
@@ -20,6 +21,8 @@ import argparse
 import copy
 import json
 import multiprocessing
+import resource
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -39,7 +42,8 @@ from table import report
 from tqdm import tqdm
 
 import sdgraph
-from sdgraph.passes import GRIAttention, InheritFeatures, MECondConv, PruneBlocks
+from sdgraph.exporters import onnx, ort
+from sdgraph.passes import GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.passes.gri_attention import attend, self_attentions
 
 PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
@@ -55,10 +59,14 @@ CASES = (
     "experts/sd15/32",
     "attention/sd15/64",
     "attention/sd15/96",
+    "attention/sd15/128",
+    "export/sd15",
+    "export/sdxl",
+    "deploy/sd15/32",
 )
 QUICK = (
     *("forward/small/32", "apply/small", "prune/small/32", "inherit/tiny/16"),
-    *("experts/tiny/16", "attention/small/32"),
+    *("experts/tiny/16", "attention/small/32", "export/tiny", "deploy/tiny/16"),
 )
 GRI = ((16, 4), (16, 8), (8, 4))  # windows and pools
 CALLS = 10  # of a generation
@@ -231,6 +239,62 @@ def attention(settings: Settings, model: str, size: str) -> dict[str, Any]:
     }
 
 
+def export(settings: Settings, model: str) -> dict[str, Any]:
+    """Time, memory and size of an export of a UNet that inherits, in float16 where float32 would be too large."""
+    dtype = torch.float16 if model == "sdxl" else torch.float32
+    unet = models.build(model, "cpu", dtype)
+    weights = sum(p.numel() * p.element_size() for p in unet.parameters())
+    before = measure.resident()
+    start = time.perf_counter()
+    inheriting = sdgraph.apply(unet, (HoistInvariants(), InheritFeatures.deep_cache(3)), verify=False)
+    with tempfile.TemporaryDirectory() as folder:
+        report = onnx.export(inheriting, Path(folder) / "bundle", progress=False)
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "weight_bytes": weights,
+        "file_bytes": report.file_bytes,
+        "models": len(report.nodes),
+        "seconds": time.perf_counter() - start,
+        "stages": report.seconds,
+        "resident_before": before,
+        "resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def deploy(settings: Settings, model: str, size: str) -> dict[str, Any]:
+    """ONNX Runtime on the CPU against eager: each kind of call, and whole generations."""
+    unet = models.build(model, "cpu", torch.float32, sample_size=int(size))
+    call = models.call(unet, settings.batch, int(size), int(size))
+    inheriting = sdgraph.apply(unet, (HoistInvariants(), InheritFeatures.deep_cache(3)), verify=False)
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(CALLS)
+    prompt = call.pop("encoder_hidden_states")
+
+    def generation(one: Any) -> torch.Tensor:
+        own = prompt.clone()
+        for timestep in scheduler.timesteps:
+            output = one(call["sample"], timestep, encoder_hidden_states=own, return_dict=False)[0]
+        return output
+
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.export(inheriting, Path(folder) / "bundle", calls=CALLS, progress=False)
+        running = ort.ORTUNet.from_pretrained(Path(folder) / "bundle", provider="CPUExecutionProvider")
+        ways = {"eager": partial(generation, unet), "inherit": partial(generation, inheriting)}
+        ways |= {"ONNX Runtime, inherit": partial(generation, running)}
+        flat = {"sample": call["sample"], "timestep": torch.tensor([500.0]), "encoder_hidden_states": prompt}
+        sizes = running.manifest.check(flat)
+        first = running.manifest.models[0]
+        known = dict(zip(first.gives, running.models.run(first, flat, sizes)[1:], strict=True))
+        for one in running.manifest.models:
+            given = {**flat, **{f"inherited.{site}": known[site] for site in one.takes}}
+            module = inheriting.variant(frozenset(flat), frozenset(one.takes))
+            ways[f"{one.file}, torch"] = partial(module, *given.values())
+            ways[f"{one.file}, ONNX Runtime"] = partial(running.models.run, one, given, sizes)
+        largest = float((ways["inherit"]() - ways["ONNX Runtime, inherit"]()).abs().max())
+        samples = measure.in_turns(ways, "cpu", settings.seconds, settings.at_least)
+    return {"samples": samples, "largest_difference": largest}
+
+
 def _bytes(kept: Any) -> int:
     """Of all storages of tensors in nested containers."""
     found: dict[int, int] = {}
@@ -257,6 +321,8 @@ def run(case: str, settings: Settings) -> dict[str, Any]:
         "inherit": inherit,
         "experts": experts,
         "attention": attention,
+        "export": export,
+        "deploy": deploy,
     }
     kind, *rest = case.split("/")
     return {"case": case, **kinds[kind](settings, *rest)}
@@ -279,6 +345,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seconds", type=float, help="of timing per case (120; 5 with --quick)")
+    parser.add_argument("--at-least", type=int, help="samples of each call, whatever the time (9; 3 with --quick)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file (benchmarks/results/DATE-DEVICE.json; not with --quick)")
     chosen = parser.parse_args()
@@ -288,7 +355,7 @@ def main() -> None:
         dtype=chosen.dtype,
         batch=chosen.batch,
         seconds=chosen.seconds or (5.0 if chosen.quick else 120.0),
-        at_least=3 if chosen.quick else 9,
+        at_least=chosen.at_least or (3 if chosen.quick else 9),
         quick=chosen.quick,
     )
     result = run_all(chosen.cases or list(QUICK if chosen.quick else CASES), settings)

@@ -1,8 +1,10 @@
-"""Results of `benchmarks/overhead.py` as Markdown tables.
+"""Results of the benchmarks as Markdown tables.
 
-python benchmarks/table.py                      # the newest of benchmarks/results
+python benchmarks/table.py                          # the newest of benchmarks/results/
 python benchmarks/table.py RESULT.json
-python benchmarks/table.py --into README.md     # between its markers
+python benchmarks/table.py RESULT.json --into DOC   # between the markers of such results in a document
+
+A marker names the file that is shown: `<!-- figures: FILE -->`, or `<!-- headline: FILE -->` for the short form.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
-MARKED = re.compile(r"(<!-- figures: (?P<file>.*?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+MARKED = re.compile(r"<!-- (?P<kind>figures|headline): (?P<file>\S+) -->\n.*?<!-- end of (?P=kind) -->", re.DOTALL)
 
 
 def report(result: dict[str, Any]) -> str:
     """All tables of a result, with what it was measured on."""
+    if "ways" in result:
+        return frontier(result)
     kinds: dict[str, list[dict[str, Any]]] = {}
     for case in result["cases"]:
         kinds.setdefault(case["case"].partition("/")[0], []).append(case)
@@ -31,6 +37,8 @@ def report(result: dict[str, Any]) -> str:
         "inherit": inherit,
         "experts": experts,
         "attention": attention,
+        "export": export,
+        "deploy": deploy,
     }
     return "\n\n".join([conditions(result), *(makers[kind](cases) for kind, cases in kinds.items())])
 
@@ -155,6 +163,44 @@ def attention(cases: Sequence[dict[str, Any]]) -> str:
     return markdown(rows) + "\n\nAt the latents' resolution; other levels have full attention."
 
 
+def export(cases: Sequence[dict[str, Any]]) -> str:
+    rows = [("model", "dtype", "graphs", "weights", "bundle/weights", "seconds", "peak memory/weights")]
+    for case in cases:
+        weights = case["weight_bytes"]
+        rows.append(
+            (
+                case["case"].split("/")[1],
+                case["dtype"],
+                f"{case['models']}",
+                f"{weights / 1e9:.3g} GB",
+                f"{case['file_bytes'] / weights:.4f}",
+                f"{case['seconds']:.0f}",
+                f"{case['resident_peak'] / weights:.2f}",
+            )
+        )
+    return (
+        markdown(rows)
+        + "\n\nUNets that inherit, `HoistInvariants` and DeepCache's site; memory is all the process takes."
+    )
+
+
+def deploy(cases: Sequence[dict[str, Any]]) -> str:
+    rows = [("model", "latents", "on the CPU", "seconds", "eager/time", "torch/time")]
+    for case in cases:
+        _, model, size = case["case"].split("/")
+        samples = case["samples"]
+        for name, mine in samples.items():
+            graph = name.removesuffix(", ONNX Runtime")
+            torchs = samples.get(f"{graph}, torch") if graph != name else samples.get("inherit")
+            whole = samples["eager"] if "onnx" not in name else None
+            gains = [
+                f"{statistics.median(o / m for o, m in zip(other, mine, strict=True)):.2f}" if other else ""
+                for other in (whole, torchs if "ONNX Runtime" in name else None)
+            ]
+            rows.append((model, f"{size}x{size}", name, f"{statistics.median(mine):.3g}", *gains))
+    return markdown(rows) + "\n\nGenerations of 10 calls, then single calls by graph."
+
+
 def ratio(mine: Sequence[float], eager: Sequence[float]) -> str:
     """Median and quartiles of the ratios of times taken in the same turn."""
     ratios = [m / e for m, e in zip(mine, eager, strict=True)]
@@ -168,19 +214,68 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
+def frontier(result: dict[str, Any]) -> str:
+    """Quality against time, way by way."""
+    rows = [("way", "MACs", "time", "PSNR", "its 10 % worst", "Fréchet", "shape and colour", "place")]
+    for name, each in result["ways"].items():
+        psnr = [decibels(each[key]) for key in ("psnr", "psnr_low")]
+        shares = (f"{100 * each[key]:.0f} %" for key in ("shape and colour", "place"))
+        macs = "-" if each["macs"] is None else f"{each['macs']:.3f}"
+        rows.append((name, macs, f"{each['time']:.3f}", *psnr, f"{each['frechet']:.3g}", *shares))
+    return f"{circumstances(result)}\n\n{markdown(rows)}"
+
+
+def circumstances(result: dict[str, Any]) -> str:
+    quick = " **A quick run: smoke test, no figures to quote.**" if result["quick"] else ""
+    return (
+        f"{result['device']}, {result['threads']} threads, {result['dtype']}; torch {result['torch']}, diffusers "
+        f"{result['diffusers']}; {result['images']} images of {result['steps']} DDIM steps, {result['batch']} at a "
+        f"time; MACs and time as shares of all steps; PSNR of the median image, and of the one that a tenth are not "
+        f"better than ({result['date'][:10]}).{quick}"
+    )
+
+
+def headline(result: dict[str, Any]) -> str:
+    """DeepCache's settings beside what costs the same: fewer steps, a forecast, a search."""
+    ways = result["ways"]
+    steps = sorted((each["time"], each["psnr"]) for each in ways.values() if each["kind"] == "fewer steps")
+    times, quality = zip(*((time, psnr) for time, psnr in steps if psnr is not None), strict=True)
+    rows = [("DeepCache's interval", "time", "DeepCache", "fewer steps", "with a forecast", "and a searched schedule")]
+    for name, each in ways.items():
+        interval = re.fullmatch(r"DeepCache (\d+), branch 0", name)
+        if interval:
+            fewer = float(np.interp(each["time"], times, quality))
+            ours = (f"DeepCache {interval[1]}, forecast", f"as much as DeepCache {interval[1]}, searched, forecast")
+            shown = (decibels(one) for one in (each["psnr"], fewer, *(ways[our]["psnr"] for our in ours)))
+            rows.append((interval[1], f"{each['time']:.2f}", *shown))
+    told = "Fewer steps: between the two numbers of steps that take more and less."
+    return f"{markdown(rows)}\n\n{told} {circumstances(result)}"
+
+
+def decibels(psnr: float | None) -> str:
+    return "-" if psnr is None else f"{psnr:.1f} dB"
+
+
 def newest() -> Path:
     results = {file: json.loads(file.read_text()) for file in (ROOT / "benchmarks" / "results").glob("*.json")}
-    ours = [file for file, result in results.items() if "cases" in result]  # frontier.py's have none
-    if not ours:
+    if not results:
         raise SystemExit("no results yet: run benchmarks/overhead.py")
-    return max(ours, key=lambda file: results[file]["date"])
+    return max(results, key=lambda file: results[file]["date"])
 
 
 def filled(document: str, file: Path) -> str:
-    """The document with the tables of a result between its markers, and the name of the file in the first of them."""
-    tables = report(json.loads(file.read_text()))
-    marker = f"<!-- figures: {file.resolve().relative_to(ROOT).as_posix()} -->"
-    return MARKED.sub(lambda match: f"{marker}\n{tables}\n{match[3]}", document)
+    """The document with the tables of a result between the markers of results of its sort, whatever their date."""
+    name = file.resolve().relative_to(ROOT).as_posix()
+    result = json.loads(file.read_text())
+
+    def fill(found: re.Match[str]) -> str:
+        if found["file"] != "none" and Path(found["file"]).name[len("2000-01-01") :] != file.name[len("2000-01-01") :]:
+            return found[0]
+        kind = found["kind"]
+        text = headline(result) if kind == "headline" else report(result)
+        return f"<!-- {kind}: {name} -->\n{text}\n<!-- end of {kind} -->"
+
+    return MARKED.sub(fill, document)
 
 
 def main() -> None:

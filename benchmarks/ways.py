@@ -21,7 +21,7 @@ from sdgraph.schedules import DenseCenter, DenseEarly, DenseLate, Uniform
 STEPS, FEWER = 50, (30, 25, 20, 17, 14, 12, 10)
 INTERVALS, BRANCHES = (2, 3, 5), (0, 1, 2)
 EVERYWHERE = "{down_blocks.*,mid_block,up_blocks.*}"
-CALIBRATION = 8  # prompts that schedules are searched on
+CALIBRATION = 32  # prompts that schedules are searched on
 
 
 @dataclass(frozen=True)

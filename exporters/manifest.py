@@ -28,7 +28,8 @@ from sdgraph.trace import Guard
 
 FORMAT = 2
 CONFIG, MODEL, DATA, REPORT, MANIFEST = "config.json", "model.onnx", "model.onnx.data", "export.json", "sdgraph.json"
-OUTPUT = "out_sample"
+OUTPUT, CHOICE = "out_sample", "model"
+LAYOUTS = ("variants", "single")
 NAMES = {"B": "batch", "H": "height", "W": "width", "L": "sequence"}  # of sizes, in the models
 ARTEFACTS = ("portable", "cuda")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -80,6 +81,7 @@ class Manifest:
 
     Args:
         artefact: "portable", or "cuda" with ONNX Runtime's own operators, which have kernels there.
+        layout: "variants" has a file for each model; "single" has all in one, whose input `model` says which is to run.
         dtype: "float32" or "float16".
         opset: version of the ONNX operators.
         inputs: every input of the traced UNet, each dimension a number or an expression in the call's sizes.
@@ -95,6 +97,7 @@ class Manifest:
     """
 
     artefact: str
+    layout: str
     dtype: str
     opset: int
     inputs: tuple[Input, ...]
@@ -141,6 +144,19 @@ class Manifest:
             if stale.isdisjoint(each.gives):
                 return each, True
         return min(able, key=lambda each: each.macs), False
+
+    def session_inputs(self, model: Model) -> tuple[Input, ...]:
+        """All inputs of the file of a model, in its order."""
+        if self.layout == "variants":
+            return self.inputs_of(model)
+        values = (self._port("inherited", site) for site in self.sites)
+        return (*self.model_inputs, Input(CHOICE, (), (), "index"), *values)
+
+    def session_outputs(self, model: Model) -> tuple[Input, ...]:
+        """All outputs of the file of a model, in its order."""
+        if self.layout == "variants":
+            return self.outputs_of(model)
+        return (Input(OUTPUT, (), self.output), *(self._port("refreshed", site) for site in self.sites))
 
     def inputs_of(self, model: Model) -> tuple[Input, ...]:
         """All inputs of a model, in its order."""
@@ -196,6 +212,7 @@ class Manifest:
     def _from(cls, plain: Mapping[str, Any]) -> Manifest:
         made = cls(
             artefact=_known(plain["artefact"], ARTEFACTS),
+            layout=_known(plain["layout"], LAYOUTS),
             dtype=_known(plain["dtype"], DTYPES),
             opset=int(plain["opset"]),
             inputs=tuple(_input(each) for each in plain["inputs"]),
@@ -269,7 +286,7 @@ class Manifest:
                 )
 
 
-def describe(unet: GraphUNet, given: frozenset[str], artefact: str, opset: int, calls: Any) -> Manifest:
+def describe(unet: GraphUNet, given: frozenset[str], artefact: str, layout: str, opset: int, calls: Any) -> Manifest:
     """The manifest, without files, of a UNet exported with the optional inputs `given`.
 
     Args:
@@ -277,25 +294,38 @@ def describe(unet: GraphUNet, given: frozenset[str], artefact: str, opset: int, 
             decide which models there are.
     """
     graph = unet.graph
+    if any(node.target is per_call for node in graph.nodes):
+        graph = _one_timestep(graph)
     inputs = graph.resolved_inputs()
-    if any(node.target is per_call for node in graph.nodes):  # in the exported graph one timestep serves all samples
-        inputs = tuple(replace(i, shape=(1,), broadcast=False) if i.name == "timestep" else i for i in inputs)
     for spec in inputs:
         if "?" in (spec.shape or ()):
             what = f"a size of {spec.name} is no known expression of the call's sizes"
             raise ExportError(what, where=f"input {spec.name}", cure="a pass has made it so; please report it")
+    models = _models(graph, calls)
     return Manifest(
         artefact=artefact,
+        layout=layout if len(models) > 1 else "variants",
         dtype=str(unet.dtype).removeprefix("torch."),
         opset=opset,
         inputs=inputs,
         given=tuple(i.name for i in inputs if i.shape is not None and (not i.optional or i.name in given)),
         output=graph.dims.expressions(graph.output.meta["val"], graph.output.meta["probe"]),
-        models=_models(graph, calls),
+        models=models,
         values=tuple(_kept(graph, name, site, unet.dtype) for name, site in graph.sites.items()),
         guards=graph.guards,
         recipe=tuple(map(str, graph.passes)),
     )
+
+
+def _one_timestep(graph: Graph) -> Graph:
+    """The graph as it is exported where something depends on the timestep alone: one serves all samples."""
+    graph = graph.copy()
+    graph.inputs = tuple(replace(i, shape=(1,), broadcast=False) if i.name == "timestep" else i for i in graph.inputs)
+    timestep = graph.input("timestep")
+    for key in ("val", "probe"):
+        timestep.meta[key] = timestep.meta[key].new_empty(1)
+    graph.propagate()
+    return graph
 
 
 def _models(graph: Graph, calls: Any) -> tuple[Model, ...]:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sdgraph.dims import evaluate
-from sdgraph.errors import CallError, ExtraError, SavedError, SpecError, did_you_mean
+from sdgraph.errors import CallError, ExtraError, SavedError, SdgraphError, SpecError, did_you_mean
+from sdgraph.inputs import Input
 
-from .manifest import AGAIN, NAMES, Manifest, Model
+from .binding import Captured, run
+from .manifest import AGAIN, CHOICE, NAMES, Manifest, Model
+from .weights import SharedWeights
 
 log = logging.getLogger("sdgraph")
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # cuDNN's exhaustive search, the default, is run anew for every size of a call.
 CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
-_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 _ORT = {torch.float32: "tensor(float)", torch.float16: "tensor(float16)", torch.int64: "tensor(int64)"}
 
 
@@ -41,6 +41,7 @@ class Models:
         provider_options: Mapping[str, Any] | None,
         session_options: Any,
         free_dims: Mapping[str, int] | None,
+        cuda_graph: bool,
     ) -> None:
         import onnxruntime
 
@@ -53,7 +54,16 @@ class Models:
         if manifest.artefact == "cuda" and self.provider != CUDA:  # then models are not opened as files
             where = "session.model_external_initializers_file_folder_path"
             self._session_options.add_session_config_entry(where, str(folder.resolve()))
-        self._sessions: dict[Model, Any] = {}
+        self._sessions: dict[str, Any] = {}
+        self._graphs: dict[Any, Captured] = {}
+        self._shared = SharedWeights(folder, self.device)
+        self.cuda_graph = cuda_graph
+        if cuda_graph and manifest.layout == "single":
+            self._without_graphs("they cannot hold a file with branches; export with layout='variants'")
+        elif cuda_graph and self.device.type != "cuda":
+            self._without_graphs(f"{self.provider} has none, or PyTorch has no CUDA")
+        elif cuda_graph:
+            self._provider_options["enable_cuda_graph"] = "1"
         self._chosen: dict[frozenset[str], Model] = {}
 
     def of(self, stale: frozenset[str]) -> Model:
@@ -86,21 +96,49 @@ class Models:
                     where="free_dims",
                     cure="load it without free_dims, or once more for these sizes",
                 )
-        session = self.session(model)
-        binding = session.io_binding()
-        bound, results = [], []  # ONNX Runtime gets addresses: what they belong to must live until it is done
-        for spec in self.manifest.inputs_of(model):
-            value = given[spec.name].detach().to(self.device, self.manifest.dtype_of(spec)).contiguous()
-            bound.append(value)
-            binding.bind_input(spec.name, *_buffer(value))
-        for spec in self.manifest.outputs_of(model):
-            shape = [d if isinstance(d, int) else evaluate(d, sizes) for d in spec.shape or ()]
-            results.append(torch.empty(shape, dtype=self.manifest.torch_dtype, device=self.device))
-            binding.bind_output(spec.name, *_buffer(results[-1]))
-        if self.device.type == "cuda":  # ONNX Runtime has a stream of its own; a run ends with it synchronised
-            torch.cuda.current_stream(self.device).synchronize()
-        session.run_with_iobinding(binding)
-        return tuple(results)
+        inputs = {spec.name: self._input(spec, model, given, sizes) for spec in self.manifest.session_inputs(model)}
+        outputs = {spec.name: self._empty(spec, sizes) for spec in self.manifest.session_outputs(model)}
+        if self.cuda_graph:
+            outputs = self._captured(model, inputs, outputs)
+        else:
+            run(self.session(model), inputs, outputs)
+        return tuple(outputs[spec.name] for spec in self.manifest.outputs_of(model))
+
+    def _input(
+        self, spec: Input, model: Model, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+    ) -> torch.Tensor:
+        if spec.name == CHOICE:
+            return torch.tensor(self.manifest.models.index(model))  # on the CPU, where branches are taken
+        if spec.name in given:
+            return given[spec.name].detach().to(self.device, self.manifest.dtype_of(spec)).contiguous()
+        return self._empty(spec, sizes).zero_()  # in a single file all sites are inputs, taken or not
+
+    def _captured(
+        self, model: Model, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The outputs by a CUDA graph; where that fails it is said why, once, and there are none from then on."""
+        key = model.file, *(tuple(value.shape) for value in inputs.values())
+        try:
+            if key not in self._graphs:
+                self._graphs[key] = Captured(self.session(model), inputs, outputs, len(self._graphs) + 1)
+            return self._graphs[key].run(inputs)
+        except SdgraphError:
+            raise
+        except Exception as error:  # ONNX Runtime's errors have no base of their own
+            self._without_graphs(str(error))
+        run(self.session(model), inputs, outputs)
+        return outputs
+
+    def _without_graphs(self, reason: str) -> None:
+        log.warning("no CUDA graphs: %s", reason)
+        self.cuda_graph = False
+        self._provider_options.pop("enable_cuda_graph", None)
+        self._graphs.clear()
+        self._sessions.clear()
+
+    def _empty(self, spec: Input, sizes: Mapping[str, int]) -> torch.Tensor:
+        shape = [d if isinstance(d, int) else evaluate(d, sizes) for d in spec.shape or ()]
+        return torch.empty(shape, dtype=self.manifest.torch_dtype, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -116,12 +154,12 @@ class Models:
             SavedError: ONNX Runtime refuses it, or it is not what the manifest says.
             ExtraError: the provider does not start.
         """
-        if model not in self._sessions:
-            self._sessions[model] = self._open(model)
-        return self._sessions[model]
+        if model.file not in self._sessions:
+            self._sessions[model.file] = self._open(model)
+        return self._sessions[model.file]
 
     def close(self, model: Model) -> None:
-        self._sessions.pop(model, None)
+        self._sessions.pop(model.file, None)
 
     def _open(self, model: Model) -> Any:
         import onnxruntime
@@ -132,6 +170,8 @@ class Models:
             from .reference import runnable
 
             what = runnable(path)
+        if self.device.type == "cuda":
+            self._shared.lend(path, self._session_options)
         try:
             session = onnxruntime.InferenceSession(
                 what, self._session_options, providers=[(self.provider, self._provider_options)]
@@ -149,9 +189,9 @@ class Models:
                 cure=f"check the device, its driver and libraries, or pass provider={CPU!r}",
             )
         found = {each.name: each.type for each in session.get_inputs()}
-        wanted = {spec.name: _ORT[self.manifest.dtype_of(spec)] for spec in self.manifest.inputs_of(model)}
+        wanted = {spec.name: _ORT[self.manifest.dtype_of(spec)] for spec in self.manifest.session_inputs(model)}
         outputs = [each.name for each in session.get_outputs()]
-        if found != wanted or outputs != [spec.name for spec in self.manifest.outputs_of(model)]:
+        if found != wanted or outputs != [spec.name for spec in self.manifest.session_outputs(model)]:
             raise SavedError("the model's inputs are not those of the manifest", where=str(path), cure=AGAIN)
         return session
 
@@ -167,11 +207,6 @@ def _free(sizes: Mapping[str, int], session_options: Any) -> dict[str, int]:
     return {symbols[name]: size for name, size in sizes.items()}
 
 
-def _buffer(tensor: torch.Tensor) -> tuple[str, int, Any, list[int], int]:
-    """A contiguous tensor as ONNX Runtime binds it: device, its index, element type, shape, address."""
-    return tensor.device.type, tensor.device.index or 0, _NUMPY[tensor.dtype], list(tensor.shape), tensor.data_ptr()
-
-
 def _provider(name: str | None, available: list[str]) -> str:
     if name is None:
         return CUDA if CUDA in available and torch.cuda.is_available() else CPU
@@ -179,50 +214,3 @@ def _provider(name: str | None, available: list[str]) -> str:
         cure = f"{did_you_mean(name, available, 1)} available: {', '.join(available)}".strip()
         raise SpecError(f"ONNX Runtime has no provider {name!r}", where="provider", cure=cure)
     return name
-
-
-def check_model(path: Path) -> None:
-    """Refuse a model file that reaches outside of its directory, or for more than there is.
-
-    Raises:
-        SavedError: with what is unsound.
-    """
-    import onnx
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's errors are of its own implementation
-        raise SavedError(f"{path.name} is damaged", where=str(path), cure=AGAIN) from error
-    for tensor in _tensors(model.graph):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_external(tensor, path)
-    if model.functions or any(n.domain not in ("", "ai.onnx", "com.microsoft") for n in model.graph.node):
-        raise SavedError("the model has operators of its own", where=str(path), cure=AGAIN)
-
-
-def _tensors(graph: Any) -> Iterator[Any]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors(inner)
-
-
-def _check_external(tensor: Any, path: Path) -> None:
-    """Weights lie in the directory, and are all there."""
-    entry = {each.key: each.value for each in tensor.external_data}
-    location = entry.get("location", "")
-    if location != os.path.basename(location) or location in ("", ".", "..") or "\\" in location:
-        raise SavedError(f"weights outside of the directory: {location[:100]!r}", where=tensor.name, cure=AGAIN)
-    file = path.parent / location
-    if not file.is_file():
-        raise SavedError(f"{location} is missing", where=str(path.parent), cure=AGAIN)
-    try:
-        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
-    except ValueError as error:
-        raise SavedError(f"the place of {tensor.name} is damaged", where=str(path), cure=AGAIN) from error
-    if end > file.stat().st_size:
-        raise SavedError(f"{location} is truncated: {tensor.name} ends at {end}", where=str(file), cure=AGAIN)

@@ -25,7 +25,7 @@ from sdgraph.errors import ExportError, SavedError, SpecError, did_you_mean
 
 from . import parity
 from .extra import require_onnx
-from .manifest import ARTEFACTS, CONFIG, DATA, DTYPES, MANIFEST, REPORT, Manifest, describe
+from .manifest import ARTEFACTS, CONFIG, DATA, DTYPES, LAYOUTS, MANIFEST, MODEL, REPORT, Manifest, describe
 from .parity import Comparison, ExportReport
 from .weights import Weights
 
@@ -41,6 +41,7 @@ def export(
     directory: str | os.PathLike[str],
     *,
     artefact: str = "portable",
+    layout: str = "variants",
     inputs: Collection[str] = (),
     calls: int | Sequence[float] = 50,
     opset: int = 20,
@@ -66,6 +67,8 @@ def export(
         artefact: "portable" has standard operators only, for any provider. "cuda" has ONNX Runtime's own operators for
             normalisation, attention and feed-forward in their place (`sdgraph.exporters.lowering`), which have kernels
             in its CUDA provider; elsewhere they are computed by their definitions, which is slow.
+        layout: "variants" is a file for each kind of call. "single" is one file that branches on its input `model`, for
+            those who want one; CUDA graphs cannot hold it, and other tools must choose the branch themselves.
         inputs: optional inputs to include: names of arguments such as "mid_block_additional_residual". A call of the
             exported model must then give them.
         calls: the generations to serve, of a UNet that inherits features: how many calls, or their timesteps. There is
@@ -81,15 +84,16 @@ def export(
         ExportError: wrong kind of model or dtype, the directory exists or cannot be written, or the translation failed.
         ScheduleError: a schedule does not fit `calls`.
         ParityError: the numbers are out of bounds.
-        SpecError: unknown inputs, artefact or opset.
+        SpecError: unknown inputs, artefact, layout or opset.
     """
     require_onnx()
     unet = _as_graph(unet)
     if opset not in OPSETS:
         raise SpecError(f"opset {opset} is not covered", cure=f"covered: {OPSETS[0]} to {OPSETS[-1]}")
-    if artefact not in ARTEFACTS:
-        raise SpecError(f"no artefact {artefact!r}", cure=f"one of {', '.join(ARTEFACTS)}")
-    manifest = describe(unet, _chosen(unet, inputs), artefact, opset, calls)
+    for name, value, known in (("artefact", artefact, ARTEFACTS), ("layout", layout, LAYOUTS)):
+        if value not in known:
+            raise SpecError(f"no {name} {value!r}", cure=f"one of {', '.join(known)}")
+    manifest = describe(unet, _chosen(unet, inputs), artefact, layout, opset, calls)
     lowered, fused = _lowered(unet) if artefact == "cuda" else (unet, {})
     bounds = parity.BOUNDS[manifest.torch_dtype]
     atol, rtol = bounds[0] if atol is None else atol, bounds[1] if rtol is None else rtol
@@ -159,10 +163,12 @@ def _export(
                 onnx_ir.save(made, folder / model.file)
             del made, program
         with _written(folder):
+            if manifest.layout == "single":
+                manifest = _joined(folder, manifest)
             (folder / CONFIG).write_bytes(_config(unet))
             manifest.write(folder)
         with stage("check"):
-            comparisons = _compare(unet, folder, Manifest.read(folder), bounds)
+            comparisons = _compare(unet, folder, Manifest.read(folder), list(nodes), bounds)
     weight_bytes = sum(p.numel() * p.element_size() for p in unet.parameters())
     file_bytes = sum(f.stat().st_size for f in folder.iterdir())
     report = ExportReport(nodes, weight_bytes, file_bytes, comparisons, seconds)
@@ -170,23 +176,41 @@ def _export(
     return report
 
 
-def _compare(unet: GraphUNet, folder: Path, manifest: Manifest, bounds: tuple[float, float]) -> tuple[Comparison, ...]:
+def _joined(folder: Path, manifest: Manifest) -> Manifest:
+    """All models in one file."""
+    import onnx
+
+    from .single import merge
+
+    files = [folder / model.file for model in manifest.models]
+    models = [onnx.load(file, load_external_data=False) for file in files]
+    for file in files:
+        file.unlink()
+    onnx.save(merge(models, manifest), folder / MODEL)
+    return replace(manifest, models=tuple(replace(model, file=MODEL) for model in manifest.models))
+
+
+def _compare(
+    unet: GraphUNet, folder: Path, manifest: Manifest, names: Sequence[str], bounds: tuple[float, float]
+) -> tuple[Comparison, ...]:
     """Every output of every model, at two shapes."""
     from .ort import ORTUNet
 
     try:
-        loaded = ORTUNet.from_pretrained(folder, provider="CPUExecutionProvider", session_options=_lean(), verify=False)
+        loaded = ORTUNet.from_pretrained(
+            folder, provider="CPUExecutionProvider", session_options=_lean(manifest), verify=False
+        )
     except SavedError as error:
         raise ExportError(f"the exported model does not load: {error.what}", cure="please report it") from error
     found = []
-    for model in manifest.models:
+    for name, model in zip(names, manifest.models, strict=True):
         module = unet.variant(frozenset(manifest.given), frozenset(model.takes))
         for call in parity.calls(unet, manifest):
             given = parity.with_values(unet, manifest, model, call)
             eager = module(*given.values())
             eager = eager if isinstance(eager, tuple) else (eager,)
             found.append(
-                parity.compare(model.file, eager, loaded.models.run(model, given, manifest.check(call)), call, *bounds)
+                parity.compare(name, eager, loaded.models.run(model, given, manifest.check(call)), call, *bounds)
             )
         loaded.models.close(model)
     return tuple(found)
@@ -202,11 +226,14 @@ def _written(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _lean() -> Any:
+def _lean(manifest: Manifest) -> Any:
+    """Options with which a session takes little more memory than its weights."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.enable_cpu_mem_arena = False  # it would keep the activations of the largest call
+    if manifest.dtype == "float16":  # the CPU computes in float32, and optimised would keep all weights in that
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
 
 

@@ -20,7 +20,8 @@ from sdgraph.unet import no_value
 
 from .extra import require_onnx
 from .manifest import DATA, Manifest, read_config
-from .models import CPU, CUDA, Models, check_model
+from .models import CPU, CUDA, Models
+from .sound import check_model
 
 
 class ORTUNet(UNetCall):
@@ -51,6 +52,7 @@ class ORTUNet(UNetCall):
         provider_options: Mapping[str, Any] | None = None,
         session_options: Any = None,
         free_dims: Mapping[str, int] | None = None,
+        cuda_graph: bool = False,
         verify: bool = True,
     ) -> ORTUNet:
         """Load what `sdgraph.exporters.onnx.export` wrote.
@@ -63,6 +65,8 @@ class ORTUNet(UNetCall):
             session_options: an `onnxruntime.SessionOptions`, for all sessions.
             free_dims: sizes that all calls will have, such as `{"batch": 2, "height": 64, "width": 64}`: ONNX Runtime
                 plans for them. Other calls are refused.
+            cuda_graph: record the kernels of each graph, for each set of sizes, and replay them as one. Where that is
+                not to be had it is said why, and calls run without.
             verify: compare all files with the hashes of the manifest, which reads the weights once.
         Raises:
             SavedError: missing, damaged, changed or unsafe files; nothing was run.
@@ -75,7 +79,7 @@ class ORTUNet(UNetCall):
         manifest.check_files(folder, manifest.files if verify else (n for n in manifest.files if n != DATA))
         for model in manifest.models:
             check_model(folder / model.file)
-        models = Models(folder, manifest, provider, provider_options, session_options, free_dims)
+        models = Models(folder, manifest, provider, provider_options, session_options, free_dims, cuda_graph)
         models.session(manifest.models[0])
         return cls(models, config)
 

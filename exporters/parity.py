@@ -152,7 +152,7 @@ def compare(
     for mine, other in zip(eager, exported, strict=True):
         largest = float(mine.abs().max())
         same = mine.shape == other.shape
-        difference = float((mine.double() - other.double()).abs().max()) if same else float("nan")
+        difference = float((mine.cpu().double() - other.cpu().double()).abs().max()) if same else float("nan")
         found.append(Comparison(model, shapes, largest, difference, atol + rtol * largest))
     return next((each for each in found if not each.holds), max(found, key=lambda each: each.difference - each.bound))
 

@@ -9,6 +9,8 @@ from onnxscript import opset20 as op
 from onnxscript import script
 from onnxscript.values import Opset
 
+from .sound import nodes_of
+
 DOMAIN = "sdgraph.reference"  # ONNX Runtime lets nobody define its own domain's
 _own = Opset(DOMAIN, 1)
 
@@ -77,7 +79,7 @@ def runnable(path: Path) -> bytes:
     """A model, without its weights, whose operators of ONNX Runtime's own are functions of standard ones."""
     model = onnx.load(path, load_external_data=False)
     used = {}
-    for node in model.graph.node:
+    for node in nodes_of(model.graph):
         if node.domain == "com.microsoft" and node.op_type in FUNCTIONS:
             node.domain = DOMAIN
             used[node.op_type] = FUNCTIONS[node.op_type]

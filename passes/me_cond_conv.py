@@ -34,6 +34,9 @@ class MECondConv(Pass):
     At first expert 0 counts 1 and the others 0, so nothing changes; training moves it. For that the gate is centred:
     weights are e₀ + softmax(z/T) - 1/E, or e₀ + sigmoid(z/T) - 1/2, with z = 0 at first, where gradients are alive.
 
+    Mixing reads all experts once per call, which shows where maps are small and batches too. With timestep routing
+    `<path>.mix` is a region like any other: `InheritFeatures("**.mix", Uniform(10))` mixes at every tenth call.
+
     Args:
         where: paths or patterns of convolutions; by default those of the resnets next to what was pruned.
         experts: of each convolution, E.
@@ -179,26 +182,44 @@ def _same_shape(one: nn.Module, other: nn.Conv2d) -> bool:
     )
 
 
-class ConditionalConv2d(nn.Module):
-    """A convolution whose kernel and bias are sums of experts', with weights computed at each call.
+class Mixture(nn.Module):
+    """Kernels and biases that are sums of experts', one for each row of weights.
 
     Args:
         convs: the experts; the first is used again for those that lack.
         experts: how many, E.
-        width: features that are routed by.
     """
 
-    def __init__(self, convs: Sequence[Any], experts: int, width: int, gate: str, temperature: float) -> None:
+    def __init__(self, convs: Sequence[Any], experts: int) -> None:
         super().__init__()
         first = convs[0]
         chosen = [*convs, *[first] * (experts - len(convs))]
-        like = {"dtype": first.weight.dtype, "device": first.weight.device}
         self.weight = nn.Parameter(torch.stack([one.weight.detach().to(first.weight) for one in chosen]))
         self.bias = (
             None
             if first.bias is None
             else nn.Parameter(torch.stack([one.bias.detach().to(first.bias) for one in chosen]))
         )
+
+    def forward(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, E) to (B, O, I / groups, h, w) and (B, O)."""
+        kernels = (weights @ self.weight.flatten(1)).reshape(-1, *self.weight.shape[1:])
+        return kernels, None if self.bias is None else weights @ self.bias
+
+
+class ConditionalConv2d(nn.Module):
+    """A convolution whose kernel and bias are sums of experts', with weights computed at each call.
+
+    Args:
+        convs, experts: see `Mixture`.
+        width: features that are routed by.
+    """
+
+    def __init__(self, convs: Sequence[Any], experts: int, width: int, gate: str, temperature: float) -> None:
+        super().__init__()
+        first = convs[0]
+        like = {"dtype": first.weight.dtype, "device": first.weight.device}
+        self.mix = Mixture(convs, experts)
         self.routing = nn.Linear(width, experts, **like)
         nn.init.zeros_(self.routing.weight)
         nn.init.zeros_(self.routing.bias)
@@ -212,62 +233,70 @@ class ConditionalConv2d(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor | None = None, timestep: Tensor | None = None) -> Tensor:
         """(B, I, H, W) to (B, O, H', W')."""
         if embedding is not None and timestep is not None:
-            z = self.routing(F.silu(per_call(embedding, timestep)))
-        else:
-            z = self.routing(x.mean((2, 3)))
-        z = z / self.temperature
-        E = self.weight.shape[0]
+            weights = self._weights(F.silu(per_call(embedding, timestep)))
+            return convolve(x, *self.mix(weights), *self.options)
+        weights = self._weights(x.mean((2, 3)))
+        return conditional_conv2d(x, weights, self.mix.weight, self.mix.bias, *self.options)
+
+    def _weights(self, features: Tensor) -> Tensor:
+        z = self.routing(features) / self.temperature
+        E = self.mix.weight.shape[0]
         gates = F.softmax(z, 1) - 1 / E if self.gate == "softmax" else torch.sigmoid(z) - 0.5
-        return conditional_conv2d(x, self.first + gates, self.weight, self.bias, *self.options)
+        return self.first + gates
+
+
+def convolve(
+    x: Tensor, kernels: Tensor, biases: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """Convolution with one kernel, or with one for each sample, as a convolution with more groups.
+
+    Args:
+        x: (B, I, H, W).
+        kernels, biases: (1 or B, O, I / groups, h, w) and (1 or B, O).
+    """
+    given = (x, kernels) if biases is None else (x, kernels, biases)
+    if has_torch_function(given):
+        return handle_torch_function(convolve, given, x, kernels, biases, stride, padding, dilation, groups)
+    if kernels.shape[0] == 1:
+        return F.conv2d(x, kernels[0], None if biases is None else biases[0], stride, padding, dilation, groups)
+    B = x.shape[0]
+    flat = None if biases is None else biases.flatten()
+    out = F.conv2d(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1), flat, stride, padding, dilation, B * groups)
+    return out.reshape(B, -1, *out.shape[2:])
 
 
 def conditional_conv2d(
     x: Tensor,
     weights: Tensor,
-    kernels: Tensor,
+    experts: Tensor,
     biases: Tensor | None,
     stride: Any,
     padding: Any,
     dilation: Any,
     groups: int,
 ) -> Tensor:
-    """Convolution with kernels that are sums of experts'.
+    """Convolution with a sum of experts' kernels for each sample.
 
     Args:
         x: (B, I, H, W).
-        weights: of the experts: (1, E) for all samples, or (B, E).
-        kernels, biases: of the experts, (E, O, I / groups, h, w) and (E, O).
+        weights: of the experts, (B, E).
+        experts, biases: (E, O, I / groups, h, w) and (E, O).
     """
-    given = (x, weights, kernels) if biases is None else (x, weights, kernels, biases)
+    given = (x, weights, experts) if biases is None else (x, weights, experts, biases)
     if has_torch_function(given):
         return handle_torch_function(
-            conditional_conv2d, given, x, weights, kernels, biases, stride, padding, dilation, groups
+            conditional_conv2d, given, x, weights, experts, biases, stride, padding, dilation, groups
         )
-    shared = weights.shape[0] == 1
-    if not shared and torch.compiler.is_exporting():
-        # ONNX fixes the number of groups in the graph, so here every expert is convolved with
-        experts, channels = kernels.shape[:2]
+    if not torch.compiler.is_exporting():
+        kernels = (weights @ experts.flatten(1)).reshape(-1, *experts.shape[1:])
+        return convolve(x, kernels, None if biases is None else weights @ biases, stride, padding, dilation, groups)
+    # ONNX fixes the number of groups in the graph, so there every expert is convolved with
+    count, channels = experts.shape[:2]
 
-        def within_groups(each: Tensor) -> Tensor:
-            return each.reshape(experts, groups, -1, *each.shape[2:]).transpose(0, 1).flatten(0, 2)
+    def within_groups(each: Tensor) -> Tensor:
+        return each.reshape(count, groups, -1, *each.shape[2:]).transpose(0, 1).flatten(0, 2)
 
-        flat = None if biases is None else within_groups(biases)
-        every = F.conv2d(x, within_groups(kernels), flat, stride, padding, dilation, groups)
-        height, width = every.shape[2:]
-        every = every.reshape(-1, groups, experts, channels // groups, height, width)
-        return (every * weights[:, None, :, None, None, None]).sum(2).flatten(1, 2)
-    kernel = (weights @ kernels.flatten(1)).reshape(-1, *kernels.shape[1:])  # (1 or B, O, I / groups, h, w)
-    bias = None if biases is None else weights @ biases
-    if shared:
-        return F.conv2d(x, kernel[0], None if bias is None else bias[0], stride, padding, dilation, groups)
-    B = x.shape[0]
-    out = F.conv2d(
-        x.reshape(1, -1, *x.shape[2:]),
-        kernel.flatten(0, 1),
-        None if bias is None else bias.flatten(),
-        stride,
-        padding,
-        dilation,
-        B * groups,
-    )
-    return out.reshape(B, -1, *out.shape[2:])
+    flat = None if biases is None else within_groups(biases)
+    every = F.conv2d(x, within_groups(experts), flat, stride, padding, dilation, groups)
+    every = every.reshape(-1, groups, count, channels // groups, *every.shape[2:])
+    return (every * weights[:, None, :, None, None, None]).sum(2).flatten(1, 2)

@@ -153,12 +153,13 @@ def search(
         return sum(inherited(frozenset().union(*(groups[g] for g in each))) for each in stale)
 
     everything = source.graph.macs * T
-    if (least := macs([min(choice) for choice in choices])) > budget * everything:
+    most = budget * everything * (1 + 1e-9)  # a budget that was computed as such a share is met by it
+    if (least := macs([min(choice) for choice in choices])) > most:
         raise ScheduleError(
             f"a budget of {budget:.3g} is not to be had: these candidates leave {least / everything:.3g} at the least",
             where="search", cure="a larger budget or reach, or other candidates",
         )  # fmt: skip
-    counts = _share(choices, macs, budget * everything)
+    counts = _share(choices, macs, most)
     chosen = [choice[count][1] for choice, count in zip(choices, counts, strict=True)]
     passes = Chain(
         tuple(

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from diffusers import (
@@ -34,6 +36,7 @@ from sdgraph.passes import GRIAttention, HoistInvariants, InheritFeatures, MECon
 from sdgraph.schedules import Explicit
 
 from .models import answer, build, call_of
+from .test_pipelines import PIPELINES, make
 
 pytestmark = pytest.mark.slow
 
@@ -118,6 +121,32 @@ def test_under_every_scheduler(
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["image", "inpaint-9", "controlnet", "xl-text", "xl-image", "lcm"])
+def test_in_other_pipelines(name: str, tmp_path: Path) -> None:
+    pipe, call = PIPELINES[name][0](), PIPELINES[name][1]
+    unet = sdgraph.apply(pipe.unet, "HoistInvariants, InheritFeatures.deep_cache(2)", verify=False)
+    inputs = ("mid_block_additional_residual", "down_block_additional_residuals") if name == "controlnet" else ()
+    export(unet, tmp_path / "bundle", calls=5, inputs=inputs, progress=False)
+    images = []
+    for each in (unet, opened(tmp_path / "bundle")):
+        pipe.unet = each
+        with sdgraph.attach(pipe):
+            images.append(make(pipe, call, steps=5))
+    torch.testing.assert_close(images[1], images[0], rtol=1e-3, atol=1e-3)
+
+
+def test_other_tools_run_the_graph_that_computes_everything(
+    pipe: StableDiffusionPipeline, exported: Callable[[str], Exported]
+) -> None:
+    _, directory = exported("deep cache")
+    session = onnxruntime.InferenceSession(str(directory / "model.onnx"), providers=["CPUExecutionProvider"])
+    call = call_of(pipe.unet, L=77)
+    feeds = {name: call[name].numpy() for name in ("sample", "encoder_hidden_states")}
+    found = session.run(["out_sample"], feeds | {"timestep": np.array([500.0], np.float32)})[0]
+    expected = answer(pipe.unet, {**call, "timestep": 500})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_comes_from_another_generation(exported: Callable[[str], Exported]) -> None:
     """The driver is that of the PyTorch module; here are a batch that changes, an interruption, and another prompt."""
     unet, directory = exported("deep cache")
@@ -151,6 +180,23 @@ def test_the_weights_are_there_once(exported: Callable[[str], Exported]) -> None
     assert shared
     assert all(inherit[name] == whole[name] for name in shared)
     assert len(inherit) < len(hoisted) < len(whole)
+
+
+@pytest.mark.parametrize("passes", ["InheritFeatures.deep_cache(2)", "HoistInvariants, InheritFeatures.deep_cache(3)"])
+def test_all_kinds_of_calls_in_one_file(passes: str, tmp_path: Path) -> None:
+    unet = sdgraph.apply(build(), passes, verify=False)
+    report = export(unet, tmp_path / "single", layout="single", calls=4, progress=False)
+    assert {path.suffix for path in (tmp_path / "single").iterdir()} == {".json", ".onnx", ".data"}
+    assert len({each.model for each in report.comparisons}) == (2 if passes.startswith("Inherit") else 3)
+    model = onnx.load(tmp_path / "single" / "model.onnx", load_external_data=False)
+    onnx.checker.check_model(model)
+    assert [node.op_type for node in model.graph.node] == ["Constant", "Equal", "If"]
+    running = opened(tmp_path / "single")
+    for size in ({}, {"B": 1, "H": 13, "W": 10}):
+        call = call_of(unet, L=77, **size)
+        for step in range(4):
+            now = {**call, "timestep": 900 - step}
+            torch.testing.assert_close(answer(running, now), answer(unet, now), rtol=1e-4, atol=1e-5)
 
 
 def test_a_kind_of_call_that_was_not_exported_computes_more(

@@ -154,12 +154,13 @@ def test_what_is_generated_is_current() -> None:
 # -- the benchmark ----------------------------------------------------------------------------------------------------
 
 
-def test_the_figures_in_the_readme_are_the_results() -> None:
-    table = load("benchmarks/table.py")
-    marked = table.MARKED.search(README)
-    assert marked is not None
-    if marked["file"] != "none":
-        assert table.filled(README, ROOT / marked["file"]) == README
+@pytest.mark.parametrize("name", ["README.md", "docs/measurements.md"])
+def test_the_figures_in_documents_are_the_results(name: str) -> None:
+    table, document = load("benchmarks/table.py"), (ROOT / name).read_text()
+    blocks = list(table.MARKED.finditer(document))
+    assert blocks
+    for block in blocks:
+        assert table.filled(document, ROOT / block["file"]) == document
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import EditError, PathError, SpecError
 from sdgraph.passes import InheritFeatures, MECondConv, PruneBlocks
-from sdgraph.passes.me_cond_conv import ConditionalConv2d, conditional_conv2d
+from sdgraph.passes.me_cond_conv import ConditionalConv2d, Mixture, conditional_conv2d, convolve
+from sdgraph.schedules import Uniform
 
 from .models import answer, build, call_of
 
@@ -44,8 +45,10 @@ def test_kernels_are_sums_of_the_experts(stride: int, kernel: int, bias: bool, g
     torch.testing.assert_close(
         conditional_conv2d(x, weights, kernels, biases, *options), expected, rtol=1e-4, atol=1e-5
     )
+    mix = Mixture(convs, 3)
+    torch.testing.assert_close(convolve(x, *mix(weights), *options), expected, rtol=1e-4, atol=1e-5)
     one = sum(weights[0, k] * conv(x) for k, conv in enumerate(convs))
-    torch.testing.assert_close(conditional_conv2d(x, weights[:1], kernels, biases, *options), one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(convolve(x, *mix(weights[:1]), *options), one, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
@@ -65,7 +68,7 @@ def test_it_starts_as_the_convolution_itself(gate: str) -> None:
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
     assert module.routing.weight.abs().max() > 0
-    assert not torch.equal(module.weight[1], module.weight[2])
+    assert not torch.equal(module.mix.weight[1], module.mix.weight[2])
 
 
 @pytest.mark.parametrize("routing", ["timestep", "input"])
@@ -107,7 +110,7 @@ def test_experts_are_what_was_pruned() -> None:
     used = 0
     for name, parameter in unet.named_parameters():
         if parameter.ndim == 5:
-            assert torch.equal(parameter[0], pruned.get_parameter(name))
+            assert torch.equal(parameter[0], pruned.get_parameter(name.replace(".mix.", ".")))
             for expert in parameter[1:]:
                 inherited = [
                     n for n, m in removed.items() if m.weight.shape == expert.shape and torch.equal(m.weight, expert)
@@ -151,9 +154,45 @@ def test_a_call_that_does_not_need_it_does_not_mix_it() -> None:
     )
     (site,) = unet.graph.sites
     given = frozenset(i.name for i in unet.graph.inputs if not i.optional)
-    mixing = [n for n in unet.variant(given, frozenset([site])).graph.nodes if n.target is conditional_conv2d]
+    mixing = [
+        n for n in unet.variant(given, frozenset([site])).graph.nodes if n.target is convolve or ".mix." in str(n)
+    ]
     assert len(mixing) == 0
-    assert sum(n.target is conditional_conv2d for n in unet.variant(given).graph.nodes) == 2
+    assert sum(n.target is convolve for n in unet.variant(given).graph.nodes) == 2
+
+
+def test_kernels_may_be_mixed_at_some_calls_only(tmp_path: Path) -> None:
+    """A mixture is a site like any other; the calls between take over its kernels, and compute all else."""
+    source = build()
+    mixed = sdgraph.apply(source, MECondConv("**.conv2", donors="copies"))
+    unet = sdgraph.apply(moved(mixed), InheritFeatures("**.mix", Uniform(2)))
+    assert all(".mix" in site for site in unet.graph.sites)
+    call = call_of(source, timestep=torch.tensor([900]))
+    first = answer(unet, call)
+    torch.testing.assert_close(first, answer(mixed, call))
+    later = {**call, "timestep": torch.tensor([100])}
+    inherited = answer(unet, later)
+    assert not torch.allclose(inherited, answer(mixed, later), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        answer(unet, {**later, "timestep": torch.tensor([90])}),
+        answer(mixed, {**later, "timestep": torch.tensor([90])}),
+    )
+    kernels = sum(p[0].numel() for name, p in unet.named_parameters() if ".mix." in name)
+    assert unet.cache_bytes() == 4 * kernels
+
+
+@pytest.mark.slow
+def test_inherited_kernels_are_exported(tmp_path: Path) -> None:
+    """They are for the call, whatever its batch."""
+    passes = [MECondConv("**.conv2", donors="copies"), InheritFeatures("**.mix", Uniform(2))]
+    unet = moved(sdgraph.apply(build(), passes, verify=False))
+    sdgraph.exporters.onnx.export(unet, tmp_path / "onnx", calls=4, progress=False)
+    running = sdgraph.exporters.ort.ORTUNet.from_pretrained(tmp_path / "onnx", provider="CPUExecutionProvider")
+    for B in (1, 3):
+        call = call_of(unet, B=B)
+        for step in range(4):
+            now = {**call, "timestep": torch.tensor([900 - 100 * step])}
+            torch.testing.assert_close(answer(running, now), answer(unet, now), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

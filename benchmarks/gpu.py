@@ -1,0 +1,219 @@
+"""What is deployed, on a GPU: PyTorch, torch.compile, DeepCache, and ONNX Runtime with and without feature inheritance.
+
+    python benchmarks/gpu.py                                  # Stable Diffusion 1.5 at 512x512, SDXL at 1024x1024, fp16
+    python benchmarks/gpu.py --device cpu --quick             # that nothing is broken: a tiny model on the CPU
+    python benchmarks/gpu.py --models sd15 --batch 1 --steps 20
+
+Models have the released configurations and random weights. An image is the UNet's calls and the scheduler's (DDIM),
+with guidance, so twice the batch; text encoder and decoder are left out. All ways of a model and batch take turns in
+one run. Ways that fail are in the results with the reason. Writes JSON, with hardware and versions, and a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import measure
+import models
+import onnxruntime
+import torch
+from DeepCache import DeepCacheSDHelper
+from diffusers import DDIMScheduler
+from table import markdown
+from tqdm import tqdm
+
+import sdgraph
+from sdgraph.exporters.onnx import export
+from sdgraph.exporters.ort import CPU, CUDA, ORTUNet
+from sdgraph.passes import HoistInvariants, InheritFeatures
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = {"tiny": 16, "small": 32, "sd15": 64, "sdxl": 128}  # of the latents
+INTERVAL = 3  # of DeepCache and of ours, branch 0
+WHOLE = "torch"
+
+
+class Loop:
+    """The calls of images: a UNet, a scheduler, guidance."""
+
+    def __init__(self, unet: Any, model: str, batch: int, device: str, dtype: torch.dtype) -> None:
+        self.scheduler = DDIMScheduler()
+        side = SIZES[model]
+        source = SimpleNamespace(config=unet.config, device=torch.device(device), dtype=dtype)
+        call = models.call(source, 2 * batch, side, side)  # type: ignore[arg-type]
+        self.latents = call.pop("sample")[:batch]
+        self.prompt = call.pop("encoder_hidden_states")
+        del call["timestep"]
+        self.rest = call
+
+    @torch.no_grad()
+    def __call__(self, unet: Any, steps: int) -> torch.Tensor:
+        self.scheduler.set_timesteps(steps, device=self.latents.device)
+        latents, prompt = self.latents, self.prompt.clone()  # another tensor is another prompt
+        with sdgraph.attach(SimpleNamespace(unet=unet, scheduler=self.scheduler)) if _inherits(unet) else _nothing():
+            for timestep in self.scheduler.timesteps:
+                both = unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=prompt, **self.rest)[0]
+                without, given = both.chunk(2)
+                latents = self.scheduler.step(without + 7.5 * (given - without), timestep, latents).prev_sample
+        return latents
+
+
+def _twin(unet: Any) -> Any:
+    """Another module over the same weights."""
+    return copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
+
+
+def _inherits(unet: Any) -> bool:
+    return hasattr(unet, "generations")
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def ways(unet: Any, folder: Path, device: str, quick: bool, side: int, batch: int) -> dict[str, Callable[[], Any]]:
+    """UNets by name, each made when asked for."""
+    ours = sdgraph.apply(unet, (HoistInvariants(), InheritFeatures.deep_cache(INTERVAL)), verify=False)
+    provider = CUDA if device == "cuda" else CPU
+    # what is measured is deployed for one size
+    sizes = {"batch": 2 * batch, "height": side, "width": side, "sequence": 77}
+    lowered = "cuda" if device == "cuda" else "portable"
+
+    def compiled(source: Any) -> Any:
+        again = sdgraph.apply(source, (), verify=False) if _inherits(source) else _twin(source)
+        again.compile(mode="max-autotune-no-cudagraphs" if not quick else "default")
+        return again
+
+    def deep_cache() -> Any:
+        again = _twin(unet)
+        helper = DeepCacheSDHelper(SimpleNamespace(unet=again, scheduler=DDIMScheduler()))
+        helper.set_params(cache_interval=INTERVAL, cache_branch_id=0)
+        helper.enable()
+        again.deep_cache = helper  # it goes with it
+        return again
+
+    def exported(source: Any, name: str, artefact: str, **options: Any) -> ORTUNet:
+        directory = folder / name
+        if not directory.exists():
+            export(source, directory, artefact=artefact, progress=False)
+        return ORTUNet.from_pretrained(directory, provider=provider, free_dims=sizes, verify=False, **options)
+
+    return {
+        WHOLE: lambda: unet,
+        "torch.compile": lambda: compiled(unet),
+        f"DeepCache {INTERVAL}": deep_cache,
+        f"sdgraph, inherit {INTERVAL}": lambda: ours,
+        f"sdgraph, inherit {INTERVAL}, torch.compile": lambda: compiled(ours),
+        "ONNX Runtime, plain": lambda: exported(unet, "plain", "portable"),
+        "ONNX Runtime, lowered": lambda: exported(unet, "lowered", lowered),
+        f"ONNX Runtime, inherit {INTERVAL}": lambda: exported(ours, "inherit", lowered),
+        f"ONNX Runtime, inherit {INTERVAL}, CUDA graphs": lambda: exported(ours, "inherit", lowered, cuda_graph=True),
+    }
+
+
+def measured(model: str, batch: int, steps: tuple[int, ...], device: str, dtype: torch.dtype, repeats: int,
+             folder: Path, quick: bool) -> dict[str, Any]:  # fmt: skip
+    """Seconds per image by way and steps, the largest differences from PyTorch, and the device's memory."""
+    unet = models.build(model, device, dtype)
+    side = SIZES[model]
+    loop = Loop(unet, model, batch, device, dtype)
+    made: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
+    for name, make in (bar := tqdm(ways(unet, folder / model, device, quick, side, batch).items(), unit="way")):
+        bar.set_description(f"{model}, batch {batch}: {name}")
+        before = measure.on_device(device)
+        try:
+            made[name] = make()
+            loop(made[name], 2 * INTERVAL + 1)  # whatever is compiled, chosen or captured
+            loop(made[name], 2 * INTERVAL + 1)
+        except Exception as error:  # one way that is not to be had must not take the others along
+            made.pop(name, None)
+            figures[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            continue
+        figures[name] = {"seconds": {}, "bytes": measure.on_device(device) - before}
+    for count in steps:
+        samples: dict[str, list[float]] = {name: [] for name in made}
+        reference = loop(unet, count)
+        for name, one in made.items():
+            figures[name].setdefault("difference", {})[str(count)] = float((loop(one, count) - reference).abs().max())
+        for _ in tqdm(range(repeats), desc=f"{model}, batch {batch}, {count} steps", unit="turn"):
+            for name, one in made.items():
+                samples[name].append(measure.timed(partial(loop, one, count), device))
+        for name in made:
+            figures[name]["seconds"][str(count)] = samples[name]
+    return {"model": model, "batch": batch, "latents": side, "ways": figures}
+
+
+def report(result: dict[str, Any]) -> str:
+    rows = [("model", "batch", "steps", "way", "seconds per image", "torch's / its", "largest difference")]
+    for case in result["cases"]:
+        for count in result["steps"]:
+            whole = case["ways"][WHOLE]["seconds"][str(count)]
+            for name, way in case["ways"].items():
+                head = (case["model"], str(case["batch"]), str(count), name)
+                if "failed" in way:
+                    rows.append((*head, way["failed"].partition("\n")[0][:60], "", ""))
+                    continue
+                seconds = way["seconds"][str(count)]
+                gain = statistics.median(w / s for w, s in zip(whole, seconds, strict=True))
+                each = statistics.median(seconds) / case["batch"]
+                rows.append((*head, f"{each:.4g}", f"{gain:.2f}", f"{way['difference'][str(count)]:.3g}"))
+    return (
+        f"{result['device']}, {result['dtype']}, torch {result['torch']}, onnxruntime {result['onnxruntime']}\n\n"
+        + (markdown(rows))
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--dtype", choices=("float32", "float16"), help="float16 on a GPU, float32 on the CPU")
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=["sd15", "sdxl"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="images at a time")
+    parser.add_argument("--steps", nargs="+", type=int, default=[20, 30, 50])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, few steps")
+    parser.add_argument("--folder", type=Path, help="where exports are kept (default: a temporary one)")
+    parser.add_argument("--out", type=Path, help="JSON file (benchmarks/results/DATE-gpu.json; out/bench with --quick)")
+    chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.models, chosen.batch, chosen.steps, chosen.repeats = ["tiny"], [1], [4], 1
+    if chosen.device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's libraries, from PyTorch's wheels
+    dtype = getattr(torch, chosen.dtype or ("float16" if chosen.device == "cuda" else "float32"))
+    cases = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = chosen.folder or Path(temporary)
+        for model in chosen.models:
+            for batch in chosen.batch:
+                steps = tuple(chosen.steps)
+                cases.append(measured(model, batch, steps, chosen.device, dtype, chosen.repeats, folder, chosen.quick))
+                gc.collect()
+    result = {
+        **measure.circumstances(chosen.device),
+        "onnxruntime": onnxruntime.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "steps": chosen.steps,
+        "quick": chosen.quick,
+        "cases": cases,
+    }
+    out = chosen.out or (Path("out/bench") if chosen.quick else RESULTS) / f"{result['date'][:10]}-gpu.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{report(result)}\n\nwritten to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Whether a model file may be opened: files come from anywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sdgraph.errors import SavedError
+
+from .manifest import AGAIN
+
+
+def check_model(path: Path) -> None:
+    """Refuse a model file that reaches outside of its directory, or for more than there is.
+
+    Raises:
+        SavedError: with what is unsound.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's errors are of its own implementation
+        raise SavedError(f"{path.name} is damaged", where=str(path), cure=AGAIN) from error
+    for tensor in _tensors(model.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _check_external(tensor, path)
+    if model.functions or any(n.domain not in ("", "ai.onnx", "com.microsoft") for n in nodes_of(model.graph)):
+        raise SavedError("the model has operators of its own", where=str(path), cure=AGAIN)
+
+
+def nodes_of(graph: Any) -> Iterator[Any]:
+    """The nodes of an ONNX graph and of those within it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from nodes_of(inner)
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
+
+
+def _check_external(tensor: Any, path: Path) -> None:
+    """Weights lie in the directory, and are all there."""
+    entry = {each.key: each.value for each in tensor.external_data}
+    location = entry.get("location", "")
+    if location != os.path.basename(location) or location in ("", ".", "..") or "\\" in location:
+        raise SavedError(f"weights outside of the directory: {location[:100]!r}", where=tensor.name, cure=AGAIN)
+    file = path.parent / location
+    if not file.is_file():
+        raise SavedError(f"{location} is missing", where=str(path.parent), cure=AGAIN)
+    try:
+        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+    except ValueError as error:
+        raise SavedError(f"the place of {tensor.name} is damaged", where=str(path), cure=AGAIN) from error
+    if end > file.stat().st_size:
+        raise SavedError(f"{location} is truncated: {tensor.name} ends at {end}", where=str(file), cure=AGAIN)
