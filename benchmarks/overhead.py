@@ -45,6 +45,7 @@ import sdgraph
 from sdgraph.exporters import onnx, ort
 from sdgraph.passes import GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.passes.gri_attention import attend, self_attentions
+from sdgraph.schedules import Uniform
 
 PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
 CASES = (
@@ -203,15 +204,33 @@ def inherit(settings: Settings, model: str, size: str) -> dict[str, Any]:
 
 
 def experts(settings: Settings, model: str, size: str) -> dict[str, Any]:
-    """Conditional convolutions in a pruned UNet: what they cost in time and memory, by routing."""
+    """Conditional convolutions in a pruned UNet: what they cost in time and memory, by routing; whole generations."""
     unet = models.build(model, settings.device, settings.of(model), sample_size=int(size))
     call = models.call(unet, settings.batch, int(size), int(size))
-    made = {"plain": sdgraph.apply(unet, [PruneBlocks("bk-sdm-base")], verify=False)}
-    for routing in ("timestep", "input"):
-        made[routing] = sdgraph.apply(unet, [PruneBlocks("bk-sdm-base"), MECondConv(routing=routing)], verify=False)
-    calls = {name: partial(one, **call) for name, one in made.items()}
+    prompt = call.pop("encoder_hidden_states")
+    del call["timestep"]
+    prune, by_timestep = PruneBlocks("bk-sdm-base"), MECondConv(routing="timestep")
+    passes = {
+        "plain": (prune,),
+        "timestep": (prune, by_timestep),
+        "timestep, mixed at every 10th call": (prune, by_timestep, InheritFeatures("**.mix", Uniform(10))),
+        "input": (prune, MECondConv(routing="input")),
+    }
+    made = {name: sdgraph.apply(unet, each, verify=False) for name, each in passes.items()}
+    kept: dict[str, int] = {}
+
+    def generation(name: str) -> None:
+        own = prompt.clone()
+        for timestep in range(999, 0, -1000 // CALLS):
+            made[name](**call, timestep=timestep, encoder_hidden_states=own)
+        kept[name] = made[name].cache_bytes()
+
+    calls = {name: partial(generation, name) for name in made}
     samples = measure.in_turns(calls, settings.device, settings.seconds, settings.at_least)
-    sizes = {name: {"parameters": sum(p.numel() for p in one.parameters())} for name, one in made.items()}
+    sizes = {
+        name: {"parameters": sum(p.numel() for p in one.parameters()), "kept_bytes": kept[name]}
+        for name, one in made.items()
+    }
     return {"samples": samples, "sizes": sizes}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -92,6 +93,7 @@ class Manifest:
         guards: what the sizes of a call must satisfy.
         recipe: the passes applied, as text.
         files: SHA-256 of each other file, by name.
+        versions: of the packages that made it, for the reader.
         version: of the sdgraph that wrote it.
         format: of this description.
     """
@@ -108,6 +110,7 @@ class Manifest:
     guards: tuple[Guard, ...] = ()
     recipe: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
     format: int = FORMAT
 
@@ -223,6 +226,7 @@ class Manifest:
             guards=tuple(_guard(each) for each in plain["guards"]),
             recipe=tuple(map(str, plain["recipe"])),
             files={_file(name): str(digest) for name, digest in plain["files"].items()},
+            versions={str(name): str(version) for name, version in plain["versions"].items()},
             version=str(plain["version"]),
             format=plain["format"],
         )
@@ -314,6 +318,7 @@ def describe(unet: GraphUNet, given: frozenset[str], artefact: str, layout: str,
         values=tuple(_kept(graph, name, site, unet.dtype) for name, site in graph.sites.items()),
         guards=graph.guards,
         recipe=tuple(map(str, graph.passes)),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "onnx", "onnxscript")},
     )
 
 
@@ -324,6 +329,8 @@ def _one_timestep(graph: Graph) -> Graph:
     timestep = graph.input("timestep")
     for key in ("val", "probe"):
         timestep.meta[key] = timestep.meta[key].new_empty(1)
+    for node in graph.nodes:
+        node.meta.pop("asked", None)  # all that hangs on it is evaluated anew
     graph.propagate()
     return graph
 

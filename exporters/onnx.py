@@ -42,6 +42,7 @@ def export(
     *,
     artefact: str = "portable",
     layout: str = "variants",
+    dtype: torch.dtype | None = None,
     inputs: Collection[str] = (),
     calls: int | Sequence[float] = 50,
     opset: int = 20,
@@ -69,6 +70,7 @@ def export(
             in its CUDA provider; elsewhere they are computed by their definitions, which is slow.
         layout: "variants" is a file for each kind of call. "single" is one file that branches on its input `model`, for
             those who want one; CUDA graphs cannot hold it, and other tools must choose the branch themselves.
+        dtype: float32 or float16; by default the UNet's, which stays as it is.
         inputs: optional inputs to include: names of arguments such as "mid_block_additional_residual". A call of the
             exported model must then give them.
         calls: the generations to serve, of a UNet that inherits features: how many calls, or their timesteps. There is
@@ -87,7 +89,7 @@ def export(
         SpecError: unknown inputs, artefact, layout or opset.
     """
     require_onnx()
-    unet = _as_graph(unet)
+    unet = _as_graph(unet, dtype)
     if opset not in OPSETS:
         raise SpecError(f"opset {opset} is not covered", cure=f"covered: {OPSETS[0]} to {OPSETS[-1]}")
     for name, value, known in (("artefact", artefact, ARTEFACTS), ("layout", layout, LAYOUTS)):
@@ -237,12 +239,14 @@ def _lean(manifest: Manifest) -> Any:
     return options
 
 
-def _as_graph(unet: Any) -> GraphUNet:
+def _as_graph(unet: Any, dtype: torch.dtype | None) -> GraphUNet:
     if isinstance(unet, UNet2DConditionModel):
         unet = sdgraph.apply(unet)
     if not isinstance(unet, GraphUNet):
         hint = "pass pipe.unet" if hasattr(unet, "unet") else "pass what sdgraph.apply returned, or a diffusers UNet"
         raise ExportError(f"a {type(unet).__name__} cannot be exported", cure=hint)
+    if dtype not in (None, unet.dtype):
+        unet = sdgraph.apply(unet, (), verify=False).to(dtype)
     name = str(unet.dtype).removeprefix("torch.")
     if name not in DTYPES:
         why = "; ONNX Runtime has no bfloat16 kernels for Resize" if name == "bfloat16" else ""

@@ -69,7 +69,7 @@ def _write(path: Path | None, plain: Any) -> None:
 def _search_options(parser: Any) -> None:
     parser.add_argument("pipeline", help="directory of a diffusers pipeline, or its name on the hub")
     parser.add_argument("candidates", nargs="+", metavar="CANDIDATE", help="a pass; several lie beside each other")
-    parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt per line; 4 to 8 suffice")
+    parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt per line; 16 to 32 of them")
     parser.add_argument("--budget", type=float, required=True, help="multiply-accumulates, as a share of all")
     parser.add_argument("--steps", type=int, default=50, help="of the scheduler (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
@@ -116,6 +116,8 @@ def _export_options(parser: Any) -> None:
         "--passes", default="", help="such as \"PruneBlocks('bk-sdm-base'), InheritFeatures.deep_cache(3)\""
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to be made")
+    parser.add_argument("--artefact", default="portable", choices=("portable", "cuda"), help="cuda: fused operators")
+    parser.add_argument("--layout", default="variants", choices=("variants", "single"), help="single: one file")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16"))
     parser.add_argument("--calls", type=int, default=50, help="of the UNet per generation (default: %(default)s)")
     parser.add_argument("--inputs", nargs="*", default=(), help="optional inputs, as mid_block_additional_residual")
@@ -131,7 +133,8 @@ def _export(chosen: argparse.Namespace) -> None:
     unet = apply(_unet(chosen.source, getattr(torch, chosen.dtype)), chosen.passes)
     if unet.graph.passes:
         print(unet.report)
-    print(export(unet, chosen.out, calls=chosen.calls, inputs=chosen.inputs, overwrite=chosen.overwrite))
+    options = {name: getattr(chosen, name) for name in ("artefact", "layout", "calls", "inputs", "overwrite")}
+    print(export(unet, chosen.out, **options))
 
 
 def _unet(source: str, dtype: Any) -> Any:

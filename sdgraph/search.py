@@ -86,7 +86,7 @@ def search(
         pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. It is as it was afterwards.
         candidates: `InheritFeatures` passes; each is a group of sites that gets a schedule of its own, in place of
             the one it has. What groups cost is added up: they should lie beside each other, not one behind the other.
-        prompts: to calibrate on, in one batch.
+        prompts: to calibrate on, in one batch. On a few a schedule is found that suits just these: give 16 or more.
         budget: multiply-accumulates of a generation, as a share of all.
         seed: of the latents.
         reach: the most calls from a refresh to the next. Of n calls, n·reach are measured per group, without what is

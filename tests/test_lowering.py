@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -105,11 +104,11 @@ def test_operators_are_what_they_are_documented_to_be() -> None:
 @pytest.mark.parametrize("half", [False, True])
 def test_the_exported_operators_by_their_definitions(half: bool, tmp_path: Path) -> None:
     """The counts of what was fused are in the report; ONNX Runtime's CPU provider computes what eager computes."""
-    source: Any = build(**WIDE)
-    source = source.half() if half else source
-    passes = (HoistInvariants(), InheritFeatures.deep_cache(3))
-    unet = sdgraph.apply(source, passes, verify=False)
-    report = export(unet, tmp_path / "cuda", artefact="cuda", calls=4, progress=False)
+    dtype = torch.float16 if half else torch.float32
+    source = sdgraph.apply(build(**WIDE), (HoistInvariants(), InheritFeatures.deep_cache(3)), verify=False)
+    report = export(source, tmp_path / "cuda", artefact="cuda", dtype=dtype, calls=4, progress=False)
+    assert source.dtype == torch.float32
+    unet = sdgraph.apply(source, (), verify=False).to(dtype)
     assert report.fused == {"LowerGroupNorm": 21, "LowerAttention": 8, "LowerGEGLU": 4, "LowerBiasAdd": 12}
     assert "LowerAttention 8" in str(report)
     model = onnx.load(tmp_path / "cuda" / "model.onnx", load_external_data=False)
