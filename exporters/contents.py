@@ -38,11 +38,11 @@ def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
         "",
     ]
     served = _calls(manifest, calls)
-    rows = [("graph", "nodes", "MACs", "share", "takes", "gives", f"of {calls} calls")]
+    rows: list[tuple[str, ...]] = [("graph", "nodes", "MACs", "share", "takes", "gives", f"of {calls} calls")]
     for model in manifest.models:
         nodes = len(onnx.load(directory / model.file, load_external_data=False).graph.node)
-        sizes = (cost(model.macs), f"{model.macs / first.macs:.1%}", str(len(model.takes)), str(len(model.gives)))
-        rows.append((model.file, str(nodes), *sizes, ranges(served.get(model, [])) or "-"))
+        figures = (cost(model.macs), f"{model.macs / first.macs:.1%}", str(len(model.takes)), str(len(model.gives)))
+        rows.append((model.file, str(nodes), *figures, ranges(served.get(model, [])) or "-"))
     lines += _table(rows)
     total = sum(model.macs * len(numbers) for model, numbers in served.items())
     lines.append(f"at most {calls * first.macs / total:.2f} times as fast as computing everything")

@@ -70,7 +70,7 @@ def skip_group_norm(
         gamma, beta: (C,) in float32.
     """
     if torch.compiler.is_exporting():
-        options = {"groups": groups, "epsilon": epsilon, "activation": int(silu), "channels_last": 1}
+        options: Any = {"groups": groups, "epsilon": epsilon, "activation": int(silu), "channels_last": 1}
         normed, total = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::SkipGroupNorm",
             (x, gamma, beta, skip),
@@ -95,7 +95,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None) 
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
     if torch.compiler.is_exporting():
         return _symbolic("MultiHeadAttention", (q, k, v), {"num_heads": heads, "scale": float(scale)}, q)
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 

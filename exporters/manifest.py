@@ -297,9 +297,10 @@ def describe(unet: GraphUNet, given: frozenset[str], artefact: str, layout: str,
         calls: the generations it is to serve: how many calls, at timesteps evenly spaced, or their timesteps. They
             decide which models there are.
     """
-    graph = unet.graph
+    graph = unet.graph.copy()
+    graph.follow_weights()
     if any(node.target is per_call for node in graph.nodes):
-        graph = _one_timestep(graph)
+        _one_timestep(graph)
     inputs = graph.resolved_inputs()
     for spec in inputs:
         if "?" in (spec.shape or ()):
@@ -322,9 +323,8 @@ def describe(unet: GraphUNet, given: frozenset[str], artefact: str, layout: str,
     )
 
 
-def _one_timestep(graph: Graph) -> Graph:
-    """The graph as it is exported where something depends on the timestep alone: one serves all samples."""
-    graph = graph.copy()
+def _one_timestep(graph: Graph) -> None:
+    """Make it the graph that is exported where something depends on the timestep alone: one serves all samples."""
     graph.inputs = tuple(replace(i, shape=(1,), broadcast=False) if i.name == "timestep" else i for i in graph.inputs)
     timestep = graph.input("timestep")
     for key in ("val", "probe"):
@@ -332,7 +332,6 @@ def _one_timestep(graph: Graph) -> Graph:
     for node in graph.nodes:
         node.meta.pop("asked", None)  # all that hangs on it is evaluated anew
     graph.propagate()
-    return graph
 
 
 def _models(graph: Graph, calls: Any) -> tuple[Model, ...]:
@@ -340,7 +339,7 @@ def _models(graph: Graph, calls: Any) -> tuple[Model, ...]:
     if not graph.sites:
         return (Model(MODEL, macs=graph.macs),)
     found: dict[tuple[tuple[str, ...], tuple[str, ...]], Model] = {}
-    timesteps = np.linspace(999, 0, calls) if isinstance(calls, int) else calls
+    timesteps = np.linspace(999, 0, calls).tolist() if isinstance(calls, int) else calls
     for kind in graph.timetable(timesteps).variants:  # two may differ in what neither needs
         name = f"inherit_{len(found)}.onnx" if found else MODEL
         found.setdefault((kind.inherited, kind.refreshed), Model(name, kind.inherited, kind.refreshed, kind.macs))

@@ -246,14 +246,15 @@ def _as_graph(unet: Any, dtype: torch.dtype | None) -> GraphUNet:
         hint = "pass pipe.unet" if hasattr(unet, "unet") else "pass what sdgraph.apply returned, or a diffusers UNet"
         raise ExportError(f"a {type(unet).__name__} cannot be exported", cure=hint)
     if dtype not in (None, unet.dtype):
-        unet = sdgraph.apply(unet, (), verify=False).to(dtype)
+        unet = sdgraph.apply(unet, (), verify=False)
+        unet.to(dtype)
     name = str(unet.dtype).removeprefix("torch.")
     if name not in DTYPES:
         why = "; ONNX Runtime has no bfloat16 kernels for Resize" if name == "bfloat16" else ""
         raise ExportError(
             f"a UNet in {name} cannot be exported{why}", where="dtype", cure="unet.to(torch.float16) or torch.float32"
         )
-    return unet
+    return unet  # type: ignore[no-any-return]
 
 
 def _chosen(unet: GraphUNet, names: Collection[str]) -> frozenset[str]:

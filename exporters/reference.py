@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
-from onnxscript import opset20 as op
-from onnxscript import script
+from onnxscript import opset20, script
 from onnxscript.values import Opset
 
 from .sound import nodes_of
 
 DOMAIN = "sdgraph.reference"  # ONNX Runtime lets nobody define its own domain's
 _own = Opset(DOMAIN, 1)
+op: Any = opset20  # its types know each operator's operands, which Python's operators do not
 
 # The functions below are read by onnxscript, which has its own idea of Python: no helpers, no conditional expressions.
 
@@ -85,4 +86,5 @@ def runnable(path: Path) -> bytes:
             used[node.op_type] = FUNCTIONS[node.op_type]
     model.functions.extend(each.to_function_proto() for each in used.values())
     model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    return model.SerializeToString()
+    made: bytes = model.SerializeToString()
+    return made

@@ -62,7 +62,7 @@ class Weights:
                     self._places[digest],
                     len(content),
                     tensor.dtype,
-                    shape=tensor.shape,
+                    shape=onnx_ir.Shape(tensor.shape.numpy()),
                     name=name,
                     base_dir=str(self.path.parent),
                 )
@@ -97,6 +97,6 @@ class SharedWeights:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
             lies = np.memmap(self.folder / place["location"], dtype, "c", offset, tuple(tensor.dims))
             weight = torch.from_numpy(lies).to(self.device)
-            value = onnxruntime.OrtValue.from_dlpack(torch.utils.dlpack.to_dlpack(weight))
+            value = onnxruntime.OrtValue.from_dlpack(weight)
             session_options.add_initializer(tensor.name, value)
             self._lent[tensor.name] = offset, weight, value

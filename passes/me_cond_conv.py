@@ -234,7 +234,8 @@ class ConditionalConv2d(nn.Module):
         """(B, I, H, W) to (B, O, H', W')."""
         if embedding is not None and timestep is not None:
             weights = self._weights(F.silu(per_call(embedding, timestep)))
-            return convolve(x, *self.mix(weights), *self.options)
+            kernels, biases = self.mix(weights)
+            return convolve(x, kernels, biases, *self.options)
         weights = self._weights(x.mean((2, 3)))
         return conditional_conv2d(x, weights, self.mix.weight, self.mix.bias, *self.options)
 

@@ -92,8 +92,7 @@ def _search(chosen: argparse.Namespace) -> None:
     prompts = [line.strip() for line in chosen.prompts.read_text().splitlines() if line.strip()]
     if not prompts:
         raise SpecError("there are no prompts in it", where=str(chosen.prompts), cure="one prompt per line")
-    pipe = DiffusionPipeline.from_pretrained(chosen.pipeline, torch_dtype=getattr(torch, chosen.dtype))
-    pipe = pipe.to(chosen.device)
+    pipe = DiffusionPipeline.from_pretrained(chosen.pipeline).to(chosen.device, getattr(torch, chosen.dtype))
     pipe.set_progress_bar_config(disable=True)
     guidance = {} if chosen.guidance is None else {"guidance_scale": chosen.guidance}
     found = search(
@@ -147,10 +146,10 @@ def _unet(source: str, dtype: Any) -> Any:
     if (folder / "config.json").exists() and (folder / "sdgraph.json").exists():
         return GraphUNet.from_pretrained(folder).to(dtype)
     if (folder / "config.json").exists():
-        return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype)
+        return UNet2DConditionModel.from_pretrained(folder).to(dtype)
     if folder.exists():
         raise SpecError("there is neither a pipeline nor a UNet", where=source, cure="a directory with config.json")
-    return UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype)
+    return UNet2DConditionModel.from_pretrained(source, subfolder="unet").to(dtype)
 
 
 # -- inspect and bench ------------------------------------------------------------------------------------------------
@@ -163,9 +162,9 @@ def _inspect_options(parser: Any) -> None:
 
 
 def _inspect(chosen: argparse.Namespace) -> None:
-    from .exporters.inspect import inspect
+    from .exporters.contents import contents
 
-    print(inspect(chosen.directory, chosen.calls, verify=not chosen.no_verify))
+    print(contents(chosen.directory, chosen.calls, verify=not chosen.no_verify))
 
 
 def _bench_options(parser: Any) -> None:

@@ -170,7 +170,7 @@ def search(
     )
     result = apply(source, passes, verify=False)
     measured = distances(generate(result), rehearsal.final, len(prompts))
-    predicted = sum(_error(errors, each, T) for errors, each in zip(weighted, chosen, strict=True))
+    predicted = np.sum([_error(errors, each, T) for errors, each in zip(weighted, chosen, strict=True)], axis=0)
     return Found(passes, result.graph.timetable(rehearsal.timesteps), _typical(predicted), _typical(measured))
 
 
@@ -203,7 +203,8 @@ def _best(stretches: Mapping[State, range], errors: Mapping[State, Array], T: in
             for count in range(len(state), state[-1] + 2):
                 then = ((T,), count) if end == T else ((*state, end)[-memory:], count + 1)
                 net.add_edge((state, count), then, weight=error)
-    length, path = nx.single_source_dijkstra(net, ((0,), 1))
+    found: Any = nx.single_source_dijkstra(net, ((0,), 1))
+    length, path = found
     return {
         count: (length[(T,), count], tuple(state[-1] for state, _ in path[(T,), count][:-1]))
         for count in range(1, T + 1)

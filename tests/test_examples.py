@@ -213,3 +213,26 @@ def test_quality_against_time_is_measured(kind: str, ways: str, tmp_path: Path) 
     assert whole["psnr"] is None  # the same images
     assert all(10 < each["psnr"] < 100 and each["frechet"] > 0 for each in figures.values())
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
+    """So that nothing is found broken on the day that there is a GPU."""
+    script, out = ROOT / "benchmarks" / "gpu.py", tmp_path / "result.json"
+    run = subprocess.run(
+        [sys.executable, str(script), "--device", "cpu", "--quick", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    (case,) = json.loads(out.read_text())["cases"]
+    assert not {name: way["failed"] for name, way in case["ways"].items() if "failed" in way}
+    inheriting = [
+        way["difference"]["4"] for name, way in case["ways"].items() if "inherit" in name or "DeepCache" in name
+    ]
+    whole = [
+        way["difference"]["4"] for name, way in case["ways"].items() if not ("inherit" in name or "DeepCache" in name)
+    ]
+    assert max(whole) < 1e-3 < min(inheriting)
+    assert "no CUDA graphs" in run.stderr  # it says why
