@@ -39,6 +39,8 @@ from .models import answer, build, call_of
 from .test_pipelines import PIPELINES, make
 
 pytestmark = pytest.mark.slow
+FULL = (pytest.mark.full,)  # an export takes seconds for each graph: these run with `make test-full`
+RARE = ("t-gate", "image", "inpaint-9", "lcm")
 
 PRESETS: dict[str, Any] = {
     "deep cache": [HoistInvariants(), replace(InheritFeatures.deep_cache(3), forecast=1)],
@@ -102,7 +104,7 @@ def latents(pipe: Any, unet: Any, scheduler: Any = None, **options: Any) -> torc
         return make(own, call, steps=6, output_type="latent")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [pytest.param(each, marks=FULL * (each in RARE)) for each in PRESETS])
 def test_generations_equal_pytorchs(pipe: Any, exported: Callable[[str], Exported], name: str) -> None:
     """At two shapes and batches."""
     unet, directory = exported(name)
@@ -122,7 +124,13 @@ def test_under_every_scheduler(pipe: Any, exported: Callable[[str], Exported], s
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["image", "inpaint-9", "controlnet", "xl-text", "xl-image", "lcm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(each, marks=FULL * (each in RARE))
+        for each in ("controlnet", "xl-text", "image", "inpaint-9", "lcm")
+    ],
+)
 def test_in_other_pipelines(name: str, tmp_path: Path) -> None:
     pipe, call = PIPELINES[name][0](), PIPELINES[name][1]
     unet = sdgraph.apply(pipe.unet, "HoistInvariants, InheritFeatures.deep_cache(2)", verify=False)
