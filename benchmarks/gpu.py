@@ -17,8 +17,8 @@ import gc
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +61,8 @@ class Loop:
     def __call__(self, unet: Any, steps: int) -> torch.Tensor:
         self.scheduler.set_timesteps(steps, device=self.latents.device)
         latents, prompt = self.latents, self.prompt.clone()  # another tensor is another prompt
-        with sdgraph.attach(SimpleNamespace(unet=unet, scheduler=self.scheduler)) if _inherits(unet) else _nothing():
+        self.unet = unet  # with a scheduler beside it, as pipelines have them
+        with sdgraph.attach(self) if _inherits(unet) else nullcontext():
             for timestep in self.scheduler.timesteps:
                 both = unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=prompt, **self.rest)[0]
                 without, given = both.chunk(2)
@@ -76,11 +77,6 @@ def _twin(unet: Any) -> Any:
 
 def _inherits(unet: Any) -> bool:
     return hasattr(unet, "generations")
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def ways(unet: Any, folder: Path, device: str, quick: bool, side: int, batch: int) -> dict[str, Callable[[], Any]]:

@@ -196,7 +196,7 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert "smoke test" in run.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "ways"), [("inheritance", "searched, forecast"), ("attention", "tomesd, ratio 0.5")])
 def test_quality_against_time_is_measured(kind: str, ways: str, tmp_path: Path) -> None:
     script, out = ROOT / "benchmarks" / "frontier.py", tmp_path / "result.json"
@@ -215,7 +215,7 @@ def test_quality_against_time_is_measured(kind: str, ways: str, tmp_path: Path) 
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     """So that nothing is found broken on the day that there is a GPU."""
     script, out = ROOT / "benchmarks" / "gpu.py", tmp_path / "result.json"
