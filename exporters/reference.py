@@ -38,16 +38,10 @@ def SkipGroupNorm(X, gamma, beta, skip, groups: int, epsilon: float, activation:
     flat = op.Concat(op.Shape(X, start=0, end=1), op.Constant(value_ints=[-1]), channels, axis=0)
     # (B, C) and (B, H, W, C) alike become (B, 1 or H·W, C)
     total = op.Reshape(op.Reshape(X, flat) + op.Reshape(skip, flat), op.Shape(X))
-    x = op.Cast(op.Transpose(total, perm=[0, 3, 1, 2]), to=1)
-    count = op.Reshape(op.Constant(value_int=groups), op.Constant(value_ints=[1]))
-    split = op.Concat(op.Shape(x, start=0, end=1), count, op.Constant(value_ints=[-1]), axis=0)
-    y = op.Reshape(x, split)
-    d = y - op.ReduceMean(y, op.Constant(value_ints=[2]), keepdims=1)
-    variance = op.ReduceMean(d * d, op.Constant(value_ints=[2]), keepdims=1)
-    normed = op.Reshape(d / op.Sqrt(variance + epsilon), op.Shape(x))
-    out = op.Transpose(normed, perm=[0, 2, 3, 1]) * gamma + beta
-    silu = op.Cast(op.Constant(value_int=activation), to=1)
-    return op.CastLike(out * (1.0 - silu + silu * op.Sigmoid(out)), X), total
+    normed = GroupNorm(
+        total, gamma, beta, groups=groups, epsilon=epsilon, activation=activation, channels_last=channels_last
+    )
+    return normed, total
 
 
 @script(_own, default_opset=op)
@@ -79,12 +73,10 @@ FUNCTIONS = {each.name: each for each in (GroupNorm, SkipGroupNorm, MultiHeadAtt
 def runnable(path: Path) -> bytes:
     """A model, without its weights, whose operators of ONNX Runtime's own are functions of standard ones."""
     model = onnx.load(path, load_external_data=False)
-    used = {}
     for node in nodes_of(model.graph):
         if node.domain == "com.microsoft" and node.op_type in FUNCTIONS:
             node.domain = DOMAIN
-            used[node.op_type] = FUNCTIONS[node.op_type]
-    model.functions.extend(each.to_function_proto() for each in used.values())
+    model.functions.extend(each.to_function_proto() for each in FUNCTIONS.values())
     model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     made: bytes = model.SerializeToString()
     return made
