@@ -106,7 +106,7 @@ def main(out: Path) -> None:
         row("source, eager", "-", traced.graph),
         row("traced, no passes", f"{len(traced.graph.nodes)}", traced.graph),
         row("pruned", f"{len(pruned.graph.nodes)}", pruned.graph),
-        row("pruned, ONNX Runtime", f"{exported.nodes}", pruned.graph),
+        row("pruned, ONNX Runtime", f"{sum(exported.nodes.values())}", pruned.graph),
         row("inheriting", f"{len(inheriting.graph.nodes)}", inheriting.graph),
     ]
     print(f"\npruned by {PRUNE}\n\n{pruned.report}\n\nexport, against the one pruned in PyTorch:\n{exported}\n")

@@ -313,7 +313,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ExportError("the directory exists", where=str(target), cure="pass overwrite=True, or choose another")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).exists()):
+    if not target.is_dir() or (
+        any(target.iterdir()) and not any((target / name).exists() for name in (MANIFEST, REPORT))
+    ):
         raise ExportError(
             "this is not an earlier export", where=str(target), cure="remove it yourself, or choose another"
         )
