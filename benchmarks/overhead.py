@@ -9,9 +9,10 @@ Cases are `forward/MODEL/SIZE` (a traced UNet without passes against eager, and 
 of the machine), `apply/MODEL` (time and memory of tracing), `prune/MODEL/SIZE` (the presets, time against
 multiply-accumulates) and `inherit/MODEL/SIZE` (feature inheritance, whole generations: time against
 multiply-accumulates, and against the DeepCache package at the same settings), `experts/MODEL/SIZE` (a pruned UNet with
-conditional convolutions against the same with plain ones) and `attention/MODEL/SIZE` (self-attention at the latents'
-resolution alone, and the whole UNet, with global-regional attention against full), `export/MODEL` (time, memory and
-size of an export) and `deploy/MODEL/SIZE` (ONNX Runtime on the CPU against eager). Each runs in a process of its own.
+conditional convolutions against the same with plain ones), `layers/BATCH` (single convolutions of such),
+`attention/MODEL/SIZE` (self-attention at the latents' resolution alone, and the whole UNet, with global-regional
+attention against full), `export/MODEL` (time, memory and size of an export) and `deploy/MODEL/SIZE` (ONNX Runtime on
+the CPU against eager). Each runs in a process of its own.
 The figures and every sample go to a JSON file, which `benchmarks/table.py` prints.
 """
 
@@ -39,12 +40,14 @@ import torch.nn.functional as F
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler
 from table import report
+from torch import nn
 from tqdm import tqdm
 
 import sdgraph
 from sdgraph.exporters import onnx, ort
 from sdgraph.passes import GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.passes.gri_attention import attend, self_attentions
+from sdgraph.passes.me_cond_conv import ConditionalConv2d
 from sdgraph.schedules import Uniform
 
 PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
@@ -58,6 +61,8 @@ CASES = (
     "prune/sd15/64",
     "inherit/sd15/32",
     "experts/sd15/32",
+    "layers/2",
+    "layers/8",
     "attention/sd15/64",
     "attention/sd15/96",
     "attention/sd15/128",
@@ -69,6 +74,7 @@ QUICK = (
     *("forward/small/32", "apply/small", "prune/small/32", "inherit/tiny/16"),
     *("experts/tiny/16", "attention/small/32", "export/tiny", "deploy/tiny/16"),
 )
+LAYERS = ((320, 64), (640, 32), (1280, 16), (1280, 8))  # channels and side of 3x3 convolutions
 GRI = ((16, 4), (16, 8), (8, 4))  # windows and pools
 CALLS = 10  # of a generation
 DEEP_CACHE = ((2, 0), (3, 0), (5, 0), (5, 1), (5, 2))  # intervals and branches
@@ -234,6 +240,27 @@ def experts(settings: Settings, model: str, size: str) -> dict[str, Any]:
     return {"samples": samples, "sizes": sizes}
 
 
+def layers(settings: Settings, batch: str) -> dict[str, Any]:
+    """Single convolutions of Stable Diffusion 1.5 at 512x512 pixels: plain, and as four experts."""
+    found = {}
+    for channels, side in LAYERS:
+        like = {"device": settings.device, "dtype": getattr(torch, settings.dtype)}
+        convs = [nn.Conv2d(channels, channels, 3, padding=1, **like) for _ in range(4)]
+        experts = ConditionalConv2d(convs, 4, 1280, "softmax", 1.0)
+        x, embedding = torch.randn(int(batch), channels, side, side, **like), torch.randn(int(batch), 1280, **like)
+        by_input = ConditionalConv2d(convs, 4, channels, "softmax", 1.0)
+        calls = {
+            "plain": partial(convs[0], x),
+            "timestep": partial(experts, x, embedding, torch.tensor([500], device=settings.device)),
+            "input": partial(by_input, x),
+        }
+        seconds = settings.seconds / len(LAYERS)
+        found[f"{channels} channels, {side}x{side}"] = measure.in_turns(
+            calls, settings.device, seconds, settings.at_least
+        )
+    return {"layers": found}
+
+
 def attention(settings: Settings, model: str, size: str) -> dict[str, Any]:
     """Global-regional attention against full attention: the operation alone, and the whole UNet."""
     unet = models.build(model, settings.device, settings.of(model), sample_size=int(size))
@@ -339,6 +366,7 @@ def run(case: str, settings: Settings) -> dict[str, Any]:
         "prune": prune,
         "inherit": inherit,
         "experts": experts,
+        "layers": layers,
         "attention": attention,
         "export": export,
         "deploy": deploy,

@@ -36,6 +36,7 @@ def report(result: dict[str, Any]) -> str:
         "prune": prune,
         "inherit": inherit,
         "experts": experts,
+        "layers": layers,
         "attention": attention,
         "export": export,
         "deploy": deploy,
@@ -152,6 +153,16 @@ def experts(cases: Sequence[dict[str, Any]]) -> str:
             sizes = f"{each['parameters'] / 1e6:.4g} M", f"{each['kept_bytes'] / 1e6:.4g} MB"
             rows.append((model, f"{size}x{size}", kind, *sizes, times))
     return markdown(rows) + "\n\nGenerations of 10 calls. Kept: between calls."
+
+
+def layers(cases: Sequence[dict[str, Any]]) -> str:
+    rows = [("3x3 convolution", "batch", "plain", "by timestep/plain", "by input/plain")]
+    for case in cases:
+        for name, samples in case["layers"].items():
+            plain = f"{1000 * statistics.median(samples['plain']):.3g} ms"
+            ratios = (ratio(samples[routing], samples["plain"]) for routing in ("timestep", "input"))
+            rows.append((name, case["case"].split("/")[1], plain, *ratios))
+    return markdown(rows) + "\n\nFour experts."
 
 
 def attention(cases: Sequence[dict[str, Any]]) -> str:
