@@ -85,9 +85,11 @@ def bench(
             unet.models.run(unet.manifest.models[0], {**flat, "timestep": timestep}, sizes)
 
     ways: dict[str, Callable[[], Any]] = {"generation": generation, "everything": everything}
-    for model in unet.manifest.models:
+    single = unet.manifest.layout == "single"  # then all graphs are branches of one file
+    names = [f"{m.file}, branch {i}" if single else m.file for i, m in enumerate(unet.manifest.models)]
+    for name, model in zip(names, unet.manifest.models, strict=True):
         given = {**flat, **{f"inherited.{site}": values[site] for site in model.takes}}
-        ways[model.file] = lambda model=model, given=given: unet.models.run(model, given, sizes)  # type: ignore[misc]
+        ways[name] = lambda model=model, given=given: unet.models.run(model, given, sizes)  # type: ignore[misc]
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for turn in tqdm(range(repeats + 1), desc="bench", unit="turn"):
         for name, way in ways.items():
@@ -102,7 +104,7 @@ def bench(
         "torch": f"torch {torch.__version__}",
         "device": torch.cuda.get_device_name(unet.device) if unet.device.type == "cuda" else platform.machine(),
     }
-    models = {model.file: medians[model.file] for model in unet.manifest.models}
+    models = {name: medians[name] for name in names}
     return Figures(models, medians["generation"], medians["everything"], calls, batch, (height, width), on)
 
 

@@ -19,8 +19,7 @@ def merge(models: Sequence[onnx.ModelProto], manifest: Manifest) -> onnx.ModelPr
     its outputs the noise prediction and `refreshed.SITE` of all sites, which is what was inherited where a graph does
     not compute it.
     """
-    kinds = {each.name: each.type for model in models for each in (*model.graph.input, *model.graph.output)}
-    kind = kinds[manifest.outputs_of(manifest.models[0])[0].name].tensor_type.elem_type
+    kind = models[0].graph.output[0].type.tensor_type.elem_type
     weights: dict[str, onnx.TensorProto] = {}
     branches = [_branch(model.graph, i, manifest, weights) for i, model in enumerate(models)]
     names = [each.name for each in branches[0].output]
