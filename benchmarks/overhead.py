@@ -11,8 +11,8 @@ multiply-accumulates) and `inherit/MODEL/SIZE` (feature inheritance, whole gener
 multiply-accumulates, and against the DeepCache package at the same settings), `experts/MODEL/SIZE` (a pruned UNet with
 conditional convolutions against the same with plain ones), `layers/BATCH` (single convolutions of such),
 `attention/MODEL/SIZE` (self-attention at the latents' resolution alone, and the whole UNet, with global-regional
-attention against full), `export/MODEL` (time, memory and size of an export) and `deploy/MODEL/SIZE` (ONNX Runtime on
-the CPU against eager). Each runs in a process of its own.
+attention against full), `export/MODEL` (time, memory and size of an export), `deploy/MODEL/SIZE` (ONNX Runtime on the
+CPU against eager) and `memory/MODEL/SIZE` (what a process takes that runs a bundle). Each runs in a process of its own.
 The figures and every sample go to a JSON file, which `benchmarks/table.py` prints.
 """
 
@@ -69,15 +69,17 @@ CASES = (
     "export/sd15",
     "export/sdxl",
     "deploy/sd15/32",
+    "memory/sd15/64",
 )
 QUICK = (
     *("forward/small/32", "apply/small", "prune/small/32", "inherit/tiny/16"),
-    *("experts/tiny/16", "attention/small/32", "export/tiny", "deploy/tiny/16"),
+    *("experts/tiny/16", "attention/small/32", "export/tiny", "deploy/tiny/16", "memory/tiny/16"),
 )
 LAYERS = ((320, 64), (640, 32), (1280, 16), (1280, 8))  # channels and side of 3x3 convolutions
 GRI = ((16, 4), (16, 8), (8, 4))  # windows and pools
 CALLS = 10  # of a generation
 DEEP_CACHE = ((2, 0), (3, 0), (5, 0), (5, 1), (5, 2))  # intervals and branches
+_INHERIT = (HoistInvariants(), InheritFeatures.deep_cache(3))
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -292,7 +294,7 @@ def export(settings: Settings, model: str) -> dict[str, Any]:
     weights = sum(p.numel() * p.element_size() for p in unet.parameters())
     before = measure.resident()
     start = time.perf_counter()
-    inheriting = sdgraph.apply(unet, (HoistInvariants(), InheritFeatures.deep_cache(3)), verify=False)
+    inheriting = sdgraph.apply(unet, _INHERIT, verify=False)
     with tempfile.TemporaryDirectory() as folder:
         report = onnx.export(inheriting, Path(folder) / "bundle", progress=False)
     return {
@@ -311,7 +313,7 @@ def deploy(settings: Settings, model: str, size: str) -> dict[str, Any]:
     """ONNX Runtime on the CPU against eager: each kind of call, and whole generations."""
     unet = models.build(model, "cpu", torch.float32, sample_size=int(size))
     call = models.call(unet, settings.batch, int(size), int(size))
-    inheriting = sdgraph.apply(unet, (HoistInvariants(), InheritFeatures.deep_cache(3)), verify=False)
+    inheriting = sdgraph.apply(unet, _INHERIT, verify=False)
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(CALLS)
     prompt = call.pop("encoder_hidden_states")
@@ -339,6 +341,45 @@ def deploy(settings: Settings, model: str, size: str) -> dict[str, Any]:
         largest = float((ways["inherit"]() - ways["ONNX Runtime, inherit"]()).abs().max())
         samples = measure.in_turns(ways, "cpu", settings.seconds, settings.at_least)
     return {"samples": samples, "largest_difference": largest}
+
+
+def memory(settings: Settings, model: str, size: str) -> dict[str, Any]:
+    """What a process takes that runs a UNet that inherits, by what runs it; each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        unet = sdgraph.apply(models.build(model, "cpu", torch.float32), _INHERIT, verify=False)
+        report = onnx.export(unet, bundle, calls=CALLS, progress=False)
+        del unet
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+            ways = {way: pool.submit(_taken, way, bundle, settings, model, size).result() for way in RUNNERS}
+    return {"weight_bytes": report.weight_bytes, "ways": ways}
+
+
+@torch.no_grad()
+def _taken(way: str, bundle: Path, settings: Settings, model: str, size: str) -> dict[str, Any]:
+    """Memory of this process before and after a generation, and at most; and the generation's time."""
+    before = measure.resident()
+    unet: Any
+    if way == "torch":
+        unet = sdgraph.apply(models.build(model, "cpu", torch.float32), _INHERIT, verify=False)
+    else:
+        unet = ort.ORTUNet.from_pretrained(bundle, provider=CPU, session_options=RUNNERS[way](), verify=False)
+    config = SimpleNamespace(config=SimpleNamespace(**unet.config), device=unet.device, dtype=unet.dtype)
+    call = models.call(config, settings.batch, int(size), int(size))  # type: ignore[arg-type]
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(CALLS)
+    opened = measure.resident()
+
+    def generation() -> None:
+        own = call["encoder_hidden_states"].clone()
+        for timestep in scheduler.timesteps:
+            unet(**{**call, "timestep": timestep, "encoder_hidden_states": own})
+
+    generation()
+    seconds = [measure.timed(generation, "cpu") for _ in range(settings.at_least)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"before": before, "opened": opened, "after": measure.resident(), "peak": peak, "seconds": seconds}
 
 
 def _bytes(kept: Any) -> int:
@@ -370,6 +411,7 @@ def run(case: str, settings: Settings) -> dict[str, Any]:
         "attention": attention,
         "export": export,
         "deploy": deploy,
+        "memory": memory,
     }
     kind, *rest = case.split("/")
     return {"case": case, **kinds[kind](settings, *rest)}

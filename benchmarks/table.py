@@ -40,6 +40,7 @@ def report(result: dict[str, Any]) -> str:
         "attention": attention,
         "export": export,
         "deploy": deploy,
+        "memory": memory,
     }
     return "\n\n".join([conditions(result), *(makers[kind](cases) for kind, cases in kinds.items())])
 
@@ -211,6 +212,20 @@ def deploy(cases: Sequence[dict[str, Any]]) -> str:
             ]
             rows.append((model, f"{size}x{size}", name, f"{statistics.median(mine):.3g}", *gains))
     return markdown(rows) + "\n\nGenerations of 10 calls, then single calls by graph."
+
+
+def memory(cases: Sequence[dict[str, Any]]) -> str:
+    rows = [("model", "latents", "run by", "when open", "after a generation", "at most", "seconds")]
+    for case in cases:
+        _, model, size = case["case"].split("/")
+        for name, each in case["ways"].items():
+            sizes = (f"{(each[key] - each['before']) / 1e9:.3g} GB" for key in ("opened", "after", "peak"))
+            rows.append((model, f"{size}x{size}", name, *sizes, f"{statistics.median(each['seconds']):.3g}"))
+    weights = ", ".join(f"{case['weight_bytes'] / 1e9:.3g} GB" for case in cases)
+    return (
+        f"{markdown(rows)}\n\nGenerations of 10 calls by a process of its own, without what it took before; the "
+        f"weights are {weights}. Pages of the weights' file that are mapped count as taken."
+    )
 
 
 def ratio(mine: Sequence[float], eager: Sequence[float]) -> str:

@@ -14,6 +14,7 @@ import onnxruntime
 import torch
 from tqdm import tqdm
 
+from sdgraph.columns import columns
 from sdgraph.errors import SpecError
 from sdgraph.inputs import Input
 
@@ -44,10 +45,9 @@ class Figures:
         first = next(iter(self.models.values()))
         rows = [(name, f"{1000 * each:.4g} ms", f"{each / first:.3f}") for name, each in self.models.items()]
         rows.append((f"{self.calls} calls", f"{self.generation:.4g} s", f"{self.generation / self.everything:.3f}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         head = f"latents {self.size[0]}x{self.size[1]}, batch {self.batch}; " + ", ".join(self.on.values())
-        return "\n".join([head, *lines, "the last column is relative to computing everything, measured in turns"])
+        told = "the last column is relative to computing everything, measured in turns"
+        return "\n".join([head, columns(rows), told])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,11 +63,12 @@ def bench(
         size: height and width of the latents; the configuration's by default.
         batch: of a call; with guidance twice that of the images.
     Raises:
-        SpecError: no calls or repeats.
+        SpecError: no calls or repeats; no size, where the configuration has none.
     """
     if calls < 1 or repeats < 1 or batch < 1:
         raise SpecError(f"{calls} calls, {repeats} repeats, batch {batch}", where="bench", cure="at least 1 of each")
-    height, width = size or (unet.config["sample_size"],) * 2
+    size = size or _side(unet)
+    height, width = size
     flat = _random(unet, {"B": batch, "H": height, "W": width, "L": 77})
     timesteps = [torch.tensor([float(t)]) for t in np.linspace(999, 0, calls)]
     sizes = unet.manifest.check(flat)
@@ -106,6 +107,13 @@ def bench(
     }
     models = {name: medians[name] for name in names}
     return Figures(models, medians["generation"], medians["everything"], calls, batch, (height, width), on)
+
+
+def _side(unet: ORTUNet) -> tuple[int, int]:
+    side = unet.config.get("sample_size")
+    if side is None:
+        raise SpecError("the configuration has no sample_size", where="bench", cure="pass size=(height, width)")
+    return (side, side) if isinstance(side, int) else tuple(side)
 
 
 def _random(unet: ORTUNet, sizes: dict[str, int]) -> dict[str, torch.Tensor]:

@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import torch
 
-from sdgraph.generation import Generation
+from sdgraph.columns import columns
 from sdgraph.schedules import Run
 from sdgraph.text import cost, count, several
-from sdgraph.timetable import ranges
+from sdgraph.timetable import played, ranges
 
 from .manifest import DATA, REPORT, Manifest, Model, read_config
 
@@ -43,7 +43,7 @@ def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
         nodes = len(onnx.load(directory / model.file, load_external_data=False).graph.node)
         figures = (cost(model.macs), f"{model.macs / first.macs:.1%}", str(len(model.takes)), str(len(model.gives)))
         rows.append((model.file, str(nodes), *figures, ranges(served.get(model, [])) or "-"))
-    lines += _table(rows)
+    lines.append(columns(rows))
     total = sum(model.macs * len(numbers) for model, numbers in served.items())
     lines.append(f"at most {calls * first.macs / total:.2f} times as fast as computing everything")
     schedules: dict[tuple[str, int], list[str]] = {}
@@ -52,12 +52,12 @@ def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
     if schedules:
         rows = [("inherited", "schedule", "forecast")]
         rows += [(several(sites), schedule, str(order)) for (schedule, order), sites in schedules.items()]
-        lines += ["", *_table(rows)]
+        lines += ["", columns(rows)]
     rows = [("input", "shape", "dtype")]
     for spec in manifest.model_inputs:
         dtype = str(manifest.dtype_of(spec)).removeprefix("torch.")
         rows.append((spec.name, ", ".join(map(str, spec.shape or ())), dtype))
-    lines += ["", *_table(rows), ""]
+    lines += ["", columns(rows), ""]
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != REPORT}
     lines.append(f"{count(sum(sizes.values()))}B, of which {count(sizes.get(DATA, 0))}B weights")
     return "\n".join(lines)
@@ -65,19 +65,12 @@ def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
 
 def _calls(manifest: Manifest, calls: int) -> dict[Model, list[int]]:
     """Which calls each graph serves."""
-    timesteps = np.linspace(999, 0, calls).tolist()
-    generation = Generation((), (), Run.of(timesteps), 0, timesteps[0])
+
+    def refreshed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(manifest.model_for(stale)[0].gives, torch.empty(0))
+
     found: dict[Model, list[int]] = {}
-    for number, timestep in enumerate(timesteps):
-        generation.timestep = timestep
-        stale = generation.stale(manifest.sites)
-        model, _ = manifest.model_for(stale)
-        found.setdefault(model, []).append(number)
-        generation.keep(dict.fromkeys(model.gives, torch.empty(0)), manifest.sites, stale)
-        generation.advance()
+    run = Run.of(np.linspace(999, 0, calls).tolist())
+    for number, (stale, _) in enumerate(played(run, manifest.sites, refreshed)):
+        found.setdefault(manifest.model_for(stale)[0], []).append(number)
     return found
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]

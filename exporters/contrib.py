@@ -85,6 +85,32 @@ def skip_group_norm(
 
 
 @_operator
+def skip_layer_norm(
+    x: Tensor, skip: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """SkipLayerNormalization: layer normalisation of `x + skip + bias`, and the sum.
+
+    Args:
+        x, skip: (B, N, C).
+        gamma, beta, bias: (C,).
+    """
+    if torch.compiler.is_exporting():
+        given = (x, skip, gamma, beta) if bias is None else (x, skip, gamma, beta, bias)
+        moments = (*x.shape[:2], 1)  # two outputs for training only
+        normed, _, _, total = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::SkipLayerNormalization",
+            given,
+            {"epsilon": epsilon},
+            dtypes=(x.dtype, torch.float32, torch.float32, x.dtype),
+            shapes=(x.shape, moments, moments, x.shape),
+            version=1,
+        )
+        return normed, total
+    total = x + skip if bias is None else x + bias + skip
+    return F.layer_norm(total, total.shape[-1:], gamma, beta, epsilon), total
+
+
+@_operator
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None) -> Tensor:
     """MultiHeadAttention.
 

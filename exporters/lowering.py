@@ -277,8 +277,51 @@ class LowerBiasAdd(Lowering):
         return ""
 
 
+class SkipNormalise(nn.Module):
+    """What takes the place of a `LayerNorm` module and the addition before it."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.epsilon = norm.eps
+
+    def forward(self, x: Tensor, skip: Tensor, bias: Tensor | None = None) -> Any:
+        return contrib.skip_layer_norm(x, skip, self.weight, self.bias, bias, self.epsilon)
+
+
+@dataclass(frozen=True)
+class LowerLayerNorm(Lowering):
+    """LayerNorm of tokens, and the residual addition before it, with its bias where `LowerBiasAdd` went before."""
+
+    def places(self, graph: Graph) -> Iterator[fx.Node]:
+        for node in graph.nodes:
+            if _is(graph, node, nn.LayerNorm):
+                yield node
+
+    def lower(self, graph: Graph, node: fx.Node) -> str:
+        norm: Any = graph.module(str(node.target))
+        x: Any = node.args[0]
+        if norm.weight is None or norm.bias is None:
+            return Limit("it has no weights")
+        if x.target is contrib.bias_add:
+            projected, bias, skip = x.args
+            terms = projected, skip, bias
+        else:
+            terms = _sum(x) or ()
+        if not terms:
+            return Limit("what it normalises is no sum")
+        shape = x.meta["val"].shape
+        if len(shape) != 3 or norm.normalized_shape != (shape[-1],):
+            return "what it normalises are no tokens"
+        normed, total = graph.insert(SkipNormalise(norm), *terms, before=x.next, path=str(node.target), leaving=[node])
+        graph.rewire(node, normed)
+        graph.rewire(x, total)
+        graph.sweep()
+        return ""
+
+
 def _is_projection(graph: Graph, node: Any) -> bool:
     return isinstance(node, fx.Node) and _is(graph, node, nn.Linear) and node.meta["val"].ndim == 3
 
 
-ALL = (LowerGroupNorm(), LowerAttention(), LowerGEGLU(), LowerBiasAdd())
+ALL = (LowerGroupNorm(), LowerAttention(), LowerGEGLU(), LowerBiasAdd(), LowerLayerNorm())

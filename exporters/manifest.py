@@ -19,6 +19,7 @@ from sdgraph import Graph, GraphUNet, __version__
 from sdgraph.accept import accept
 from sdgraph.dims import evaluate
 from sdgraph.errors import CallError, ExportError, SavedError, SdgraphError
+from sdgraph.files import sha256
 from sdgraph.inherit import Site
 from sdgraph.inherit import sites as inherited
 from sdgraph.inputs import Input
@@ -356,11 +357,6 @@ def _kept(graph: Graph, name: str, site: Site, dtype: torch.dtype) -> Value:
             cure="choose another site",
         )
     return Value(name, str(site.schedule), site.forecast, shape)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(plain: Mapping[str, Any]) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import ExportError, SavedError, SpecError, did_you_mean
+from sdgraph.files import appearing
 
 from . import parity
 from .extra import require_onnx
@@ -100,7 +100,7 @@ def export(
     bounds = parity.BOUNDS[manifest.torch_dtype]
     atol, rtol = bounds[0] if atol is None else atol, bounds[1] if rtol is None else rtol
     training = unet.training
-    with _appearing(Path(directory), overwrite) as folder:
+    with appearing(directory, partial(_check_target, overwrite), ExportError) as folder:
         try:
             torch.nn.Module.train(unet, False)  # not its own: that would reset which weights are trainable
             with torch.no_grad():
@@ -279,36 +279,7 @@ def _config(unet: GraphUNet) -> bytes:
     return (json.dumps(named, indent=2, sort_keys=True) + "\n").encode()
 
 
-@contextmanager
-def _appearing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place when the block ends, and is gone if it fails."""
-    target = Path(os.path.abspath(target))
-    _check_target(target, overwrite)
-    beside = next(parent for parent in target.parents if parent.exists())  # a missing parent is made at the end
-    try:
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=beside))
-    except OSError as error:
-        cure = "choose a directory that you may write to"
-        raise ExportError(f"cannot write there: {error.strerror}", where=str(beside), cure=cure) from error
-    new, old = made / "new", made / "old"
-    try:
-        new.mkdir()  # unlike a temporary directory's, its mode follows the umask
-        yield new
-        _check_target(target, overwrite)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
+def _check_target(overwrite: bool, target: Path) -> None:
     if not target.exists():
         return
     if not overwrite:

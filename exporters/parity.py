@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sdgraph import GraphUNet
+from sdgraph.columns import columns
 from sdgraph.dims import evaluate
 from sdgraph.errors import ParityError
 
@@ -70,12 +71,10 @@ class ExportReport:
             verdict = "ok" if c.holds else "OUT OF BOUNDS"
             figures = (f"{c.largest:.3g}", f"{c.difference:.3g}", f"{c.bound:.3g}")
             rows.append((c.model, str(self.nodes[c.model]), size, *figures, verdict))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         took = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
         size = f"{self.file_bytes / 1e6:.1f} MB for {self.weight_bytes / 1e6:.1f} MB of weights"
         fused = [", ".join(f"{name} {count}" for name, count in self.fused.items())] if self.fused else []
-        return "\n".join([*lines, *fused, size, took])
+        return "\n".join([columns(rows), *fused, size, took])
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

@@ -71,8 +71,20 @@ def capture(
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Remove what computes nothing at inference; write casts in the form the translator knows."""
+    """Remove what computes nothing at inference; write casts in the form the translator knows, and where it knows none.
+
+    `cat` takes what it joins to one dtype; ONNX's wants it so. Operators by element the translator sees to.
+    """
     for node in list(graph.nodes):
+        if node.target in (aten.cat.default, aten.concat.default):
+            dtype = node.meta["val"].dtype
+            for each in {*node.args[0]}:
+                if each.meta["val"].dtype != dtype:
+                    with graph.inserting_before(node):
+                        same = graph.call_function(aten._to_copy.default, (each,), {"dtype": dtype})
+                    same.meta["val"] = each.meta["val"].to(dtype)
+                    node.replace_input_with(each, same)
+            continue
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
             continue
@@ -227,6 +239,10 @@ def strip(model: ir.Model) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     common.NameFixPass()(model)
+    for node in model.graph:
+        if node.op_type == "SkipLayerNormalization":
+            for moment in node.outputs[1:3]:
+                moment.name = ""  # optional; a name would ask for it
 
 
 def readable(dim: str) -> str:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from . import similarity
 from .apply import apply
 from .call import UNetCall
+from .columns import columns
 from .errors import QualityError, SourceError, SpecError, did_you_mean
 from .pass_ import Pass
 from .similarity import Images
@@ -61,9 +62,8 @@ class Evaluation:
         a, b = self.seconds
         rows += [("seconds per image", f"{a:.3g}", f"{b:.3g}", f"x {b / a:.3f}")]
         rows += [(name, "", "", f"{value:.4g}{' dB' * (name == 'psnr')}") for name, value in self.alike.items()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([f"before: {self.before}", f"after:  {self.after}", f"{len(self.prompts)} images", "", *lines])
+        told = [f"before: {self.before}", f"after:  {self.after}", f"{len(self.prompts)} images", ""]
+        return "\n".join([*told, columns(rows)])
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the images, as plain data. JSON knows no infinity: the PSNR of equal images is None."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .columns import columns
+
 
 @dataclass(frozen=True)
 class Size:
@@ -62,9 +64,7 @@ class Report:
         rows: list[tuple[str, ...]] = [head]
         for p in self.passes:
             rows += _rows(p, 0)
-        widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([columns(rows), *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
         from dataclasses import asdict

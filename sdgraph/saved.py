@@ -5,10 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +17,7 @@ from torch import fx
 
 from .capture import capture
 from .errors import ModeError, SavedError
+from .files import appearing, sha256
 from .graph import Graph
 from .report import Report
 from .runner import run_pass
@@ -41,7 +38,7 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
         options: what diffusers' pipelines pass along; only defaults are accepted.
     Raises:
         ModeError: the graph cannot be rebuilt from its configuration and recipe.
-        SavedError: the folder holds files that are not ours.
+        SavedError: the folder holds files that are not ours, or cannot be written.
     """
     _only_defaults(options, "save_pretrained")
     graph = unet.graph
@@ -50,7 +47,7 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
     passes = [str(p) for p in graph.passes]
     _check_can_come_back(graph, config, passes, inputs)
     name = f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors"
-    with _whole(Path(directory)) as folder:
+    with appearing(directory, _check_target, SavedError) as folder:
         tensors = {k: v.detach().contiguous() for k, v in unet.state_dict().items()}
         safetensors.torch.save_file(_untied(tensors), folder / name, metadata={"format": "pt"})
         plain = dict(config) | {"_class_name": "GraphUNet", "_diffusers_version": diffusers.__version__}
@@ -64,7 +61,7 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
             "inputs": inputs,
             "dtype": str(next(unet.parameters()).dtype).removeprefix("torch."),
             "structure": structure(graph),
-            "files": {f: _sha256(folder / f) for f in (CONFIG, name)},
+            "files": {f: sha256(folder / f) for f in (CONFIG, name)},
             "weights": name,
         }
         (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
@@ -108,7 +105,7 @@ def load(
         raise SavedError(f"no folder {str(folder)!r}", where="from_pretrained", cure="pass a folder of save_pretrained")
     recipe = _read_recipe(folder)
     for file, digest in recipe["files"].items():
-        if _sha256(folder / file) != digest:
+        if sha256(folder / file) != digest:
             raise SavedError("the file is not the one that was saved", where=str(folder / file), cure="save again")
     config = _json(folder / CONFIG)
     saved_dtype = getattr(torch, recipe["dtype"], None)
@@ -232,9 +229,7 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `target` at the end, replacing an earlier save, or goes."""
+def _check_target(target: Path) -> None:
     if target.exists():
         foreign = [p.name for p in target.iterdir()] if target.is_dir() else [target.name]
         foreign = [n for n in foreign if n not in (RECIPE, CONFIG) and not n.startswith("diffusion_pytorch_model.")]
@@ -242,20 +237,6 @@ def _whole(target: Path) -> Iterator[Path]:
             raise SavedError(
                 f"the folder holds other files: {', '.join(foreign[:3])}", where=str(target), cure="choose another"
             )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield fresh
-        fresh.chmod(0o755)
-        if target.exists():
-            old = fresh.with_name(fresh.name + "-old")
-            target.rename(old)
-            fresh.rename(target)
-            shutil.rmtree(old)
-        else:
-            fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _only_defaults(options: dict[str, Any], call: str) -> None:
@@ -264,11 +245,6 @@ def _only_defaults(options: dict[str, Any], call: str) -> None:
             raise SavedError(f"{call} does not support {name}={value!r}", where=call, cure="leave it out")
         if name == "safe_serialization" and value is False:
             raise SavedError("a GraphUNet is saved as safetensors only", where=call, cure="leave safe_serialization")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version() -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .errors import ScheduleError
 from .generation import Generation
@@ -135,14 +137,10 @@ def timetable(graph: Graph, run: Run) -> Timetable:
     """
     if not run.calls:
         raise ScheduleError("a generation without calls", where="timetable", cure="a number of calls, or timesteps")
-    timesteps = run.timesteps if run.timesteps is not None else tuple(float(run.calls - i) for i in range(run.calls))
-    generation = Generation((), (), run, 0, timesteps[0])
     sites, nodes = graph.sites, nodes_of_sites(graph.fx)
     kinds: dict[frozenset[str], Variant] = {}
-    kept = 0
-    for number, timestep in enumerate(timesteps):
-        generation.timestep = timestep
-        stale = generation.stale(sites)
+
+    def refreshed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
         if stale not in kinds:
             seen = needed(graph.fx, stale)
             live = [name for name, node in nodes.items() if node in seen]
@@ -152,12 +150,31 @@ def timetable(graph: Graph, run: Run) -> Timetable:
                 tuple(name for name in live if name not in stale),
                 tuple(name for name in live if name in stale),
             )
-        kind = kinds[stale]
-        kinds[stale] = replace(kind, calls=(*kind.calls, number))
-        generation.keep({name: nodes[name].meta["val"] for name in kind.refreshed}, sites, stale)
-        kept = max(kept, sum(v.nbytes for each in generation.values.values() for _, v in each))
-        generation.advance()
+        return {name: nodes[name].meta["val"] for name in kinds[stale].refreshed}
+
+    kept = 0
+    for number, (stale, values) in enumerate(played(run, sites, refreshed)):
+        kinds[stale] = replace(kinds[stale], calls=(*kinds[stale].calls, number))
+        kept = max(kept, sum(v.nbytes for each in values.values() for _, v in each))
     return Timetable(run, sites, tuple(kinds.values()), graph.step_macs(), kept)
+
+
+def played(
+    run: Run, sites: Mapping[str, Site], refreshed: Callable[[frozenset[str]], Mapping[str, torch.Tensor]]
+) -> Iterator[tuple[frozenset[str], Mapping[str, Sequence[tuple[int, torch.Tensor]]]]]:
+    """For each call of a run the sites that it inherits, and what is kept after it.
+
+    Args:
+        refreshed: what a call computes that inherits these sites; tensors that stand for the real ones.
+    """
+    timesteps = run.timesteps if run.timesteps is not None else tuple(float(run.calls - i) for i in range(run.calls))
+    generation = Generation((), (), run, 0, timesteps[0])
+    for timestep in timesteps:
+        generation.timestep = timestep
+        stale = generation.stale(sites)
+        generation.keep(refreshed(stale), sites, stale)
+        yield stale, generation.values
+        generation.advance()
 
 
 def ranges(calls: Sequence[int]) -> str:

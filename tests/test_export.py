@@ -59,7 +59,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported
         "pruned": lambda: (sdgraph.apply(build("sd15-levels"), "PruneBlocks('bk-sdm-base')"), {}),
         "sdxl": lambda: (build("sdxl"), {}),
         "controlled": lambda: (build("lcm", num_class_embeds=7), {"inputs": RESIDUALS}),
-        "half": lambda: (sdgraph.apply(build("sd15").half()), {}),
+        "half": lambda: (sdgraph.apply(build("sdxl").half()), {}),  # joins its time ids in float32
     }
 
     def of(name: str) -> Exported:

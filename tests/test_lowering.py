@@ -39,6 +39,8 @@ def test_every_place_is_lowered_and_numbers_stay(name: str) -> None:
     for sizes in ({}, {"B": 3, "H": 12, "W": 20}):
         call = call_of(source, **sizes)
         torch.testing.assert_close(answer(unet, call), answer(source, call), rtol=1e-3, atol=1e-4)
+    # the first of each chain follows no sum
+    assert found["LowerLayerNorm()"] == kinds["LayerNorm"] - kinds["Transformer2DModel"] > 0
     assert unet.graph.macs == sdgraph.apply(source).graph.macs
     names = set(source.state_dict())
     assert set(unet.state_dict()) == names  # weights keep theirs
@@ -109,12 +111,14 @@ def test_the_exported_operators_by_their_definitions(half: bool, tmp_path: Path)
     report = export(source, tmp_path / "cuda", artefact="cuda", dtype=dtype, calls=4, progress=False)
     assert source.dtype == torch.float32
     unet = sdgraph.apply(source, (), verify=False).to(dtype)
-    assert report.fused == {"LowerGroupNorm": 21, "LowerAttention": 8, "LowerGEGLU": 4, "LowerBiasAdd": 12}
+    fused = {"GroupNorm": 21, "Attention": 8, "GEGLU": 4, "BiasAdd": 12, "LayerNorm": 8}
+    assert report.fused == {f"Lower{name}": count for name, count in fused.items()}
     assert "LowerAttention 8" in str(report)
     model = onnx.load(tmp_path / "cuda" / "model.onnx", load_external_data=False)
     kinds = Counter(node.op_type for node in model.graph.node if node.domain == "com.microsoft")
     assert kinds["GroupNorm"] + kinds["SkipGroupNorm"] == 21
-    assert (kinds["MultiHeadAttention"], kinds["BiasSplitGelu"], kinds["BiasAdd"]) == (8, 4, 12)
+    assert (kinds["MultiHeadAttention"], kinds["BiasSplitGelu"]) == (8, 4)
+    assert (kinds["BiasAdd"], kinds["SkipLayerNormalization"]) == (4, 8)  # a norm takes in the bias and sum before it
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in model.graph.node:
         if "GroupNorm" in node.op_type:  # as the kernels want them
