@@ -96,6 +96,7 @@ def circumstances(device: str) -> dict[str, Any]:
         "diffusers": diffusers.__version__,
         "sdgraph": sdgraph.__version__,
         "commit": commit(),
+        "malloc": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
     }
 
 

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler
+from onnxruntime import GraphOptimizationLevel
 from table import report
 from torch import nn
 from tqdm import tqdm
@@ -80,6 +81,17 @@ GRI = ((16, 4), (16, 8), (8, 4))  # windows and pools
 CALLS = 10  # of a generation
 DEEP_CACHE = ((2, 0), (3, 0), (5, 0), (5, 1), (5, 2))  # intervals and branches
 _INHERIT = (HoistInvariants(), InheritFeatures.deep_cache(3))
+# What runs a bundle, by settings of ONNX Runtime's sessions.
+RUNNERS: dict[str, dict[str, Any]] = {
+    "torch": {},
+    "ONNX Runtime": {},
+    "an arena for each session": {"session.use_env_allocators": 0},
+    "no arena": {"session.use_env_allocators": 0, "enable_cpu_mem_arena": False},
+    "weights as they lie in the file": {
+        "session.disable_prepacking": 1,
+        "graph_optimization_level": GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    },
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -364,7 +376,7 @@ def _taken(way: str, bundle: Path, settings: Settings, model: str, size: str) ->
     if way == "torch":
         unet = sdgraph.apply(models.build(model, "cpu", torch.float32), _INHERIT, verify=False)
     else:
-        unet = ort.ORTUNet.from_pretrained(bundle, provider=CPU, session_options=RUNNERS[way](), verify=False)
+        unet = ort.ORTUNet.from_pretrained(bundle, provider=ort.CPU, session_options=RUNNERS[way], verify=False)
     config = SimpleNamespace(config=SimpleNamespace(**unet.config), device=unet.device, dtype=unet.dtype)
     call = models.call(config, settings.batch, int(size), int(size))  # type: ignore[arg-type]
     scheduler = DDIMScheduler()

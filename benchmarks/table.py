@@ -48,9 +48,10 @@ def report(result: dict[str, Any]) -> str:
 def conditions(result: dict[str, Any]) -> str:
     settings = result["settings"]
     quick = " **A quick run: smoke test, no figures to quote.**" if settings["quick"] else ""
+    malloc = "".join(f", `{name}={value}`" for name, value in result.get("malloc", {}).items())
     return (
         f"{result['device']}, {result['cores']} cores, {result['threads']} threads, {settings['dtype']}, batch "
-        f"{settings['batch']}; torch {result['torch']}, diffusers {result['diffusers']}, sdgraph {result['sdgraph']} "
+        f"{settings['batch']}{malloc}; torch {result['torch']}, diffusers {result['diffusers']}, sdgraph {result['sdgraph']} "
         f"({result['commit']}); {result['date'][:10]}.{quick}"
     )
 

@@ -12,7 +12,6 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it recommends torchvision, which nothing here needs
 
@@ -29,15 +28,6 @@ PRUNE = "CleanUp, PruneBlocks(('mid_block', 'up_blocks.3.attentions.1'))"
 INHERIT = "HoistInvariants, InheritFeatures('up_blocks.3.resnets.2', part='entry', schedule=Uniform(3), forecast=1)"
 STEPS, IMAGES = 25, 24
 SHOWN = 8  # images in the picture
-
-
-def same_threads() -> Any:
-    """ONNX Runtime with as many threads as PyTorch has."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return options
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -62,8 +52,11 @@ def main(out: Path) -> None:
     pruned = sdgraph.apply(source, PRUNE)
     inheriting = sdgraph.apply(traced, INHERIT)
     exported = onnx.export(pruned, out / "unet-onnx", overwrite=True)
+    same_threads = {"intra_op_num_threads": torch.get_num_threads()}
     running = ort.ORTUNet.from_pretrained(
-        out / "unet-onnx", provider="CPUExecutionProvider", session_options=same_threads()
+        out / "unet-onnx",
+        provider="CPUExecutionProvider",
+        session_options=same_threads,
     )
     unets = {
         "source, eager": source,

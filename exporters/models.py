@@ -13,15 +13,13 @@ from sdgraph.dims import evaluate
 from sdgraph.errors import CallError, ExtraError, SavedError, SdgraphError, SpecError, did_you_mean
 from sdgraph.inputs import Input
 
+from . import options
 from .binding import Captured, run
 from .manifest import AGAIN, CHOICE, NAMES, Manifest, Model
+from .options import CPU, CUDA, CUDA_OPTIONS
 from .weights import SharedWeights
 
 log = logging.getLogger("sdgraph")
-
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# cuDNN's exhaustive search, the default, is run anew for every size of a call.
-CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
 _ORT = {torch.float32: "tensor(float)", torch.float16: "tensor(float16)", torch.int64: "tensor(int64)"}
 
 
@@ -47,16 +45,19 @@ class Models:
 
         self.folder, self.manifest = folder, manifest
         self.provider = _provider(provider, onnxruntime.get_available_providers())
-        options = {**(CUDA_OPTIONS if self.provider == CUDA else {}), **(provider_options or {})}
-        self._provider_options = {key: str(value) for key, value in options.items()}
-        self._session_options = onnxruntime.SessionOptions() if session_options is None else session_options
-        self._sizes = _free(free_dims or {}, self._session_options)
-        if manifest.artefact == "cuda" and self.provider != CUDA:  # then models are not opened as files
-            where = "session.model_external_initializers_file_folder_path"
-            self._session_options.add_session_config_entry(where, str(folder.resolve()))
+        chosen = {**(CUDA_OPTIONS if self.provider == CUDA else {}), **(provider_options or {})}
+        self._provider_options = {key: str(value) for key, value in chosen.items()}
+        self._free_dims = dict(free_dims or {})
+        self._sizes = _by_symbol(self._free_dims)
+        if isinstance(session_options, onnxruntime.SessionOptions):
+            _require_nothing_else(free_dims, manifest, self.provider)
+        else:
+            shared = options.one_arena(self.provider, self._provider_options, cuda_graph)
+            session_options = {**shared, **(session_options or {})}
+        self._session_options = session_options
         self._sessions: dict[str, Any] = {}
         self._graphs: dict[Any, Captured] = {}
-        self._shared = SharedWeights(folder, self.device)
+        self._weights = SharedWeights(folder, self.device)
         self.cuda_graph = cuda_graph
         if cuda_graph and manifest.layout == "single":
             self._without_graphs("they cannot hold a file with branches; export with layout='variants'")
@@ -166,16 +167,16 @@ class Models:
 
         path = self.folder / model.file
         what: str | bytes = str(path)
-        if self.manifest.artefact == "cuda" and self.provider != CUDA:
+        settings = self._session_options
+        if _by_definition(self.manifest, self.provider):
             from .reference import runnable
 
             what = runnable(path)
-        if self.device.type == "cuda":
-            self._shared.lend(path, self._session_options)
+            settings = {**settings, "session.model_external_initializers_file_folder_path": self.folder.resolve()}
+        if isinstance(settings, Mapping):
+            settings = options.make(settings, self._free_dims, self._weights.of(path))
         try:
-            session = onnxruntime.InferenceSession(
-                what, self._session_options, providers=[(self.provider, self._provider_options)]
-            )
+            session = onnxruntime.InferenceSession(what, settings, providers=[(self.provider, self._provider_options)])
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise SavedError(
                 f"ONNX Runtime refuses the model: {error}",
@@ -196,14 +197,28 @@ class Models:
         return session
 
 
-def _free(sizes: Mapping[str, int], session_options: Any) -> dict[str, int]:
-    """Sizes by symbol, told to ONNX Runtime by the names that they have there."""
+def _by_definition(manifest: Manifest, provider: str) -> bool:
+    """Whether ONNX Runtime's own operators have no kernels here, so that models are not opened as they are on disk."""
+    return manifest.artefact == "cuda" and provider != CUDA
+
+
+def _require_nothing_else(free_dims: Any, manifest: Manifest, provider: str) -> None:
+    """Options that are the caller's own are not added to."""
+    needs = "free_dims" if free_dims else "a cuda artefact on another provider"
+    if free_dims or _by_definition(manifest, provider):
+        raise SpecError(
+            f"{needs} and a SessionOptions do not go together",
+            where="session_options",
+            cure="pass a mapping of its attributes, such as {'intra_op_num_threads': 4}",
+        )
+
+
+def _by_symbol(sizes: Mapping[str, int]) -> dict[str, int]:
     symbols = {name: symbol for symbol, name in NAMES.items()}
-    for name, size in sizes.items():
+    for name in sizes:
         if name not in symbols:
             cure = did_you_mean(name, symbols) or f"one of {', '.join(symbols)}"
             raise SpecError(f"no size {name!r}", where="free_dims", cure=cure)
-        session_options.add_free_dimension_override_by_name(name, size)
     return {symbols[name]: size for name, size in sizes.items()}
 
 

@@ -228,15 +228,20 @@ def _written(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _lean(manifest: Manifest) -> Any:
-    """Options with which a session takes little more memory than its weights."""
+def _lean(manifest: Manifest) -> dict[str, Any]:
+    """Settings with which a session takes little memory beside its weights, and those as they lie in the file."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.enable_cpu_mem_arena = False  # it would keep the activations of the largest call
-    if manifest.dtype == "float16":  # the CPU computes in float32, and optimised would keep all weights in that
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return options
+    level = onnxruntime.GraphOptimizationLevel
+    # The CPU computes float16 in float32, and optimised would keep all weights in that; beyond the basic level it
+    # rearranges the weights of convolutions.
+    half = manifest.dtype == "float16"
+    return {
+        "enable_cpu_mem_arena": False,
+        "session.use_env_allocators": 0,
+        "session.disable_prepacking": 1,
+        "graph_optimization_level": level.ORT_DISABLE_ALL if half else level.ORT_ENABLE_EXTENDED,
+    }
 
 
 def _as_graph(unet: Any, dtype: torch.dtype | None) -> GraphUNet:

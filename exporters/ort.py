@@ -20,7 +20,8 @@ from sdgraph.unet import no_value
 
 from .extra import require_onnx
 from .manifest import DATA, Manifest, read_config
-from .models import CPU, CUDA, Models
+from .models import Models
+from .options import CPU, CUDA
 from .sound import check_model
 
 
@@ -62,7 +63,9 @@ class ORTUNet(UNetCall):
             provider: of ONNX Runtime; by default CUDA if PyTorch sees a CUDA device and ONNX Runtime has the provider,
                 else the CPU.
             provider_options: of that provider; by default settled for CUDA.
-            session_options: an `onnxruntime.SessionOptions`, for all sessions.
+            session_options: attributes and configuration entries of `onnxruntime.SessionOptions`, such as
+                `{"intra_op_num_threads": 4, "session.disable_prepacking": 1}`. A `SessionOptions` is used as it is, and
+                then sessions share neither weights nor working memory.
             free_dims: sizes that all calls will have, such as `{"batch": 2, "height": 64, "width": 64}`: ONNX Runtime
                 plans for them. Other calls are refused.
             cuda_graph: record the kernels of each graph, for each set of sizes, and replay them as one. Where that is
@@ -70,7 +73,7 @@ class ORTUNet(UNetCall):
             verify: compare all files with the hashes of the manifest, which reads the weights once.
         Raises:
             SavedError: missing, damaged, changed or unsafe files; nothing was run.
-            SpecError: ONNX Runtime has no such provider, or the models no such size.
+            SpecError: ONNX Runtime has no such provider or option, or the models no such size.
             ExtraError: the `onnx` extra is not installed, or the provider does not start.
         """
         require_onnx()

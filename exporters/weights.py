@@ -12,8 +12,10 @@ import torch
 from sdgraph.errors import SavedError
 
 from .manifest import AGAIN
+from .sound import nodes_of
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir
 
 # Small tensors stay in the model: shape inference does not read constants from external data.
@@ -68,8 +70,17 @@ class Weights:
                 )
 
 
+def _shares(node: onnx.NodeProto) -> bool:
+    return node.op_type in ("Conv", "MatMul", "Gemm") and not node.domain
+
+
 class SharedWeights:
-    """The weights of several sessions on a device. Left to itself, each session brings its own there.
+    """The weights of several sessions on a device, each once; on the CPU as they lie in the file.
+
+    ONNX Runtime puts what it is given in the place of initialisers of that name once it has optimised the graph, even
+    if it has changed their values meanwhile: its transpose optimizer does that to what is added or multiplied, and
+    numbers would be wrong. So only kernels of convolutions and of matrix products are shared, nearly all bytes, which
+    nothing changes under their name.
 
     Args:
         folder: of the models.
@@ -80,23 +91,27 @@ class SharedWeights:
         self.folder, self.device = folder, device
         self._lent: dict[str, tuple[int, torch.Tensor, Any]] = {}  # sessions have their addresses only
 
-    def lend(self, path: Path, session_options: Any) -> None:
-        """Let the session that will open a model take its weights from here."""
+    def of(self, path: Path) -> dict[str, Any]:
+        """The weights of a model that sessions may share, as OrtValues by name."""
         import onnx
         import onnxruntime
 
-        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        found = {}
+        graph = onnx.load(path, load_external_data=False).graph
+        others = {name for node in nodes_of(graph) for i, name in enumerate(node.input) if not (i and _shares(node))}
+        for tensor in graph.initializer:
+            if tensor.data_location != onnx.TensorProto.EXTERNAL or len(tensor.dims) < 2 or tensor.name in others:
                 continue
             place = {each.key: each.value for each in tensor.external_data}
             offset = int(place.get("offset", 0))
             if tensor.name in self._lent:
                 if self._lent[tensor.name][0] != offset:
                     raise SavedError(f"{tensor.name} is two weights", where=str(path), cure=AGAIN)
+                found[tensor.name] = self._lent[tensor.name][2]
                 continue
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
             lies = np.memmap(self.folder / place["location"], dtype, "c", offset, tuple(tensor.dims))
             weight = torch.from_numpy(lies).to(self.device)
-            value = onnxruntime.OrtValue.from_dlpack(weight)
-            session_options.add_initializer(tensor.name, value)
-            self._lent[tensor.name] = offset, weight, value
+            found[tensor.name] = onnxruntime.OrtValue.from_dlpack(weight)
+            self._lent[tensor.name] = offset, weight, found[tensor.name]
+        return found

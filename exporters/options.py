@@ -1,0 +1,78 @@
+"""What ONNX Runtime's sessions are opened with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from sdgraph.errors import SpecError, did_you_mean
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# cuDNN's exhaustive search, the default, is run anew for every size of a call.
+CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
+ONE_ARENA = "session.use_env_allocators"
+DOUBLING, AS_ASKED = 0, 1  # how an arena grows
+
+log = logging.getLogger("sdgraph")
+_arenas: set[tuple[str, int]] = set()
+
+
+def make(settings: Mapping[str, Any], sizes: Mapping[str, int], weights: Mapping[str, Any]) -> Any:
+    """Options for one session: each has its own, because what is put into them cannot be taken out.
+
+    Args:
+        settings: attributes of `onnxruntime.SessionOptions`, and its configuration entries, whose names have a dot.
+        sizes: that all calls will have, by the names of the model's dimensions.
+        weights: OrtValues by the names of the model's initialisers.
+    Raises:
+        SpecError: no such attribute, or a value that it does not take.
+    """
+    import onnxruntime
+
+    made = onnxruntime.SessionOptions()
+    for name, value in settings.items():
+        if "." in name:
+            made.add_session_config_entry(name, str(value))
+            continue
+        known = [each for each in vars(type(made)) if isinstance(vars(type(made))[each], property)]
+        if name not in known:
+            cure = did_you_mean(name, known) or f"one of {', '.join(known)}; configuration entries have a dot"
+            raise SpecError(f"no option {name!r}", where="session_options", cure=cure)
+        try:
+            setattr(made, name, value)
+        except TypeError as error:
+            raise SpecError(
+                f"{name} does not take {value!r}", where="session_options", cure="see onnxruntime.SessionOptions"
+            ) from error
+    for name, size in sizes.items():
+        made.add_free_dimension_override_by_name(name, size)
+    for name, value in weights.items():
+        made.add_initializer(name, value)
+    return made
+
+
+def one_arena(provider: str, provider_options: Mapping[str, str], cuda_graph: bool) -> dict[str, str]:
+    """Settings with which sessions take their working memory from one arena of this process; they run in turns.
+
+    With CUDA graphs each keeps its own on the GPU: a graph writes to the same addresses for ever, where another
+    session's weights may lie by then.
+    """
+    try:
+        _register(CPU, 0, {}, DOUBLING)
+        if provider == CUDA and not cuda_graph:
+            _register(CUDA, int(provider_options.get("device_id", 0)), provider_options, AS_ASKED)
+    except Exception as error:  # ONNX Runtime's errors have no base of their own
+        log.warning("each session has an arena of its own: %s", error)
+        return {}
+    return {ONE_ARENA: "1"}
+
+
+def _register(provider: str, device: int, options: Mapping[str, str], growth: int) -> None:
+    import onnxruntime as ort
+
+    if (provider, device) not in _arenas:
+        kind = "Cuda" if provider == CUDA else "Cpu"
+        memory = ort.OrtMemoryInfo(kind, ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, device, ort.OrtMemType.DEFAULT)
+        ort.create_and_register_allocator_v2(provider, memory, dict(options), ort.OrtArenaCfg(0, growth, -1, -1))
+        _arenas.add((provider, device))
