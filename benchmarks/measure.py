@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -65,6 +66,38 @@ def resident() -> int:
     """Bytes of memory this process holds."""
     gc.collect()
     return int(psutil.Process().memory_info().rss)
+
+
+def mapped(memory: Any) -> int:
+    """Bytes of that memory which are pages of files; not told on all systems."""
+    return int(getattr(memory, "shared", 0))
+
+
+class Peak:
+    """The most memory of this process while the block runs, sampled; in bytes.
+
+    Args:
+        own: without pages of files that are mapped, which the system may drop at any time.
+        total: with them.
+    """
+
+    def __enter__(self) -> Peak:
+        self.own = self.total = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while not self._done.wait(0.02):
+            memory = process.memory_info()
+            self.total = max(self.total, memory.rss)
+            self.own = max(self.own, memory.rss - mapped(memory))
 
 
 def on_device(device: str) -> int:

@@ -22,7 +22,6 @@ import argparse
 import copy
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from typing import Any
 
 import measure
 import models
+import psutil
 import torch
 import torch.nn.functional as F
 from DeepCache import DeepCacheSDHelper
@@ -307,7 +307,7 @@ def export(settings: Settings, model: str) -> dict[str, Any]:
     before = measure.resident()
     start = time.perf_counter()
     inheriting = sdgraph.apply(unet, _INHERIT, verify=False)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, measure.Peak() as peak:
         report = onnx.export(inheriting, Path(folder) / "bundle", progress=False)
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -317,7 +317,8 @@ def export(settings: Settings, model: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "stages": report.seconds,
         "resident_before": before,
-        "resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "own_peak": peak.own,
+        "resident_peak": peak.total,
     }
 
 
@@ -370,8 +371,9 @@ def memory(settings: Settings, model: str, size: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _taken(way: str, bundle: Path, settings: Settings, model: str, size: str) -> dict[str, Any]:
-    """Memory of this process before and after a generation, and at most; and the generation's time."""
+    """Memory that this process takes, when all is open and at most in the first generation; and a generation's time."""
     before = measure.resident()
+    files = measure.mapped(psutil.Process().memory_info())
     unet: Any
     if way == "torch":
         unet = sdgraph.apply(models.build(model, "cpu", torch.float32), _INHERIT, verify=False)
@@ -388,10 +390,11 @@ def _taken(way: str, bundle: Path, settings: Settings, model: str, size: str) ->
         for timestep in scheduler.timesteps:
             unet(**{**call, "timestep": timestep, "encoder_hidden_states": own})
 
-    generation()
+    with measure.Peak() as peak:
+        generation()
     seconds = [measure.timed(generation, "cpu") for _ in range(settings.at_least)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"before": before, "opened": opened, "after": measure.resident(), "peak": peak, "seconds": seconds}
+    sizes = {"opened": opened, "own": peak.own + files, "total": peak.total}
+    return {"seconds": seconds, **{name: size - before for name, size in sizes.items()}}
 
 
 def _bytes(kept: Any) -> int:

@@ -51,8 +51,8 @@ def conditions(result: dict[str, Any]) -> str:
     malloc = "".join(f", `{name}={value}`" for name, value in result.get("malloc", {}).items())
     return (
         f"{result['device']}, {result['cores']} cores, {result['threads']} threads, {settings['dtype']}, batch "
-        f"{settings['batch']}{malloc}; torch {result['torch']}, diffusers {result['diffusers']}, sdgraph {result['sdgraph']} "
-        f"({result['commit']}); {result['date'][:10]}.{quick}"
+        f"{settings['batch']}{malloc}; torch {result['torch']}, diffusers {result['diffusers']}, sdgraph "
+        f"{result['sdgraph']} ({result['commit']}); {result['date'][:10]}.{quick}"
     )
 
 
@@ -178,7 +178,7 @@ def attention(cases: Sequence[dict[str, Any]]) -> str:
 
 
 def export(cases: Sequence[dict[str, Any]]) -> str:
-    rows = [("model", "dtype", "graphs", "weights", "bundle/weights", "seconds", "peak memory/weights")]
+    rows = [("model", "dtype", "graphs", "weights", "bundle/weights", "seconds", "peak memory/weights", "its own")]
     for case in cases:
         weights = case["weight_bytes"]
         rows.append(
@@ -190,11 +190,13 @@ def export(cases: Sequence[dict[str, Any]]) -> str:
                 f"{case['file_bytes'] / weights:.4f}",
                 f"{case['seconds']:.0f}",
                 f"{case['resident_peak'] / weights:.2f}",
+                f"{case['own_peak'] / weights:.2f}",
             )
         )
     return (
         markdown(rows)
-        + "\n\nUNets that inherit, `HoistInvariants` and DeepCache's site; memory is all the process takes."
+        + "\n\nUNets that inherit, `HoistInvariants` and DeepCache's site; memory is all that the process takes, "
+        "the UNet's own weights included; not its own are pages of the mapped file of weights."
     )
 
 
@@ -216,16 +218,16 @@ def deploy(cases: Sequence[dict[str, Any]]) -> str:
 
 
 def memory(cases: Sequence[dict[str, Any]]) -> str:
-    rows = [("model", "latents", "run by", "when open", "after a generation", "at most", "seconds")]
+    rows = [("model", "latents", "run by", "when open", "at most", "of that its own", "seconds")]
     for case in cases:
         _, model, size = case["case"].split("/")
         for name, each in case["ways"].items():
-            sizes = (f"{(each[key] - each['before']) / 1e9:.3g} GB" for key in ("opened", "after", "peak"))
+            sizes = (f"{each[key] / 1e9:.3g} GB" for key in ("opened", "total", "own"))
             rows.append((model, f"{size}x{size}", name, *sizes, f"{statistics.median(each['seconds']):.3g}"))
     weights = ", ".join(f"{case['weight_bytes'] / 1e9:.3g} GB" for case in cases)
     return (
         f"{markdown(rows)}\n\nGenerations of 10 calls by a process of its own, without what it took before; the "
-        f"weights are {weights}. Pages of the weights' file that are mapped count as taken."
+        f"weights are {weights}. Not its own are pages of the mapped file of weights."
     )
 
 
@@ -264,7 +266,10 @@ def circumstances(result: dict[str, Any]) -> str:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """DeepCache's settings beside what costs the same: fewer steps, a forecast, a search."""
+    """Of a frontier DeepCache's settings beside what costs the same: fewer steps, a forecast, a search; else memory."""
+    if "ways" not in result:
+        cases = [case for case in result["cases"] if case["case"].startswith("memory/")]
+        return f"{conditions(result)}\n\n{memory(cases)}"
     ways = result["ways"]
     steps = sorted((each["time"], each["psnr"]) for each in ways.values() if each["kind"] == "fewer steps")
     times, quality = zip(*((time, psnr) for time, psnr in steps if psnr is not None), strict=True)

@@ -232,12 +232,13 @@ def _lean(manifest: Manifest) -> dict[str, Any]:
     """Settings with which a session takes little memory beside its weights, and those as they lie in the file."""
     import onnxruntime
 
-    level = onnxruntime.GraphOptimizationLevel
+    level, order = onnxruntime.GraphOptimizationLevel, onnxruntime.ExecutionOrder
     # The CPU computes float16 in float32, and optimised would keep all weights in that; beyond the basic level it
     # rearranges the weights of convolutions.
     half = manifest.dtype == "float16"
     return {
         "enable_cpu_mem_arena": False,
+        "execution_order": order.PRIORITY_BASED,  # weights are cast when they are used, not all at first
         "session.use_env_allocators": 0,
         "session.disable_prepacking": 1,
         "graph_optimization_level": level.ORT_DISABLE_ALL if half else level.ORT_ENABLE_EXTENDED,

@@ -55,12 +55,14 @@ def make(settings: Mapping[str, Any], sizes: Mapping[str, int], weights: Mapping
 def one_arena(provider: str, provider_options: Mapping[str, str], cuda_graph: bool) -> dict[str, str]:
     """Settings with which sessions take their working memory from one arena of this process; they run in turns.
 
-    With CUDA graphs each keeps its own on the GPU: a graph writes to the same addresses for ever, where another
-    session's weights may lie by then.
+    With CUDA graphs each keeps its own: a graph writes to the same addresses for ever, where another session's weights
+    may lie by then.
     """
+    if cuda_graph:
+        return {}
     try:
         _register(CPU, 0, {}, DOUBLING)
-        if provider == CUDA and not cuda_graph:
+        if provider == CUDA:
             _register(CUDA, int(provider_options.get("device_id", 0)), provider_options, AS_ASKED)
     except Exception as error:  # ONNX Runtime's errors have no base of their own
         log.warning("each session has an arena of its own: %s", error)

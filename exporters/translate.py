@@ -82,7 +82,7 @@ def simplify(graph: fx.Graph) -> None:
                 if each.meta["val"].dtype != dtype:
                     with graph.inserting_before(node):
                         same = graph.call_function(aten._to_copy.default, (each,), {"dtype": dtype})
-                    same.meta["val"] = each.meta["val"].to(dtype)
+                    same.meta = {**node.meta, "val": each.meta["val"].to(dtype)}
                     node.replace_input_with(each, same)
             continue
         if node.target is aten._assert_tensor_metadata.default:

@@ -65,6 +65,16 @@ def test_none_where_there_should_be_some_is_an_error() -> None:
         LowerAttention().run(graph)
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("sd15", torch.float16), ("sd21", torch.float32)])
+def test_attention_is_upcast_where_the_configuration_says_so(name: str, dtype: torch.dtype) -> None:
+    unet = sdgraph.apply(build(name).half(), ("CleanUp", LowerAttention()), verify=False)
+    attentions = [node for node in unet.graph.nodes if node.target is contrib.attention]
+    assert len(attentions) == 8
+    for node in attentions:
+        assert {each.meta["val"].dtype for each in (node, *node.args[:3])} == {dtype}
+    assert answer(unet, call_of(unet)).dtype == torch.float16
+
+
 def test_what_is_left_alone_is_told() -> None:
     unet = sdgraph.apply(build(), ("CleanUp", "GRIAttention(4, pool=2)", LowerAttention()), verify=False)
     report = unet.report.passes[-1]
