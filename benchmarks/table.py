@@ -146,14 +146,15 @@ def inherit(cases: Sequence[dict[str, Any]]) -> str:
 
 
 def experts(cases: Sequence[dict[str, Any]]) -> str:
-    rows = [("bk-sdm-base", "latents", "convolutions", "parameters", "kept", "time/plain")]
+    rows = [("bk-sdm-base", "latents", "convolutions", "parameters", "kept", "seconds", "time/plain")]
     for case in cases:
         _, model, size = case["case"].split("/")
         for name, each in case["sizes"].items():
             times = ratio(case["samples"][name], case["samples"]["plain"])
             kind = "plain" if name == "plain" else f"MECondConv, by {name}"
             sizes = f"{each['parameters'] / 1e6:.4g} M", f"{each['kept_bytes'] / 1e6:.4g} MB"
-            rows.append((model, f"{size}x{size}", kind, *sizes, times))
+            seconds = f"{statistics.median(case['samples'][name]):.3g}"
+            rows.append((model, f"{size}x{size}", kind, *sizes, seconds, times))
     return markdown(rows) + "\n\nGenerations of 10 calls. Kept: between calls."
 
 

@@ -117,7 +117,7 @@ def test_operators_are_what_they_are_documented_to_be() -> None:
 def test_the_exported_operators_by_their_definitions(half: bool, tmp_path: Path) -> None:
     """The counts of what was fused are in the report; ONNX Runtime's CPU provider computes what eager computes."""
     dtype = torch.float16 if half else torch.float32
-    source = sdgraph.apply(build(**WIDE), (HoistInvariants(), InheritFeatures.deep_cache(3)), verify=False)
+    source = sdgraph.apply(build(**WIDE), InheritFeatures.deep_cache(3), verify=False)
     report = export(source, tmp_path / "cuda", artefact="cuda", dtype=dtype, calls=4, progress=False)
     assert source.dtype == torch.float32
     unet = sdgraph.apply(source, (), verify=False).to(dtype)
