@@ -86,7 +86,7 @@ RUNNERS: dict[str, dict[str, Any]] = {
     "torch": {},
     "ONNX Runtime": {},
     "an arena for each session": {"session.use_env_allocators": 0},
-    "no arena": {"session.use_env_allocators": 0, "enable_cpu_mem_arena": False},
+    "no arena": {"enable_cpu_mem_arena": False},
     "weights as they lie in the file": {
         "session.disable_prepacking": 1,
         "graph_optimization_level": GraphOptimizationLevel.ORT_ENABLE_EXTENDED,

@@ -303,11 +303,10 @@ class LowerLayerNorm(Lowering):
         x: Any = node.args[0]
         if norm.weight is None or norm.bias is None:
             return Limit("it has no weights")
+        terms: tuple[Any, ...] = _sum(x) or ()
         if x.target is contrib.bias_add:
             projected, bias, skip = x.args
             terms = projected, skip, bias
-        else:
-            terms = _sum(x) or ()
         if not terms:
             return Limit("what it normalises is no sum")
         shape = x.meta["val"].shape

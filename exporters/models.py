@@ -49,12 +49,15 @@ class Models:
         self._provider_options = {key: str(value) for key, value in chosen.items()}
         self._free_dims = dict(free_dims or {})
         self._sizes = _by_symbol(self._free_dims)
+        self._session_options = {} if session_options is None else session_options
         if isinstance(session_options, onnxruntime.SessionOptions):
             _require_nothing_else(free_dims, manifest, self.provider)
-        else:
-            shared = options.one_arena(self.provider, self._provider_options, cuda_graph)
-            session_options = {**shared, **(session_options or {})}
-        self._session_options = session_options
+        elif not isinstance(self._session_options, Mapping):
+            cure = "pass a mapping of attributes of onnxruntime.SessionOptions"
+            raise SpecError(f"{type(session_options).__name__} is no mapping", where="session_options", cure=cure)
+        elif not cuda_graph and self._session_options.get("enable_cpu_mem_arena", True):
+            shared = options.one_arena(self.provider, self._provider_options)
+            self._session_options = {**shared, **self._session_options}
         self._sessions: dict[str, Any] = {}
         self._graphs: dict[Any, Captured] = {}
         self._weights = SharedWeights(folder, self.device)

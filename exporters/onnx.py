@@ -239,7 +239,6 @@ def _lean(manifest: Manifest) -> dict[str, Any]:
     return {
         "enable_cpu_mem_arena": False,
         "execution_order": order.PRIORITY_BASED,  # weights are cast when they are used, not all at first
-        "session.use_env_allocators": 0,
         "session.disable_prepacking": 1,
         "graph_optimization_level": level.ORT_DISABLE_ALL if half else level.ORT_ENABLE_EXTENDED,
     }

@@ -52,14 +52,11 @@ def make(settings: Mapping[str, Any], sizes: Mapping[str, int], weights: Mapping
     return made
 
 
-def one_arena(provider: str, provider_options: Mapping[str, str], cuda_graph: bool) -> dict[str, str]:
+def one_arena(provider: str, provider_options: Mapping[str, str]) -> dict[str, str]:
     """Settings with which sessions take their working memory from one arena of this process; they run in turns.
 
-    With CUDA graphs each keeps its own: a graph writes to the same addresses for ever, where another session's weights
-    may lie by then.
+    Not for CUDA graphs: one writes to the same addresses for ever, where another session's weights may lie by then.
     """
-    if cuda_graph:
-        return {}
     try:
         _register(CPU, 0, {}, DOUBLING)
         if provider == CUDA:

@@ -135,8 +135,6 @@ def timetable(graph: Graph, run: Run) -> Timetable:
     Raises:
         ScheduleError: a schedule does not fit the run, or the run has no calls.
     """
-    if not run.calls:
-        raise ScheduleError("a generation without calls", where="timetable", cure="a number of calls, or timesteps")
     sites, nodes = graph.sites, nodes_of_sites(graph.fx)
     kinds: dict[frozenset[str], Variant] = {}
 
@@ -166,8 +164,12 @@ def played(
 
     Args:
         refreshed: what a call computes that inherits these sites; tensors that stand for the real ones.
+    Raises:
+        ScheduleError: there are no calls, or a schedule does not fit them.
     """
-    timesteps = run.timesteps if run.timesteps is not None else tuple(float(run.calls - i) for i in range(run.calls))
+    timesteps = run.timesteps or tuple(float(left) for left in range(run.calls or 0, 0, -1))
+    if not timesteps:
+        raise ScheduleError("a generation without calls", where="timetable", cure="a number of calls, or timesteps")
     generation = Generation((), (), run, 0, timesteps[0])
     for timestep in timesteps:
         generation.timestep = timestep

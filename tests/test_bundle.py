@@ -260,7 +260,7 @@ def test_settings_of_sessions(exported: Callable[[str], Exported]) -> None:
     call = call_of(unet, L=77)
     own = onnxruntime.SessionOptions()
     own.intra_op_num_threads = 1
-    frugal = {"session.disable_prepacking": 1, "enable_cpu_mem_arena": False, "session.use_env_allocators": 0}
+    frugal = {"session.disable_prepacking": 1, "enable_cpu_mem_arena": False}
     for settings in (own, {"intra_op_num_threads": 1}, frugal):
         running = opened(directory, session_options=settings)
         again = opened(directory, session_options=settings)  # nothing is put into options that are the caller's
@@ -270,6 +270,8 @@ def test_settings_of_sessions(exported: Callable[[str], Exported]) -> None:
         opened(directory, session_options={"intra_op_threads": 1})
     with pytest.raises(SpecError, match="intra_op_num_threads does not take 'two'"):
         opened(directory, session_options={"intra_op_num_threads": "two"})
+    with pytest.raises(SpecError, match="str is no mapping"):
+        opened(directory, session_options="disable_prepacking")
     with pytest.raises(SpecError, match="free_dims and a SessionOptions do not go together"):
         opened(directory, session_options=own, free_dims={"batch": 2})
 
