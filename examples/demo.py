@@ -22,6 +22,7 @@ from scenes.pipeline import load
 from scenes.quality import Quality, held_out_captions
 
 import sdgraph
+from sdgraph.columns import columns
 from sdgraph.exporters import onnx, ort
 
 PRUNE = "CleanUp, PruneBlocks(('mid_block', 'up_blocks.3.attentions.1'))"
@@ -31,8 +32,7 @@ SHOWN = 8  # images in the picture
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = columns(rows).splitlines()
     return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:]])
 
 

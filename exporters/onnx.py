@@ -233,7 +233,7 @@ def _lean(manifest: Manifest) -> dict[str, Any]:
     import onnxruntime
 
     level, order = onnxruntime.GraphOptimizationLevel, onnxruntime.ExecutionOrder
-    # The CPU computes float16 in float32, and optimised would keep all weights in that; beyond the basic level it
+    # The CPU computes float16 in float32, and optimised would keep all weights in that; beyond the extended level it
     # rearranges the weights of convolutions.
     half = manifest.dtype == "float16"
     return {

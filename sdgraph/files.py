@@ -23,6 +23,9 @@ def appearing(
         target: the directory, or where it will be; its parents are made at the end too.
         check: raises if what is at `target` may not be replaced; asked first and last.
         error: what is raised where nothing can be written.
+    Raises:
+        error: see there.
+        OSError: writing fails later; what was there stays.
     """
     target = Path(os.path.abspath(target))
     check(target)

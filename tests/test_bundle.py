@@ -31,6 +31,7 @@ import sdgraph
 from sdgraph import GraphUNet, similarity
 from sdgraph.__main__ import main
 from sdgraph.errors import CallError, ModeError, SpecError
+from sdgraph.exporters.bench import bench
 from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort import ORTUNet
 from sdgraph.exporters.weights import SharedWeights
@@ -320,6 +321,13 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog
     assert main([*arguments, "--provider", "CPUExecutionProvider"]) == 0
     assert "4 calls" in capsys.readouterr().out
     assert set(json.loads(figures.read_text())["models"]) == {"model.onnx", "inherit_1.onnx"}
+    assert main(["inspect", str(out), "--calls", "0"]) == 2
+    assert "without calls" in capsys.readouterr().err
+    config = json.loads((unet / "config.json").read_text())  # of an export that names no size
+    running = opened(out)
+    running.config = {**config, "sample_size": None}
+    with pytest.raises(SpecError, match="no sample_size"):
+        bench(running)
     assert main(["export", str(unet), "--out", str(out)]) == 2
     assert "the directory exists" in capsys.readouterr().err
     (out / "model.onnx.data").write_bytes(b"")
