@@ -10,7 +10,7 @@ from torch import fx
 
 from sdgraph import Contract, Findings, Graph, Pass
 from sdgraph.cost import macs
-from sdgraph.inherit import inherit
+from sdgraph.inherit import changing_nodes, inherit
 from sdgraph.schedules import Once
 
 ONCE = Once()
@@ -28,7 +28,7 @@ class HoistInvariants(Pass):
     contract: ClassVar[Contract] = Contract.EXACT
 
     def run(self, graph: Graph) -> Findings:
-        changing = changing_nodes(graph)
+        changing = changing_nodes(graph.fx, graph.inputs)
         found = [
             node
             for node in graph.nodes
@@ -45,26 +45,6 @@ class HoistInvariants(Pass):
                 graph.inherit(node, name, ONCE)
                 edits.append(f"{name} is computed once per generation")
         return Findings(edits=tuple(edits))
-
-
-def changing_nodes(graph: Graph) -> set[fx.Node]:
-    """The nodes whose tensors depend on inputs that change from call to call. Sizes do not: a call of another size
-    begins another generation."""
-    conditioning = {i.name for i in graph.inputs if i.conditioning}
-    changing: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            depends = node.name not in conditioning
-        else:
-            depends = _holds_tensors(node) and not changing.isdisjoint(node.all_input_nodes)
-        if depends:
-            changing.add(node)
-    return changing
-
-
-def _holds_tensors(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, tuple | list) else (value,)))
 
 
 def _costly(graph: Graph, node: fx.Node) -> fx.Node | None:

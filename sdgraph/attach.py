@@ -17,8 +17,11 @@ def attach(pipe: Any) -> Attachment:
     """Let a pipeline's UNet read from the pipeline's scheduler which call of how many it is at.
 
     Not needed for right images, but with it schedules know the number of calls and their timesteps, nothing is read
-    back from the GPU between calls, a call that does not follow the one before is recognised as such whatever its
-    timestep, and what was kept is freed after the last call.
+    back from the GPU between calls, samplers with random steps inherit too, a call that does not follow the one before
+    is recognised as such whatever its timestep, and what was kept is freed after the last call.
+
+    One batch of samples goes through the scheduler at a time, as schedulers themselves require. On an accelerator an
+    edit of the prompt during a generation is noticed if PyTorch counts it: not one through `.data`.
 
     Args:
         pipe: a diffusers pipeline whose `unet` sdgraph made. It may change its scheduler later. It is not kept alive.
@@ -37,6 +40,11 @@ def attach(pipe: Any) -> Attachment:
     return Attachment(pipe, generations)
 
 
+def _is_one_element(timestep: torch.Tensor) -> bool:
+    """Whether all samples have the same timestep: one number, or one expanded over the batch."""
+    return timestep.numel() == 1 or not any(timestep.stride())
+
+
 class Attachment:
     """A pipeline's scheduler as the clock of its UNet's generations.
 
@@ -48,14 +56,13 @@ class Attachment:
         self._pipe, self._generations = weakref.ref(pipe, self._forget), generations
         self._timesteps = torch.empty(0)  # kept, so that no other tensor gets its memory
         self._values: list[float] = []
-        self._first = 0
+        self._first = self._end = 0
         self._run = Run()
         generations.clocks.append(self)
 
     def read(self, timestep: torch.Tensor) -> Moment | None:
-        pipe = self._pipe()
-        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
-        if not isinstance(timesteps, torch.Tensor) or timestep.numel() != 1 or timesteps.numel() == 0:
+        timesteps = self._scheduler_timesteps
+        if not isinstance(timesteps, torch.Tensor) or not _is_one_element(timestep) or timesteps.numel() == 0:
             return None
         if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
             return None
@@ -64,15 +71,35 @@ class Attachment:
             return None
         if timesteps is not self._timesteps:
             self._timesteps, self._values = timesteps, [float(value) for value in timesteps.tolist()]
-            self._begin(index, getattr(pipe, "_num_timesteps", None))
-        elif index < self._first:
+            self._begin(index, self._calls())
+        elif index < self._first or index >= self._end:  # not the calls that were foreseen
             self._begin(index, None)
-        return Moment(self._values[index], index - self._first, self._run)
+        return Moment(self._values[index], index - self._first, self._run, timesteps)
+
+    @property
+    def _scheduler_timesteps(self) -> object:
+        return getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
+
+    def _calls(self) -> int | None:
+        """How many calls the pipeline makes, where it stops before the last timestep; None if it does not.
+
+        Pipelines may share a scheduler, and a loop of the user's own may use it, while each pipeline remembers its
+        last run only. So the number counts where it is needed (SDXL's `denoising_end`), and if all pipelines agree.
+        """
+        sharing = {
+            getattr(clock._pipe(), "_num_timesteps", None)
+            if getattr(clock._pipe(), "_denoising_end", None) is not None
+            else None
+            for clock in self._generations.clocks
+            if isinstance(clock, Attachment) and clock._scheduler_timesteps is self._timesteps
+        }
+        return sharing.pop() if len(sharing) == 1 else None
 
     def _begin(self, first: int, count: int | None) -> None:
         """A run begins at the timestep `first`; image-to-image leaves out some, and SDXL's `denoising_end` others."""
-        last = len(self._values) if count is None or first + count > len(self._values) else first + count
-        self._first, self._run = first, Run(last - first, tuple(self._values[first:last]))
+        all_of_them = len(self._values)
+        self._first, self._end = first, all_of_them if count is None else min(first + count, all_of_them)
+        self._run = Run(self._end - first, tuple(self._values[first : self._end]))
 
     def detach(self) -> None:
         """Calls are counted as they come again."""

@@ -1,15 +1,17 @@
 """Which call of which generation this is, and what it may inherit. One place for every backend.
 
-A generation is what one set of conditioning tensors goes through: pipelines hand the same objects to every call. A call
-belongs to the same generation as the one before with those objects if nothing says otherwise; whatever is in doubt
-begins a new one, whose first call refreshes everything. So no feature ever comes from another prompt or image.
+A generation is the way of one batch of samples from noise to images. Pipelines hand the same conditioning tensors to
+all its calls. A call continues the last generation with these tensors if it is the next one by the caller's own account
+(an attached scheduler, `expecting`) or, where nobody gives one, if its latents follow from the calls before. Whatever
+is in doubt is computed anew, so that no feature ever comes from another prompt or image.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,7 +20,10 @@ import torch
 
 from .forecast import forecast
 from .inherit import Site
+from .lineage import Lineage
 from .schedules import Run
+
+log = logging.getLogger("sdgraph")
 
 PROMPT = "encoder_hidden_states"
 
@@ -31,11 +36,14 @@ class Moment:
         timestep: of the call.
         number: of the call in its run, from 0; None if nobody says, then calls are counted.
         run: what is known of the run; the same object for all its calls.
+        loop: what vouches that the calls of a generation come in order, an attached scheduler's timesteps or an
+            `expecting` block; None if nothing does.
     """
 
     timestep: float
     number: int | None
     run: Run
+    loop: object | None = None
 
 
 class Step(Protocol):
@@ -54,52 +62,95 @@ class Clock(Protocol):
         """The moment of a call with this timestep; None if it is not a call of that pipeline."""
 
 
+class Constant:
+    """A conditioning tensor as it was when a generation began.
+
+    PyTorch counts edits of a tensor, but neither those of inference tensors nor those through NumPy or `.data`. So the
+    contents are compared, where that does not make a device wait: it would at an attached pipeline on an accelerator.
+    """
+
+    def __init__(self, tensor: torch.Tensor, waits: bool) -> None:
+        self._ref = weakref.ref(tensor)
+        self._version = _version(tensor)
+        compared = waits or tensor.device.type == "cpu" or tensor.is_inference()
+        self._contents = tensor.detach().clone() if compared else None
+
+    def still_is(self, tensor: torch.Tensor) -> bool:
+        return (
+            self._ref() is tensor
+            and self._version == _version(tensor)
+            and (self._contents is None or torch.equal(self._contents, tensor))
+        )
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
 @dataclass
 class Generation:
     """The calls so far of one generation, and the values that later ones may inherit.
 
     Args:
-        signature: of its inputs: names, shapes, dtypes, devices, autocasting, and the versions of the conditioning.
-        conditioning: those tensors.
+        signature: of its inputs: names, shapes, dtypes, devices, autocasting.
+        conditioning: what its calls have in common.
+        loop: what vouches for the order of its calls.
         run: the calls it is part of.
         number: of the next call in that run.
         timestep: of the last call.
+        shared: several samples may be going through the loop by turns, and whose features are whose cannot be told:
+            nothing is kept.
+        lineage: its last latents and predictions, where nothing vouches for the order.
         values: of the refreshed sites, each with the number of the call that made it, newest last.
         missed: sites that were due at calls that did not need them; they are refreshed when next needed.
-        shared: its first call came twice. Several samples may be going through it by turns, as when a batch is split,
-            and whose features are whose cannot be told: nothing is kept.
     """
 
     signature: tuple[object, ...]
-    conditioning: tuple[weakref.ref[torch.Tensor], ...]
+    conditioning: tuple[Constant, ...]
+    loop: object | None
     run: Run
     number: int
     timestep: float
     shared: bool = False
     calls: int = 0
+    lineage: Lineage = field(default_factory=Lineage)
     values: dict[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
     missed: set[str] = field(default_factory=set)
 
-    def continues(self, signature: tuple[object, ...], conditioning: Collection[torch.Tensor], moment: Moment) -> bool:
-        """Whether a call can be the next one.
-
-        Where nobody says which call it is: timesteps fall during a generation. Some schedulers repeat one (PNDM its
-        second, Heun every one but the first), none its first; a generation of a single step, however, is followed by
-        the same timestep.
-        """
-        if signature != self.signature or self._over:
-            return False
-        if any(ref() is not tensor for ref, tensor in zip(self.conditioning, conditioning, strict=True)):
+    def continues(
+        self,
+        signature: tuple[object, ...],
+        conditioning: Collection[torch.Tensor],
+        moment: Moment,
+        sample: torch.Tensor,
+    ) -> bool:
+        """Whether a call can be the next one."""
+        if moment.loop is not self.loop or self._over or not self.has(signature, conditioning):
             return False
         if moment.number is not None:
             return moment.run is self.run and moment.number == self.number
-        return moment.timestep < self.timestep or (moment.timestep == self.timestep and self.calls > 1)
+        if moment.timestep > self.timestep:
+            return False
+        again = moment.timestep == self.timestep  # as PNDM, Heun and DPM2 have it
+        if self.loop is None:
+            return self.lineage.leads_to(sample) and not (again and self.lineage.repeats(sample))
+        if again and self.run.timesteps is not None:
+            return self.run.timesteps[self.number] == moment.timestep
+        return not again or self.calls > 1
 
-    def repeats(self, moment: Moment) -> bool:
-        """Whether a call is at the place of the last one."""
-        if moment.number is not None:
-            return moment.run is self.run and moment.number == self.number - 1
-        return moment.timestep == self.timestep
+    def has(self, signature: tuple[object, ...], conditioning: Collection[torch.Tensor]) -> bool:
+        """Whether a call has the same kind of inputs and the same conditioning."""
+        return signature == self.signature and all(
+            then.still_is(now) for then, now in zip(self.conditioning, conditioning, strict=True)
+        )
+
+    def restarts(self, moment: Moment) -> bool:
+        """Whether a call that does not continue this generation starts another one in the same loop, before the end of
+        this one: then this one may be taken up again."""
+        if self.loop is None or moment.loop is not self.loop:
+            return False
+        back = moment.timestep >= self.timestep if moment.number is None else moment.number < self.number
+        return self.shared or (back and not self._over)
 
     @property
     def _over(self) -> bool:
@@ -121,11 +172,15 @@ class Generation:
 
     def keep(self, refreshed: Mapping[str, torch.Tensor], sites: Mapping[str, Site], stale: Collection[str]) -> None:
         """Take note of what the call under way refreshed."""
-        if self.shared:
-            return
         for name, value in refreshed.items():
+            if self.shared and not sites[name].invariant:
+                continue
             self.values[name] = [*self.values.get(name, ()), (self.number, value)][-1 - sites[name].forecast :]
         self.missed = {name for name in sites if name not in refreshed and name not in stale}
+
+    def take_over(self, before: Generation, sites: Mapping[str, Site]) -> None:
+        """Take the values that depend on conditioning alone from an earlier generation with the same conditioning."""
+        self.values = {n: values for n, values in before.values.items() if sites[n].invariant and not sites[n].forecast}
 
     def advance(self) -> None:
         """The call under way is done; after the last one of a run of known length nothing is kept."""
@@ -141,6 +196,7 @@ class Generations:
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], Generation] = {}
         self._expected = threading.local()
+        self._said: set[str] = set()
         self.clocks: list[Clock] = []
 
     def run(
@@ -158,14 +214,19 @@ class Generations:
             sites: that calls may inherit.
             step: computes a call.
         """
-        with self.call(flat, constant) as generation:
+        with self.call(flat, constant, sites) as generation:
             stale = generation.stale(sites)
             output, refreshed = step(flat, stale, generation.inherited)
-            generation.keep(refreshed, sites, stale)
-        return output
+            generation.keep(apart(refreshed, (*flat.values(), output)), sites, stale)
+            if generation.loop is None and not generation.shared:
+                generation.lineage.add(flat["sample"], output)
+            kept = (value for values in generation.values.values() for _, value in values)
+            return apart({"output": output}, kept)["output"]
 
     @contextmanager
-    def call(self, flat: Mapping[str, torch.Tensor], constant: Collection[str]) -> Iterator[Generation]:
+    def call(
+        self, flat: Mapping[str, torch.Tensor], constant: Collection[str], sites: Mapping[str, Site]
+    ) -> Iterator[Generation]:
         """The generation that a call belongs to, for the duration of that call.
 
         If the call fails, the generation is over: the next call refreshes everything.
@@ -173,21 +234,42 @@ class Generations:
         Args:
             flat: the inputs of the call.
             constant: names of those that a generation keeps.
+            sites: that calls may inherit.
         """
         prompt, moment = flat[PROMPT], self._moment(flat["timestep"])
         conditioning = [flat[name] for name in constant if name in flat]
-        # an edit in place makes another prompt of it
-        versions = tuple(None if tensor.is_inference() else tensor._version for tensor in conditioning)
         casting = torch.is_autocast_enabled(prompt.device.type)
-        signature = (versions, casting, *((name, v.shape, v.dtype, v.device) for name, v in flat.items()))
+        signature = (casting, *((name, v.shape, v.dtype, v.device) for name, v in flat.items()))
         key = threading.get_ident(), id(prompt)
         generation = self._known.get(key)
-        if generation is None or not generation.continues(signature, conditioning, moment):
-            again = generation is not None and generation.repeats(moment)
+        if moment is None:
+            self._known.pop(key, None)
+            self.say("the samples of a batch have different timesteps: such calls inherit nothing")
+            yield Generation(signature, (), None, Run(), 0, 0.0, shared=True)
+            return
+        if generation is None or not generation.continues(signature, conditioning, moment, flat["sample"]):
+            shared = generation is not None and generation.restarts(moment)
             if generation is None:
                 weakref.finalize(prompt, self._known.pop, key, None)  # the values go when the prompt does
-            refs = tuple(map(weakref.ref, conditioning))
-            generation = Generation(signature, refs, moment.run, moment.number or 0, moment.timestep, again)
+            elif shared:
+                self.say(
+                    "a generation began with the prompt of another one that is not over, in the same loop: whose calls "
+                    "are whose cannot be told, and nothing is inherited. Call unet.reset() after an interrupted "
+                    "generation, and give samples that take turns prompts of their own"
+                )
+            elif moment.loop is None and moment.timestep < generation.timestep:
+                self.say(
+                    "the latents of a call do not follow from the calls before (a sampler with random steps, another "
+                    "image, or edited latents), so it inherits nothing. Tell the UNet how calls are made: "
+                    "sdgraph.attach(pipe), or `with unet.expecting(timesteps)` in a loop of your own"
+                )
+            constants = tuple(Constant(tensor, waits=moment.loop is None) for tensor in conditioning)
+            before, generation = (
+                generation,
+                Generation(signature, constants, moment.loop, moment.run, moment.number or 0, moment.timestep, shared),
+            )
+            if before is not None and before.has(signature, conditioning):
+                generation.take_over(before, sites)
             self._known[key] = generation
         generation.timestep = moment.timestep
         try:
@@ -197,18 +279,34 @@ class Generations:
             raise
         generation.advance()
 
-    def _moment(self, timestep: torch.Tensor) -> Moment:
+    def _moment(self, timestep: torch.Tensor) -> Moment | None:
+        """Where a call stands; None if its samples stand at different places."""
         for clock in self.clocks:
             moment = clock.read(timestep)
             if moment is not None:
                 return moment
-        return Moment(float(timestep.reshape(-1)[0]), None, getattr(self._expected, "run", Run()))
+        first, *others = timestep.reshape(-1).tolist()
+        if any(other != first for other in others):
+            return None
+        run, loop = self._expectation
+        return Moment(float(first), None, run, loop)
+
+    @property
+    def _expectation(self) -> tuple[Run, object | None]:
+        """The run that this thread expects, and the block that says so."""
+        return getattr(self._expected, "run", (Run(), None))
+
+    def say(self, warning: str) -> None:
+        """Log a warning, once for each of its kind."""
+        if warning not in self._said:
+            self._said.add(warning)
+            log.warning("%s", warning)
 
     @contextmanager
     def expecting(self, run: Run) -> Iterator[None]:
         """Generations that begin inside, in this thread, make the calls of `run`."""
-        before = getattr(self._expected, "run", Run())
-        self._expected.run = run
+        before = self._expectation
+        self._expected.run = run, object()
         try:
             yield
         finally:
@@ -218,6 +316,12 @@ class Generations:
         self._known.clear()
 
     def bytes(self) -> int:
-        """Of all values that are kept."""
+        """Of all features that are kept, without the latents and prompts by which calls are recognised."""
         kept = (value for g in list(self._known.values()) for each in g.values.values() for _, value in each)
         return sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in kept}.values())
+
+
+def apart(values: Mapping[str, torch.Tensor], others: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The values, as copies where they share memory with others, which somebody else may edit."""
+    taken = {other.untyped_storage().data_ptr() for other in others}
+    return {n: v.clone() if v.untyped_storage().data_ptr() in taken else v for n, v in values.items()}

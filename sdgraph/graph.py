@@ -15,7 +15,7 @@ from torch import nn
 
 from .dims import Dims
 from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
-from .inherit import Site, inherit, needed, sites
+from .inherit import Site, changing_nodes, inherit, needed, sites
 from .inputs import Input
 from .region import Region
 from .schedules import Run, Schedule
@@ -57,6 +57,7 @@ class Graph:
         classes: class name of every source module, by path.
         passes: what has been applied.
         removed: module paths that are gone, with the spec of the pass that removed each.
+        frozen: it belongs to a `GraphUNet` and is not edited any more; a copy can be.
         dropped: convolutions that passes of this `apply` removed, by the path they had: material for later passes.
     """
 
@@ -71,6 +72,7 @@ class Graph:
     classes: dict[str, str] = field(default_factory=dict)
     passes: tuple[Pass, ...] = ()
     removed: dict[str, str] = field(default_factory=dict)
+    frozen: bool = False
     dropped: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
@@ -298,6 +300,7 @@ class Graph:
 
     def follow_weights(self) -> None:
         """Take over the dtype and device that the weights have been moved to since the trace."""
+        self._check_editable()
         weight = next(iter(self.parameters().values()), None)
         if weight is None or (weight.dtype, weight.device) == (self.dtype, self.device):
             return
@@ -338,6 +341,7 @@ class Graph:
 
     def _put(self, path: str, value: nn.Module | torch.Tensor) -> None:
         """Set a weight, and forget what was known of the one before."""
+        self._check_editable()
         self.weights.put(path, value)
         for key in ("val", "probe"):
             if self._meta.pop((path, key), None) is not None:
@@ -376,6 +380,7 @@ class Graph:
         Raises:
             TraceError, ShapeError: the code cannot be traced; the graph is unchanged.
         """
+        self._check_editable()
         given = [a for a in args if isinstance(a, torch.fx.Node)]
         if isinstance(code, nn.Module) and not path:
             raise EditError("a module is inserted without a path", cure="pass path=, where it is registered")
@@ -451,6 +456,7 @@ class Graph:
             EditError: the region has sites of feature inheritance.
             ShapeError: nothing fits; with the two shapes.
         """
+        self._check_editable()
         region = self.region(region) if isinstance(region, str) else region
         self._keep_sites(region)
         for output in region.outputs:
@@ -460,11 +466,13 @@ class Graph:
 
     def rewire(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         """Let every user of `old` take `new`, which must have the same shape at every size."""
+        self._check_editable()
         self._same_shape(old, new, scope(old))
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def erase(self, node: torch.fx.Node) -> None:
         """Remove a node nobody uses."""
+        self._check_editable()
         if node.users:
             names = ", ".join(n.name for n in node.users)
             raise EditError(f"{node.name} is used by {names}", where=scope(node), cure="rewire its users first")
@@ -492,7 +500,8 @@ class Graph:
         Returns:
             the node that all earlier users of `node` now take.
         """
-        if name in self.sites:
+        self._check_editable()
+        if name in sites(self.fx):
             raise EditError(f"there is a site {name!r} already", where=scope(node), cure="name it otherwise")
         if not isinstance(node.meta["val"], torch.Tensor):
             raise EditError(f"{node.name} is no tensor", where=scope(node), cure="inherit a tensor")
@@ -507,6 +516,7 @@ class Graph:
 
     def reschedule(self, name: str, schedule: Schedule) -> None:
         """Give a site another schedule."""
+        self._check_editable()
         if name not in self.sites:
             raise PathError(f"no site {name!r}", cure=did_you_mean(name, self.sites) or f"sites: {list(self.sites)}")
         self._sites[name] = replace(self._sites[name], schedule=schedule)
@@ -514,7 +524,8 @@ class Graph:
     @property
     def sites(self) -> dict[str, Site]:
         """The sites of feature inheritance by name, in graph order."""
-        return {name: self._sites[name] for name in sites(self.fx)}
+        changing = changing_nodes(self.fx, self.inputs) if self._sites else set()
+        return {n: replace(self._sites[n], invariant=node not in changing) for n, node in sites(self.fx).items()}
 
     def timetable(self, calls: int | Sequence[float] | torch.Tensor) -> Timetable:
         """What each call of a generation refreshes, inherits and costs.
@@ -536,6 +547,7 @@ class Graph:
 
     def sweep(self) -> None:
         """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""
+        self._check_editable()
         for node in reversed(self.fx.nodes):
             if not node.users and node.op not in ("placeholder", "output"):
                 self.fx.erase_node(node)
@@ -556,6 +568,7 @@ class Graph:
             self,
             fx=nodes,
             weights=weights,
+            frozen=False,
             classes=dict(self.classes),
             removed=dict(self.removed),
             dropped=dict(self.dropped),
@@ -564,6 +577,13 @@ class Graph:
         )
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _check_editable(self) -> None:
+        if self.frozen:
+            raise EditError(
+                "the graph belongs to a GraphUNet, which has compiled calls from it",
+                cure="edit a copy, and build another: graph = unet.graph.copy(); ...; sdgraph.GraphUNet(graph)",
+            )
 
     def _keep_sites(self, region: Region) -> None:
         """Sites would vanish with their region, and nobody would know."""

@@ -7,13 +7,14 @@ all. That is decided before anything runs: each set of sites that are not refres
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from .errors import ScheduleError
+from .inputs import Input
 from .schedules import Schedule
 from .specialise import copy_nodes
 
@@ -30,10 +31,12 @@ class Site:
     Args:
         schedule: the calls at which it is computed anew.
         forecast: at the others it is the polynomial of this order through its last refreshes; 0 repeats the last one.
+        invariant: it depends on conditioning alone, so that all generations with the same conditioning may share it.
     """
 
     schedule: Schedule
     forecast: int = 0
+    invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.forecast not in (0, 1, 2):
@@ -45,6 +48,26 @@ class Site:
 def sites(nodes: fx.Graph) -> dict[str, fx.Node]:
     """The `inherit` nodes of a graph, by site, in graph order."""
     return {str(node.args[1]): node for node in nodes.nodes if node.target is inherit}
+
+
+def changing_nodes(nodes: fx.Graph, inputs: Iterable[Input]) -> set[fx.Node]:
+    """The nodes whose tensors depend on inputs that change from call to call. Sizes do not: a call of another size
+    begins another generation."""
+    conditioning = {i.name for i in inputs if i.conditioning}
+    changing: set[fx.Node] = set()
+    for node in nodes.nodes:
+        if node.op == "placeholder":
+            depends = node.name not in conditioning
+        else:
+            depends = _holds_tensors(node) and not changing.isdisjoint(node.all_input_nodes)
+        if depends:
+            changing.add(node)
+    return changing
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, tuple | list) else (value,)))
 
 
 def needed(nodes: fx.Graph, stale: Collection[str] = ()) -> set[fx.Node]:
@@ -66,7 +89,7 @@ class Step:
 
     Args:
         nodes: its arguments are the call's inputs, then the inherited values; it returns the output, then the refreshed
-            values, as one tuple.
+            values, as one tuple (the output alone if the graph has no sites).
         takes: sites whose values are arguments, in order.
         gives: sites whose values are returned, in order.
     """
@@ -74,6 +97,7 @@ class Step:
     nodes: fx.Graph
     takes: tuple[str, ...]
     gives: tuple[str, ...]
+    returns_tuple: bool = True
 
 
 def step(nodes: fx.Graph, stale: Collection[str] = ()) -> Step:
@@ -84,7 +108,7 @@ def step(nodes: fx.Graph, stale: Collection[str] = ()) -> Step:
     """
     made = copy_nodes(nodes)
     if not sites(made):
-        return Step(made, (), ())
+        return Step(made, (), (), returns_tuple=False)
     given = [node for node in made.nodes if node.op == "placeholder"]
     arguments: dict[str, fx.Node] = {}
     for site, node in sites(made).items():

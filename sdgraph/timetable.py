@@ -170,7 +170,7 @@ def played(
     timesteps = run.timesteps or tuple(float(left) for left in range(run.calls or 0, 0, -1))
     if not timesteps:
         raise ScheduleError("a generation without calls", where="timetable", cure="a number of calls, or timesteps")
-    generation = Generation((), (), run, 0, timesteps[0])
+    generation = Generation((), (), None, run, 0, timesteps[0])
     for timestep in timesteps:
         generation.timestep = timestep
         stale = generation.stale(sites)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.models.embeddings import ImageProjection
 from torch import fx, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils.hooks import RemovableHandle
 
 from .accept import accept
 from .call import UNetCall
 from .errors import ModeError, PathError, did_you_mean
-from .generation import Generations
+from .generation import Generations, apart
 from .graph import Graph
 from .inherit import step
 from .inputs import Input, flatten
@@ -42,10 +44,11 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
     Weights share storage with the source UNet until they are made its own: by `train()`, `load_state_dict()`,
     a move to another device or dtype. The source is never changed.
 
-    Features are inherited between calls without gradients only; a call that may be learned from computes everything.
+    Features are inherited between calls without gradients only; a call that gradients may come from, those of weights
+    or of inputs, computes everything, and says so once.
 
     Args:
-        graph: the graph; it belongs to this module from now on.
+        graph: the graph; it belongs to this module from now on, and is no longer edited.
         report: what made it.
     """
 
@@ -58,9 +61,11 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         super().__init__()
         self.register_to_config(**graph.config)
         self.graph = graph
+        graph.frozen = True
         graph.dropped.clear()  # or the weights that pruning takes out would stay in memory
         self.report = report if report is not None else Report(())
         self._own_weights = False
+        self._before_gradients: RemovableHandle | None = None
         self._variants: dict[tuple[frozenset[str], frozenset[str]], fx.GraphModule] = {}
         self._sites = graph.sites
         self._conditioning = tuple(i.name for i in graph.inputs if i.conditioning)
@@ -87,8 +92,15 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         self._accept(flat)
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if learning and not self._own_weights:
-            self._take_weights()  # gradients may follow, and an optimizer that uses them
-        if learning or not self._sites:
+            self._take_weights_before_gradients()
+        if not self._sites:
+            return self._step(flat, frozenset(), no_value)[0]
+        if learning or differentiated(flat.values()):
+            if not self.training:
+                self.generations.say(
+                    "gradients are on, so everything is computed and nothing is inherited; where none are wanted, call "
+                    "under torch.no_grad()"
+                )
             return self._step(flat, frozenset(), no_value)[0]
         return self.generations.run(flat, self._conditioning, self._sites, self._step)
 
@@ -129,7 +141,9 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
                 )
         flat = flatten(call, self.graph.inputs)
         self._accept(flat)
-        return self._step(flat, stale, values.__getitem__)
+        output, fresh = self._step(flat, stale, values.__getitem__)
+        fresh = apart(fresh, (*flat.values(), output))
+        return apart({"output": output}, values.values())["output"], fresh
 
     def _step(
         self, flat: Mapping[str, torch.Tensor], stale: frozenset[str], value: Callable[[str], torch.Tensor]
@@ -214,7 +228,17 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.reset()
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
+    def _take_weights_before_gradients(self) -> None:
+        """See to it that the weights are this module's own before they have gradients: an optimizer may follow."""
+        if self._before_gradients is not None:
+            self._before_gradients.remove()
+        learned = [p for p in self.parameters() if p.requires_grad]
+        self._before_gradients = register_multi_grad_hook(learned, lambda _: self._take_weights(), mode="any")
+
     def _take_weights(self) -> None:
+        if self._before_gradients is not None:
+            self._before_gradients.remove()
+            self._before_gradients = None
         if not self._own_weights:
             with torch.no_grad():
                 for tensor in (*self.parameters(), *self.buffers()):
@@ -299,6 +323,16 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModeError("a GraphUNet is not pickled", cure="use save_pretrained(directory) and from_pretrained")
+
+
+def differentiated(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether derivatives may be taken with respect to one of the tensors, backward or forward."""
+    return any(
+        (torch.is_grad_enabled() and tensor.requires_grad)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    )
 
 
 def no_value(site: str) -> torch.Tensor:

@@ -1,0 +1,58 @@
+"""Whether the latents of a call follow from the calls before it.
+
+Every deterministic solver computes its next latents as a linear combination of earlier latents and predictions, and
+guidance is a linear combination of the predictions for one sample. So latents that lie outside of what a generation has
+seen belong to another one, or a random number came between: then nobody but the caller knows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+ORDER = 4  # steps that multistep solvers look back
+
+
+class Lineage:
+    """The last latents and predictions of one generation.
+
+    Latents are the first channels of a sample; what is concatenated to them (masks, images) is the same at all calls.
+    """
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=ORDER)
+
+    def add(self, sample: torch.Tensor, prediction: torch.Tensor) -> None:
+        """Note a call, with copies: callers edit their tensors in place."""
+        channels = prediction.shape[1]
+        self._seen.append((sample[:, :channels].detach().clone(), prediction.detach().clone()))
+
+    def repeats(self, sample: torch.Tensor) -> bool:
+        """Whether the last call had these latents."""
+        last = self._seen[-1][0]
+        return torch.equal(last, sample[:, : last.shape[1]])
+
+    def leads_to(self, sample: torch.Tensor) -> bool:
+        """Whether the latents of a call, of the same shape as before, are a linear combination of what was seen.
+
+        Decided for every sample of the batch, to the rounding of its dtype. The predictions for one sample may be
+        spread over two or three parts of the batch, as guidance has them.
+        """
+        latents = sample[:, : self._seen[0][1].shape[1]]
+        known = []
+        for before, prediction in self._seen:
+            known += [before, prediction]
+            for parts in (2, 3):
+                if len(prediction) % parts == 0:
+                    part = len(prediction) // parts
+                    known += [prediction.roll(part * i, 0) for i in range(1, parts)]
+        double = torch.float32 if sample.device.type == "mps" else torch.float64
+        rows = torch.stack([latents, *known], 1).flatten(2).to(double)  # samples x vectors x numbers
+        if rows.shape[2] <= 2 * rows.shape[1]:
+            return False  # too few numbers: anything would be a combination of that many others
+        rows = rows / rows.norm(dim=2, keepdim=True).clamp_min(torch.finfo(double).tiny)
+        target, basis = rows[:, 0, :, None], rows[:, 1:]
+        weights = torch.linalg.pinv(basis @ basis.mT, rtol=1e-10, hermitian=True) @ (basis @ target)
+        unexplained = (target - basis.mT @ weights).square().sum((1, 2)).max()
+        return float(unexplained) <= max(1e-4, (8 * torch.finfo(sample.dtype).eps) ** 2)
