@@ -19,8 +19,8 @@ from torch import nn
 
 import sdgraph
 from sdgraph.accept import accept
-from sdgraph.contract import run
 from sdgraph.errors import CallError, SdgraphError, SourceError, TraceError
+from sdgraph.numerics import run
 
 from .models import ARCHITECTURES, ATTEND, CROSS, LEVELS, PLAIN, answer, build, call_of, load_ip_adapter
 
