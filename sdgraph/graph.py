@@ -13,6 +13,7 @@ import networkx as nx
 import torch
 from torch import nn
 
+from .decisions import Applied, Decisions
 from .dims import Dims
 from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
 from .inherit import Site, inherit, needed, sites
@@ -23,7 +24,6 @@ from .trace import Guard, Tracer, called, residual_like, scope, tracing, values
 from .weights import Shares, Weights, meta_like, on_meta
 
 if TYPE_CHECKING:
-    from .pass_ import Pass
     from .timetable import Timetable
 
 
@@ -55,7 +55,7 @@ class Graph:
         config: the source's configuration.
         guards: what a call must satisfy for the graph to hold.
         classes: class name of every source module, by path.
-        passes: what has been applied.
+        passes: what has been applied, and what it decided.
         removed: module paths that are gone, with the spec of the pass that removed each.
         dropped: convolutions that passes of this `apply` removed, by the path they had: material for later passes.
     """
@@ -69,10 +69,11 @@ class Graph:
     config: Mapping[str, Any] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
     classes: dict[str, str] = field(default_factory=dict)
-    passes: tuple[Pass, ...] = ()
+    passes: tuple[Applied, ...] = ()
     removed: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
+    _decisions: Decisions = field(default_factory=Decisions, repr=False)
     _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -533,6 +534,24 @@ class Graph:
         from .cost import macs
 
         return sum(macs(self, node) for node in needed(self.fx, stale))
+
+    def decide(self, about: str, code: Callable[[], Any]) -> Any:
+        """What `code` says, recorded with the pass: for what a pass decides by the numbers of weights.
+
+        A saved UNet is loaded by running its passes again on the shapes of weights; there the recorded answer is given
+        instead. Weights that are made of weights need no decision: PyTorch works out their shapes, and their numbers
+        are saved.
+
+        Args:
+            about: what is decided, such as a module path; the report names it.
+            code: takes nothing, and returns numbers, text, or lists and dicts of them: `tensor.item()`,
+                `tensor.tolist()`.
+        Returns:
+            what it returned, as it comes back from a file: tuples are lists.
+        Raises:
+            DecisionError: it cannot be recorded; or what was recorded is about something else.
+        """
+        return self._decisions.decide(about, code)
 
     def sweep(self) -> None:
         """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""

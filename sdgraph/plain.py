@@ -47,9 +47,9 @@ def to_diffusers(unet: GraphUNet) -> UNet2DConditionModel:
         with torch.device("meta"):
             plain = torch.nn.Module.to(UNet2DConditionModel.from_config(config), graph.dtype)
         other = capture(plain, [i.name for i in graph.inputs if i.name == "encoder_attention_mask"])
-        for one in graph.passes:
-            if one.contract.kind == "exact":
-                other, _ = run_pass(one, other, verify=False)
+        for applied in graph.passes:
+            if applied.one.contract.kind == "exact":
+                other, _ = run_pass(applied.one, other, verify=False, recorded=applied.decisions)
     except (SdgraphError, ValueError, KeyError, RuntimeError) as error:
         raise _none(f"the remaining blocks fit no configuration: {error}") from error
     names = _match(graph, other)

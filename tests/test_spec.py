@@ -19,7 +19,6 @@ from sdgraph.passes import CleanUp, InheritFeatures, PruneBlocks
 from sdgraph.schedules import Range, Schedule, Uniform
 from sdgraph.spec import import_module, known, read
 
-
 MODULE = """
 from dataclasses import dataclass
 from sdgraph import Pass
