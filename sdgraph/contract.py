@@ -69,12 +69,12 @@ def example(graph: Graph, seed: int = 0, **sizes: int) -> dict[str, torch.Tensor
     """Random inputs of a graph without its optional ones, small by default, on its weights' device.
 
     Args:
-        sizes: sizes of the call by symbol, e.g. `B=2, H=8, W=16, L=5`.
+        sizes: sizes of the call by symbol, e.g. `B=2, H=8, W=16, L=5`; made larger where the graph requires it.
     """
     weight = next(iter(graph.parameters().values()), torch.empty(0, dtype=graph.dtype, device=graph.device))
     unit = 2 ** max(len(graph.config.get("down_block_types", ())) - 1, 0)
     known = {s.name: s.nominal for s in graph.dims.symbols}
-    known |= {"B": 2, "H": unit, "W": 2 * unit, "L": 5, **sizes}
+    known |= graph.allowed(**{"B": 2, "H": unit, "W": 2 * unit, "L": 5, **sizes})
     generator = torch.Generator().manual_seed(seed)
     flat = {}
     for spec in graph.inputs:

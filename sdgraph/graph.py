@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from .decisions import Applied, Decisions
-from .dims import Dims
+from .dims import Dims, Symbol
 from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
+from .guards import check_condition, probing, raised
 from .inherit import Site, inherit, needed, sites
-from .inputs import Input
+from .inputs import Input, example_of
 from .region import Region
 from .schedules import Run, Schedule
 from .trace import Guard, Tracer, called, residual_like, scope, tracing, values
@@ -534,6 +535,46 @@ class Graph:
         from .cost import macs
 
         return sum(macs(self, node) for node in needed(self.fx, stale))
+
+    def require(self, condition: str, because: str = "") -> None:
+        """Serve only calls whose sizes satisfy a condition; others are refused, here and in what is exported.
+
+        Call it before inserting code that needs it: the sizes at which the graph is evaluated are moved to such ones.
+
+        Args:
+            condition: a comparison of sizes of the call: batch `B`, height `H` and width `W` of the latents, length
+                `L` of the text; such as `H % 2 == 0`.
+            because: the reason, for those whose call is refused.
+        Raises:
+            SpecError: it is no comparison of sizes.
+            EditError: it contradicts what the graph requires already, or the model's own size.
+        """
+        names = [symbol.name for symbol in self.dims.symbols]
+        check_condition(condition, names)
+        guards = tuple(dict.fromkeys((*self.guards, Guard(condition, True, because))))
+        symbols = probing(guards, self.dims.symbols, len(self.config.get("down_block_types", ())))
+        self.guards = guards
+        if symbols != self.dims.symbols:
+            self.probe_at(symbols)
+
+    def allowed(self, **sizes: int) -> dict[str, int]:
+        """Sizes of a call, made as little larger as the graph requires: `allowed(B=2, H=9, W=8)`.
+
+        Raises:
+            EditError: there are none nearby.
+        """
+        return raised(self.guards, sizes)
+
+    def probe_at(self, symbols: tuple[Symbol, ...]) -> None:
+        """Evaluate the graph at other generic sizes."""
+        self.dims = Dims(symbols)
+        sizes = {symbol.name: symbol.generic for symbol in symbols}
+        specs = {spec.name: spec for spec in self.inputs}
+        for node in self.fx.nodes:
+            node.meta.pop("asked", None)
+            if node.op == "placeholder" and specs[node.name].shape is not None:
+                node.meta["probe"] = example_of(specs[node.name], sizes, self.probe_dtype("probe"))
+        self.propagate()
 
     def decide(self, about: str, code: Callable[[], Any]) -> Any:
         """What `code` says, recorded with the pass: for what a pass decides by the numbers of weights.

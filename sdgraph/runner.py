@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +15,7 @@ from .graph import Graph
 from .pass_ import Chain, Findings, Pass
 from .place import place
 from .report import NearMiss, PassReport, Size
+from .trace import Guard
 
 
 def check_order(done: tuple[Applied, ...], passes: Iterable[Pass]) -> None:
@@ -94,6 +96,7 @@ def _edited(one: Pass, graph: Graph, decisions: Decisions) -> tuple[Graph, Findi
     work._decisions = decisions
     try:
         findings = one.run(work)
+        work.guards = tuple(g if g in graph.guards else _named(g, one) for g in work.guards)
         _settle(one, graph, work)
     except SdgraphError as error:
         where = place(error, one, work)
@@ -103,6 +106,11 @@ def _edited(one: Pass, graph: Graph, decisions: Decisions) -> tuple[Graph, Findi
         raise _failed(one, error, work) from error
     work._decisions = Decisions()
     return work, findings or Findings(), ()
+
+
+def _named(guard: Guard, one: Pass) -> Guard:
+    """A guard that says which pass it comes from."""
+    return replace(guard, where=f"{one}{f': {guard.where}' if guard.where else ''}")
 
 
 def _failed(one: Pass, error: Exception, graph: Graph) -> PassError:
@@ -151,6 +159,9 @@ def _settle(one: Pass, before: Graph, after: Graph) -> None:
     after.sweep()
     after.propagate()
     after.fx.lint()
+    if after.dims is not before.dims:  # the pass requires sizes: compare at those
+        before = before.copy()
+        before.probe_at(after.dims.symbols)
     names = [[n.name for n in g.fx.nodes if n.op == "placeholder"] for g in (before, after)]
     if names[0] != names[1]:
         raise ContractError(f"{one} changed the inputs", where=str(set(names[0]) ^ set(names[1])), cure="keep them")
@@ -170,7 +181,7 @@ def _verify(one: Pass, before: Graph, after: Graph) -> float:
     Raises:
         ContractError: more than the contract allows; naming the first node that differs.
     """
-    flat = example(before)
+    flat = example(after)  # of sizes that it requires
     was, now = run(before, flat), run(after, flat)
     difference = largest_difference(was, now)
     if one.contract.holds(was, now):

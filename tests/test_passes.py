@@ -21,6 +21,7 @@ from torch import nn
 import sdgraph
 from sdgraph import Chain, Contract, Findings, Fixpoint, Graph, GraphUNet, Pass
 from sdgraph.errors import (
+    CallError,
     ContractError,
     DecisionError,
     EditError,
@@ -33,6 +34,7 @@ from sdgraph.errors import (
     ShapeError,
     SpecError,
 )
+from sdgraph.exporters import onnx, ort
 from sdgraph.runner import fingerprint
 
 from .models import answer, build, call_of
@@ -545,3 +547,98 @@ def test_a_pass_of_the_running_script_is_told_when_saving(tmp_path: Path) -> Non
     assert "script.py:7: UserWarning: Twice is defined in the script that runs" in done.stderr
     with pytest.raises(SavedError, match="no pass named 'Twice'"):
         GraphUNet.from_pretrained(tmp_path / "saved")
+
+
+# -- what a pass requires of a call -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Squares(Pass):
+    """Cuts the map into squares of 2 by 2 and joins them again, which only even sizes allow."""
+
+    contract: ClassVar[Contract] = Contract.EXACT
+    required: bool = True
+
+    def run(self, graph: Graph) -> None:
+        if self.required:
+            graph.require("H % 2 == 0", "squares are of 2 by 2")
+            graph.require("W % 2 == 0", "squares are of 2 by 2")
+        graph.insert_after(graph.region("conv_in").output, self.squares)
+
+    def squares(self, x: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = x.shape
+        squares = x.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 1, 2, 4, 3, 5)
+        return squares.permute(0, 1, 2, 4, 3, 5).reshape(B, C, H, W)
+
+
+@dataclass(frozen=True)
+class Requires(Pass):
+    conditions: tuple[str, ...] = ()
+
+    def run(self, graph: Graph) -> None:
+        for condition in self.conditions:
+            graph.require(condition)
+        Scale().run(graph)
+
+
+@pytest.fixture(scope="module")
+def squares(unet: UNet2DConditionModel) -> GraphUNet:
+    return sdgraph.apply(unet, [Squares()])
+
+
+def test_a_pass_requires_sizes_and_calls_that_have_others_are_refused(
+    unet: UNet2DConditionModel, traced: Graph, squares: GraphUNet, tmp_path: Path
+) -> None:
+    with pytest.raises(ShapeError, match="cannot take"):
+        sdgraph.apply(traced, [Squares(required=False)])
+    squares.save_pretrained(tmp_path / "unet")
+    loaded = GraphUNet.from_pretrained(tmp_path / "unet")
+    chained = sdgraph.apply(copy.deepcopy(loaded), [Chain((Scale(2.0), Scale(0.5)))])
+    for made in (squares, loaded, chained):
+        for sizes in ({}, {"H": 10, "W": 6, "B": 3}):
+            call = call_of(unet, **sizes)
+            assert torch.equal(answer(made, call), answer(unet, call))
+        for sizes in ({"H": 9}, {"W": 7}):
+            with pytest.raises(CallError, match=r"where:.*Squares\(\): squares are of 2 by 2"):
+                made(**call_of(unet, **sizes))
+    assert "H/2" in squares.graph.text(within="conv_in")
+    assert traced.guards == sdgraph.trace(unet).guards  # the graph that came in requires nothing
+    assert traced.dims.symbols != squares.graph.dims.symbols
+
+
+@pytest.mark.slow
+def test_what_a_pass_requires_is_exported(unet: UNet2DConditionModel, squares: GraphUNet, tmp_path: Path) -> None:
+    onnx.export(squares, tmp_path / "bundle")
+    exported = ort.ORTUNet.from_pretrained(tmp_path / "bundle", provider="CPUExecutionProvider")
+    call = call_of(unet, H=10, W=6)
+    assert torch.allclose(answer(exported, call), answer(unet, call), atol=1e-4)
+    with pytest.raises(CallError, match=r"Squares\(\): squares are of 2 by 2"):
+        exported(**call_of(unet, H=9))
+
+
+@pytest.mark.parametrize(
+    ("conditions", "error", "words"),
+    [
+        (("H % 2",), SpecError, "is no comparison"),
+        (("H % 2 == 0 and W % 2 == 0",), SpecError, "is no comparison"),
+        (("X % 2 == 0",), SpecError, "there is no size 'X'"),
+        (("__import__('os').getpid() == 0",), SpecError, "may not be in a condition"),
+        (("H ** 9999999 == 0",), SpecError, "may not be in a condition"),
+        (("H % W == 0",), SpecError, "may divide by 0"),
+        (("H % == 0",), SpecError, "cannot read the condition"),
+        (("H % 2 == 0", "H % 2 == 1"), EditError, "does not hold at the model's own size"),
+        (("H % 8 == 0", "H < 65"), EditError, "satisfy H % 8 == 0 and H < 65"),
+    ],
+)
+def test_what_cannot_be_required(
+    traced: Graph, conditions: tuple[str, ...], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words) as caught:
+        sdgraph.apply(traced, [Requires(conditions)])
+    assert "test_passes.py:" in str(caught.value)
+
+
+def test_verification_runs_at_sizes_that_are_required(traced: Graph) -> None:
+    made = sdgraph.apply(traced, [Requires(("H % 8 == 0", "W == H"))])
+    assert made.graph.allowed(H=3, W=9) == {"H": 16, "W": 16}
+    assert made.report.passes[0].difference is not None
