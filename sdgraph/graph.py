@@ -576,8 +576,8 @@ class Graph:
                 node.meta["probe"] = example_of(specs[node.name], sizes, self.probe_dtype("probe"))
         self.propagate()
 
-    def decide(self, about: str, code: Callable[[], Any]) -> Any:
-        """What `code` says, recorded with the pass: for what a pass decides by the numbers of weights.
+    def decide(self, about: str, code: Callable[..., Any], *args: Any) -> Any:
+        """What `code(*args)` says, recorded with the pass: for what a pass decides by the numbers of weights.
 
         A saved UNet is loaded by running its passes again on the shapes of weights; there the recorded answer is given
         instead. Weights that are made of weights need no decision: PyTorch works out their shapes, and their numbers
@@ -585,14 +585,13 @@ class Graph:
 
         Args:
             about: what is decided, such as a module path; the report names it.
-            code: takes nothing, and returns numbers, text, or lists and dicts of them: `tensor.item()`,
-                `tensor.tolist()`.
+            code: returns numbers, text, or lists and dicts of them: `tensor.item()`, `tensor.tolist()`.
         Returns:
             what it returned, as it comes back from a file: tuples are lists.
         Raises:
             DecisionError: it cannot be recorded; or what was recorded is about something else.
         """
-        return self._decisions.decide(about, code)
+        return self._decisions.decide(about, lambda: code(*args))
 
     def sweep(self) -> None:
         """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""

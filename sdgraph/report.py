@@ -69,7 +69,7 @@ class Report:
         rows: list[tuple[str, ...]] = [head]
         for p in self.passes:
             rows += _rows(p, 0)
-        decided = [f"{p.spec} decided {', '.join(map(str, p.decisions))}" for p in self.passes if p.decisions]
+        decided = [_decided(p) for p in self.passes if p.decisions]
         return "\n".join([columns(rows), *decided, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,3 +92,10 @@ def _rows(p: PassReport, depth: int) -> list[tuple[str, ...]]:
         f"{p.seconds:.2f}",
     )
     return [row, *(r for child in p.children for r in _rows(child, depth + 1))]
+
+
+def _decided(p: PassReport) -> str:
+    """The first decisions of a pass."""
+    shown = p.decisions[:4]
+    rest = f", and {len(p.decisions) - len(shown)} more" if len(p.decisions) > len(shown) else ""
+    return f"{p.spec} decided {', '.join(map(str, shown))}{rest}"

@@ -111,7 +111,7 @@ class Rewrite(Pass):
             return str(miss)
         if self.by_weights:
             about = f"{scope(node) or '(top level)'}: {called(node)}"
-            return match.graph.decide(about, lambda: self._declined(match))  # type: ignore[no-any-return]
+            return match.graph.decide(about, self._declined, match)  # type: ignore[no-any-return]
         return self._declined(match)
 
     def _declined(self, match: _Match) -> str | None:

@@ -121,8 +121,8 @@ def _failed(one: Pass, error: Exception, graph: Graph) -> PassError:
     return DecisionError(
         f"{one} needs the numbers of weights, and here are only their shapes: {said.splitlines()[0]}",
         where=where,
-        cure="to decide by them: rank = graph.decide(path, lambda: ...), or by_weights = True on a Rewrite whose check "
-        "reads them; to fill new weights: make them on the device of the old ones (device=weight.device)",
+        cure="to decide by numbers: rank = graph.decide(path, code, weight), or by_weights = True on a Rewrite; "
+        "to fill new weights: make them on the device of the old ones (device=weight.device)",
     )
 
 
