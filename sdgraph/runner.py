@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from .contract import example, first_difference, largest_difference, run
+from .contract import Contract, example, first_difference, largest_difference, run
 from .decisions import Applied, Decision, Decisions
-from .errors import ContractError, DecisionError, NoChangeError, OrderError, PassError, SdgraphError
+from .errors import ContractError, DecisionError, NoChangeError, OrderError, PassError, SdgraphError, SpecError
 from .graph import Graph
 from .pass_ import Chain, Findings, Pass
 from .place import place
@@ -52,6 +52,12 @@ def run_pass(
         SdgraphError: whatever the pass raised, or which of its promises it broke.
     """
     start = time.perf_counter()
+    if not isinstance(one.contract, Contract):
+        raise SpecError(
+            f"the contract of {type(one).__name__} is {one.contract!r}",
+            where=type(one).__name__,
+            cure="annotate it as no option: contract: ClassVar[Contract] = Contract.EXACT",
+        )
     # Tensors made in inference mode do not count their edits.
     versions = [(name, p, p._version) for name, p in graph.parameters().items() if not p.is_inference()]
     decisions = Decisions(recorded)

@@ -318,6 +318,18 @@ def test_bad_contract_bounds() -> None:
     assert Contract.weakest([]) == Contract.EXACT
 
 
+def test_a_contract_that_became_an_option_is_told(traced: Graph) -> None:
+    @dataclass(frozen=True)
+    class Forgetful(Pass):
+        contract: Contract = Contract.EXACT  # type: ignore[misc]
+        by: float = 2.0
+
+        run = Scale.run
+
+    with pytest.raises(SpecError, match=r"the contract of Forgetful is 3\.0"):
+        sdgraph.apply(traced, [Forgetful(3.0)])  # type: ignore[arg-type]
+
+
 # -- decisions --------------------------------------------------------------------------------------------------------
 
 
