@@ -109,17 +109,20 @@ class Rewrite(Pass):
             match.at(node)
         except NoMatch as miss:
             return str(miss)
-        if self.by_weights:
-            about = f"{scope(node) or '(top level)'}: {called(node)}"
-            return match.graph.decide(about, self._declined, match)  # type: ignore[no-any-return]
-        return self._declined(match)
+        if not self.by_weights:
+            verdict = self._verdict(match)
+        else:
+            about = ": ".join(dict.fromkeys(filter(None, (scope(node), called(node)))))
+            verdict = match.graph.decide(about, self._verdict, match)
+        return None if verdict is True else str(verdict)
 
-    def _declined(self, match: _Match) -> str | None:
+    def _verdict(self, match: _Match) -> bool | str:
+        """What `check` says: true, or why not."""
         try:
             self.check(*match.arguments())
         except NoMatch as miss:
             return str(miss)
-        return None
+        return True
 
 
 class _Pattern:
