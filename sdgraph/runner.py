@@ -94,6 +94,17 @@ def run_pass(
     )
 
 
+def replay(passes: Iterable[Applied], graph: Graph) -> Graph:
+    """A new graph that has gone through passes as another one did: their decisions are given back, nothing is verified.
+
+    Raises:
+        SdgraphError: as `run_pass`.
+    """
+    for applied in passes:
+        graph, _ = run_pass(applied.one, graph, verify=False, recorded=applied.decisions)
+    return graph
+
+
 def _edited(one: Pass, graph: Graph, decisions: Decisions) -> tuple[Graph, Findings, tuple[PassReport, ...]]:
     """A copy of the graph with the pass's edits, structurally sound."""
     if isinstance(one, Chain):

@@ -23,13 +23,13 @@ from .errors import DecisionError, ModeError, SavedError
 from .files import appearing, sha256
 from .graph import Graph
 from .report import Report
-from .runner import run_pass
+from .runner import replay
 from .spec import parse
 
 if TYPE_CHECKING:
     from .unet import GraphUNet
 
-FORMAT = 1
+FORMAT = 2  # 1: without decisions
 RECIPE, CONFIG = "sdgraph.json", "config.json"
 
 
@@ -56,7 +56,7 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
         plain = dict(config) | {"_class_name": "GraphUNet", "_diffusers_version": diffusers.__version__}
         (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
         recipe = {
-            "format": FORMAT,
+            "format": FORMAT if any(applied.decisions for applied in graph.passes) else 1,
             "sdgraph": _version(),
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
@@ -185,10 +185,7 @@ def _rebuild(config: dict[str, Any], passes: Sequence[Applied], inputs: list[str
     with torch.device("meta"):
         plain = dict(config) | {"_class_name": "UNet2DConditionModel"}
         unet = torch.nn.Module.to(UNet2DConditionModel.from_config(plain), dtype)
-    graph = capture(unet, inputs)
-    for applied in passes:
-        graph, _ = run_pass(applied.one, graph, verify=False, recorded=applied.decisions)
-    return graph
+    return replay(passes, capture(unet, inputs))
 
 
 def _load_weights(graph: Graph, path: Path) -> None:

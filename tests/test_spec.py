@@ -212,9 +212,9 @@ def test_the_command_line_imports_passes(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
     export = ["export", str(MODEL), "--passes", "FoldThere", "--out", "bundle"]
-    assert main(export) == 2
+    assert main(export) != 0
     assert "no pass named 'FoldThere'" in capsys.readouterr().err
-    assert main([*export, "--import", "folds_there"]) == 2
+    assert main([*export, "--import", "folds_there"]) != 0
     assert "FoldThere.run" in capsys.readouterr().err  # found, and run
-    assert main([*export, "--import", "folds_nowhere"]) == 2
+    assert main([*export, "--import", "folds_nowhere"]) != 0
     assert "cannot import folds_nowhere" in capsys.readouterr().err
