@@ -25,7 +25,7 @@ class Decision:
     value: Any
 
     def __str__(self) -> str:
-        return f"{self.about}: {json.dumps(self.value)}"
+        return f"{self.about}: {json.dumps(self.value, ensure_ascii=False)}"
 
 
 @dataclass(frozen=True)

@@ -591,7 +591,7 @@ class Graph:
         Raises:
             DecisionError: it cannot be recorded; or what was recorded is about something else.
         """
-        return self._decisions.decide(about, lambda: code(*args))
+        return self._decisions.decide(str(about), lambda: code(*args))
 
     def sweep(self) -> None:
         """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""
