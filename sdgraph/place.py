@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ def place(error: BaseException, one: Pass, graph: Graph) -> str:
     if not own:
         return ""
     frame, line = own[-1]
-    return f"{_file(frame)}:{line}{_working_on([f for f, _ in own], graph)}"
+    return f"{frame.f_code.co_filename}:{line}{_working_on([f for f, _ in own], graph)}"
 
 
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
@@ -52,12 +51,6 @@ def _package(module: str) -> str:
     return ".".join(names[:2]) if names[:2] in (["sdgraph", "passes"], ["sdgraph", "exporters"]) else names[0]
 
 
-def _file(frame: FrameType) -> str:
-    """The file, from the current folder if it is in there."""
-    name = frame.f_code.co_filename
-    return name.removeprefix(os.path.join(os.getcwd(), ""))
-
-
 def _working_on(frames: list[FrameType], graph: Graph) -> str:
     """The regions, nodes and paths in the local variables of the innermost frame that has some."""
     for frame in reversed(frames):
@@ -69,6 +62,8 @@ def _working_on(frames: list[FrameType], graph: Graph) -> str:
 
 
 def _named(value: Any, graph: Graph) -> str:
+    if isinstance(value, fx.proxy.Attribute):  # to ask for its node would make one
+        return ""
     if isinstance(value, fx.Proxy):
         value = value.node
     if isinstance(value, fx.Node):

@@ -116,8 +116,8 @@ def _edited(one: Pass, graph: Graph, decisions: Decisions) -> tuple[Graph, Findi
         work.guards = tuple(g if g in graph.guards else _named(g, one) for g in work.guards)
         _settle(one, graph, work)
     except SdgraphError as error:
-        where = place(error, one, work)
-        error.came_through(f"{one}{f', {where}' if where else ''}")
+        ours = type(one).__module__.startswith("sdgraph.")  # meant for who uses the pass, not for who writes it
+        error.came_through(", ".join(filter(None, (str(one), "" if ours else place(error, one, work)))))
         raise
     except Exception as error:
         raise _failed(one, error, work) from error

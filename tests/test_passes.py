@@ -520,6 +520,16 @@ class CrashOnRegion(Pass):
 
 
 @dataclass(frozen=True)
+class CrashInCode(Pass):
+    def run(self, graph: Graph) -> None:
+        def code(x: Any) -> Any:
+            later = x.grad_fn
+            return {}["gone"] or later
+
+        graph.insert_after(graph.region("conv_in").output, code)
+
+
+@dataclass(frozen=True)
 class WrongPath(Pass):
     def run(self, graph: Graph) -> None:
         graph.bypass("mid_blok")
@@ -531,6 +541,10 @@ def test_an_error_inside_of_a_pass_names_its_line_and_what_it_worked_on(traced: 
         sdgraph.apply(traced, [CrashOnRegion()])
     named = "path = mid_block.resnets.0, region = mid_block.resnets.0"
     assert caught.value.where.endswith(f"test_passes.py:{line + 5}, with {named}")
+    line = inspect.getsourcelines(CrashInCode)[1]
+    with pytest.raises(PassError, match="KeyError: 'gone'") as caught:
+        sdgraph.apply(traced, [CrashInCode()])
+    assert caught.value.where.endswith(f"test_passes.py:{line + 5}, with x = conv_in of conv_in")
     line = inspect.getsourcelines(WrongPath)[1]
     with pytest.raises(PathError, match="did you mean 'mid_block'") as missing:
         sdgraph.apply(traced, [Chain((Scale(), WrongPath()))])
