@@ -84,13 +84,14 @@ class ExportReport:
 
 
 def calls(unet: GraphUNet, manifest: Manifest) -> list[dict[str, torch.Tensor]]:
-    """Two random calls that share no size: one that the down-sampling divides, one that it does not.
+    """Two random calls that share no size: one that the down-sampling divides, one that it does not, if the graph
+    takes such.
 
     The second gives one timestep for the whole batch.
     """
     unit = _unit(unet)
-    even = {"B": 3, "H": 2 * unit, "W": 3 * unit, "L": 11}
-    odd = {"B": 2, "H": 2 * unit + 1, "W": unit + 3, "L": 4}
+    even = unet.graph.allowed(B=3, H=2 * unit, W=3 * unit, L=11)
+    odd = unet.graph.allowed(B=2, H=2 * unit + 1, W=unit + 3, L=4)
     symbols = [s for s in unet.graph.dims.symbols if s.name not in even]
     first = random_call(unet, manifest, {s.name: s.nominal for s in symbols} | even)
     second = random_call(unet, manifest, {s.name: s.generic for s in symbols} | odd, seed=1)
@@ -105,7 +106,7 @@ def example_call(unet: GraphUNet, manifest: Manifest) -> dict[str, torch.Tensor]
     column = {s.name: s.generic for s in symbols}
     if min(column.values()) < 2:
         column = {s.name: s.nominal for s in symbols}
-    return random_call(unet, manifest, column | {"B": 2, "H": 4 * unit, "W": 5 * unit, "L": 7})
+    return random_call(unet, manifest, column | unet.graph.allowed(B=2, H=4 * unit, W=5 * unit, L=7))
 
 
 def random_call(unet: Any, manifest: Manifest, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:

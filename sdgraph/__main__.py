@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SdgraphError, SpecError
-from .spec import parse
+from .spec import import_module, parse
 
 SEARCH = """
 Find at which calls of a generation features are computed anew, so that it costs the least quality within a budget.
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _bench_options(_command(commands, "bench", _bench, "time an exported directory", BENCH))
     chosen = parser.parse_args(arguments)
     try:
+        for module in chosen.imports:
+            import_module(module)
         chosen.run(chosen)
     except (SdgraphError, OSError) as error:
         print(f"sdgraph: {error}", file=sys.stderr)
@@ -53,8 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command(commands: Any, name: str, run: Any, brief: str, text: str) -> Any:
     kind = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser(name, help=brief, description=text, formatter_class=kind)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, imports=())
     return parser
+
+
+def _import_option(parser: Any) -> None:
+    """For commands that take passes."""
+    parser.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="Python module with passes of your own, installed or in the current folder; may be repeated",
+    )  # fmt: skip
 
 
 def _write(path: Path | None, plain: Any) -> None:
@@ -67,6 +77,7 @@ def _write(path: Path | None, plain: Any) -> None:
 
 
 def _search_options(parser: Any) -> None:
+    _import_option(parser)
     parser.add_argument("pipeline", help="directory of a diffusers pipeline, or its name on the hub")
     parser.add_argument("candidates", nargs="+", metavar="CANDIDATE", help="a pass; several lie beside each other")
     parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt per line; 16 to 32 of them")
@@ -110,6 +121,7 @@ def _search(chosen: argparse.Namespace) -> None:
 
 
 def _export_options(parser: Any) -> None:
+    _import_option(parser)
     parser.add_argument("source", help="directory of a pipeline or a UNet, or the name of one on the hub")
     parser.add_argument(
         "--passes", default="", help="such as \"PruneBlocks('bk-sdm-base'), InheritFeatures.deep_cache(3)\""

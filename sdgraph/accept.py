@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from .dims import evaluate
 from .errors import CallError
+from .guards import satisfied, sizes_in
 from .inputs import Input
 from .trace import Guard
 
@@ -44,9 +44,8 @@ def accept(
         if spec.shape is not None:
             _match(spec, spec.shape, tuple(value.shape), sizes)
     for guard in guards:
-        asked = set(re.findall(r"[A-Z]\d*", guard.condition))
-        if asked <= set(sizes) and bool(evaluate(guard.condition, sizes)) != guard.outcome:
-            values = ", ".join(f"{name}={sizes[name]}" for name in sorted(asked))
+        if not satisfied(guard, sizes):
+            values = ", ".join(f"{name}={sizes[name]}" for name in sorted(sizes_in(guard)))
             raise CallError(
                 f"this graph is for calls where {guard.condition} is {guard.outcome}; here {values}",
                 where=guard.where,

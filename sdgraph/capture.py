@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import fx, nn
 from .dims import Dims, Symbol
 from .errors import SdgraphError, ShapeError, SpecError, TraceError
 from .graph import Graph
-from .inputs import Dim, Input, unflatten
+from .inputs import Dim, Input, example_of, unflatten
 from .signature import call_guards, config_of, free_sizes, unet_inputs
 from .source import check_source
 from .trace import Tracer, tracing
@@ -112,7 +112,7 @@ def _capture(graph: Graph, call: Callable[..., Any], root: nn.Module | None) -> 
             raise SpecError(f"{spec.name!r} cannot name an input", cure="choose another name")
         node.meta["nn_module_stack"] = {}
         for key, size in zip(("val", "probe"), sizes, strict=True):
-            node.meta[key] = _example(spec, size, graph.probe_dtype(key))
+            node.meta[key] = example_of(spec, size, graph.probe_dtype(key))
         flat[spec.name] = tracer.proxy(node)
     try:
         with tracing(tracer):
@@ -129,10 +129,3 @@ def _capture(graph: Graph, call: Callable[..., Any], root: nn.Module | None) -> 
     graph.guards += tuple(tracer.guards)
     graph.sweep()
     return graph
-
-
-def _example(spec: Input, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor | None:
-    if spec.shape is None:
-        return None
-    shape = [d if isinstance(d, int) else sizes[d] for d in spec.shape]
-    return torch.empty(shape, device="meta", dtype=dtype if spec.kind in ("float", "mask") else torch.int64)

@@ -27,6 +27,10 @@ class SdgraphError(Exception):
             lines.append(f"  cure:  {cure}")
         super().__init__("\n".join(lines))
 
+    def came_through(self, what: str) -> None:
+        """Add to the message what was under way: a pass, and the place in its code."""
+        self.args = (f"{self.args[0]}\n  pass:  {what}",)
+
 
 class SourceError(SdgraphError, TypeError):
     """The model handed in cannot be traced faithfully: not a UNet, on meta, hooked, unfused LoRA, FreeU ..."""
@@ -64,6 +68,10 @@ class ScheduleError(SdgraphError, ValueError):
 
 class PassError(SdgraphError):
     """A pass failed; the cause is chained, the graph it was given is unchanged."""
+
+
+class DecisionError(PassError):
+    """A pass needs the numbers of weights where there are none, or decisions that are not what was recorded."""
 
 
 class NoChangeError(PassError):

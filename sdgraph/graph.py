@@ -13,17 +13,18 @@ import networkx as nx
 import torch
 from torch import nn
 
-from .dims import Dims
+from .decisions import Applied, Decisions
+from .dims import Dims, Symbol
 from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
+from .guards import check_condition, probing, raised
 from .inherit import Site, changing_nodes, inherit, needed, sites
-from .inputs import Input
+from .inputs import Input, example_of
 from .region import Region
 from .schedules import Run, Schedule
 from .trace import Guard, Tracer, called, residual_like, scope, tracing, values
 from .weights import Shares, Weights, meta_like, on_meta
 
 if TYPE_CHECKING:
-    from .pass_ import Pass
     from .timetable import Timetable
 
 
@@ -55,7 +56,7 @@ class Graph:
         config: the source's configuration.
         guards: what a call must satisfy for the graph to hold.
         classes: class name of every source module, by path.
-        passes: what has been applied.
+        passes: what has been applied, and what it decided.
         removed: module paths that are gone, with the spec of the pass that removed each.
         frozen: it belongs to a `GraphUNet` and is not edited any more; a copy can be.
         dropped: convolutions that passes of this `apply` removed, by the path they had: material for later passes.
@@ -70,11 +71,12 @@ class Graph:
     config: Mapping[str, Any] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
     classes: dict[str, str] = field(default_factory=dict)
-    passes: tuple[Pass, ...] = ()
+    passes: tuple[Applied, ...] = ()
     removed: dict[str, str] = field(default_factory=dict)
     frozen: bool = False
     dropped: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
+    _decisions: Decisions = field(default_factory=Decisions, repr=False)
     _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -544,6 +546,63 @@ class Graph:
         from .cost import macs
 
         return sum(macs(self, node) for node in needed(self.fx, stale))
+
+    def require(self, condition: str, because: str = "") -> None:
+        """Serve only calls whose sizes satisfy a condition; others are refused, here and in what is exported.
+
+        Call it before inserting code that needs it: the sizes at which the graph is evaluated are moved to such ones.
+
+        Args:
+            condition: a comparison of sizes of the call: batch `B`, height `H` and width `W` of the latents, length
+                `L` of the text; such as `H % 2 == 0`.
+            because: the reason, for those whose call is refused.
+        Raises:
+            SpecError: it is no comparison of sizes.
+            EditError: it contradicts what the graph requires already, or the model's own size.
+        """
+        names = [symbol.name for symbol in self.dims.symbols]
+        check_condition(condition, names)
+        guards = tuple(dict.fromkeys((*self.guards, Guard(condition, True, because))))
+        symbols = probing(guards, self.dims.symbols, len(self.config.get("down_block_types", ())))
+        self.guards = guards
+        if symbols != self.dims.symbols:
+            self.probe_at(symbols)
+
+    def allowed(self, **sizes: int) -> dict[str, int]:
+        """Sizes of a call, made as little larger as the graph requires: `allowed(B=2, H=9, W=8)`.
+
+        Raises:
+            EditError: there are none nearby.
+        """
+        return raised(self.guards, sizes)
+
+    def probe_at(self, symbols: tuple[Symbol, ...]) -> None:
+        """Evaluate the graph at other generic sizes."""
+        self.dims = Dims(symbols)
+        sizes = {symbol.name: symbol.generic for symbol in symbols}
+        specs = {spec.name: spec for spec in self.inputs}
+        for node in self.fx.nodes:
+            node.meta.pop("asked", None)
+            if node.op == "placeholder" and specs[node.name].shape is not None:
+                node.meta["probe"] = example_of(specs[node.name], sizes, self.probe_dtype("probe"))
+        self.propagate()
+
+    def decide(self, about: str, code: Callable[..., Any], *args: Any) -> Any:
+        """What `code(*args)` says, recorded with the pass: for what a pass decides by the numbers of weights.
+
+        A saved UNet is loaded by running its passes again on the shapes of weights; there the recorded answer is given
+        instead. Weights that are made of weights need no decision: PyTorch works out their shapes, and their numbers
+        are saved.
+
+        Args:
+            about: what is decided, such as a module path; the report names it.
+            code: returns numbers, text, or lists and dicts of them: `tensor.item()`, `tensor.tolist()`.
+        Returns:
+            what it returned, as it comes back from a file: tuples are lists.
+        Raises:
+            DecisionError: it cannot be recorded; or what was recorded is about something else.
+        """
+        return self._decisions.decide(str(about), lambda: code(*args))
 
     def sweep(self) -> None:
         """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""

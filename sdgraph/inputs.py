@@ -71,6 +71,19 @@ ARGUMENTS = (
 )
 
 
+def example_of(spec: Input, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor | None:
+    """A value of an input on the meta device; None for a residual, whose shape is that of what it is added to.
+
+    Args:
+        sizes: of the call, by symbol.
+        dtype: of the model.
+    """
+    if spec.shape is None:
+        return None
+    shape = [d if isinstance(d, int) else sizes[d] for d in spec.shape]
+    return torch.empty(shape, device="meta", dtype=dtype if spec.kind in ("float", "mask") else torch.int64)
+
+
 def unflatten(values: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, Any]:
     """Keyword arguments of the diffusers forward for flat `values` (the reverse of `flatten`)."""
     call: dict[str, Any] = {}

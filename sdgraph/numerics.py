@@ -15,6 +15,7 @@ from torch import fx, nn
 from .contract import Contract
 from .dims import evaluate
 from .graph import Graph
+from .guards import raised
 from .inherit import Step, step
 from .inputs import Input
 from .specialise import without
@@ -28,9 +29,10 @@ def example(graph: Graph, seed: int = 0, optional: bool = False, **sizes: int) -
 
     Args:
         optional: also the inputs that a call may leave out.
-        sizes: sizes of the call by symbol, e.g. `B=2, H=8, W=16, L=5`.
+        sizes: sizes of the call by symbol, e.g. `B=2, H=8, W=16, L=5`; made larger where the graph requires it.
     """
-    known = {**_sizes([graph])[0], **sizes}
+    known = _sizes([graph])[0]
+    known |= raised(graph.guards, known | sizes)
     generator = torch.Generator().manual_seed(seed)
     flat = {}
     for spec in graph.resolved_inputs():
@@ -75,18 +77,10 @@ def _sizes(graphs: Sequence[Graph]) -> tuple[dict[str, int], dict[str, int]]:
     """Two sets of sizes of a call that the guards of all graphs accept; odd ones where they may be."""
     unit = 2 ** max(len(graphs[0].config.get("down_block_types", ())) - 1, 0)
     nominal = {s.name: s.nominal for s in graphs[0].dims.symbols}
-    even = [{"B": 2, "H": k * unit, "W": 2 * k * unit, "L": 5} for k in (1, 2, 4, 8)]
-    odd = [{"B": 3, "H": unit + 1, "W": 2 * unit + 3, "L": 7}]
-    odd += [{"B": 3, "H": 3 * k * unit, "W": k * unit, "L": 7} for k in (1, 2, 4, 8)]
-    guards = [guard for graph in graphs for guard in graph.guards]
-
-    def first_accepted(wishes: list[dict[str, int]]) -> dict[str, int]:
-        for sizes in ({**nominal, **wish} for wish in wishes):
-            if all(bool(evaluate(guard.condition, sizes)) == guard.outcome for guard in guards):
-                return sizes
-        return nominal
-
-    return first_accepted(even), first_accepted(odd)
+    guards = tuple(dict.fromkeys(guard for graph in graphs for guard in graph.guards))
+    even = {"B": 2, "H": unit, "W": 2 * unit, "L": 5}
+    odd = {"B": 3, "H": unit + 1, "W": 2 * unit + 3, "L": 7}
+    return nominal | raised(guards, nominal | even), nominal | raised(guards, nominal | odd)
 
 
 def run(graph: Graph, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -32,7 +32,10 @@ class Pass(Spec):
     not_after: ClassVar[Mapping[str, str]] = {}
 
     def run(self, graph: Graph) -> Findings | None:
-        """Edit the graph.
+        """Edit the graph; docs/writing-a-pass.md shows how.
+
+        What it decides by the numbers of weights it asks by `graph.decide`, and sizes that it needs it states by
+        `graph.require`.
 
         Returns:
             what the report should tell, or None.

@@ -16,7 +16,7 @@ from torch import fx
 from .capture import capture
 from .errors import ModeError, SdgraphError
 from .graph import Graph
-from .runner import run_pass
+from .runner import replay
 from .specialise import without
 from .trace import scope
 
@@ -47,9 +47,7 @@ def to_diffusers(unet: GraphUNet) -> UNet2DConditionModel:
         with torch.device("meta"):
             plain = torch.nn.Module.to(UNet2DConditionModel.from_config(config), graph.dtype)
         other = capture(plain, [i.name for i in graph.inputs if i.name == "encoder_attention_mask"])
-        for one in graph.passes:
-            if one.contract.kind == "exact":
-                other, _ = run_pass(one, other, verify=False)
+        other = replay([applied for applied in graph.passes if applied.one.contract.kind == "exact"], other)
     except (SdgraphError, ValueError, KeyError, RuntimeError) as error:
         raise _none(f"the remaining blocks fit no configuration: {error}") from error
     names = _match(graph, other)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .columns import columns
+
+if TYPE_CHECKING:
+    from .decisions import Decision
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class PassReport:
         edits: what it says it did, one line each.
         near_misses: where it almost applied, best first.
         children: reports of the passes inside it.
+        decisions: what it decided by the numbers of weights, in order.
     """
 
     spec: str
@@ -50,6 +54,7 @@ class PassReport:
     edits: tuple[str, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
     children: tuple[PassReport, ...] = ()
+    decisions: tuple[Decision, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Report:
         rows: list[tuple[str, ...]] = [head]
         for p in self.passes:
             rows += _rows(p, 0)
-        return "\n".join([columns(rows), *self.notes])
+        decided = [_decided(p) for p in self.passes if p.decisions]
+        return "\n".join([columns(rows), *decided, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
         from dataclasses import asdict
@@ -86,3 +92,10 @@ def _rows(p: PassReport, depth: int) -> list[tuple[str, ...]]:
         f"{p.seconds:.2f}",
     )
     return [row, *(r for child in p.children for r in _rows(child, depth + 1))]
+
+
+def _decided(p: PassReport) -> str:
+    """The first decisions of a pass."""
+    shown = p.decisions[:4]
+    rest = f", and {len(p.decisions) - len(shown)} more" if len(p.decisions) > len(shown) else ""
+    return f"{p.spec} decided {', '.join(map(str, shown))}{rest}"

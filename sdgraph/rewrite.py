@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
+from .errors import SpecError
 from .graph import Graph
 from .inputs import Dim
 from .pass_ import Findings, Pass
@@ -51,15 +52,22 @@ class Example:
 class Rewrite(Pass):
     """A local rewrite. Subclasses define three methods over the same named values:
 
-        pattern(self, x, ...)   PyTorch code; its parameters match anything. A parameter annotated with a module class
-                                matches a leaf module of that class, and is called.
+        pattern(self, x, ...)   PyTorch code that returns one value; its parameters match anything. A function matches
+                                modules without weights too that are nothing but a call of it: `F.silu(x)` is found in
+                                `nn.SiLU`. A parameter annotated with a module class matches a leaf module of that
+                                class, and is called.
         check(self, x, ...)     optional; raises `NoMatch(reason)`. Values are nodes of the graph (`node.meta` tells
                                 their shapes), constants, or modules.
         replace(self, x, ...)   PyTorch code for what takes the place of the match.
 
     Places where more than the last operation matched, or where `check` declined, are reported as near-misses.
+
+    Class attributes:
+        by_weights: `check` reads the numbers of weights. What it says is then recorded; see `Graph.decide`.
+        examples: code that it applies to, and code that it must leave alone.
     """
 
+    by_weights: ClassVar[bool] = False
     examples: ClassVar[tuple[Example, ...]] = ()
 
     def pattern(self, *values: Any) -> Any:
@@ -72,20 +80,18 @@ class Rewrite(Pass):
         raise NotImplementedError(f"{type(self).__name__}.replace")
 
     def run(self, graph: Graph) -> Findings:
-        pattern = _Pattern(self.pattern)
+        pattern = _Pattern(self)
         edits: list[str] = []
         misses: list[NearMiss] = []
         for node in list(graph.fx.nodes):
             if node.op in ("placeholder", "output") or node._erased:
                 continue
             match = _Match(graph, pattern)
-            try:
-                match.at(node)
-                self.check(*match.arguments())
-            except NoMatch as miss:
+            refused = self._refused(match, node)
+            if refused is not None:
                 if match.taken:
                     where = f"{scope(node) or '(top level)'}, node {node.name}"
-                    misses.append(NearMiss(where, str(miss), len(match.taken)))
+                    misses.append(NearMiss(where, refused, len(match.taken)))
                 continue
             made = graph.insert(self.replace, *match.arguments(), before=node.next, path=scope(node))
             graph.rewire(node, made)
@@ -93,25 +99,62 @@ class Rewrite(Pass):
             for gone in match.taken:  # from the result backwards, so that users go first
                 if not gone.users:
                     graph.erase(gone)
+        if not edits:
+            misses += _other_spelling(graph, pattern)
         return Findings(tuple(edits), tuple(sorted(misses, key=lambda m: -m.matched)))
+
+    def _refused(self, match: _Match, node: fx.Node) -> str | None:
+        """Why it does not apply with `node` as the result; None if it does."""
+        try:
+            match.at(node)
+        except NoMatch as miss:
+            return str(miss)
+        if not self.by_weights:
+            verdict = self._verdict(match)
+        else:
+            about = ": ".join(dict.fromkeys(filter(None, (scope(node), called(node)))))
+            verdict = match.graph.decide(about, self._verdict, match)
+        return None if verdict is True else str(verdict)
+
+    def _verdict(self, match: _Match) -> bool | str:
+        """What `check` says: true, or why not."""
+        try:
+            self.check(*match.arguments())
+        except NoMatch as miss:
+            return str(miss)
+        return True
 
 
 class _Pattern:
-    """A pattern method as a small graph."""
+    """The pattern of a rewrite as a small graph."""
 
-    def __init__(self, method: Callable[..., Any]) -> None:
+    def __init__(self, rewrite: Rewrite) -> None:
+        method, name = rewrite.pattern, type(rewrite).__name__
         self.names = list(inspect.signature(method).parameters)
-        function = method.__func__  # type: ignore[attr-defined]
         self.classes = {
             name: hint
-            for name, hint in get_type_hints(function).items()
+            for name, hint in get_type_hints(method.__func__).items()  # type: ignore[attr-defined]
             if inspect.isclass(hint) and issubclass(hint, nn.Module)
         }
         self.graph = fx.Graph()
         tracer = fx.proxy.GraphAppendingTracer(self.graph)
         wildcards = [fx.Proxy(self.graph.placeholder(name), tracer) for name in self.names]
         result = method(*wildcards)
+        if not isinstance(result, fx.Proxy) or result.node.op == "placeholder":
+            what = "one of its parameters" if isinstance(result, fx.Proxy) else f"a {type(result).__name__}"
+            raise SpecError(
+                f"the pattern of {name} returns {what}",
+                where=f"{name}.pattern",
+                cure="return one value that an operation gives; to replace several, write a Pass with run",
+            )
         self.root: fx.Node = result.node
+        unused = [str(n.target) for n in self.graph.nodes if n.op == "placeholder" and not n.users]
+        if unused:
+            raise SpecError(
+                f"the pattern of {name} does not use its parameter {unused[0]!r}",
+                where=f"{name}.pattern",
+                cure="use it, or leave it out of pattern, check and replace",
+            )
 
 
 class _Match:
@@ -163,9 +206,9 @@ class _Match:
             self._bind(name, module)
             args = args[1:]
         else:
-            targets = SAME.get(wanted.target, wanted.target), SAME.get(found.target, found.target)
-            if wanted.op != found.op or targets[0] != targets[1]:
-                raise NoMatch(f"expected {called(wanted)}, found {called(found)}")
+            kind, target, found_args, found_kwargs = self._spelled(wanted, found, found_args, found_kwargs)
+            if wanted.op != kind or SAME.get(wanted.target, wanted.target) != SAME.get(target, target):
+                raise NoMatch(f"expected {called(wanted)}, found {called(found)}{self._hint(wanted, found)}")
             self.taken.append(found)
         if len(args) != len(found_args) or set(kwargs) != set(found_kwargs):
             raise NoMatch(f"{called(found)} is called with other arguments: {found.args} {found.kwargs}")
@@ -173,6 +216,25 @@ class _Match:
         self._either(args, [found_args, found_args[::-1]] if commutes else [found_args])
         for key, value in kwargs.items():
             self._value(value, found_kwargs[key])
+
+    def _spelled(
+        self, wanted: fx.Node, found: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
+        """Kind, target and arguments of a node: for a module, where a function is wanted, as a call of that."""
+        if wanted.op == "call_function" and found.op == "call_module":
+            function = _functional(self.graph.module(str(found.target)), found)
+            if function is not None and not any(isinstance(v, torch.Tensor) for v in function[2].values()):
+                return "call_function", *function
+        return found.op, found.target, args, kwargs
+
+    def _hint(self, wanted: fx.Node, found: fx.Node) -> str:
+        if wanted.op != "call_function" or found.op != "call_module":
+            return ""
+        module = self.graph.module(str(found.target))
+        function = _functional(module, found)
+        if function is None or function[0] is not wanted.target:
+            return f", a {type(module).__name__}"
+        return f", {_annotate(module)}"
 
     def _either(self, args: tuple[Any, ...], orders: list[tuple[Any, ...]]) -> None:
         """Match arguments in one of several orders."""
@@ -195,17 +257,72 @@ class _Match:
         self.bound[name] = found
 
 
+def _other_spelling(graph: Graph, pattern: _Pattern) -> list[NearMiss]:
+    """Modules that compute what the pattern ends with, but cannot be matched as a function, for they have weights."""
+    found: dict[type[nn.Module], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and pattern.root.op == "call_function":
+            module = graph.module(str(node.target))
+            function = _functional(module, node)
+            if function is not None and function[0] is pattern.root.target:
+                found.setdefault(type(module), []).append(node)
+    return [
+        NearMiss(str(nodes[0].target), f"{len(nodes)} of these: {_annotate(graph.module(str(nodes[0].target)))}")
+        for nodes in found.values()
+    ]
+
+
+def _annotate(module: nn.Module) -> str:
+    kind = type(module).__name__
+    return f"a module nn.{kind}, which has weights: call a parameter of the pattern that is annotated nn.{kind}"
+
+
+class _Called:
+    """Stands for a tensor, and answers any function of PyTorch with what was called."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function, args, kwargs or {}
+
+
+def _functional(module: nn.Module, node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """The function that a leaf module is nothing but a call of, with the arguments of `node`, by name.
+
+    None if it is more than that, or depends on the mode, as dropout does.
+    """
+    if len(node.args) != 1 or node.kwargs:
+        return None
+    try:
+        function, args, kwargs = module.forward(_Called())
+    except Exception:  # its code needs a real tensor, so it is more than one call
+        return None
+    bound = _bound(function, args, kwargs)
+    if bound is None or any("training" in signature.parameters for signature in _signatures(function)):
+        return None
+    named = {k: node.args[0] if isinstance(v, _Called) else v for k, v in bound.items()}
+    return function, (), {k: v for k, v in named.items() if not k.startswith("_")}  # such as softmax's _stacklevel
+
+
 def _call(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call, by name and without those that are the defaults, where the signature is known."""
     if node.op == "call_function" and node.target not in SAME and node.target not in SAME.values():
-        for signature in _signatures(node.target):
-            try:
-                bound = signature.bind(*node.args, **node.kwargs)
-            except TypeError:
-                continue
-            default = {name: p.default for name, p in signature.parameters.items()}
-            return (), {k: v for k, v in bound.arguments.items() if isinstance(v, fx.Node) or v != default[k]}
+        bound = _bound(node.target, node.args, node.kwargs)
+        if bound is not None:
+            return (), bound
     return tuple(node.args), dict(node.kwargs)
+
+
+def _bound(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Arguments by name, without those that are the defaults; None if no signature of the function fits."""
+    for signature in _signatures(target):
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            continue
+        default = {name: p.default for name, p in signature.parameters.items()}
+        plain = (bool, int, float, str, tuple, type(None))
+        return {k: v for k, v in bound.arguments.items() if not isinstance(v, plain) or v != default[k]}
+    return None
 
 
 @functools.cache

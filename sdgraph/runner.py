@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
-from .errors import ContractError, NoChangeError, OrderError, PassError, SdgraphError
+from .contract import Contract
+from .decisions import Applied, Decision, Decisions
+from .errors import ContractError, DecisionError, NoChangeError, OrderError, PassError, SdgraphError, SpecError
 from .graph import Graph
 from .numerics import Call, first_difference, generations, largest_difference, play
 from .pass_ import Chain, Findings, Pass
+from .place import place
 from .report import NearMiss, PassReport, Size
+from .trace import Guard
 
 
-def check_order(done: tuple[Pass, ...], passes: Iterable[Pass]) -> None:
+def check_order(done: tuple[Applied, ...], passes: Iterable[Pass]) -> None:
     """Refuse passes in an order that one of them forbids, before anything runs.
 
     Raises:
         OrderError: naming both passes and the reason.
     """
-    earlier = [name for p in done for name in _names(p)]
+    earlier = [name for applied in done for name in _names(applied.one)]
     for one in passes:
         for inner in _flat(one):
             name = type(inner).__name__
@@ -36,18 +41,28 @@ def check_order(done: tuple[Pass, ...], passes: Iterable[Pass]) -> None:
         earlier.append(type(one).__name__)
 
 
-def run_pass(one: Pass, graph: Graph, verify: bool) -> tuple[Graph, PassReport]:
+def run_pass(
+    one: Pass, graph: Graph, verify: bool, recorded: Iterable[Decision] | None = None
+) -> tuple[Graph, PassReport]:
     """A new graph with the pass applied, and its report. The given graph is not changed.
 
     Args:
         verify: check the numeric contract on random inputs, not only the structure.
+        recorded: what the pass decided when it ran before; by default it decides.
     Raises:
         SdgraphError: whatever the pass raised, or which of its promises it broke.
     """
     start = time.perf_counter()
+    if not isinstance(one.contract, Contract):
+        raise SpecError(
+            f"the contract of {type(one).__name__} is {one.contract!r}",
+            where=type(one).__name__,
+            cure="annotate it as no option: contract: ClassVar[Contract] = Contract.EXACT",
+        )
     # Tensors made in inference mode do not count their edits.
     versions = [(name, p, p._version) for name, p in graph.parameters().items() if not p.is_inference()]
-    after, findings, children = _edited(one, graph)
+    decisions = Decisions(recorded)
+    after, findings, children = _edited(one, graph, decisions)
     if fingerprint(after) == fingerprint(graph) and not one.may_change_nothing:
         closest = "; ".join(f"{m.where}: {m.reason}" for m in findings.near_misses[:3])
         raise NoChangeError(
@@ -63,7 +78,8 @@ def run_pass(one: Pass, graph: Graph, verify: bool) -> tuple[Graph, PassReport]:
             cure="give the graph new tensors (add_tensor, add_parameter)",
         )
     difference = _verify(one, graph, after) if verify else None
-    after.passes = (*graph.passes, one)
+    applied = Applied(one, decisions.finish())
+    after.passes = (*graph.passes, applied)
     seconds = time.perf_counter() - start
     return after, PassReport(
         str(one),
@@ -75,28 +91,60 @@ def run_pass(one: Pass, graph: Graph, verify: bool) -> tuple[Graph, PassReport]:
         findings.edits,
         findings.near_misses,
         children,
+        applied.decisions,
     )
 
 
-def _edited(one: Pass, graph: Graph) -> tuple[Graph, Findings, tuple[PassReport, ...]]:
+def replay(passes: Iterable[Applied], graph: Graph) -> Graph:
+    """A new graph that has gone through passes as another one did: their decisions are given back, nothing is verified.
+
+    Raises:
+        SdgraphError: as `run_pass`.
+    """
+    for applied in passes:
+        graph, _ = run_pass(applied.one, graph, verify=False, recorded=applied.decisions)
+    return graph
+
+
+def _edited(one: Pass, graph: Graph, decisions: Decisions) -> tuple[Graph, Findings, tuple[PassReport, ...]]:
     """A copy of the graph with the pass's edits, structurally sound."""
     if isinstance(one, Chain):
-        return _edited_by_each(one, graph)
+        return _edited_by_each(one, graph, decisions)
     work = graph.copy()
+    work._decisions = decisions
     try:
         findings = one.run(work)
+        work.guards = tuple(g if g in graph.guards else _named(g, one) for g in work.guards)
         _settle(one, graph, work)
     except SdgraphError as error:
-        error.add_note(f"in pass {one}")
+        ours = type(one).__module__.startswith("sdgraph.")  # meant for who uses the pass, not for who writes it
+        error.came_through(", ".join(filter(None, (str(one), "" if ours else place(error, one, work)))))
         raise
     except Exception as error:
-        raise PassError(
-            f"{one} failed: {type(error).__name__}: {error}", cure="the graph is unchanged; mend the pass"
-        ) from error
+        raise _failed(one, error, work) from error
+    work._decisions = Decisions()
     return work, findings or Findings(), ()
 
 
-def _edited_by_each(one: Chain, graph: Graph) -> tuple[Graph, Findings, tuple[PassReport, ...]]:
+def _named(guard: Guard, one: Pass) -> Guard:
+    """A guard that says which pass it comes from."""
+    return replace(guard, where=f"{one}{f': {guard.where}' if guard.where else ''}")
+
+
+def _failed(one: Pass, error: Exception, graph: Graph) -> PassError:
+    """The error for one that the pass's code raised."""
+    where, said = place(error, one, graph), f"{type(error).__name__}: {error}"
+    if graph.device.type != "meta" or "meta" not in said.lower():
+        return PassError(f"{one} failed: {said}", where=where, cure="the graph is unchanged; mend the pass")
+    return DecisionError(
+        f"{one} needs the numbers of weights, and here are only their shapes: {said.splitlines()[0]}",
+        where=where,
+        cure="to decide by numbers: rank = graph.decide(path, code, weight), or by_weights = True on a Rewrite; "
+        "to fill new weights: make them on the device of the old ones (device=weight.device)",
+    )
+
+
+def _edited_by_each(one: Chain, graph: Graph, decisions: Decisions) -> tuple[Graph, Findings, tuple[PassReport, ...]]:
     reports: list[PassReport] = []
     edits: list[str] = []
     misses: list[NearMiss] = []
@@ -104,7 +152,7 @@ def _edited_by_each(one: Chain, graph: Graph) -> tuple[Graph, Findings, tuple[Pa
         before, misses = graph, []
         for inner in one.passes:
             start = time.perf_counter()
-            after, findings, children = _edited(inner, graph)
+            after, findings, children = _edited(inner, graph, decisions)
             if fingerprint(after) != fingerprint(graph):
                 seconds = time.perf_counter() - start
                 sizes = size(graph), size(after)
@@ -129,6 +177,9 @@ def _settle(one: Pass, before: Graph, after: Graph) -> None:
     after.sweep()
     after.propagate()
     after.fx.lint()
+    if after.dims is not before.dims:  # the pass requires sizes: compare at those
+        before = before.copy()
+        before.probe_at(after.dims.symbols)
     names = [[n.name for n in g.fx.nodes if n.op == "placeholder"] for g in (before, after)]
     if names[0] != names[1]:
         raise ContractError(f"{one} changed the inputs", where=str(set(names[0]) ^ set(names[1])), cure="keep them")
@@ -189,7 +240,7 @@ def _compare(
 def _blame(one: Chain, graph: Graph) -> None:
     """Run the passes of a failed sequence one by one, so that the error names the guilty one."""
     for inner in one.passes:
-        after, _, _ = _edited(inner, graph)
+        after, _, _ = _edited(inner, graph, Decisions())
         _verify(inner, graph, after)
         graph = after
 
@@ -206,7 +257,10 @@ def fingerprint(graph: Graph) -> tuple[object, ...]:
         for n in graph.fx.nodes
     )
     held: dict[str, torch.Tensor] = dict(graph.weights.state_dict(keep_vars=True))
-    return nodes, tuple((name, t.data_ptr(), t.shape, t.dtype) for name, t in held.items())
+    # The storage, for on the meta device there are no addresses to tell tensors apart by.
+    return nodes, tuple(
+        (name, t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.dtype) for name, t in held.items()
+    )
 
 
 def _flat(one: Pass) -> list[Pass]:

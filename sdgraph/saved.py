@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +18,18 @@ from diffusers import UNet2DConditionModel
 from torch import fx
 
 from .capture import capture
-from .errors import ModeError, SavedError
+from .decisions import Applied, Decision
+from .errors import DecisionError, ModeError, SavedError
 from .files import appearing, sha256
 from .graph import Graph
 from .report import Report
-from .runner import run_pass
+from .runner import replay
 from .spec import parse
 
 if TYPE_CHECKING:
     from .unet import GraphUNet
 
-FORMAT = 1
+FORMAT = 2  # 1: without decisions
 RECIPE, CONFIG = "sdgraph.json", "config.json"
 
 
@@ -44,8 +47,8 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
     graph = unet.graph
     config = {k: v for k, v in graph.config.items() if not k.startswith("_")}
     inputs = [i.name for i in graph.inputs if i.name == "encoder_attention_mask"]
-    passes = [str(p) for p in graph.passes]
-    _check_can_come_back(graph, config, passes, inputs)
+    _warn_of_scripts(graph.passes)
+    _check_can_come_back(graph, config, inputs)
     name = f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors"
     with appearing(directory, _check_target, SavedError) as folder:
         tensors = {k: v.detach().contiguous() for k, v in unet.state_dict().items()}
@@ -53,11 +56,11 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
         plain = dict(config) | {"_class_name": "GraphUNet", "_diffusers_version": diffusers.__version__}
         (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
         recipe = {
-            "format": FORMAT,
+            "format": FORMAT if any(applied.decisions for applied in graph.passes) else 1,
             "sdgraph": _version(),
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
-            "passes": passes,
+            "passes": [_entry(applied) for applied in graph.passes],
             "inputs": inputs,
             "dtype": str(next(unet.parameters()).dtype).removeprefix("torch."),
             "structure": structure(graph),
@@ -67,10 +70,27 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
         (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
 
 
-def _check_can_come_back(graph: Graph, config: dict[str, Any], passes: list[str], inputs: list[str]) -> None:
+def _warn_of_scripts(passes: Sequence[Applied]) -> None:
+    for name in sorted({type(s).__name__ for a in passes for s in a.one.specs() if type(s).__module__ == "__main__"}):
+        warnings.warn(
+            f"{name} is defined in the script that runs (__main__), so only that script can load what is saved here: "
+            f"move it to a module, and import that before loading",
+            stacklevel=4,
+        )
+
+
+def _check_can_come_back(graph: Graph, config: dict[str, Any], inputs: list[str]) -> None:
     try:
+        # the text of the passes, for that is what is saved
+        passes = _passes([_entry(applied) for applied in graph.passes])
         same = structure(_rebuild(config, passes, inputs, graph.dtype)) == structure(graph)
         reason: Exception | None = None
+    except DecisionError as error:
+        raise ModeError(
+            f"it could not be loaded again, which runs the passes on the shapes of weights alone; {error.what}",
+            where=error.where,
+            cure=error.cure,
+        ) from error
     except Exception as error:
         same, reason = False, error
     if not same:
@@ -112,12 +132,12 @@ def load(
     if not isinstance(saved_dtype, torch.dtype):
         raise SavedError(f"unknown dtype {recipe['dtype']!r}", where=str(folder / RECIPE), cure="save again")
     try:
-        graph = _rebuild(config, recipe["passes"], recipe["inputs"], saved_dtype)
+        graph = _rebuild(config, _passes(recipe["passes"]), recipe["inputs"], saved_dtype)
     except Exception as error:
         raise SavedError(
             f"the configuration and passes do not give a graph: {error}",
             where=str(folder / RECIPE),
-            cure=f"install the packages of these passes: {', '.join(recipe['passes'])}",
+            cure="install the packages of the passes, or import their modules first",
         ) from error
     if structure(graph) != recipe["structure"]:
         raise SavedError(
@@ -144,16 +164,28 @@ def structure(graph: Graph) -> str:
     return digest.hexdigest()
 
 
-def _rebuild(config: dict[str, Any], passes: list[str], inputs: list[str], dtype: torch.dtype) -> Graph:
+def _entry(applied: Applied) -> str | dict[str, Any]:
+    """A pass in a recipe: its text, with what it decided if it did."""
+    decisions = [[decision.about, decision.value] for decision in applied.decisions]
+    return {"pass": str(applied), "decisions": decisions} if decisions else str(applied)
+
+
+def _passes(entries: list[str | dict[str, Any]]) -> list[Applied]:
+    """What `_entry` wrote."""
+    found = []
+    for entry in entries:
+        text, decisions = (entry, []) if isinstance(entry, str) else (entry["pass"], entry["decisions"])
+        (one,) = parse(text)
+        found.append(Applied(one, tuple(Decision(str(about), value) for about, value in decisions)))
+    return found
+
+
+def _rebuild(config: dict[str, Any], passes: Sequence[Applied], inputs: list[str], dtype: torch.dtype) -> Graph:
     """The graph of a configuration with passes replayed, on the meta device."""
     with torch.device("meta"):
         plain = dict(config) | {"_class_name": "UNet2DConditionModel"}
         unet = torch.nn.Module.to(UNet2DConditionModel.from_config(plain), dtype)
-    graph = capture(unet, inputs)
-    for spec in passes:
-        for one in parse(spec):
-            graph, _ = run_pass(one, graph, verify=False)
-    return graph
+    return replay(passes, capture(unet, inputs))
 
 
 def _load_weights(graph: Graph, path: Path) -> None:

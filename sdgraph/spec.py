@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Iterable
+import math
+import os
+import sys
+import typing
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from .errors import SpecError, did_you_mean
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
     from .pass_ import Pass
 
 log = logging.getLogger("sdgraph")
+
+NUMBERS = {"inf": math.inf, "nan": math.nan}  # what `repr` writes for a float that is no literal
+ABSTRACT = ("sdgraph.pass_", "sdgraph.rewrite")  # these modules define what passes are made of, and no pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +41,17 @@ class Spec:
             if value != field.default:
                 parts.append(_text(value) if i == 0 else f"{field.name}={_text(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+    def specs(self) -> Iterator[Spec]:
+        """This one and the specs among its options, to any depth."""
+        yield self
+        stack = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        while stack:
+            value = stack.pop()
+            if isinstance(value, Spec):
+                yield from value.specs()
+            elif isinstance(value, tuple):
+                stack.extend(value)
 
 
 def _text(value: Any) -> str:
@@ -55,17 +74,21 @@ def parse(text: str) -> tuple[Pass, ...]:
             f"cannot read the spec {text!r}: {error.msg}", cure="write calls: \"CleanUp(), PruneBlocks('bk-sdm-base')\""
         ) from error
     assert isinstance(tree, ast.Tuple)
-    return tuple(_as_pass(_value(item, text), text) for item in tree.elts)
+    from .pass_ import Pass
+
+    return tuple(_as_pass(_value(item, text, Pass), text) for item in tree.elts)
 
 
-def read(text: str) -> Spec:
-    """One spec of any kind, such as a schedule, from the text that `str` made of it.
+def read(text: str, kind: type[Spec] = Spec) -> Spec:
+    """One spec, such as a schedule, from the text that `str` made of it.
 
+    Args:
+        kind: the class it is to be of; by default any.
     Raises:
         SpecError: it is something else.
     """
     try:
-        found = _value(ast.parse(text, mode="eval").body, text)
+        found = _value(ast.parse(text, mode="eval").body, text, kind)
     except SyntaxError as error:
         raise SpecError(
             f"cannot read the spec {text!r}: {error.msg}", cure="write a call, as in 'Uniform(3)'"
@@ -111,13 +134,44 @@ def _not_a_pass(value: Any, text: str = "") -> SpecError:
     return SpecError(f"{value!r} is not a pass", where=text, cure=cure)
 
 
-def known() -> dict[str, type[Spec]]:
-    """Every spec class that can be named: those defined so far and those of installed packages' entry points."""
+def known(kind: type[Spec] = Spec) -> dict[str, type[Spec]]:
+    """The specs that can be named, by name: those defined so far, and those of installed packages' entry points.
+
+    Args:
+        kind: the base class of those wanted, as `Pass` or `Schedule`; by default all.
+    """
     for point in importlib.metadata.entry_points(group="sdgraph.passes"):
         try:
             point.load()
         except Exception as error:  # one broken package must not take all others' passes along
             log.warning("the pass %s (%s) cannot be loaded: %s", point.name, point.value, error)
+    return {
+        name: one
+        for name, one in _defined().items()
+        if issubclass(one, kind) and one is not kind and one.__module__ not in ABSTRACT
+    }
+
+
+def import_module(name: str) -> None:
+    """Import a module that defines passes, so that their text is understood; the current folder is searched too.
+
+    Raises:
+        SpecError: it cannot be imported.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # whatever the code of the module raises
+        raise SpecError(
+            f"cannot import {name}: {type(error).__name__}: {error}",
+            where=name,
+            cure="name a module as Python's import does, without .py: one that is installed or in the current folder",
+        ) from error
+
+
+def _defined() -> dict[str, type[Spec]]:
+    """The specs that are defined so far."""
     found: dict[str, type[Spec]] = {}
     stack = [Spec]
     while stack:
@@ -127,17 +181,22 @@ def known() -> dict[str, type[Spec]]:
     return {name: one for name, one in found.items() if not name.startswith("_")}
 
 
-def _value(tree: ast.expr, text: str) -> Any:
+def _value(tree: ast.expr, text: str, kind: type[Spec]) -> Any:
+    """What a piece of a spec stands for.
+
+    Args:
+        kind: the base class of the specs that make sense here.
+    """
     if isinstance(tree, ast.Tuple | ast.List):
-        return tuple(_value(item, text) for item in tree.elts)
+        return tuple(_value(item, text, kind) for item in tree.elts)
     if isinstance(tree, ast.Name):
-        return _construct(tree.id, (), {}, text)
+        return NUMBERS[tree.id] if tree.id in NUMBERS else _construct(tree, text, kind)
+    if isinstance(tree, ast.UnaryOp) and ast.unparse(tree) in ("-inf", "-nan"):
+        return -NUMBERS[ast.unparse(tree.operand)]
     if isinstance(tree, ast.Call) and all(k.arg for k in tree.keywords):
         name, dot, preset = ast.unparse(tree.func).partition(".")
         if name.isidentifier() and (preset.isidentifier() or not dot):
-            args = tuple(_value(a, text) for a in tree.args)
-            kwargs = {str(k.arg): _value(k.value, text) for k in tree.keywords}
-            return _construct(name, args, kwargs, text, preset)
+            return _construct(tree, text, kind)
     try:
         return ast.literal_eval(tree)
     except ValueError as error:
@@ -152,23 +211,59 @@ def presets(one: type[Spec]) -> dict[str, Any]:
     return {name: getattr(one, name) for name in names}
 
 
-def _construct(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], text: str, preset: str = "") -> Any:
-    classes = known()
+def _named(name: str, preset: str, text: str, kind: type[Spec]) -> tuple[str, Any]:
+    """The full name of a class or preset, and what constructs it."""
+    classes = _defined()
     if name not in classes:
-        cure = did_you_mean(name, classes) or f"known: {', '.join(sorted(classes))}"
-        raise SpecError(f"no pass named {name!r}", where=text, cure=cure)
-    make: Any = classes[name]
-    if preset:
-        named = presets(classes[name])
-        if preset not in named:
-            cure = did_you_mean(preset, named) or f"presets: {', '.join(named) or 'none'}"
-            raise SpecError(f"{name} has no preset {preset!r}", where=text, cure=cure)
-        make, name = named[preset], f"{name}.{preset}"
-    options = list(inspect.signature(make).parameters)
-    for option in kwargs:
+        known()  # loads what installed packages declare
+        classes = _defined()
+    if name not in classes:
+        near = known(kind)
+        otherwise = f"write text in quotes: {name!r}" if kind is Spec else f"known: {', '.join(sorted(near))}"
+        cure = did_you_mean(name, near) or otherwise
+        raise SpecError(f"no {kind.__name__.lower()} named {name!r}", where=text, cure=cure)
+    if not preset:
+        return name, classes[name]
+    named = presets(classes[name])
+    if preset not in named:
+        cure = did_you_mean(preset, named) or f"presets: {', '.join(named) or 'none'}"
+        raise SpecError(f"{name} has no preset {preset!r}", where=text, cure=cure)
+    return f"{name}.{preset}", named[preset]
+
+
+def _options(make: Any) -> dict[str, type[Spec]]:
+    """The options of a class or preset, in order; each with the kind of specs that its annotation names."""
+    annotated = make if isinstance(make, type) else make.__func__
+    try:
+        hints = typing.get_type_hints(annotated)
+    except Exception:  # an annotation that only a type checker can resolve
+        hints = {}
+    return {name: _spec_in(hints.get(name)) for name in inspect.signature(make).parameters}
+
+
+def _spec_in(hint: Any) -> type[Spec]:
+    """The spec class that an annotation names, as in `tuple[Schedule, ...] | None`; `Spec` if it names none."""
+    if isinstance(hint, type) and issubclass(hint, Spec):
+        return hint
+    inner = [_spec_in(each) for each in typing.get_args(hint)]
+    return next((each for each in inner if each is not Spec), Spec)
+
+
+def _construct(tree: ast.Name | ast.Call, text: str, kind: type[Spec]) -> Any:
+    """A spec from its name or call."""
+    call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+    first, _, preset = ast.unparse(call.func).partition(".")
+    name, make = _named(first, preset, text, kind)
+    options = _options(make)
+    kinds = [*options.values(), *[Spec] * len(call.args)]
+    args = [_value(each, text, kind) for each, kind in zip(call.args, kinds, strict=False)]
+    kwargs = {}
+    for keyword in call.keywords:
+        option = str(keyword.arg)
         if option not in options:
             cure = did_you_mean(option, options) or f"options: {', '.join(options) or 'none'}"
             raise SpecError(f"{name} has no option {option!r}", where=text, cure=cure)
+        kwargs[option] = _value(keyword.value, text, options[option])
     try:
         return make(*args, **kwargs)
     except TypeError as error:

@@ -406,7 +406,8 @@ class Tracer(fx.proxy.TracerBase):
         path = self._paths.get(id(module))
         if path is None:
             raise self.error(
-                f"a {type(module).__name__} is called that is no submodule of what is traced", "register it first"
+                f"a {type(module).__name__} is called that is no submodule of what is traced",
+                "hand over the module itself, as in graph.insert(module, *nodes, path=...), or one that holds it",
             )
         outer = self.module_stack
         self.module_stack = {**outer, path: (path, type(module))}

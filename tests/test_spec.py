@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -9,10 +10,22 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scenes.pipeline import MODEL
 
 from sdgraph import Graph, Pass, Spec, parse
+from sdgraph.__main__ import main
 from sdgraph.errors import SpecError
 from sdgraph.passes import CleanUp, InheritFeatures, PruneBlocks
+from sdgraph.schedules import Range, Schedule, Uniform
+from sdgraph.spec import import_module, known, read
+
+MODULE = """
+from dataclasses import dataclass
+from sdgraph import Pass
+
+@dataclass(frozen=True)
+class {}(Pass): ...
+"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,7 @@ class Tile(Pass):
     levels: tuple[int, ...] = ()
     name: str | None = None
     rate: float = 0.5
+    schedule: Schedule | None = None
 
     def run(self, graph: Graph) -> None:
         return None
@@ -54,7 +68,7 @@ def test_text_and_back(one: Pass, text: str) -> None:
         st.builds(Window, st.integers(1, 99), st.booleans()),
         st.lists(st.integers(-3, 3), max_size=3).map(tuple),
         st.none() | st.text(max_size=8),
-        st.floats(allow_nan=False, allow_infinity=False),
+        st.floats(allow_nan=False),
     )
 )
 @settings(derandomize=True)
@@ -79,13 +93,16 @@ def test_presets() -> None:
         ("PruneBlocks(block='bk-sdm-base')", "did you mean 'blocks'"),
         ("PruneBlocks('bk-sdm-base'", "cannot read the spec"),
         ("PruneBlocks('bk-sdm-bass')", "did you mean 'bk-sdm-base'"),
-        ("PruneBlocks(open('x'))", "no pass named 'open'"),
+        ("PruneBlocks(open('x'))", "no spec named 'open'"),
+        ("PruneBlocks(mid_block)", "write text in quotes: 'mid_block'"),
+        ("Tile(schedule=Unifrom(3))", "did you mean 'Uniform'"),
+        ("Tile(schedule=zzz)", "no schedule named 'zzz'"),
         ("PruneBlocks(1 + x)", "neither a literal nor a call"),
         ("__import__('os').system('true')", "neither a literal nor a call"),
         ("[].append", "neither a literal nor a call"),
         ("'CleanUp'", "is not a pass"),
         ("Window(3)", "is not a pass"),
-        ("Tile(1, 2, 3, 4, 5)", "cannot construct Tile"),
+        ("Tile(1, 2, 3, 4, 5, 6)", "cannot construct Tile"),
         ("zzz", "known: "),
         ("InheritFeatures.deep_cash(3)", "did you mean 'deep_cache'"),
         ("InheritFeatures.deep_cache(intervall=3)", "did you mean 'interval'"),
@@ -127,3 +144,77 @@ def test_our_passes_come_in_as_a_third_party_s_do() -> None:
     found = {point.name: point.load() for point in entry_points(group="sdgraph.passes")}
     assert found["CleanUp"] is CleanUp
     assert found["PruneBlocks"] is PruneBlocks
+
+
+def test_suggestions_are_of_the_kind_that_is_wanted() -> None:
+    with pytest.raises(SpecError, match="known: ") as caught:
+        parse("zzz")
+    names = caught.value.cure.removeprefix("known: ").split(", ")
+    assert {"CleanUp", "InheritFeatures", "Tile"} <= set(names)
+    assert not {"Pass", "Chain", "Fixpoint", "Rewrite", "Uniform", "Window", "Schedule"} & set(names)
+    assert {"Uniform", "Range"} <= set(known(Schedule))
+    assert not {"CleanUp", "Schedule"} & set(known(Schedule))
+    with pytest.raises(SpecError, match="no schedule named 'zzz'") as caught:
+        parse("Tile(schedule=zzz)")
+    assert "Uniform" in caught.value.cure
+    assert "CleanUp" not in caught.value.cure
+
+
+def test_numbers_that_are_no_literals() -> None:
+    inside = Range(float("-inf"), 5)
+    assert str(inside) == "Range(-inf, high=5)"
+    assert read(str(inside), Schedule) == inside
+    assert parse("Tile(rate=inf)") == (Tile(rate=float("inf")),)
+    (one,) = parse(str(Tile(rate=float("nan"))))
+    assert isinstance(one, Tile)
+    assert one.rate != one.rate
+
+
+def test_a_known_name_does_not_search_the_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**options: str) -> None:
+        raise AssertionError("entry points were scanned")
+
+    monkeypatch.setattr("importlib.metadata.entry_points", fail)
+    assert parse("CleanUp, Tile(Window(3))") == (CleanUp(), Tile(Window(3)))
+
+    @dataclass(frozen=True)
+    class DefinedLater(Tile):
+        """As in a notebook."""
+
+    assert parse("DefinedLater(Window(3))") == (DefinedLater(Window(3)),)
+
+
+def test_specs_within_specs() -> None:
+    one = Tile(Window(4), schedule=Uniform(3))
+    assert set(one.specs()) == {one, Window(4), Uniform(3)}
+    assert CleanUp().passes[0] in set(CleanUp().specs())
+
+
+def test_a_module_of_passes_is_imported_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folds_here.py").write_text(MODULE.format("FoldHere"))
+    (tmp_path / "breaks_here.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    import_module("folds_here")
+    assert str(parse("FoldHere")[0]) == "FoldHere()"
+    with pytest.raises(SpecError, match="cannot import nowhere_here: ModuleNotFoundError"):
+        import_module("nowhere_here")
+    with pytest.raises(SpecError, match="ZeroDivisionError"):
+        import_module("breaks_here")
+
+
+def test_the_command_line_imports_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folds_there.py").write_text(MODULE.format("FoldThere"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    export = ["export", str(MODEL), "--passes", "FoldThere", "--out", "bundle"]
+    assert main(export) != 0
+    assert "no pass named 'FoldThere'" in capsys.readouterr().err
+    assert main([*export, "--import", "folds_there"]) != 0
+    assert "FoldThere.run" in capsys.readouterr().err  # found, and run
+    assert main([*export, "--import", "folds_nowhere"]) != 0
+    assert "cannot import folds_nowhere" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""`SeparateConvs`: convolutions as depthwise and pointwise ones, of ranks that their weights decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdgraph import Contract, Findings, Graph, NearMiss, Pass
+from sdgraph.errors import SpecError
+
+
+@dataclass(frozen=True)
+class SeparateConvs(Pass):
+    """Replace convolutions by depthwise-separable ones, by a truncated SVD for each input channel.
+
+    The kernels that read one channel are a matrix of outputs times positions, (O, h·w). Of rank r it is r depthwise
+    kernels, mixed by r·I pointwise ones, and costs about r/(h·w) of what it did.
+
+    Args:
+        energy: share of the squared singular values that is kept, above 0 and below 1.
+        where: paths or patterns of convolutions.
+    """
+
+    contract: ClassVar[Contract] = Contract.APPROXIMATE
+    energy: float = 0.9
+    where: str | tuple[str, ...] = "**.{conv1,conv2}"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.energy < 1:
+            raise SpecError(f"energy is {self.energy}", where="SeparateConvs", cure="above 0, below 1")
+
+    def run(self, graph: Graph) -> Findings:
+        edits, misses = [], []
+        for path in graph.matching(self.where):
+            conv = graph.module(path)
+            rank = graph.decide(path, self.rank, conv)
+            before = graph.region(path).macs
+            if rank * (conv.out_channels + conv.weight[0, 0].numel()) >= conv.weight[:, 0].numel():
+                misses.append(NearMiss(path, f"rank {rank} would cost more"))
+                continue
+            graph.replace(path, Separable(conv, rank))
+            edits.append(f"{path}: rank {rank}, {graph.region(path).macs / before:.0%} of the multiply-accumulates")
+        return Findings(tuple(edits), tuple(misses))
+
+    def rank(self, conv: Any) -> int:
+        """The smallest rank that keeps the energy."""
+        kept = singular(conv)[1].square().sum(0).cumsum(0)  # over all input channels
+        return 1 + int((kept < self.energy * kept[-1]).sum())
+
+
+class Separable(nn.Module):
+    """A convolution of a rank.
+
+    Args:
+        conv: without groups.
+        rank: r, at most the number of positions of its kernel.
+    """
+
+    def __init__(self, conv: Any, rank: int) -> None:
+        super().__init__()
+        channels = conv.in_channels
+        u, s, v = singular(conv)
+        u, v = (u * s[:, None])[:, :, :rank].transpose(0, 1), v[:, :rank]
+        self.depthwise = nn.Parameter(v.reshape(channels * rank, 1, *conv.kernel_size).to(conv.weight.dtype))
+        self.pointwise = nn.Parameter(u.reshape(-1, channels * rank, 1, 1).to(conv.weight.dtype))
+        self.bias = conv.bias
+        self.options = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": channels}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, self.depthwise, **self.options), self.pointwise, self.bias)
+
+
+def singular(conv: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the kernels that read each input channel, (I, O, h·w): shapes (I, O, n), (I, n) and (I, n, h·w)."""
+    u, s, v = torch.linalg.svd(conv.weight.detach().float().flatten(2).transpose(0, 1), full_matrices=False)
+    return u, s, v
