@@ -243,7 +243,8 @@ class ConditionalConv2d(nn.Module):
         """(B, I, H, W) to (B, O, H', W')."""
         if embedding is not None and timestep is not None:
             gates = self._gates(F.silu(per_call(embedding, timestep)))
-            return convolve(x, self.weight, self.bias, *self.mix(gates, self.weight, self.bias), *self.options)
+            kernels, biases = self.mix(gates, self.weight, self.bias)
+            return convolve(x, self.weight, self.bias, kernels, biases, *self.options)
         gates = self._gates(x.mean((2, 3)))
         return conditional_conv2d(x, gates, self.weight, self.bias, self.mix.weight, self.mix.bias, *self.options)
 
