@@ -189,8 +189,8 @@ def search(
     )
     result = apply(source, passes, verify=False)
     measured = distances(generate(result), rehearsal.final, len(prompts))
-    stretches = [each for errors, plan in zip(weighted, chosen, strict=True) for each in _errors(errors, plan, T)]
-    predicted = _joint(np.array(stretches))
+    terms = [each for errors, plan in zip(weighted, chosen, strict=True) for each in _errors(errors, plan, T)]
+    predicted = _joint(np.array(terms))
     timetable = result.graph.timetable(rehearsal.timesteps)
     return Found(passes, timetable, _typical(predicted), _typical(measured), len(prompts))
 
