@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,7 +36,7 @@ class RemoveDropout(Rewrite):
 
 @dataclass(frozen=True)
 class RemoveIdentity(Rewrite):
-    """`identity(x)` is `x`."""
+    """`identity(x)` is `x`, a tensor."""
 
     contract: ClassVar[Contract] = Contract.EXACT
     examples: ClassVar[tuple[Example, ...]] = (
@@ -44,6 +46,10 @@ class RemoveIdentity(Rewrite):
 
     def pattern(self, x: Any, identity: nn.Identity) -> Any:
         return identity(x)
+
+    def check(self, x: Any, identity: nn.Identity) -> None:
+        if not isinstance(x, fx.Node) or not isinstance(x.meta["val"], torch.Tensor):
+            raise NoMatch("it is no tensor")
 
     def replace(self, x: Any, identity: nn.Identity) -> Any:
         return x
@@ -57,14 +63,15 @@ class RemoveDivisionByOne(Rewrite):
     examples: ClassVar[tuple[Example, ...]] = (
         Example(lambda x: x.sin() / 1.0, {"x": ("B", 4)}),
         Example(lambda x: x.sin() / 2.0, {"x": ("B", 4)}, changes=False),
+        Example(lambda x: x + x.argsort() / 1, {"x": ("B", 4)}, changes=False),
+        Example(lambda x: x.new_ones(2, x.shape[1] // 1) * (x.shape[0] / 1), {"x": ("B", 4)}, changes=False),
     )
 
     def pattern(self, x: Any) -> Any:
         return x / 1.0
 
     def check(self, x: Any) -> None:
-        if not getattr(x.meta["val"], "dtype", torch.int64).is_floating_point:
-            raise NoMatch("the division turns integers into floats")
+        _only_a_number(x, (operator.truediv, torch.div))
 
     def replace(self, x: Any) -> Any:
         return x
@@ -72,19 +79,41 @@ class RemoveDivisionByOne(Rewrite):
 
 @dataclass(frozen=True)
 class RemoveMultiplicationByOne(Rewrite):
-    """`1 * x` is `x`."""
+    """`1 * x` is `x`, where that does not change its type: `1.0 * x` makes floats of integers."""
 
     contract: ClassVar[Contract] = Contract.EXACT
     examples: ClassVar[tuple[Example, ...]] = (
         Example(lambda x: 1 * x.sin(), {"x": ("B", 4)}),
+        Example(lambda x: x + 1 * x.argsort(), {"x": ("B", 4)}),
         Example(lambda x: 1.5 * x.sin(), {"x": ("B", 4)}, changes=False),
+        Example(lambda x: x + 1.0 * x.argsort(), {"x": ("B", 4)}, changes=False),
+        Example(lambda x: x + 1 * (x > 0), {"x": ("B", 4)}, changes=False),
+        Example(lambda x: x.reshape(1 * x.shape[0], 2, 2), {"x": ("B", 4)}, changes=False),
+        Example(lambda x: (1 * x[:, ::2]).view(-1), {"x": ("B", 4)}, changes=False),
     )
 
     def pattern(self, x: Any) -> Any:
         return 1 * x
 
+    def check(self, x: Any) -> None:
+        _only_a_number(x, (operator.mul, torch.mul))
+
     def replace(self, x: Any) -> Any:
         return x
+
+
+def _only_a_number(x: fx.Node, operations: Collection[Any]) -> None:
+    """Decline where one of `operations` with one changes the type, or the layout in memory."""
+    results = [user for user in x.users if user.target in operations and 1 in user.args]
+    for key in ("val", "probe"):
+        was = x.meta[key]
+        if not isinstance(was, torch.Tensor):
+            raise NoMatch("it is no tensor")
+        for now in (result.meta[key] for result in results):
+            if was.dtype != now.dtype:
+                raise NoMatch(f"it turns {was.dtype} into {now.dtype}")
+            if key == "probe" and was.stride() != now.stride():  # where no size is 1, so that strides mean something
+                raise NoMatch("it copies a view, as later operations may need")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ class MECondConv(Pass):
     for the bodies of A-SDM's papers were not at hand.
 
     At first expert 0 counts 1 and the others 0, so nothing changes; training moves it. For that the gate is centred:
-    weights are e₀ + softmax(z/T) - 1/E, or e₀ + sigmoid(z/T) - 1/2, with z = 0 at first, where gradients are alive.
+    experts are added to the convolution's own kernel with gates softmax(z/T) - 1/E, or sigmoid(z/T) - 1/2, and z = 0 at
+    first, where gradients are alive. So the sum that is added is zero, and the result the same bit for bit, whatever
+    the channels, the precision and the layout in memory.
 
     Mixing reads all experts once per call, which shows where maps are small and batches too. With timestep routing
     `<path>.mix` is a region like any other: `InheritFeatures("**.mix", Uniform(10))` mixes at every tenth call.
@@ -41,7 +43,8 @@ class MECondConv(Pass):
         where: paths or patterns of convolutions; by default those of the resnets next to what was pruned.
         experts: of each convolution, E.
         routing: "timestep": one kernel for a call whose samples have one timestep, mixed once, so that experts cost
-            parameters and no convolutions. "input": a kernel for each sample, from the mean of its input.
+            parameters and no convolutions; a timestep for each sample, as in training, costs a second convolution.
+            "input": a kernel for each sample, from the mean of its input.
         donors: "pruned" convolutions, then copies; or "copies" only.
         gate: "softmax" or "sigmoid".
         temperature: T; a buffer, `<path>.temperature`, that training may change.
@@ -183,32 +186,39 @@ def _same_shape(one: nn.Module, other: nn.Conv2d) -> bool:
 
 
 class Mixture(nn.Module):
-    """Kernels and biases that are sums of experts', one for each row of weights.
+    """What experts add to the kernel and the bias of a convolution.
 
     Args:
-        convs: the experts; the first is used again for those that lack.
+        convs: the convolution itself, which is expert 0, and the others; it is used again for those that lack.
         experts: how many, E.
     """
 
     def __init__(self, convs: Sequence[Any], experts: int) -> None:
         super().__init__()
         first = convs[0]
-        chosen = [*convs, *[first] * (experts - len(convs))]
-        self.weight = nn.Parameter(torch.stack([one.weight.detach().to(first.weight) for one in chosen]))
+        others = [*convs[1:], *[first] * (experts - len(convs))]
+        self.weight = nn.Parameter(torch.stack([one.weight.detach().to(first.weight).flatten() for one in others]))
         self.bias = (
             None
             if first.bias is None
-            else nn.Parameter(torch.stack([one.bias.detach().to(first.bias) for one in chosen]))
+            else nn.Parameter(torch.stack([one.bias.detach().to(first.bias) for one in others]))
         )
 
-    def forward(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, E) to (B, O, I / groups, h, w) and (B, O)."""
-        kernels = (weights @ self.weight.flatten(1)).reshape(-1, *self.weight.shape[1:])
-        return kernels, None if self.bias is None else weights @ self.bias
+    def forward(self, gates: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, E), (O, I / groups, h, w) and (O) to (B, O, I / groups, h, w) and (B, O)."""
+        kernels = summed(gates, weight, self.weight)
+        return kernels, None if bias is None or self.bias is None else summed(gates, bias, self.bias)
+
+
+def summed(gates: Tensor, first: Tensor, others: Tensor) -> Tensor:
+    """The sum of experts for each row of gates: (B, E), the shape of an expert, and (E - 1, its size), to (B, ...)."""
+    return (gates[:, :1] * first.flatten() + gates[:, 1:] @ others).reshape(-1, *first.shape)
 
 
 class ConditionalConv2d(nn.Module):
-    """A convolution whose kernel and bias are sums of experts', with weights computed at each call.
+    """A convolution to whose kernel and bias a sum of experts' is added, with gates computed at each call.
+
+    The sum is zero at first, in every precision, so that the kernel is the convolution's own, bit for bit.
 
     Args:
         convs, experts: see `Mixture`.
@@ -219,47 +229,72 @@ class ConditionalConv2d(nn.Module):
         super().__init__()
         first = convs[0]
         like = {"dtype": first.weight.dtype, "device": first.weight.device}
+        self.weight, self.bias = first.weight, first.bias
         self.mix = Mixture(convs, experts)
         self.routing = nn.Linear(width, experts, **like)
         nn.init.zeros_(self.routing.weight)
         nn.init.zeros_(self.routing.bias)
         self.temperature: Tensor
-        self.first: Tensor
         self.register_buffer("temperature", torch.tensor(temperature, **like))
-        self.register_buffer("first", F.one_hot(torch.tensor(0), experts).to(**like))
-        self.gate = gate
+        self.experts, self.gate = experts, gate
         self.options = (first.stride, first.padding, first.dilation, first.groups)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None, timestep: Tensor | None = None) -> Tensor:
         """(B, I, H, W) to (B, O, H', W')."""
         if embedding is not None and timestep is not None:
-            weights = self._weights(F.silu(per_call(embedding, timestep)))
-            kernels, biases = self.mix(weights)
-            return convolve(x, kernels, biases, *self.options)
-        weights = self._weights(x.mean((2, 3)))
-        return conditional_conv2d(x, weights, self.mix.weight, self.mix.bias, *self.options)
+            gates = self._gates(F.silu(per_call(embedding, timestep)))
+            kernels, biases = self.mix(gates, self.weight, self.bias)
+            return convolve(x, self.weight, self.bias, kernels, biases, *self.options)
+        gates = self._gates(x.mean((2, 3)))
+        return conditional_conv2d(x, gates, self.weight, self.bias, self.mix.weight, self.mix.bias, *self.options)
 
-    def _weights(self, features: Tensor) -> Tensor:
+    def _gates(self, features: Tensor) -> Tensor:
         z = self.routing(features) / self.temperature
-        E = self.mix.weight.shape[0]
-        gates = F.softmax(z, 1) - 1 / E if self.gate == "softmax" else torch.sigmoid(z) - 0.5
-        return self.first + gates
+        return F.softmax(z, 1) - 1 / self.experts if self.gate == "softmax" else torch.sigmoid(z) - 0.5
 
 
 def convolve(
-    x: Tensor, kernels: Tensor, biases: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernels: Tensor,
+    biases: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
 ) -> Tensor:
-    """Convolution with one kernel, or with one for each sample, as a convolution with more groups.
+    """Convolution with a kernel to which others are added: one for all samples, or one for each sample.
+
+    Those for each sample are convolved with alone, and the results added: a convolution with more groups rounds
+    otherwise, and where it convolves with zeros that must not be seen.
 
     Args:
         x: (B, I, H, W).
-        kernels, biases: (1 or B, O, I / groups, h, w) and (1 or B, O).
+        weight, bias: (O, I / groups, h, w) and (O).
+        kernels, biases: what is added, (1 or B, O, I / groups, h, w) and (1 or B, O).
     """
-    given = (x, kernels) if biases is None else (x, kernels, biases)
+    given = tuple(one for one in (x, weight, bias, kernels, biases) if one is not None)
     if has_torch_function(given):
-        return handle_torch_function(convolve, given, x, kernels, biases, stride, padding, dilation, groups)
-    if kernels.shape[0] == 1:
-        return F.conv2d(x, kernels[0], None if biases is None else biases[0], stride, padding, dilation, groups)
+        return handle_torch_function(
+            convolve, given, x, weight, bias, kernels, biases, stride, padding, dilation, groups
+        )
+    if kernels.shape[0] > 1:
+        plain = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return plain + by_sample(x, kernels, biases, stride, padding, dilation, groups)
+    mixed = None if bias is None or biases is None else bias + biases[0]
+    return F.conv2d(x, weight + kernels[0], mixed, stride, padding, dilation, groups)  # laid out as `weight` is
+
+
+def by_sample(
+    x: Tensor, kernels: Tensor, biases: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """Convolution with a kernel for each sample, as a convolution with more groups.
+
+    Args:
+        x: (B, I, H, W).
+        kernels, biases: (B, O, I / groups, h, w) and (B, O).
+    """
     B = x.shape[0]
     flat = None if biases is None else biases.flatten()
     out = F.conv2d(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1), flat, stride, padding, dilation, B * groups)
@@ -268,36 +303,42 @@ def convolve(
 
 def conditional_conv2d(
     x: Tensor,
-    weights: Tensor,
-    experts: Tensor,
+    gates: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    others: Tensor,
     biases: Tensor | None,
     stride: Any,
     padding: Any,
     dilation: Any,
     groups: int,
 ) -> Tensor:
-    """Convolution with a sum of experts' kernels for each sample.
+    """Convolution with a kernel for each sample: `weight`, and the sum of experts, of which it is the first.
 
     Args:
         x: (B, I, H, W).
-        weights: of the experts, (B, E).
-        experts, biases: (E, O, I / groups, h, w) and (E, O).
+        gates: of the experts, (B, E).
+        weight, bias: (O, I / groups, h, w) and (O).
+        others, biases: (E - 1, O * I / groups * h * w) and (E - 1, O).
     """
-    given = (x, weights, experts) if biases is None else (x, weights, experts, biases)
+    given = tuple(one for one in (x, gates, weight, bias, others, biases) if one is not None)
     if has_torch_function(given):
         return handle_torch_function(
-            conditional_conv2d, given, x, weights, experts, biases, stride, padding, dilation, groups
+            conditional_conv2d, given, x, gates, weight, bias, others, biases, stride, padding, dilation, groups
         )
     if not torch.compiler.is_exporting():
-        kernels = (weights @ experts.flatten(1)).reshape(-1, *experts.shape[1:])
-        return convolve(x, kernels, None if biases is None else weights @ biases, stride, padding, dilation, groups)
+        kernels = weight + summed(gates, weight, others)
+        mixed = None if bias is None or biases is None else bias + summed(gates, bias, biases)
+        return by_sample(x, kernels, mixed, stride, padding, dilation, groups)
     # ONNX fixes the number of groups in the graph, so there every expert is convolved with
-    count, channels = experts.shape[:2]
+    count, channels = len(others), len(weight)
 
     def within_groups(each: Tensor) -> Tensor:
         return each.reshape(count, groups, -1, *each.shape[2:]).transpose(0, 1).flatten(0, 2)
 
     flat = None if biases is None else within_groups(biases)
-    every = F.conv2d(x, within_groups(experts), flat, stride, padding, dilation, groups)
+    kernels = within_groups(others.reshape(count, *weight.shape))
+    every = F.conv2d(x, kernels, flat, stride, padding, dilation, groups)
     every = every.reshape(-1, groups, count, channels // groups, *every.shape[2:])
-    return (every * weights[:, None, :, None, None, None]).sum(2).flatten(1, 2)
+    added = (every * gates[:, None, 1:, None, None, None]).sum(2).flatten(1, 2)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups) * (1 + gates[:, :1, None, None]) + added

@@ -27,6 +27,7 @@ from .errors import QualityError, SourceError, SpecError, did_you_mean
 from .pass_ import Pass
 from .similarity import Images
 from .spec import as_passes
+from .unet import GraphUNet
 
 Judge = Callable[[Images, Sequence[str]], Mapping[str, float]]
 PERCEPTUAL = ("lpips", "clip")
@@ -296,7 +297,8 @@ def _side(one: Any, pipe: DiffusionPipeline, where: str, base: Any = None) -> _S
         passes = as_passes(one)
         return _Side(", ".join(map(str, passes)) or "traced", pipe, apply(unet if base is None else base, passes))
     if isinstance(one, nn.Module | UNetCall):
-        return _Side(type(one).__name__, pipe, one)
+        done = one.graph.passes if isinstance(one, GraphUNet) else ()
+        return _Side(": ".join([type(one).__name__, ", ".join(map(str, done))][: 1 + bool(done)]), pipe, one)
     raise SourceError(
         f"{type(one).__name__} is neither a pipeline nor a UNet nor passes", where=where,
         cure="a diffusers pipeline, a UNet or passes",

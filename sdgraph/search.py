@@ -12,6 +12,7 @@ number of refreshes; the groups share the budget so that the last multiply-accum
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -32,6 +33,7 @@ from .schedules import Explicit, Uniform
 from .timetable import Timetable
 from .unet import GraphUNet
 
+TRUSTED = 2.0  # a prediction within this factor is as good as they are
 State = tuple[int, ...]  # the last refreshes, as many as a forecast goes through; the newest last
 Choice = Mapping[int, tuple[float, tuple[int, ...]]]  # by the number of refreshes: the least error, and which they are
 
@@ -43,19 +45,34 @@ class Found:
     Args:
         passes: the candidates with their schedules, but for those that are better never inherited.
         timetable: what the calls do.
-        predicted: mean squared error of the final latents, the geometric mean over the prompts, as the sum of what was
-            measured stretch by stretch.
+        predicted: mean squared error of the final latents, the geometric mean over the prompts, from what was measured
+            stretch by stretch. It holds for small errors, and better for many prompts than for one.
         measured: the same of whole generations with these passes, on the same prompts.
+        prompts: how many there were.
     """
 
     passes: Chain
     timetable: Timetable
     predicted: float
     measured: float
+    prompts: int
+
+    @property
+    def warning(self) -> str:
+        """What is to be said if the prediction is off by more than a factor of two; else nothing."""
+        ratio = self.measured / self.predicted
+        if 1 / TRUSTED <= ratio <= TRUSTED:
+            return ""
+        off = f"{ratio:.2g} times" if ratio > 1 else f"1/{1 / ratio:.2g} of"
+        return (
+            f"what was measured is {off} what was predicted (prompts: {self.prompts}), so another schedule may be "
+            "better: search on more prompts, 16 to 32, or with a larger budget, for predictions hold for small errors"
+        )
 
     def __str__(self) -> str:
         error = f"  error of the final latents: {self.predicted:.3g} predicted, {self.measured:.3g} measured"
-        return "\n".join([*map(str, self.passes.passes), str(self.timetable), error])
+        told = [textwrap.fill(f"warning: {self.warning}", 110, initial_indent="  ", subsequent_indent="  ")]
+        return "\n".join([*map(str, self.passes.passes), str(self.timetable), error, *told * bool(self.warning)])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; `sdgraph.parse` reads the passes."""
@@ -63,6 +80,8 @@ class Found:
             "passes": str(self.passes),
             "predicted": self.predicted,
             "measured": self.measured,
+            "prompts": self.prompts,
+            "warning": self.warning or None,
             "timetable": self.timetable.as_dict(),
         }
 
@@ -170,8 +189,10 @@ def search(
     )
     result = apply(source, passes, verify=False)
     measured = distances(generate(result), rehearsal.final, len(prompts))
-    predicted = np.sum([_error(errors, each, T) for errors, each in zip(weighted, chosen, strict=True)], axis=0)
-    return Found(passes, result.graph.timetable(rehearsal.timesteps), _typical(predicted), _typical(measured))
+    terms = [each for errors, plan in zip(weighted, chosen, strict=True) for each in _errors(errors, plan, T)]
+    predicted = _joint(np.array(terms))
+    timetable = result.graph.timetable(rehearsal.timesteps)
+    return Found(passes, timetable, _typical(predicted), _typical(measured), len(prompts))
 
 
 def _typical(errors: Array) -> float:
@@ -212,14 +233,22 @@ def _best(stretches: Mapping[State, range], errors: Mapping[State, Array], T: in
     }
 
 
-def _error(errors: Mapping[State, Array], refreshes: Sequence[int], T: int) -> Array:
-    """The sum of the errors of stretches, for each prompt."""
+def _errors(errors: Mapping[State, Array], refreshes: Sequence[int], T: int) -> list[Array]:
+    """The errors of the stretches between refreshes, for each prompt."""
     memory = max(map(len, errors))
-    total: Any = 0.0
-    for n, end in enumerate((*refreshes[1:], T), 1):
-        state = tuple(refreshes[max(n - memory, 0) : n])
-        total = total + errors[state][end - state[-1] - 1]
-    return np.asarray(total)
+    states = [tuple(refreshes[max(n - memory, 0) : n]) for n in range(1, len(refreshes) + 1)]
+    return [errors[state][end - state[-1] - 1] for state, end in zip(states, (*refreshes[1:], T), strict=True)]
+
+
+def _joint(errors: Array) -> Array:
+    """The error of a generation, of the errors of its stretches, (stretches, samples).
+
+    Were they unrelated, their squares would add up; were they alike, they themselves would. They are somewhat alike,
+    for what is inherited always lags behind what would be computed. So it is the mean of both, in logarithms.
+    """
+    unrelated, alike = errors.sum(0), np.sqrt(errors).sum(0) ** 2
+    joint: Array = np.sqrt(unrelated * alike)
+    return joint
 
 
 def _share(choices: Sequence[Choice], macs: Callable[[Sequence[int]], int], most: float) -> list[int]:

@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 import sdgraph
 from sdgraph import similarity
-from sdgraph.errors import ExtraError, QualityError, SourceError, SpecError
+from sdgraph.errors import EditError, ExtraError, PathError, QualityError, SourceError, SpecError
 
 CALL: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
 PROMPTS = ["a red circle", "a small blue star on a white background"]
@@ -175,6 +175,41 @@ def test_two_unets_in_a_pipeline(pipe: StableDiffusionPipeline) -> None:
     assert found.alike["equal"] == 1
     whole = sdgraph.evaluate(pruned, pipe.unet, PROMPTS[0], pipe=pipe, **CALL)
     assert whole.alike["equal"] == 0
+
+
+CACHE = "InheritFeatures.deep_cache(2)"
+
+
+@pytest.mark.parametrize(
+    ("passes", "error", "complaint"), [(PRUNE, PathError, "no longer in the graph"), (CACHE, EditError, "site")]
+)
+def test_a_pass_on_what_it_has_changed_already(
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, passes: str, error: type[Exception], complaint: str
+) -> None:
+    """It is refused as `apply` refuses it, whichever way the UNet is given, and nothing is exchanged."""
+    changed = sdgraph.apply(pipe.unet, passes)
+    with pytest.raises(error, match=complaint):
+        sdgraph.evaluate(changed, passes, PROMPTS[0], pipe=pipe, **CALL)
+    monkeypatch.setattr(pipe, "unet", changed)
+    with pytest.raises(error, match=complaint):
+        sdgraph.evaluate(pipe, passes, PROMPTS[0], **CALL)
+    assert pipe.unet is changed
+
+
+def test_passes_on_a_unet_that_inherits(pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two sides take turns, and neither takes over features of the other, or of its own earlier images."""
+    own, call = pipe.unet, {**CALL, "num_inference_steps": 4}
+    inheriting = sdgraph.apply(own, ["CleanUp", CACHE])
+    monkeypatch.setattr(pipe, "unet", inheriting)
+    found = sdgraph.evaluate(pipe, ["CleanUp", PRUNE], PROMPTS, seeds=(0, 1), **call)
+    fresh = [sdgraph.apply(own, passes) for passes in (["CleanUp", CACHE], ["CleanUp", CACHE, PRUNE])]
+    again = sdgraph.evaluate(*fresh, PROMPTS, pipe=pipe, seeds=(0, 1), **call)
+    for side in (0, 1):
+        assert np.array_equal(found.images[side], again.images[side])
+    assert again.before.startswith("GraphUNet: CleanUp(), InheritFeatures(")
+    twice = sdgraph.evaluate(pipe, "CleanUp", PROMPTS[0], **call)
+    assert twice.alike["equal"] == 1
+    assert sdgraph.evaluate(own, inheriting, PROMPTS[0], pipe=pipe, **call).alike["equal"] == 0
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from PIL import Image
 from scenes.pipeline import MODEL
 
 import sdgraph
+from sdgraph.cli import COMMANDS
 from sdgraph.errors import NoChangeError
 from sdgraph.testing import check
 
@@ -129,6 +130,8 @@ def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for block in BLOCKS:
         exec(compile(block.replace("num_inference_steps=25", "num_inference_steps=2"), "README.md", "exec"), scope)
     assert "up_blocks.3.resnets.2" in scope["pipe"].unet.graph.sites
+    assert scope["found"].before == "UNet2DConditionModel"  # against the source, not what was pruned already
+    assert scope["found"].after.endswith("PruneBlocks('bk-sdm-base')")
     assert {"pruned.svg", "unet-base", "unet-onnx"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -138,6 +141,8 @@ def test_the_readme_names_what_is_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", README, re.MULTILINE))
     assert {"demo", "test", "bench"} <= named <= targets
+    commands = {module.__name__.rpartition(".")[2] for module in COMMANDS}
+    assert {"apply", "evaluate", "passes", "search"} <= set(re.findall(r"^    sdgraph (\w+)", README, re.M)) <= commands
 
 
 @pytest.mark.slow

@@ -1,0 +1,74 @@
+"""`CleanUp` on small graphs of every kind of value: what it removes, and what it must leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sdgraph
+from sdgraph.numerics import example, run
+from sdgraph.passes import CleanUp
+from sdgraph.runner import run_pass
+
+
+class Identities(nn.Module):
+    """A size and a pair of tensors through `nn.Identity`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.identity = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.identity((x.sin(), x.cos()))
+        return (a + b).reshape(self.identity(x.shape[0]), 2, 2)
+
+
+REMOVED: dict[str, Callable[..., Any]] = {
+    "a number times one": lambda x: x.sin() * 1,
+    "a number times one point nought": lambda x: 1.0 * x.sin(),
+    "a number times true": lambda x: x.sin() * True,
+    "a scalar times one": lambda x: x.sum() * 1 + x,
+    "an integer times one": lambda x: x.argsort() * 1 + x,
+    "a boolean times true": lambda x: (x > 0) * True + x,
+    "a number of fixed dtype times one": lambda x: (x.double() * 1).to(x.dtype),
+    "a complex number times one": lambda x: (torch.complex(x.float(), x.float()) * 1).real.to(x.dtype),
+    "a number by one": lambda x: x.sin() / 1,
+    "a complex number by one": lambda x: (torch.complex(x.float(), x.float()) / 1.0).real.to(x.dtype),
+    "a cast of integers": lambda x: x.argsort().to(torch.int64) + x,
+    "a cast of a boolean": lambda x: (x > 0).to(torch.bool) * x,
+}
+LEFT_ALONE: dict[str, Callable[..., Any]] = {
+    "an integer times one point nought": lambda x: (x.argsort() * 1.0) / 3 + x,
+    "an integer of two products": lambda x: (lambda a: a * 1 + a * 1.0 + x)(x.argsort()),
+    "a boolean times one": lambda x: ((x > 0) * 1).sum() + x,
+    "a number times a complex one": lambda x: (x.float() * (1 + 0j)).real.to(x.dtype),
+    "an integer by one": lambda x: x.argsort() / 1 + x,
+    "a number by a complex one": lambda x: (x.float() / (1 + 0j)).real.to(x.dtype),
+    "a size times one": lambda x: x.reshape(x.shape[0] * 1, 2, 2),
+    "a size times one point nought": lambda x: x * (x.shape[0] * 1.0),
+    "a size by one": lambda x: x * (x.shape[0] / 1),
+    "a strided view times one": lambda x: (x[:, ::2] * 1).view(-1),
+    "an expanded view times one": lambda x: (x[:, None].expand(-1, 3, -1) * 1).view(-1),
+    "a strided view by one": lambda x: (x[:, ::2] / 1.0).view(-1),
+    "a tensor of ones, which broadcasts": lambda x: x.sin() * torch.ones(3, 1, 4),
+    "a cast and back": lambda x: x.sin().to(torch.bfloat16).to(x.dtype),
+    "a cast that copies": lambda x: x.sin().to(x.dtype, copy=True),
+    "identities of what is no tensor": Identities(),
+}
+
+
+@pytest.mark.parametrize("name", [*REMOVED, *LEFT_ALONE])
+def test_every_kind_of_value_is_what_it_was(name: str) -> None:
+    """Shape, dtype and every bit, in two dtypes of the model; and nothing that would change them is removed."""
+    before = sdgraph.trace_code({**REMOVED, **LEFT_ALONE}[name], x=("B", 4))
+    after, _ = run_pass(CleanUp(), before, verify=True)
+    assert (len(after.nodes) < len(before.nodes)) == (name in REMOVED)
+    for dtype in (torch.float32, torch.float16):
+        flat = {key: value.to(dtype) for key, value in example(before).items()}
+        was, now = run(before, flat), run(after, flat)
+        assert was.dtype == now.dtype
+        assert torch.equal(was, now)
