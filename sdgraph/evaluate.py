@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from . import similarity
 from .apply import apply
+from .attach import attach
 from .call import UNetCall
 from .columns import columns
 from .errors import QualityError, SourceError, SpecError, did_you_mean
@@ -252,7 +253,7 @@ class _Side:
 
     def run(self, part: Sequence[tuple[str, int]], call: Mapping[str, Any]) -> Images:
         generators = [torch.Generator().manual_seed(seed) for _, seed in part]
-        with _exchanged(self.pipe, self.unet):
+        with _exchanged(self.pipe, self.unet), _attached(self.pipe):
             found = self.pipe(
                 prompt=[prompt for prompt, _ in part], generator=generators, **{**call, "output_type": "np"}
             )
@@ -268,6 +269,12 @@ class _Side:
                 cure="float16 may have overflowed: run it in float32 or bfloat16",
             )  # fmt: skip
         return images
+
+
+def _attached(pipe: DiffusionPipeline) -> contextlib.AbstractContextManager[Any]:
+    """The pipeline with its UNet attached, if that inherits features: as it would be deployed."""
+    inherits = hasattr(getattr(pipe, "unet", None), "generations") and hasattr(pipe, "scheduler")
+    return attach(pipe) if inherits else contextlib.nullcontext()
 
 
 def _sides(before: Any, after: Any, pipe: DiffusionPipeline | None) -> tuple[_Side, _Side]:
