@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 import sdgraph
 from sdgraph import testing
 from sdgraph.errors import EditError, SpecError
+from sdgraph.exporters.onnx import export
+from sdgraph.exporters.ort import ORTUNet
 
 from .models import answer, build, call_of
 from .token_merging import MergeTokens, unmerge
@@ -47,3 +51,23 @@ def test_declares_what_it_does(traced: Any) -> None:
     plain = build("no-mid", down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
     with pytest.raises(EditError, match="no self-attention"):
         MergeTokens().run(sdgraph.trace(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_exports_in_seconds_and_runs_at_any_size(
+    dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decompose(*args: Any, **options: Any) -> Any:
+        raise AssertionError("the program is traced anew, with all its sizes, which takes as long as the rest")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", decompose)
+    unet = sdgraph.apply(build().to(dtype), [MergeTokens()], verify=False)
+    export(unet, tmp_path / "merged")
+    times = re.findall(r"capture model.onnx: .*?\[(\d+:\d+)", capsys.readouterr().err)
+    assert len(set(times)) > 1  # the bar moves within a stage
+    running = ORTUNet.from_pretrained(tmp_path / "merged", provider="CPUExecutionProvider")
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for sizes in ({"B": 1, "H": 13, "W": 9}, {"B": 3, "H": 1, "W": 6}):
+        call = call_of(unet, **sizes)
+        torch.testing.assert_close(answer(running, call), answer(unet, call), **tolerance)
