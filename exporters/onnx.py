@@ -61,8 +61,9 @@ def export(
 
     The models take `sample` `(batch, channels, height, width)`, `timestep` `(1 or batch,)` in float32,
     `encoder_hidden_states` `(batch, sequence, features)` and what else the configuration requires, and give
-    `out_sample`. A UNet that inherits features has several: they also take `inherited.SITE` and give `refreshed.SITE`,
-    which is for `ORTUNet` to see to. `model.onnx` computes everything, and other tools run it alone.
+    `out_sample`. `model.onnx` computes everything, and other tools run it alone. A UNet that inherits features has
+    `refresh.onnx` and `inherit_N.onnx` besides: they also take `inherited.SITE` and give `refreshed.SITE`, which is for
+    `ORTUNet` to see to.
 
     The directory holds `config.json`, the models, their weights in `model.onnx.data`, `sdgraph.json`, which says what
     they are, and the report in `export.json`. It appears complete and checked, or not at all.
@@ -175,6 +176,8 @@ def _export(
         with _written(folder):
             if manifest.layout == "single":
                 manifest = _joined(folder, manifest)
+            elif manifest.models[0].file != MODEL:
+                _write_plain(folder, manifest.models[0].file)
             (folder / CONFIG).write_bytes(_config(unet))
             manifest.write(folder)
         with stage("check", MODEL):
@@ -193,7 +196,7 @@ def _ticking(bar: tqdm[Any]) -> Iterator[None]:
     done = threading.Event()
 
     def tick() -> None:
-        while not done.wait(0.5):
+        while not done.wait(1):
             bar.refresh()
 
     thread = threading.Thread(target=tick, daemon=True)
@@ -217,6 +220,16 @@ def _joined(folder: Path, manifest: Manifest) -> Manifest:
         file.unlink()
     onnx.save(merge(models, manifest), folder / MODEL)
     return replace(manifest, models=tuple(replace(model, file=MODEL) for model in manifest.models))
+
+
+def _write_plain(folder: Path, file: str) -> None:
+    """`model.onnx`: the graph that computes everything, with one output, over the same weights. Tools that know nothing
+    of inheriting run it as any other UNet."""
+    import onnx
+
+    model = onnx.load(folder / file, load_external_data=False)
+    del model.graph.output[1:]
+    onnx.save(model, folder / MODEL)
 
 
 def _loaded(folder: Path, manifest: Manifest) -> ORTUNet:

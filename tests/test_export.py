@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import sdgraph
 from sdgraph import errors
+from sdgraph.dims import evaluate
 from sdgraph.exporters import extra, manifest, parity, translate
 from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort import ORTUNet
@@ -465,6 +466,36 @@ def flip(path: Path) -> None:
     path.write_bytes(raw)
 
 
+def forge(directory: Path, value: Any, *place: Any) -> None:
+    """Put a value into the manifest, with a hash that fits."""
+    said = json.loads((directory / "sdgraph.json").read_text())
+    inner = said
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = value
+    edit_manifest(directory, **said)
+
+
+def drop(directory: Path, field: str, name: str) -> None:
+    said = json.loads((directory / "sdgraph.json").read_text())
+    del said[field][name]
+    edit_manifest(directory, **said)
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    config = directory / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    forge(directory, hashlib.sha256(config.read_bytes()).hexdigest(), "files", "config.json")
+
+
+def link(path: Path) -> None:
+    """What is there lies outside now, and is linked to."""
+    elsewhere = path.parent.parent / f"elsewhere-{path.name}"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+DATA = "model.onnx.data"
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "no config": ("config.json cannot be read", lambda d: (d / "config.json").unlink()),
     "config no JSON": ("config.json is not JSON", lambda d: (d / "config.json").write_text("{")),
@@ -484,7 +515,27 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "is damaged",
         lambda d: edit_manifest(d, guards=[{"condition": "().__class__", "outcome": True, "where": ""}]),
     ),
-    "a path": ("is damaged.*no file name", lambda d: edit_manifest(d, models=[{"file": "../model.onnx"}])),
+    "a path": (r"is damaged.*models\[0\]\.file", lambda d: edit_manifest(d, models=[{"file": "../model.onnx"}])),
+    "another file": ("no file name of a model", lambda d: forge(d, "passwd", "models", 0, "file")),
+    "files null": ("files: expected `object`, got `null`", lambda d: forge(d, None, "files")),
+    "files a list": ("files: expected `object`, got `array`", lambda d: forge(d, ["model.onnx"], "files")),
+    "a size beyond all": ("is no size", lambda d: forge(d, "H*999999999*999999999", "inputs", 0, "shape", 2)),
+    "a large size": ("is no size", lambda d: forge(d, "H*999999999", "output", 2)),
+    "a shift": ("is no size", lambda d: forge(d, "1<<999999999", "output", 2)),
+    "no size at all": ("is no size", lambda d: forge(d, -1, "output", 1)),
+    "format true": ("format: expected `int`, got `bool`", lambda d: forge(d, True, "format")),
+    "format -1": ("format: expected `int` >= 1", lambda d: forge(d, -1, "format")),
+    "macs a text": (r"models\[0\]\.macs: expected `int`", lambda d: forge(d, "x", "models", 0, "macs")),
+    "weights without a hash": ("files: there is no hash of model.onnx.data", lambda d: drop(d, "files", DATA)),
+    "config without a hash": ("files: there is no hash of config.json", lambda d: drop(d, "files", "config.json")),
+    "other weights without a hash": ("x.data has no hash", lambda d: edit_model(d, set_place("location", "x.data"))),
+    "in_channels": ("in_channels: expected `int`, got `str`", lambda d: edit_config(d, in_channels="x")),
+    "many layers": ("layers_per_block: expected `int` <= 1000", lambda d: edit_config(d, layers_per_block=10**9)),
+    "sample_size": ("sample_size: expected `array` of length >= 2", lambda d: edit_config(d, sample_size=[64])),
+    "a graph elsewhere": ("model.onnx is a link out of its folder", lambda d: link(d / "model.onnx")),
+    "data elsewhere": ("model.onnx.data is a link out of its folder", lambda d: link(d / DATA)),
+    "a manifest elsewhere": ("sdgraph.json is a link out of its folder", lambda d: link(d / "sdgraph.json")),
+    "another width": ("inputs are not those", lambda d: forge(d, 5, "inputs", 0, "shape", 1)),
     "a schedule": (
         "is damaged",
         lambda d: edit_manifest(d, values=[{"site": "x", "schedule": "open('x')", "forecast": 0, "shape": [1]}]),
@@ -519,9 +570,12 @@ def test_a_missing_directory_is_a_saved_error(tmp_path: Path) -> None:
         ORTUNet.from_pretrained(tmp_path / "nothing")
 
 
+BEYOND = ["1<<999999999", "H*999999999*999999999", "H//0", "Q", "True", "+".join("H" * 99), "(" * 999, "1e400"]
+
+
 @pytest.mark.parametrize(
-    "text", ["().a", "__import__('os')", "9**9", "[1]", "B;H", "'a'", "lambda: 1", "B\nH", "", "{1}"]
+    "text", ["().a", "__import__('os')", "9**9", "[1]", "B;H", "'a'", "lambda: 1", "B\nH", "", "{1}", *BEYOND]
 )
 def test_expressions_are_arithmetic(text: str) -> None:
-    with pytest.raises(ValueError, match="no size"):
-        manifest._checked(text)
+    with pytest.raises(errors.SpecError, match="no size"):
+        evaluate(text, {"B": 2, "H": 8})

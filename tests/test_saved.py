@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import hashlib
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import sdgraph
 from sdgraph import Graph, GraphUNet, Pass
 from sdgraph.errors import ModeError, SavedError
+from sdgraph.saved import _read_recipe
 
 from .models import answer, build, call_of, load_ip_adapter
 
 PASSES = "CleanUp, PruneBlocks('mid_block')"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+BEFORE = Path(__file__).parent / "saved_before"
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +127,21 @@ def recipe(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def drop(folder: Path, field: str) -> None:
+    file = folder / "sdgraph.json"
+    said = json.loads(file.read_text())
+    del said[field]
+    file.write_text(json.dumps(said))
+
+
+def config(folder: Path, **changes: Any) -> None:
+    """Change the configuration, and the recipe's hash of it, as somebody who means harm would."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    files = json.loads((folder / "sdgraph.json").read_text())["files"]
+    recipe(folder, files=files | {"config.json": hashlib.sha256(file.read_bytes()).hexdigest()})
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -137,30 +160,107 @@ def flip(path: Path) -> None:
         (lambda f: flip(f / "config.json"), "not the one that was saved"),
         (lambda f: (f / WEIGHTS).unlink(), "the file is missing"),
         (lambda f: (f / "config.json").unlink(), "the file is missing"),
-        (lambda f: (f / "sdgraph.json").unlink(), "cannot read it"),
-        (lambda f: truncate(f / "sdgraph.json"), "cannot read it"),
+        (lambda f: (f / "sdgraph.json").unlink(), "cannot be read"),
+        (lambda f: truncate(f / "sdgraph.json"), "is not JSON"),
         (lambda f: (f / "sdgraph.json").write_text("[]"), "not a JSON object"),
-        (lambda f: recipe(f, weights="../../etc/passwd"), "outside of its folder"),
-        (lambda f: recipe(f, weights="/etc/passwd"), "outside of its folder"),
-        (lambda f: recipe(f, files={"../x": "0", WEIGHTS: "0", "config.json": "0"}), "outside of its folder"),
+        (lambda f: recipe(f, weights="../../etc/passwd"), "weights: expected `str` matching"),
+        (lambda f: recipe(f, weights="/etc/passwd"), "weights: expected `str` matching"),
+        (lambda f: recipe(f, weights=".."), "weights: expected `str` matching"),
+        (lambda f: recipe(f, files={"../x": "0" * 64}), "files.*: expected `str` matching"),
+        (lambda f: recipe(f, files=None), "files: expected `object`, got `null`"),
+        (lambda f: recipe(f, files=[WEIGHTS]), "files: expected `object`, got `array`"),
+        (lambda f: recipe(f, format=True), "format: expected `int`, got `bool`"),
+        (lambda f: recipe(f, format=-1), "format: expected `int` >= 1"),
+        (lambda f: recipe(f, models=[]) or drop(f, "passes"), "an exported directory"),
+        (lambda f: drop(f, "passes"), "missing required field `passes`"),
+        (lambda f: config(f, in_channels="x"), "in_channels: expected `int`, got `str`"),
+        (lambda f: config(f, block_out_channels=[10**9]), "block_out_channels.*expected `int` <="),
+        (lambda f: config(f, layers_per_block=10**9), "layers_per_block: expected `int` <= 1000"),
+        (lambda f: config(f, act_fn=3), "do not give a graph"),
         (lambda f: recipe(f, files={}), "no checksum of"),
         (lambda f: recipe(f, format=99), "upgrade sdgraph"),
-        (lambda f: recipe(f, passes="CleanUp()"), "no valid 'passes'"),
+        (lambda f: recipe(f, passes="CleanUp()"), "passes: expected `array`, got `str`"),
         (lambda f: recipe(f, passes=["Unheard()"]), "no pass named 'Unheard'"),
         (lambda f: recipe(f, passes=["CleanUp()"]), "gives another graph"),
-        (lambda f: recipe(f, dtype="load"), "unknown dtype"),
+        (lambda f: recipe(f, dtype="load"), "dtype: invalid enum value 'load'"),
     ],
 )
 def test_damage_is_refused(folder: Path, damage: Any, words: str) -> None:
     damage(folder)
-    with pytest.raises(SavedError, match=words):
+    with pytest.raises(SavedError, match=words) as caught:
         GraphUNet.from_pretrained(folder)
+    assert caught.value.where
+    assert caught.value.cure
+
+
+def test_fields_of_a_newer_version_are_ignored(folder: Path) -> None:
+    recipe(folder, colour="green")
+    GraphUNet.from_pretrained(folder)
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([-1, 0, 10**30, 1e300, "", "x", "../x", "H" * 5000, "1<<999999999", "(" * 500, [], {}, [[]]]),
+    st.recursive(st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3), max_leaves=5),
+)
+
+
+def mutated(plain: Any, data: st.DataObject) -> Any:
+    """A copy in which one place holds something else, or nothing."""
+    plain = copy.deepcopy(plain)
+    inner, steps = plain, data.draw(st.integers(1, 4))
+    for step in range(steps):
+        keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
+        if not keys:
+            break
+        key = data.draw(st.sampled_from(keys))
+        if step == steps - 1 or not isinstance(inner[key], dict | list):
+            if data.draw(st.integers(0, 4)) == 0:
+                del inner[key]
+            else:
+                inner[key] = data.draw(JUNK)
+            break
+        inner = inner[key]
+    return plain
+
+
+@given(data=st.data())
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_forged_recipes_are_refused_or_read(folder: Path, data: st.DataObject, pruned: GraphUNet) -> None:
+    """Whatever a recipe or configuration holds, the error is ours, and soon there."""
+    kept = {name: (folder / name).read_text() for name in ("sdgraph.json", "config.json")}
+    try:
+        if data.draw(st.booleans()):
+            (folder / "sdgraph.json").write_text(json.dumps(mutated(json.loads(kept["sdgraph.json"]), data)))
+            read = functools.partial(_read_recipe, folder)
+        else:
+            (folder / "config.json").write_text(json.dumps(mutated(json.loads(kept["config.json"]), data)))
+            config(folder)
+            read = functools.partial(GraphUNet.from_pretrained, folder)
+        start = time.process_time()
+        with contextlib.suppress(SavedError):
+            read()
+        assert time.process_time() - start < 5
+    finally:
+        for name, text in kept.items():
+            (folder / name).write_text(text)
+
+
+def test_folders_of_earlier_versions_load(tmp_path: Path) -> None:
+    """One that sdgraph 0.1.0 saved before its recipe had a schema."""
+    unet = GraphUNet.from_pretrained(BEFORE / "unet")
+    assert [str(one) for one in unet.graph.passes] == ["CleanUp()", "InheritFeatures('up_blocks.-1.resnets.-1')"]
+    call = call_of(unet)
+    again = tmp_path / "again"
+    unet.save_pretrained(again)
+    assert torch.equal(answer(GraphUNet.from_pretrained(again), call), answer(unet, call))
 
 
 def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).rename(tmp_path / "elsewhere")
     (folder / WEIGHTS).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SavedError, match="outside of its folder"):
+    with pytest.raises(SavedError, match="a link out of its folder"):
         GraphUNet.from_pretrained(folder)
 
 
