@@ -43,6 +43,7 @@ AGAIN = "export the UNet again"
 KINDS = ("float", "index", "time", "mask")
 _DTYPES_OF = {"index": torch.int64, "time": torch.float32}
 _MODEL_FILE = re.compile(r"[A-Za-z0-9][\w-]{0,60}\.onnx")
+_SYMBOL = re.compile(r"[A-Z]\d{0,3}")  # of a size of the call
 _LARGEST_SIZE = 1 << 31  # of a dimension, where the sizes of the call are 64
 
 Order = Literal[0, 1, 2]
@@ -243,7 +244,7 @@ class Manifest:
 
     def _check_sizes(self) -> None:
         shapes = {f"inputs[{i}].shape": spec.shape or () for i, spec in enumerate(self.inputs)}
-        free = {d: 64 for shape in shapes.values() for d in shape if isinstance(d, str) and d.isidentifier()}
+        free = {d: 64 for shape in shapes.values() for d in shape if _SYMBOL.fullmatch(str(d))}
         shapes |= {"output": self.output}
         shapes |= {f"values[{i}].shape": each.shape for i, each in enumerate(self.values)}
         for field_name, shape in shapes.items():
@@ -377,6 +378,6 @@ def _schedule(text: str) -> Schedule:
     return found
 
 
-def _known(name: str, among: Iterable[str], place: str) -> None:
+def _known(name: str | int, among: Iterable[str], place: str) -> None:
     if name not in among:
-        raise ValueError(f"{place}: {name[:100]!r} is not known")
+        raise ValueError(f"{place}: {str(name)[:100]!r} is not known")

@@ -7,7 +7,6 @@ purpose, so that a newer sdgraph may add what older ones can do without; what th
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -92,8 +91,10 @@ def as_kind(plain: Mapping[str, Any], kind: type[Kind], path: Path, cure: str) -
     try:
         return msgspec.convert(plain, kind)
     except (msgspec.ValidationError, RecursionError) as error:
-        reason, _, place = str(error).partition(" - at `$")
-        field = re.sub(r"^\.", "", place.rstrip("`"))
+        reason, _, place = str(error).partition(" - at ")
+        field = place.rpartition("`$")[2].strip("`.")
+        if " matching regex" in reason:  # which says little to a reader
+            reason = "a name of another form, which may lead out of the folder" if "/" in reason else "not a SHA-256"
         where = f"{path}, field {field}" if field else str(path)
         what = f"{path.name} is damaged: {field or 'it'}: {reason[0].lower()}{reason[1:]}"
         raise SavedError(what, where=where, cure=cure) from error

@@ -9,20 +9,24 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import sdgraph
 from sdgraph import Graph, GraphUNet, Pass
-from sdgraph.errors import ModeError, SavedError
+from sdgraph.dims import evaluate
+from sdgraph.errors import ModeError, SavedError, SdgraphError
+from sdgraph.exporters.manifest import Manifest, _digest
 from sdgraph.saved import _read_recipe
+from sdgraph.untrusted import read_config
 
 from .models import answer, build, call_of, load_ip_adapter
 
@@ -163,10 +167,10 @@ def flip(path: Path) -> None:
         (lambda f: (f / "sdgraph.json").unlink(), "cannot be read"),
         (lambda f: truncate(f / "sdgraph.json"), "is not JSON"),
         (lambda f: (f / "sdgraph.json").write_text("[]"), "not a JSON object"),
-        (lambda f: recipe(f, weights="../../etc/passwd"), "weights: expected `str` matching"),
-        (lambda f: recipe(f, weights="/etc/passwd"), "weights: expected `str` matching"),
-        (lambda f: recipe(f, weights=".."), "weights: expected `str` matching"),
-        (lambda f: recipe(f, files={"../x": "0" * 64}), "files.*: expected `str` matching"),
+        (lambda f: recipe(f, weights="../../etc/passwd"), "weights: a name of another form"),
+        (lambda f: recipe(f, weights="/etc/passwd"), "weights: a name of another form"),
+        (lambda f: recipe(f, weights=".."), "weights: a name of another form"),
+        (lambda f: recipe(f, files={"../x": "0" * 64}), "files: a name of another form"),
         (lambda f: recipe(f, files=None), "files: expected `object`, got `null`"),
         (lambda f: recipe(f, files=[WEIGHTS]), "files: expected `object`, got `array`"),
         (lambda f: recipe(f, format=True), "format: expected `int`, got `bool`"),
@@ -225,26 +229,62 @@ def mutated(plain: Any, data: st.DataObject) -> Any:
     return plain
 
 
-@given(data=st.data())
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_forged_recipes_are_refused_or_read(folder: Path, data: st.DataObject, pruned: GraphUNet) -> None:
-    """Whatever a recipe or configuration holds, the error is ours, and soon there."""
-    kept = {name: (folder / name).read_text() for name in ("sdgraph.json", "config.json")}
+def forged(folder: Path, name: str, data: st.DataObject, read: Callable[[], Any], digest: Any = None) -> None:
+    """Whatever a file holds, reading it either works or raises our error, and soon."""
+    kept = (folder / name).read_text()
     try:
-        if data.draw(st.booleans()):
-            (folder / "sdgraph.json").write_text(json.dumps(mutated(json.loads(kept["sdgraph.json"]), data)))
-            read = functools.partial(_read_recipe, folder)
-        else:
-            (folder / "config.json").write_text(json.dumps(mutated(json.loads(kept["config.json"]), data)))
-            config(folder)
-            read = functools.partial(GraphUNet.from_pretrained, folder)
+        plain = mutated(json.loads(kept), data)
+        if digest is not None:
+            plain.pop("sha256", None)
+            plain["sha256"] = digest(plain)
+        (folder / name).write_text(json.dumps(plain))
         start = time.process_time()
         with contextlib.suppress(SavedError):
             read()
         assert time.process_time() - start < 5
     finally:
-        for name, text in kept.items():
-            (folder / name).write_text(text)
+        (folder / name).write_text(kept)
+
+
+@given(data=st.data())
+@settings(max_examples=200)
+def test_forged_recipes(saved: Path, data: st.DataObject) -> None:
+    forged(saved, "sdgraph.json", data, functools.partial(_read_recipe, saved))
+
+
+@given(data=st.data())
+@settings(max_examples=200)
+def test_forged_configurations(saved: Path, data: st.DataObject) -> None:
+    forged(saved, "config.json", data, functools.partial(read_config, saved / "config.json", "save again"))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    shutil.unpack_archive(BEFORE / "bundle.zip", folder)
+    return folder / "bundle"
+
+
+@given(data=st.data())
+@settings(max_examples=400)
+def test_forged_manifests(bundle: Path, data: st.DataObject) -> None:
+    """What is read can be asked for the sizes of a call, which are refused or not."""
+    flat = {
+        "sample": torch.zeros(2, 2, 8, 12),
+        "timestep": torch.zeros(1),
+        "encoder_hidden_states": torch.zeros(2, 5, 24),
+    }
+
+    def read() -> None:
+        manifest = Manifest.read(bundle)
+        with contextlib.suppress(SdgraphError):
+            sizes = manifest.check(flat)
+            for model in manifest.models:
+                for spec in (*manifest.session_inputs(model), *manifest.session_outputs(model)):
+                    for dim in spec.shape or ():
+                        assert isinstance(dim if isinstance(dim, int) else evaluate(dim, sizes), int)
+
+    forged(bundle, "sdgraph.json", data, read, _digest)
 
 
 def test_folders_of_earlier_versions_load(tmp_path: Path) -> None:
