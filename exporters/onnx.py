@@ -106,7 +106,7 @@ def export(
     bounds = parity.BOUNDS[manifest.torch_dtype]
     atol, rtol = bounds[0] if atol is None else atol, bounds[1] if rtol is None else rtol
     training = unet.training
-    with appearing(directory, partial(_check_target, overwrite), ExportError) as folder:
+    with appearing(directory, partial(check_target, overwrite), ExportError) as folder:
         try:
             torch.nn.Module.train(unet, False)  # not its own: that would reset which weights are trainable
             with torch.no_grad():
@@ -341,11 +341,17 @@ def _config(unet: GraphUNet) -> bytes:
     return (json.dumps(named, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _check_target(overwrite: bool, target: Path) -> None:
+def check_target(overwrite: bool, target: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ExportError: something is, and is no earlier export or `overwrite` is not wished.
+    """
     if not target.exists():
         return
     if not overwrite:
-        raise ExportError("the directory exists", where=str(target), cure="pass overwrite=True, or choose another")
+        cure = "pass overwrite=True (--overwrite on the command line), or choose another"
+        raise ExportError("the directory exists", where=str(target), cure=cure)
     if not target.is_dir() or (
         any(target.iterdir()) and not any((target / name).exists() for name in (MANIFEST, REPORT))
     ):

@@ -127,8 +127,9 @@ def _export(chosen: argparse.Namespace) -> None:
     import torch
 
     from .apply import apply
-    from .exporters.onnx import export
+    from .exporters.onnx import check_target, export
 
+    check_target(chosen.overwrite, chosen.out)  # before minutes are spent
     unet = apply(_unet(chosen.source, getattr(torch, chosen.dtype)), chosen.passes)
     if unet.graph.passes:
         print(unet.report)
@@ -144,12 +145,12 @@ def _unet(source: str, dtype: Any) -> Any:
 
     folder = Path(source) / "unet" if (Path(source) / "model_index.json").exists() else Path(source)
     if (folder / "config.json").exists() and (folder / "sdgraph.json").exists():
-        return GraphUNet.from_pretrained(folder).to(dtype)
+        return GraphUNet.from_pretrained(folder, torch_dtype=dtype)
     if (folder / "config.json").exists():
-        return UNet2DConditionModel.from_pretrained(folder).to(dtype)
+        return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype)
     if folder.exists():
         raise SpecError("there is neither a pipeline nor a UNet", where=source, cure="a directory with config.json")
-    return UNet2DConditionModel.from_pretrained(source, subfolder="unet").to(dtype)
+    return UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype)
 
 
 # -- inspect and bench ------------------------------------------------------------------------------------------------

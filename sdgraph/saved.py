@@ -222,7 +222,8 @@ def _read_recipe(folder: Path) -> Recipe:
         raise SavedError(
             "this is an exported directory, not a saved UNet",
             where=str(folder),
-            cure="sdgraph.exporters.ort.ORTUNet.from_pretrained runs it",
+            cure="export or load the UNet that it was made of; this one is run by sdgraph.exporters.ort.ORTUNet, and "
+            "`sdgraph inspect` says what it holds",
         )
     check_format(plain, FORMAT, path, AGAIN)
     recipe = as_kind(plain, Recipe, path, AGAIN)

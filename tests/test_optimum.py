@@ -6,6 +6,7 @@ environment of their own, see docs/deploying.md.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from sdgraph.exporters.onnx import export
 
 from .test_pipelines import PIPELINES, make
 
-try:
-    from optimum.onnxruntime import ORTStableDiffusionPipeline
-except ImportError as error:
-    pytest.skip(f"optimum-onnx cannot be imported: {error}", allow_module_level=True)
+with warnings.catch_warnings(action="ignore"):
+    try:
+        from optimum.onnxruntime import ORTStableDiffusionPipeline
+    except ImportError as error:
+        pytest.skip(f"optimum-onnx cannot be imported: {error}", allow_module_level=True)
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

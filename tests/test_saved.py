@@ -8,6 +8,9 @@ import functools
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +25,11 @@ from torch import nn
 
 import sdgraph
 from sdgraph import Graph, GraphUNet, Pass
+from sdgraph.__main__ import _unet, main
 from sdgraph.dims import evaluate
 from sdgraph.errors import ModeError, SavedError, SdgraphError
 from sdgraph.exporters.manifest import Manifest, _digest
+from sdgraph.files import appearing
 from sdgraph.saved import _read_recipe
 from sdgraph.untrusted import read_config
 
@@ -323,3 +328,54 @@ def test_options_that_would_be_ignored_are_refused(pruned: GraphUNet, folder: Pa
     pruned.save_pretrained(tmp_path / "variant", variant="fp16")
     assert (tmp_path / "variant" / "diffusion_pytorch_model.fp16.safetensors").exists()
     GraphUNet.from_pretrained(tmp_path / "variant", variant="fp16")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from sdgraph.errors import SavedError
+from sdgraph.files import appearing
+
+with appearing(sys.argv[1], lambda path: None, SavedError) as folder:
+    (folder / "half").write_text("written")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".t-")
+    (left / "old").mkdir()  # as if it had been killed between putting the old away and the new in its place
+    others = [tmp_path / name for name in (".t-mine", ".t-12345678", ".t-x-12345678", ".u-12345678")]
+    for other in others:
+        other.mkdir()
+    seen = []
+    with appearing(target, lambda path: seen.append(path.exists()), SavedError) as folder:
+        running = folder.parent
+        assert not left.exists()
+        with appearing(target, lambda path: None, SavedError):
+            assert running.exists()  # another process's, or thread's
+    assert seen[0]  # what was put away is back
+    assert sorted(tmp_path.iterdir()) == sorted([target, *others])
+
+
+def test_exports_are_refused_before_the_model_is_loaded(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "no/such/model", "--out", str(bundle)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["export", str(bundle), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "this is an exported directory, not a saved UNet" in said
+    assert "sdgraph inspect" in said
+
+
+def test_the_command_loads_in_the_dtype_that_is_asked_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """diffusers' `to` warns of "modules that should be kept in float32: []"."""
+    build("sd15").save_pretrained(tmp_path / "unet")
+    for folder in (tmp_path / "unet", BEFORE / "unet"):
+        assert _unet(str(folder), torch.float16).dtype == torch.float16
+    assert "float32" not in capfd.readouterr().err
