@@ -6,11 +6,11 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -34,9 +34,11 @@ FORMAT = 2
 CONFIG, MODEL, DATA, REPORT, MANIFEST = "config.json", "model.onnx", "model.onnx.data", "export.json", "sdgraph.json"
 REFRESH = "refresh.onnx"  # where features are inherited: `model.onnx` with the values that later calls take besides
 OUTPUT, CHOICE = "out_sample", "model"
-LAYOUTS = ("variants", "single")
 NAMES = {"B": "batch", "H": "height", "W": "width", "L": "sequence"}  # of sizes, in the models
-ARTEFACTS = ("portable", "cuda")
+Artefact = Literal["portable", "cuda"]
+Layout = Literal["variants", "single"]
+Dtype = Literal["float32", "float16"]
+ARTEFACTS, LAYOUTS = get_args(Artefact), get_args(Layout)
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 AGAIN = "export the UNet again"
 
@@ -106,9 +108,9 @@ class Manifest:
         format: of this description.
     """
 
-    artefact: Literal["portable", "cuda"]
-    layout: Literal["variants", "single"]
-    dtype: Literal["float32", "float16"]
+    artefact: Artefact
+    layout: Layout
+    dtype: Dtype
     opset: Annotated[int, Meta(ge=18, le=30)]
     inputs: tuple[Input, ...]
     given: tuple[str, ...]
@@ -244,12 +246,12 @@ class Manifest:
 
     def _check_sizes(self) -> None:
         shapes = {f"inputs[{i}].shape": spec.shape or () for i, spec in enumerate(self.inputs)}
-        free = {d: 64 for shape in shapes.values() for d in shape if _SYMBOL.fullmatch(str(d))}
+        free = {str(d): 64 for shape in shapes.values() for d in shape if _SYMBOL.fullmatch(str(d))}
         shapes |= {"output": self.output}
         shapes |= {f"values[{i}].shape": each.shape for i, each in enumerate(self.values)}
         for field_name, shape in shapes.items():
             for dim in shape:
-                size = dim if isinstance(dim, int) else evaluate(dim, free)
+                size: object = dim if isinstance(dim, int) else evaluate(dim, free)
                 if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= _LARGEST_SIZE:
                     raise ValueError(f"{field_name}: {str(dim)[:80]!r} is no size")
         for guard in self.guards:
@@ -317,9 +319,9 @@ def describe(unet: GraphUNet, given: frozenset[str], artefact: str, layout: str,
             raise ExportError(what, where=f"input {spec.name}", cure="a pass has made it so; please report it")
     models = _models(graph, calls)
     return Manifest(
-        artefact=artefact,
-        layout=layout if len(models) > 1 else "variants",
-        dtype=str(unet.dtype).removeprefix("torch."),
+        artefact=cast(Artefact, artefact),
+        layout=cast(Layout, layout if len(models) > 1 else "variants"),
+        dtype=cast(Dtype, str(unet.dtype).removeprefix("torch.")),
         opset=opset,
         inputs=inputs,
         given=tuple(i.name for i in inputs if i.shape is not None and (not i.optional or i.name in given)),
@@ -364,7 +366,7 @@ def _kept(graph: Graph, name: str, site: Site, dtype: torch.dtype) -> Value:
             where=name,
             cure="choose another site",
         )
-    return Value(name, str(site.schedule), site.forecast, shape)
+    return Value(name, str(site.schedule), cast(Order, site.forecast), shape)
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
@@ -378,6 +380,6 @@ def _schedule(text: str) -> Schedule:
     return found
 
 
-def _known(name: str | int, among: Iterable[str], place: str) -> None:
+def _known(name: str | int, among: Container[Any], place: str) -> None:
     if name not in among:
         raise ValueError(f"{place}: {str(name)[:100]!r} is not known")

@@ -42,7 +42,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pipeline's decoder, as optimum expects it."""
     folder = tmp_path_factory.mktemp("vae_decoder")
     vae = PIPELINES["text"][0]().vae
-    sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    sizes = {0: "batch", 2: "height", 3: "width"}
     torch.onnx.export(
         Decode(vae),
         (torch.zeros(2, 4, 6, 10),),
