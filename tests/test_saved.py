@@ -31,6 +31,7 @@ from sdgraph.errors import ModeError, SavedError, SdgraphError
 from sdgraph.exporters.manifest import Manifest, _digest
 from sdgraph.files import appearing
 from sdgraph.saved import _read_recipe
+from sdgraph.spec import read
 from sdgraph.untrusted import read_config
 
 from .models import answer, build, call_of, load_ip_adapter
@@ -290,6 +291,12 @@ def test_forged_manifests(bundle: Path, data: st.DataObject) -> None:
                         assert isinstance(dim if isinstance(dim, int) else evaluate(dim, sizes), int)
 
     forged(bundle, "sdgraph.json", data, read, _digest)
+
+
+@pytest.mark.parametrize("power", [1e300, 1, "x"])
+def test_a_schedule_that_would_never_end_is_refused(power: Any) -> None:
+    with pytest.raises(SdgraphError):
+        read(f"DenseEarly(2, power={power!r})")
 
 
 def test_folders_of_earlier_versions_load(tmp_path: Path) -> None:
