@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -55,6 +56,8 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 def _check_external(tensor: Any, path: Path, files: Collection[str]) -> None:
     """Weights lie in the directory, and are all there."""
+    from onnx import helper
+
     entry = {each.key: each.value for each in tensor.external_data}
     location = entry.get("location", "")
     if location != os.path.basename(location) or location in ("", ".", "..") or "\\" in location:
@@ -66,10 +69,11 @@ def _check_external(tensor: Any, path: Path, files: Collection[str]) -> None:
         raise SavedError(f"{location} is missing", where=str(path.parent), cure=AGAIN)
     try:
         start, length = int(entry.get("offset", 0)), int(entry.get("length", 0))
-    except ValueError as error:
+        wanted = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * math.prod(tensor.dims)
+    except (ValueError, KeyError) as error:
         raise SavedError(f"the place of {tensor.name} is damaged", where=str(path), cure=AGAIN) from error
-    end = start + length
-    if min(start, length) < 0:
+    if min(start, length, *tensor.dims) < 0:
         raise SavedError(f"the place of {tensor.name} is damaged", where=str(path), cure=AGAIN)
+    end = start + max(length, wanted)
     if end > file.stat().st_size:
         raise SavedError(f"{location} is truncated: {tensor.name} ends at {end}", where=str(file), cure=AGAIN)

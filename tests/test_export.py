@@ -460,6 +460,18 @@ def set_place(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
+def external(model: onnx.ModelProto) -> onnx.TensorProto:
+    return next(t for t in model.graph.initializer if t.external_data)
+
+
+def set_dims(*dims: int) -> Callable[[onnx.ModelProto], None]:
+    return lambda model: external(model).dims.__setitem__(slice(None), dims)
+
+
+def set_kind(kind: int) -> Callable[[onnx.ModelProto], None]:
+    return lambda model: setattr(external(model), "data_type", kind)
+
+
 def flip(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -548,6 +560,9 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
         lambda d: edit_model(d, set_place("location", "/etc/passwd")),
     ),
     "weights beyond the end": ("truncated", lambda d: edit_model(d, set_place("offset", str(1 << 40)))),
+    "weights of another place": ("is damaged", lambda d: edit_model(d, set_place("offset", "-64"))),
+    "more weights than there are": ("truncated", lambda d: edit_model(d, set_dims(1 << 40, 4))),
+    "weights of no kind": ("is damaged", lambda d: edit_model(d, set_kind(99))),
     "no operator": (
         "ONNX Runtime refuses",
         lambda d: edit_model(d, lambda model: setattr(model.graph.node[5], "op_type", "Nothing")),
