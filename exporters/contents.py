@@ -12,8 +12,10 @@ from sdgraph.columns import columns
 from sdgraph.schedules import Run
 from sdgraph.text import cost, count, several
 from sdgraph.timetable import played, ranges
+from sdgraph.untrusted import read_config
 
-from .manifest import DATA, REPORT, Manifest, Model, read_config
+from .manifest import AGAIN, CONFIG, DATA, MODEL, REFRESH, REPORT, Manifest, Model
+from .sound import check_model
 
 
 def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
@@ -26,7 +28,7 @@ def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
         SavedError: what is there is not whole.
         ScheduleError: a schedule does not fit the calls.
     """
-    read_config(directory)
+    read_config(directory / CONFIG, AGAIN)
     manifest = Manifest.read(directory)
     if verify:
         manifest.check_files(directory, manifest.files)
@@ -40,12 +42,16 @@ def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
     served = _calls(manifest, calls)
     rows: list[tuple[str, ...]] = [("graph", "nodes", "MACs", "share", "takes", "gives", f"of {calls} calls")]
     for model in manifest.models:
+        check_model(directory / model.file, manifest.files)
         nodes = len(onnx.load(directory / model.file, load_external_data=False).graph.node)
         figures = (cost(model.macs), f"{model.macs / first.macs:.1%}", str(len(model.takes)), str(len(model.gives)))
         rows.append((model.file, str(nodes), *figures, ranges(served.get(model, [])) or "-"))
     lines.append(columns(rows))
     total = sum(model.macs * len(numbers) for model, numbers in served.items())
-    lines.append(f"at most {calls * first.macs / total:.2f} times as fast as computing everything")
+    if total:
+        lines.append(f"at most {calls * first.macs / total:.2f} times as fast as computing everything")
+    if first.file == REFRESH:
+        lines.append(f"{MODEL} is {REFRESH} with one output, for other tools")
     schedules: dict[tuple[str, int], list[str]] = {}
     for value in manifest.values:
         schedules.setdefault((value.schedule, value.forecast), []).append(value.site)

@@ -6,14 +6,15 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
+from msgspec import Meta
 
 from sdgraph import Graph, GraphUNet, __version__
 from sdgraph.accept import accept
@@ -22,25 +23,33 @@ from sdgraph.errors import CallError, ExportError, SavedError, SdgraphError
 from sdgraph.files import sha256
 from sdgraph.inherit import Site
 from sdgraph.inherit import sites as inherited
-from sdgraph.inputs import Input
+from sdgraph.inputs import ARGUMENTS, Input
 from sdgraph.schedules import Schedule
 from sdgraph.spec import read
 from sdgraph.specialise import per_call
 from sdgraph.trace import Guard
+from sdgraph.untrusted import Digest, FileName, Format, as_kind, check_format, read_json, require_inside
 
 FORMAT = 2
 CONFIG, MODEL, DATA, REPORT, MANIFEST = "config.json", "model.onnx", "model.onnx.data", "export.json", "sdgraph.json"
+REFRESH = "refresh.onnx"  # where features are inherited: `model.onnx` with the values that later calls take besides
 OUTPUT, CHOICE = "out_sample", "model"
-LAYOUTS = ("variants", "single")
 NAMES = {"B": "batch", "H": "height", "W": "width", "L": "sequence"}  # of sizes, in the models
-ARTEFACTS = ("portable", "cuda")
+Artefact = Literal["portable", "cuda"]
+Layout = Literal["variants", "single"]
+Dtype = Literal["float32", "float16"]
+ARTEFACTS, LAYOUTS = get_args(Artefact), get_args(Layout)
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 AGAIN = "export the UNet again"
 
-_KINDS = {"index": torch.int64, "time": torch.float32}
-# Expressions are evaluated on load: numbers, names, `ceil(...)` and arithmetic; no attributes, no powers.
-_EXPRESSION = re.compile(r"(?!.*\*\*)(?:[A-Za-z]\w{0,15}|\d{1,9}|[ ()+\-*/%<>=!])+")
-_FILE = re.compile(r"[A-Za-z0-9][\w.-]{0,60}")
+KINDS = ("float", "index", "time", "mask")
+_DTYPES_OF = {"index": torch.int64, "time": torch.float32}
+_MODEL_FILE = re.compile(r"[A-Za-z0-9][\w-]{0,60}\.onnx")
+_SYMBOL = re.compile(r"[A-Z]\d{0,3}")  # of a size of the call
+_LARGEST_SIZE = 1 << 31  # of a dimension, where the sizes of the call are 64
+
+Order = Literal[0, 1, 2]
+Count = Annotated[int, Meta(ge=0, le=1 << 60)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Value:
 
     site: str
     schedule: str
-    forecast: int
+    forecast: Order
     shape: tuple[int | str, ...]
 
 
@@ -71,10 +80,10 @@ class Model:
         macs: multiply-accumulates, at the nominal sizes.
     """
 
-    file: str
+    file: FileName
     takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
-    macs: int = 0
+    macs: Count = 0
 
 
 @dataclass(frozen=True)
@@ -99,10 +108,10 @@ class Manifest:
         format: of this description.
     """
 
-    artefact: str
-    layout: str
-    dtype: str
-    opset: int
+    artefact: Artefact
+    layout: Layout
+    dtype: Dtype
+    opset: Annotated[int, Meta(ge=18, le=30)]
     inputs: tuple[Input, ...]
     given: tuple[str, ...]
     output: tuple[int | str, ...]
@@ -110,10 +119,10 @@ class Manifest:
     values: tuple[Value, ...] = ()
     guards: tuple[Guard, ...] = ()
     recipe: tuple[str, ...] = ()
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[FileName, Digest] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
-    format: int = FORMAT
+    format: Format = FORMAT
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -121,7 +130,7 @@ class Manifest:
 
     def dtype_of(self, spec: Input) -> torch.dtype:
         """Dtype of an input of a model. Times are float32: the UNet casts them to it first thing."""
-        return _KINDS.get(spec.kind, self.torch_dtype)
+        return _DTYPES_OF.get(spec.kind, self.torch_dtype)
 
     @cached_property
     def model_inputs(self) -> tuple[Input, ...]:
@@ -188,73 +197,74 @@ class Manifest:
         Raises:
             SavedError: it is missing, edited, malformed, or of a newer format.
         """
-        where = str(folder / MANIFEST)
-        try:
-            plain = json.loads((folder / MANIFEST).read_bytes())
-        except OSError as error:
-            raise SavedError(f"{MANIFEST} cannot be read: {error.strerror}", where=where, cure=AGAIN) from error
-        except (ValueError, RecursionError) as error:
-            raise SavedError(f"{MANIFEST} is not JSON", where=where, cure=AGAIN) from error
-        if not isinstance(plain, dict) or "models" not in plain or not isinstance(plain.get("format"), int):
+        path = folder / MANIFEST
+        plain = read_json(path, AGAIN)
+        if "models" not in plain or "format" not in plain:
             hint = "sdgraph.GraphUNet.from_pretrained reads what save_pretrained wrote"
-            raise SavedError(f"{MANIFEST} is not that of an export", where=where, cure=hint)
-        if plain["format"] > FORMAT:
-            raise SavedError(
-                f"the export has format {plain['format']}, this sdgraph reads up to {FORMAT}",
-                where=where,
-                cure=f"upgrade sdgraph; it was written by {str(plain.get('version', 'an unknown version'))[:20]}",
-            )
+            raise SavedError(f"{MANIFEST} is not that of an export", where=str(path), cure=hint)
+        check_format(plain, FORMAT, path, AGAIN)
         if plain.pop("sha256", None) != _digest(plain):
-            raise SavedError(f"{MANIFEST} was edited", where=where, cure=f"{AGAIN}: it says what the models are")
+            raise SavedError(f"{MANIFEST} was edited", where=str(path), cure=f"{AGAIN}: it says what the models are")
+        found = as_kind(plain, cls, path, AGAIN)
         try:
-            return cls._from(plain)
-        except (KeyError, ValueError, TypeError, NameError, ArithmeticError, RecursionError, SdgraphError) as error:
-            reason = f"{type(error).__name__}: {error}"[:200]
-            raise SavedError(f"{MANIFEST} is damaged ({reason})", where=where, cure=AGAIN) from error
+            found._check()
+        except (SdgraphError, ValueError, RecursionError, MemoryError) as error:
+            what = error.what if isinstance(error, SdgraphError) else str(error) or type(error).__name__
+            raise SavedError(f"{MANIFEST} is damaged: {what}", where=str(path), cure=AGAIN) from error
+        return found
 
-    @classmethod
-    def _from(cls, plain: Mapping[str, Any]) -> Manifest:
-        made = cls(
-            artefact=_known(plain["artefact"], ARTEFACTS),
-            layout=_known(plain["layout"], LAYOUTS),
-            dtype=_known(plain["dtype"], DTYPES),
-            opset=int(plain["opset"]),
-            inputs=tuple(_input(each) for each in plain["inputs"]),
-            given=tuple(map(str, plain["given"])),
-            output=_shape(plain["output"]),
-            models=tuple(_model(each) for each in plain["models"]),
-            values=tuple(_value(each) for each in plain["values"]),
-            guards=tuple(_guard(each) for each in plain["guards"]),
-            recipe=tuple(map(str, plain["recipe"])),
-            files={_file(name): str(digest) for name, digest in plain["files"].items()},
-            versions={str(name): str(version) for name, version in plain["versions"].items()},
-            version=str(plain["version"]),
-            format=plain["format"],
-        )
-        if not made.models or made.models[0].takes:
-            raise ValueError("no model computes everything")
-        sites = made.sites  # their schedules are read, if only to see that they can be
-        for model in made.models:
+    def _check(self) -> None:
+        """What its fields must be to one another.
+
+        Raises:
+            ValueError, SdgraphError: they are not.
+        """
+        if not self.models or self.models[0].takes:
+            raise ValueError("models: the first does not compute everything")
+        sites = self.sites  # their schedules are read, if only to see that they can be
+        if len(sites) < len(self.values):
+            raise ValueError("values: a site is there twice")
+        for i, model in enumerate(self.models):
             for site in (*model.takes, *model.gives):
-                _known(site, sites)
-            _known(model.file, made.files)
-        made._check_expressions()
-        return made
+                _known(site, sites, f"models[{i}]")
+            for site in model.takes:
+                _known(site, self.models[0].gives, f"models[{i}].takes")
+            if not _MODEL_FILE.fullmatch(model.file):
+                raise ValueError(f"models[{i}].file: {model.file[:100]!r} is no file name of a model")
+        for name in (CONFIG, DATA, *(model.file for model in self.models)):
+            if name not in self.files:
+                raise ValueError(f"files: there is no hash of {name}")
+        for i, spec in enumerate(self.inputs):
+            _known(spec.kind, KINDS, f"inputs[{i}].kind")
+            _known(spec.place[0] if spec.place else "", ARGUMENTS, f"inputs[{i}].place")
+        names = [spec.name for spec in self.inputs if spec.shape is not None]
+        if len({spec.name for spec in self.inputs}) < len(self.inputs) or names[:2] != ["sample", "timestep"]:
+            raise ValueError("inputs: sample and timestep, and each once")
+        for name in self.given:
+            _known(name, names, "given")
+        self._check_sizes()
 
-    def _check_expressions(self) -> None:
-        shapes = [spec.shape or () for spec in self.inputs]
-        free = {d: 64 for shape in shapes for d in shape if isinstance(d, str) and d.isidentifier()}
-        sizes = (*shapes, self.output, *self.shapes.values())
-        for expression in (*(d for shape in sizes for d in shape), *(g.condition for g in self.guards)):
-            evaluate(str(expression), free)
+    def _check_sizes(self) -> None:
+        shapes = {f"inputs[{i}].shape": spec.shape or () for i, spec in enumerate(self.inputs)}
+        free = {str(d): 64 for shape in shapes.values() for d in shape if _SYMBOL.fullmatch(str(d))}
+        shapes |= {"output": self.output}
+        shapes |= {f"values[{i}].shape": each.shape for i, each in enumerate(self.values)}
+        for field_name, shape in shapes.items():
+            for dim in shape:
+                size: object = dim if isinstance(dim, int) else evaluate(dim, free)
+                if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= _LARGEST_SIZE:
+                    raise ValueError(f"{field_name}: {str(dim)[:80]!r} is no size")
+        for guard in self.guards:
+            evaluate(guard.condition, free)
 
     def check_files(self, folder: Path, names: Iterable[str]) -> None:
         """Compare files with their hashes.
 
         Raises:
-            SavedError: one is missing or another.
+            SavedError: one is missing, another, or a link out of the directory.
         """
         for name in names:
+            require_inside(folder / name, AGAIN)
             if not (folder / name).is_file():
                 raise SavedError(f"{name} is missing", where=str(folder), cure=AGAIN)
             if sha256(folder / name) != self.files.get(name):
@@ -309,9 +319,9 @@ def describe(unet: GraphUNet, given: frozenset[str], artefact: str, layout: str,
             raise ExportError(what, where=f"input {spec.name}", cure="a pass has made it so; please report it")
     models = _models(graph, calls)
     return Manifest(
-        artefact=artefact,
-        layout=layout if len(models) > 1 else "variants",
-        dtype=str(unet.dtype).removeprefix("torch."),
+        artefact=cast(Artefact, artefact),
+        layout=cast(Layout, layout if len(models) > 1 else "variants"),
+        dtype=cast(Dtype, str(unet.dtype).removeprefix("torch.")),
         opset=opset,
         inputs=inputs,
         given=tuple(i.name for i in inputs if i.shape is not None and (not i.optional or i.name in given)),
@@ -342,7 +352,7 @@ def _models(graph: Graph, calls: Any) -> tuple[Model, ...]:
     found: dict[tuple[tuple[str, ...], tuple[str, ...]], Model] = {}
     timesteps = np.linspace(999, 0, calls).tolist() if isinstance(calls, int) else calls
     for kind in graph.timetable(timesteps).variants:  # two may differ in what neither needs
-        name = f"inherit_{len(found)}.onnx" if found else MODEL
+        name = f"inherit_{len(found)}.onnx" if found else REFRESH
         found.setdefault((kind.inherited, kind.refreshed), Model(name, kind.inherited, kind.refreshed, kind.macs))
     return tuple(found.values())
 
@@ -356,7 +366,7 @@ def _kept(graph: Graph, name: str, site: Site, dtype: torch.dtype) -> Value:
             where=name,
             cure="choose another site",
         )
-    return Value(name, str(site.schedule), site.forecast, shape)
+    return Value(name, str(site.schedule), cast(Order, site.forecast), shape)
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
@@ -370,60 +380,6 @@ def _schedule(text: str) -> Schedule:
     return found
 
 
-def _known(name: Any, among: Iterable[str]) -> str:
+def _known(name: str | int, among: Container[Any], place: str) -> None:
     if name not in among:
-        raise ValueError(f"{name!r} is not known")
-    return str(name)
-
-
-def _file(name: Any) -> str:
-    if not isinstance(name, str) or not _FILE.fullmatch(name) or ".." in name:
-        raise ValueError(f"{name!r} is no file name")
-    return name
-
-
-def _model(raw: Any) -> Model:
-    return Model(_file(raw["file"]), tuple(map(str, raw["takes"])), tuple(map(str, raw["gives"])), int(raw["macs"]))
-
-
-def _value(raw: Any) -> Value:
-    return Value(str(raw["site"]), str(raw["schedule"]), int(raw["forecast"]), _shape(raw["shape"]))
-
-
-def _checked(expression: Any) -> str:
-    if not isinstance(expression, str) or len(expression) > 200 or not _EXPRESSION.fullmatch(expression):
-        raise ValueError(f"{expression!r} is no size")
-    return expression
-
-
-def _shape(dims: Any) -> tuple[int | str, ...]:
-    return tuple(d if isinstance(d, int) else _checked(d) for d in dims)
-
-
-def _guard(raw: Any) -> Guard:
-    return Guard(_checked(raw["condition"]), bool(raw["outcome"]), str(raw["where"]))
-
-
-def _input(raw: Any) -> Input:
-    if set(raw) != {f.name for f in fields(Input)}:
-        raise ValueError("an input has other fields")
-    shape = None if raw["shape"] is None else _shape(raw["shape"])
-    return Input(**{**raw, "place": tuple(raw["place"]), "shape": shape})
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The UNet's configuration.
-
-    Raises:
-        SavedError: the file is missing or no JSON object.
-    """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise SavedError(f"{CONFIG} cannot be read: {error.strerror}", where=str(path), cure=AGAIN) from error
-    except (ValueError, RecursionError) as error:
-        raise SavedError(f"{CONFIG} is not JSON", where=str(path), cure=AGAIN) from error
-    if not isinstance(config, dict):
-        raise SavedError(f"{CONFIG} holds no configuration", where=str(path), cure=AGAIN)
-    return config
+        raise ValueError(f"{place}: {str(name)[:100]!r} is not known")

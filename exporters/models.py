@@ -192,12 +192,27 @@ class Models:
                 where="provider",
                 cure=f"check the device, its driver and libraries, or pass provider={CPU!r}",
             )
-        found = {each.name: each.type for each in session.get_inputs()}
-        wanted = {spec.name: _ORT[self.manifest.dtype_of(spec)] for spec in self.manifest.session_inputs(model)}
-        outputs = [each.name for each in session.get_outputs()]
-        if found != wanted or outputs != [spec.name for spec in self.manifest.session_outputs(model)]:
-            raise SavedError("the model's inputs are not those of the manifest", where=str(path), cure=AGAIN)
+        inputs = {each.name: (each.type, each.shape) for each in session.get_inputs()}
+        wanted = {spec.name: (_ORT[self.manifest.dtype_of(spec)], spec) for spec in self.manifest.session_inputs(model)}
+        outputs = {each.name: each.shape for each in session.get_outputs()}
+        given = {spec.name: spec for spec in self.manifest.session_outputs(model)}
+        if (
+            {name: kind for name, (kind, _) in inputs.items()} != {name: kind for name, (kind, _) in wanted.items()}
+            or list(outputs) != list(given)
+            or not all(_agree(shape, wanted[name][1]) for name, (_, shape) in inputs.items())
+            or not all(_agree(shape, given[name]) for name, shape in outputs.items())
+        ):
+            raise SavedError(
+                "the model's inputs are not those of the manifest, or its outputs", where=str(path), cure=AGAIN
+            )
         return session
+
+
+def _agree(shape: list[int | str], spec: Input) -> bool:
+    """Whether a session's input or output has the rank and the fixed sizes that the manifest says."""
+    said = spec.shape or ()
+    pairs = zip(shape, said, strict=False)
+    return len(shape) == len(said) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
 def _by_definition(manifest: Manifest, provider: str) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 import sdgraph
 from sdgraph import GraphUNet
-from sdgraph.errors import ExportError, SavedError, SpecError, did_you_mean
+from sdgraph.errors import ExportError, SavedError, SdgraphError, SpecError, did_you_mean
 from sdgraph.files import appearing
 
 from . import parity
@@ -29,11 +30,15 @@ from .manifest import ARTEFACTS, CONFIG, DATA, DTYPES, LAYOUTS, MANIFEST, MODEL,
 from .parity import Comparison, ExportReport
 from .weights import Weights
 
+if TYPE_CHECKING:
+    from .ort import ORTUNet
+
 log = logging.getLogger("sdgraph")
 
 # 18 is the oldest torch translates to. From 21 on it writes GroupNormalization, for which no provider has a kernel: it
 # is inlined into thousands of nodes.
 OPSETS = range(18, 21)
+CHOOSING = ("TopK", "ArgMax", "ArgMin")  # operators whose answer jumps where two values meet
 
 
 def export(
@@ -56,8 +61,9 @@ def export(
 
     The models take `sample` `(batch, channels, height, width)`, `timestep` `(1 or batch,)` in float32,
     `encoder_hidden_states` `(batch, sequence, features)` and what else the configuration requires, and give
-    `out_sample`. A UNet that inherits features has several: they also take `inherited.SITE` and give `refreshed.SITE`,
-    which is for `ORTUNet` to see to. `model.onnx` computes everything, and other tools run it alone.
+    `out_sample`. `model.onnx` computes everything, and other tools run it alone. A UNet that inherits features has
+    `refresh.onnx` and `inherit_N.onnx` besides: they also take `inherited.SITE` and give `refreshed.SITE`, which is for
+    `ORTUNet` to see to.
 
     The directory holds `config.json`, the models, their weights in `model.onnx.data`, `sdgraph.json`, which says what
     they are, and the report in `export.json`. It appears complete and checked, or not at all.
@@ -100,7 +106,7 @@ def export(
     bounds = parity.BOUNDS[manifest.torch_dtype]
     atol, rtol = bounds[0] if atol is None else atol, bounds[1] if rtol is None else rtol
     training = unet.training
-    with appearing(directory, partial(_check_target, overwrite), ExportError) as folder:
+    with appearing(directory, partial(check_target, overwrite), ExportError) as folder:
         try:
             torch.nn.Module.train(unet, False)  # not its own: that would reset which weights are trainable
             with torch.no_grad():
@@ -136,11 +142,13 @@ def _export(
 
     seconds: dict[str, float] = {}
     nodes: dict[str, int] = {}
-    with tqdm(total=4 * len(manifest.models) + 1, desc="export", unit="stage", disable=not progress) as bar:
+    choosing = 0
+    stages = 6 * len(manifest.models) + 1  # four to make each, two to check it; and opening them
+    with tqdm(total=stages, desc="export", unit="stage", disable=not progress) as bar, _ticking(bar):
 
         @contextmanager
-        def stage(name: str) -> Iterator[None]:
-            bar.set_description(f"export: {name}")
+        def stage(name: str, file: str) -> Iterator[None]:
+            bar.set_description(f"export: {name} {file}")
             start = time.perf_counter()
             yield
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
@@ -151,14 +159,15 @@ def _export(
         for model in manifest.models:
             module = lowered.variant(frozenset(manifest.given), frozenset(model.takes))
             inputs, outputs = manifest.inputs_of(model), manifest.outputs_of(model)
-            with stage("capture"):
+            with stage("capture", model.file):
                 program = translate.capture(module, parity.with_values(unet, manifest, model, example), inputs)
-            with stage("translate"):
+            with stage("translate", model.file):
                 made = translate.translate(program, manifest.opset)
-            with stage("compact"):
+            with stage("compact", model.file):
                 translate.compact(made, inputs, outputs)
                 nodes[model.file] = len(made.graph)
-            with stage("write"), _written(folder):
+                choosing += sum(node.op_type in CHOOSING for node in made.graph)
+            with stage("write", model.file), _written(folder):
                 weights.take(made)
                 made.producer_name, made.producer_version = "sdgraph", sdgraph.__version__
                 made.metadata_props["sdgraph.recipe"] = ", ".join(manifest.recipe)
@@ -167,15 +176,36 @@ def _export(
         with _written(folder):
             if manifest.layout == "single":
                 manifest = _joined(folder, manifest)
+            elif manifest.models[0].file != MODEL:
+                _write_plain(folder, manifest.models[0].file)
             (folder / CONFIG).write_bytes(_config(unet))
             manifest.write(folder)
-        with stage("check"):
-            comparisons = _compare(unet, folder, Manifest.read(folder), list(nodes), bounds)
+        with stage("check", MODEL):
+            loaded = _loaded(folder, Manifest.read(folder))
+        comparisons = _compare(unet, loaded, list(nodes), bounds, stage)
     weight_bytes = sum(p.numel() * p.element_size() for p in unet.parameters())
     file_bytes = sum(f.stat().st_size for f in folder.iterdir())
     report = ExportReport(nodes, weight_bytes, file_bytes, comparisons, seconds)
-    parity.require(report)
+    parity.require(report, choosing)
     return report
+
+
+@contextmanager
+def _ticking(bar: tqdm[Any]) -> Iterator[None]:
+    """The time on a bar goes on during a stage: capturing and translating a large UNet take a minute."""
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(1):
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _joined(folder: Path, manifest: Manifest) -> Manifest:
@@ -192,28 +222,55 @@ def _joined(folder: Path, manifest: Manifest) -> Manifest:
     return replace(manifest, models=tuple(replace(model, file=MODEL) for model in manifest.models))
 
 
-def _compare(
-    unet: GraphUNet, folder: Path, manifest: Manifest, names: Sequence[str], bounds: tuple[float, float]
-) -> tuple[Comparison, ...]:
-    """Every output of every model, at two shapes."""
+def _write_plain(folder: Path, file: str) -> None:
+    """`model.onnx`: the graph that computes everything, with one output, over the same weights. Tools that know nothing
+    of inheriting run it as any other UNet."""
+    import onnx
+
+    model = onnx.load(folder / file, load_external_data=False)
+    del model.graph.output[1:]
+    onnx.save(model, folder / MODEL)
+
+
+def _loaded(folder: Path, manifest: Manifest) -> ORTUNet:
     from .ort import ORTUNet
 
     try:
-        loaded = ORTUNet.from_pretrained(
+        return ORTUNet.from_pretrained(
             folder, provider="CPUExecutionProvider", session_options=_lean(manifest), verify=False
         )
     except SavedError as error:
         raise ExportError(f"the exported model does not load: {error.what}", cure="please report it") from error
+
+
+def _compare(
+    unet: GraphUNet,
+    loaded: ORTUNet,
+    names: Sequence[str],
+    bounds: tuple[float, float],
+    stage: Callable[[str, str], AbstractContextManager[None]],
+) -> tuple[Comparison, ...]:
+    """Every output of every model, at two shapes."""
     found = []
+    manifest = loaded.manifest
     for name, model in zip(names, manifest.models, strict=True):
         module = unet.variant(frozenset(manifest.given), frozenset(model.takes))
         for call in parity.calls(unet, manifest):
-            given = parity.with_values(unet, manifest, model, call)
-            eager = module(*given.values())
-            eager = eager if isinstance(eager, tuple) else (eager,)
-            found.append(
-                parity.compare(name, eager, loaded.models.run(model, given, manifest.check(call)), call, *bounds)
-            )
+            with stage("check", name):
+                given = parity.with_values(unet, manifest, model, call)
+                eager = module(*given.values())
+                eager = eager if isinstance(eager, tuple) else (eager,)
+                try:
+                    exported = loaded.models.run(model, given, manifest.check(call))
+                except SdgraphError:
+                    raise
+                except Exception as error:  # ONNX Runtime's errors have no base of their own
+                    raise ExportError(
+                        f"ONNX Runtime opens the exported model and cannot run it: {error}",
+                        where=name,
+                        cure="an operator that a pass inserted may have no kernel for its dtype; try float32",
+                    ) from error
+                found.append(parity.compare(name, eager, exported, call, *bounds))
         loaded.models.close(model)
     return tuple(found)
 
@@ -284,11 +341,17 @@ def _config(unet: GraphUNet) -> bytes:
     return (json.dumps(named, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _check_target(overwrite: bool, target: Path) -> None:
+def check_target(overwrite: bool, target: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ExportError: something is, and is no earlier export or `overwrite` is not wished.
+    """
     if not target.exists():
         return
     if not overwrite:
-        raise ExportError("the directory exists", where=str(target), cure="pass overwrite=True, or choose another")
+        cure = "pass overwrite=True (--overwrite on the command line), or choose another"
+        raise ExportError("the directory exists", where=str(target), cure=cure)
     if not target.is_dir() or (
         any(target.iterdir()) and not any((target / name).exists() for name in (MANIFEST, REPORT))
     ):

@@ -17,9 +17,10 @@ from sdgraph.errors import ModeError
 from sdgraph.generation import Generations
 from sdgraph.inputs import Input
 from sdgraph.unet import no_value
+from sdgraph.untrusted import read_config
 
 from .extra import require_onnx
-from .manifest import DATA, Manifest, read_config
+from .manifest import AGAIN, CONFIG, DATA, Manifest
 from .models import Models
 from .options import CPU, CUDA
 from .sound import check_model
@@ -78,10 +79,10 @@ class ORTUNet(UNetCall):
         """
         require_onnx()
         folder = Path(directory)
-        config, manifest = read_config(folder), Manifest.read(folder)
+        config, manifest = read_config(folder / CONFIG, AGAIN), Manifest.read(folder)
         manifest.check_files(folder, manifest.files if verify else (n for n in manifest.files if n != DATA))
         for model in manifest.models:
-            check_model(folder / model.file)
+            check_model(folder / model.file, manifest.files)
         models = Models(folder, manifest, provider, provider_options, session_options, free_dims, cuda_graph)
         models.session(manifest.models[0])
         return cls(models, config)

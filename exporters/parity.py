@@ -157,9 +157,11 @@ def compare(
     return next((each for each in found if not each.holds), max(found, key=lambda each: each.difference - each.bound))
 
 
-def require(report: ExportReport) -> None:
+def require(report: ExportReport, choosing: int = 0) -> None:
     """Refuse a report that is out of bounds.
 
+    Args:
+        choosing: how many operators choose by values, such as a sort.
     Raises:
         ParityError: with the table.
     """
@@ -171,10 +173,12 @@ def require(report: ExportReport) -> None:
                 cure="in float16 it overflows: export it in float32",
             )
         if not comparison.holds:
+            sorts = f"; {choosing} operators choose by values, as a sort does: where two nearly agree, rounding decides"
             raise ParityError(
                 f"the exported model is out of bounds against eager\n{report}",
                 where=f"{comparison.model} at {comparison.shapes}",
-                cure="nothing was written; pass atol= and rtol= if this difference is acceptable, else report it",
+                cure="nothing was written; pass atol= and rtol= if this difference is acceptable, else report it"
+                + sorts * bool(choosing),
             )
 
 

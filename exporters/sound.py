@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from sdgraph.errors import SavedError
 from .manifest import AGAIN
 
 
-def check_model(path: Path) -> None:
+def check_model(path: Path, files: Collection[str]) -> None:
     """Refuse a model file that reaches outside of its directory, or for more than there is.
 
+    Args:
+        files: names of those that have a hash: weights lie in no others.
     Raises:
         SavedError: with what is unsound.
     """
@@ -26,7 +29,7 @@ def check_model(path: Path) -> None:
         raise SavedError(f"{path.name} is damaged", where=str(path), cure=AGAIN) from error
     for tensor in _tensors(model.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_external(tensor, path)
+            _check_external(tensor, path, files)
     if model.functions or any(n.domain not in ("", "ai.onnx", "com.microsoft") for n in nodes_of(model.graph)):
         raise SavedError("the model has operators of its own", where=str(path), cure=AGAIN)
 
@@ -51,18 +54,26 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 yield from _tensors(inner)
 
 
-def _check_external(tensor: Any, path: Path) -> None:
+def _check_external(tensor: Any, path: Path, files: Collection[str]) -> None:
     """Weights lie in the directory, and are all there."""
+    from onnx import helper
+
     entry = {each.key: each.value for each in tensor.external_data}
     location = entry.get("location", "")
     if location != os.path.basename(location) or location in ("", ".", "..") or "\\" in location:
         raise SavedError(f"weights outside of the directory: {location[:100]!r}", where=tensor.name, cure=AGAIN)
+    if location not in files:
+        raise SavedError(f"{location} has no hash in the manifest", where=tensor.name, cure=AGAIN)
     file = path.parent / location
     if not file.is_file():
         raise SavedError(f"{location} is missing", where=str(path.parent), cure=AGAIN)
     try:
-        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
-    except ValueError as error:
+        start, length = int(entry.get("offset", 0)), int(entry.get("length", 0))
+        wanted = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * math.prod(tensor.dims)
+    except (ValueError, KeyError) as error:
         raise SavedError(f"the place of {tensor.name} is damaged", where=str(path), cure=AGAIN) from error
+    if min(start, length, *tensor.dims) < 0:
+        raise SavedError(f"the place of {tensor.name} is damaged", where=str(path), cure=AGAIN)
+    end = start + max(length, wanted)
     if end > file.stat().st_size:
         raise SavedError(f"{location} is truncated: {tensor.name} ends at {end}", where=str(file), cure=AGAIN)

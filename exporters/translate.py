@@ -22,9 +22,9 @@ from sdgraph.errors import ExportError
 from sdgraph.inputs import Input
 
 from .manifest import NAMES
+from .simplify import simplify
 
 log = logging.getLogger("sdgraph")
-aten = torch.ops.aten
 
 
 class Undecomposed(torch.export.ExportedProgram):
@@ -37,6 +37,7 @@ class Undecomposed(torch.export.ExportedProgram):
     def run_decompositions(self, decomp_table: Any = None, **options: Any) -> torch.export.ExportedProgram:
         if any(node.target in (decomp_table or {}) for node in self.graph.nodes):
             decomposed: torch.export.ExportedProgram = super().run_decompositions(decomp_table, **options)
+            simplify(decomposed.graph)
             return decomposed
         return self
 
@@ -68,37 +69,6 @@ def capture(
         ) from error
     simplify(program.graph)
     return program
-
-
-def simplify(graph: fx.Graph) -> None:
-    """Remove what computes nothing at inference; write casts in the form the translator knows, and where it knows none.
-
-    `cat` takes what it joins to one dtype; ONNX's wants it so. Operators by element the translator sees to.
-    """
-    for node in list(graph.nodes):
-        if node.target in (aten.cat.default, aten.concat.default):
-            dtype = node.meta["val"].dtype
-            for each in {*node.args[0]}:
-                if each.meta["val"].dtype != dtype:
-                    with graph.inserting_before(node):
-                        same = graph.call_function(aten._to_copy.default, (each,), {"dtype": dtype})
-                    same.meta = {**node.meta, "val": each.meta["val"].to(dtype)}
-                    node.replace_input_with(each, same)
-            continue
-        if node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
-            continue
-        cast = node.target is aten.to.dtype
-        if (
-            node.target in (aten.dropout.default, aten.contiguous.default)
-            or (node.target is aten.div.Tensor and node.args[1] == 1.0)
-            or (cast and node.args[0].meta["val"].dtype == node.args[1])
-        ) and node.args[0].meta["val"].dtype == node.meta["val"].dtype:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif cast:
-            node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.args[1]}
-    graph.lint()
 
 
 def translate(program: torch.export.ExportedProgram, opset: int) -> ir.Model:

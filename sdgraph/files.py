@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .errors import SdgraphError
+
+LOCK = "lock"  # of a directory that is being written, in it
 
 
 @contextmanager
@@ -28,15 +35,18 @@ def appearing(
         OSError: writing fails later; what was there stays.
     """
     target = Path(os.path.abspath(target))
-    check(target)
     beside = next(parent for parent in target.parents if parent.exists())
+    _clear(target, beside)
+    check(target)
     try:
         made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=beside))
     except OSError as refusal:
         cure = "choose a directory that you may write to"
         raise error(f"cannot write there: {refusal.strerror}", where=str(beside), cure=cure) from refusal
     new, old = made / "new", made / "old"
+    ours = FileLock(made / LOCK)
     try:
+        ours.acquire()
         new.mkdir()  # unlike a temporary directory's, its mode follows the umask
         yield new
         check(target)
@@ -50,7 +60,19 @@ def appearing(
                 old.rename(target)
             raise
     finally:
+        ours.release()
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _clear(target: Path, beside: Path) -> None:
+    """Remove what killed processes left of `target`, whose locks nobody holds; what one had put away comes back."""
+    for made in beside.glob(f".{glob.escape(target.name)}-*"):
+        if not re.fullmatch(r"[a-z0-9_]{8}", made.name[len(target.name) + 2 :]) or not (made / LOCK).is_file():
+            continue
+        with contextlib.suppress(Timeout, OSError), FileLock(made / LOCK, timeout=0):  # else it is being written
+            if (made / "old").exists() and not target.exists():
+                (made / "old").rename(target)
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

@@ -8,9 +8,10 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import diffusers
+import msgspec
 import safetensors
 import safetensors.torch
 import torch
@@ -25,12 +26,50 @@ from .graph import Graph
 from .report import Report
 from .runner import replay
 from .spec import parse
+from .untrusted import Digest, FileName, Format, as_kind, check_format, read_config, read_json, require_inside
 
 if TYPE_CHECKING:
     from .unet import GraphUNet
 
 FORMAT = 2  # 1: without decisions
 RECIPE, CONFIG = "sdgraph.json", "config.json"
+AGAIN = "save the UNet again"
+
+
+class Entry(msgspec.Struct, frozen=True, rename={"text": "pass"}):
+    """A pass that decided something by the numbers of weights: its text, and what it decided about what."""
+
+    text: str
+    decisions: tuple[tuple[str, Any], ...]
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    """`sdgraph.json` of a saved UNet: how its graph comes from its configuration, and what else is in the folder.
+
+    A field that is added needs a default, so that folders saved before still load; if a reader that does not know it
+    would go wrong, `FORMAT` is raised too.
+
+    Args:
+        format: of this description.
+        sdgraph, torch, diffusers: versions that wrote it.
+        passes: in order, as text; with their decisions, if they made any.
+        inputs: optional inputs that the UNet was traced with.
+        dtype: of the weights.
+        structure: of the graph, see `structure`; loading must come to the same.
+        files: SHA-256 of each other file, by name.
+        weights: name of the file of weights.
+    """
+
+    format: Format
+    sdgraph: str
+    torch: str
+    diffusers: str
+    passes: tuple[str | Entry, ...]
+    inputs: tuple[str, ...]
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    structure: Digest
+    files: dict[FileName, Digest]
+    weights: FileName
 
 
 def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | None = None, **options: Any) -> None:
@@ -55,19 +94,19 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
         safetensors.torch.save_file(_untied(tensors), folder / name, metadata={"format": "pt"})
         plain = dict(config) | {"_class_name": "GraphUNet", "_diffusers_version": diffusers.__version__}
         (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
-        recipe = {
-            "format": FORMAT if any(applied.decisions for applied in graph.passes) else 1,
-            "sdgraph": _version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "passes": [_entry(applied) for applied in graph.passes],
-            "inputs": inputs,
-            "dtype": str(next(unet.parameters()).dtype).removeprefix("torch."),
-            "structure": structure(graph),
-            "files": {f: sha256(folder / f) for f in (CONFIG, name)},
-            "weights": name,
-        }
-        (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
+        recipe = Recipe(
+            format=FORMAT if any(applied.decisions for applied in graph.passes) else 1,
+            sdgraph=_version(),
+            torch=str(torch.__version__),
+            diffusers=diffusers.__version__,
+            passes=tuple(map(_entry, graph.passes)),
+            inputs=tuple(inputs),
+            dtype=str(next(unet.parameters()).dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            structure=structure(graph),
+            files={f: sha256(folder / f) for f in (CONFIG, name)},
+            weights=name,
+        )
+        (folder / RECIPE).write_text(json.dumps(msgspec.to_builtins(recipe), indent=2) + "\n")
 
 
 def _warn_of_scripts(passes: Sequence[Applied]) -> None:
@@ -124,29 +163,28 @@ def load(
     if not folder.is_dir():
         raise SavedError(f"no folder {str(folder)!r}", where="from_pretrained", cure="pass a folder of save_pretrained")
     recipe = _read_recipe(folder)
-    for file, digest in recipe["files"].items():
+    for file, digest in recipe.files.items():
         if sha256(folder / file) != digest:
-            raise SavedError("the file is not the one that was saved", where=str(folder / file), cure="save again")
-    config = _json(folder / CONFIG)
-    saved_dtype = getattr(torch, recipe["dtype"], None)
-    if not isinstance(saved_dtype, torch.dtype):
-        raise SavedError(f"unknown dtype {recipe['dtype']!r}", where=str(folder / RECIPE), cure="save again")
+            raise SavedError("the file is not the one that was saved", where=str(folder / file), cure=AGAIN)
+    config = read_config(folder / CONFIG, AGAIN)
     try:
-        graph = _rebuild(config, _passes(recipe["passes"]), recipe["inputs"], saved_dtype)
+        graph = _rebuild(config, _passes(recipe.passes), recipe.inputs, getattr(torch, recipe.dtype))
     except Exception as error:
+        names = ", ".join(entry if isinstance(entry, str) else entry.text for entry in recipe.passes)
+        passes = f"install the packages of these passes, or import their modules first: {names}; or " if names else ""
         raise SavedError(
-            f"the configuration and passes do not give a graph: {error}",
+            f"the configuration and passes do not give a graph: {str(error)[:1000]}",
             where=str(folder / RECIPE),
-            cure="install the packages of the passes, or import their modules first",
+            cure=f"{passes}{AGAIN}",
         ) from error
-    if structure(graph) != recipe["structure"]:
+    if structure(graph) != recipe.structure:
         raise SavedError(
-            f"the recipe gives another graph here than with sdgraph {recipe['sdgraph']}, diffusers "
-            f"{recipe['diffusers']}, torch {recipe['torch']}",
+            f"the recipe gives another graph here than with sdgraph {recipe.sdgraph}, diffusers "
+            f"{recipe.diffusers}, torch {recipe.torch}",
             where=str(folder / RECIPE),
             cure="use those versions, or apply the passes again to the source UNet",
         )
-    _load_weights(graph, folder / recipe["weights"])
+    _load_weights(graph, folder / recipe.weights)
     unet = GraphUNet(graph, Report((), (f"loaded from {folder}",)))
     unet._own_weights = True
     return unet if dtype is None else torch.nn.Module.to(unet, dtype)
@@ -164,28 +202,27 @@ def structure(graph: Graph) -> str:
     return digest.hexdigest()
 
 
-def _entry(applied: Applied) -> str | dict[str, Any]:
-    """A pass in a recipe: its text, with what it decided if it did."""
-    decisions = [[decision.about, decision.value] for decision in applied.decisions]
-    return {"pass": str(applied), "decisions": decisions} if decisions else str(applied)
+def _entry(applied: Applied) -> str | Entry:
+    decisions = tuple((decision.about, decision.value) for decision in applied.decisions)
+    return Entry(str(applied), decisions) if decisions else str(applied)
 
 
-def _passes(entries: list[str | dict[str, Any]]) -> list[Applied]:
+def _passes(entries: Sequence[str | Entry]) -> list[Applied]:
     """What `_entry` wrote."""
     found = []
     for entry in entries:
-        text, decisions = (entry, []) if isinstance(entry, str) else (entry["pass"], entry["decisions"])
-        (one,) = parse(text)
-        found.append(Applied(one, tuple(Decision(str(about), value) for about, value in decisions)))
+        (one,) = parse(entry if isinstance(entry, str) else entry.text)
+        decisions = () if isinstance(entry, str) else entry.decisions
+        found.append(Applied(one, tuple(Decision(about, value) for about, value in decisions)))
     return found
 
 
-def _rebuild(config: dict[str, Any], passes: Sequence[Applied], inputs: list[str], dtype: torch.dtype) -> Graph:
+def _rebuild(config: dict[str, Any], passes: Sequence[Applied], inputs: Sequence[str], dtype: torch.dtype) -> Graph:
     """The graph of a configuration with passes replayed, on the meta device."""
     with torch.device("meta"):
         plain = dict(config) | {"_class_name": "UNet2DConditionModel"}
         unet = torch.nn.Module.to(UNet2DConditionModel.from_config(plain), dtype)
-    return replay(passes, capture(unet, inputs))
+    return replay(passes, capture(unet, tuple(inputs)))
 
 
 def _load_weights(graph: Graph, path: Path) -> None:
@@ -193,7 +230,7 @@ def _load_weights(graph: Graph, path: Path) -> None:
         # Cloned, because kernels round differently on tensors that are not aligned as PyTorch allocates them.
         tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise SavedError(f"cannot read the weights: {error}", where=str(path), cure="save again") from error
+        raise SavedError(f"cannot read the weights: {error}", where=str(path), cure=AGAIN) from error
     wanted = graph.weights.state_dict()
     for name in wanted.keys() - tensors.keys():
         twin = next((k for k, v in wanted.items() if v is wanted[name] and k in tensors), None)
@@ -201,7 +238,7 @@ def _load_weights(graph: Graph, path: Path) -> None:
             tensors[name] = tensors[twin]
     wrong = sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if wanted[n].shape != tensors[n].shape]
     if wrong:
-        raise SavedError(f"the weights do not fit the graph, first at {wrong[0]!r}", where=str(path), cure="save again")
+        raise SavedError(f"the weights do not fit the graph, first at {wrong[0]!r}", where=str(path), cure=AGAIN)
     graph.weights.load_state_dict(tensors, assign=True)
     graph.device = torch.device("cpu")
 
@@ -216,49 +253,26 @@ def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _read_recipe(folder: Path) -> dict[str, Any]:
-    recipe = _json(folder / RECIPE)
-    kinds = {
-        "format": int,
-        "sdgraph": str,
-        "torch": str,
-        "diffusers": str,
-        "passes": list,
-        "inputs": list,
-        "dtype": str,
-        "structure": str,
-        "files": dict,
-        "weights": str,
-    }
-    for key, kind in kinds.items():
-        if not isinstance(recipe.get(key), kind):
-            raise SavedError(f"the recipe has no valid {key!r}", where=str(folder / RECIPE), cure="save again")
-    if recipe["format"] > FORMAT:
+def _read_recipe(folder: Path) -> Recipe:
+    path = folder / RECIPE
+    plain = read_json(path, "pass a folder of save_pretrained")
+    if "models" in plain and "passes" not in plain:
         raise SavedError(
-            f"the recipe has format {recipe['format']}, this sdgraph reads up to {FORMAT}",
-            where=str(folder / RECIPE),
-            cure="upgrade sdgraph",
+            "this is an exported directory, not a saved UNet",
+            where=str(folder),
+            cure="export or load the UNet that it was made of; this one is run by sdgraph.exporters.ort.ORTUNet, and "
+            "`sdgraph inspect` says what it holds",
         )
-    for file in {recipe["weights"], CONFIG, *recipe["files"]}:
-        if Path(file).name != file or file in ("", ".", "..") or (folder / file).is_symlink():
-            raise SavedError(f"the recipe names {file!r}, outside of its folder", where=str(folder / RECIPE))
-        if file not in recipe["files"]:
-            raise SavedError(f"the recipe has no checksum of {file!r}", where=str(folder / RECIPE), cure="save again")
+    check_format(plain, FORMAT, path, AGAIN)
+    recipe = as_kind(plain, Recipe, path, AGAIN)
+    for file in (recipe.weights, CONFIG):
+        if file not in recipe.files:
+            raise SavedError(f"the recipe has no checksum of {file!r}", where=f"{path}, field files", cure=AGAIN)
+    for file in recipe.files:
+        require_inside(folder / file, AGAIN)
         if not (folder / file).is_file():
-            raise SavedError("the file is missing", where=str(folder / file), cure="save again")
+            raise SavedError("the file is missing", where=str(folder / file), cure=AGAIN)
     return recipe
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SavedError(
-            f"cannot read it: {error}", where=str(path), cure="pass a folder of save_pretrained"
-        ) from error
-    if not isinstance(value, dict):
-        raise SavedError("it is not a JSON object", where=str(path), cure="save again")
-    return value
 
 
 def _check_target(target: Path) -> None:

@@ -134,8 +134,9 @@ class _Dense(Schedule):
 
     def __post_init__(self) -> None:
         _at_least(self, 1, interval=self.interval)
-        if self.power <= 1:
-            raise ScheduleError(f"power is {self.power}", where=str(self), cure="a number above 1; 1.4 is DeepCache's")
+        if not 1 < self.power <= 100:  # it is lowered in small steps, which from 1e17 on would never end
+            cure = "above 1, at most 100; 1.4 is DeepCache's"
+            raise ScheduleError(f"power is {self.power}", where=str(self), cure=cure)
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
         return call in self._chosen(_known(run.calls, self))

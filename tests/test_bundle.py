@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from sdgraph import GraphUNet, similarity
 from sdgraph.__main__ import main
 from sdgraph.errors import CallError, ModeError, SpecError
 from sdgraph.exporters.bench import bench
+from sdgraph.exporters.contents import contents
 from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort import ORTUNet
 from sdgraph.exporters.weights import SharedWeights
@@ -42,6 +44,7 @@ from .models import answer, build, call_of
 from .test_pipelines import PIPELINES, make
 
 pytestmark = pytest.mark.slow
+BEFORE = Path(__file__).parent / "saved_before"
 FULL = (pytest.mark.full,)  # an export takes seconds for each graph: these run with `make test-full`
 RARE = ("faster diffusion", "t-gate", "image", "inpaint-9", "lcm")
 
@@ -148,13 +151,26 @@ def test_in_other_pipelines(name: str, tmp_path: Path) -> None:
 
 
 def test_other_tools_run_the_graph_that_computes_everything(pipe: Any, exported: Callable[[str], Exported]) -> None:
+    """It has one output, and its weights are those of the others."""
     _, directory = exported("deep cache")
     session = onnxruntime.InferenceSession(str(directory / "model.onnx"), providers=["CPUExecutionProvider"])
     call = call_of(pipe.unet, L=77)
     feeds = {name: call[name].numpy() for name in ("sample", "encoder_hidden_states")}
-    found = session.run(["out_sample"], feeds | {"timestep": np.array([500.0], np.float32)})[0]
+    assert [output.name for output in session.get_outputs()] == ["out_sample"]
+    found = session.run(None, feeds | {"timestep": np.array([500.0], np.float32)})[0]
     expected = answer(pipe.unet, {**call, "timestep": 500})
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bundles_of_earlier_versions_run(tmp_path: Path) -> None:
+    """One of sdgraph 0.1.0, whose `model.onnx` had all outputs, beside the same UNet as it was saved then."""
+    shutil.unpack_archive(BEFORE / "bundle.zip", tmp_path)
+    running, unet = opened(tmp_path / "bundle"), GraphUNet.from_pretrained(BEFORE / "unet")
+    call = call_of(unet)
+    for step in range(4):
+        now = {**call, "sample": call_of(unet, seed=step)["sample"], "timestep": 900 - step}
+        torch.testing.assert_close(answer(running, now), answer(unet, now), rtol=1e-4, atol=1e-5)
+    assert "inherit_1.onnx" in contents(tmp_path / "bundle")
 
 
 def test_nothing_comes_from_another_generation(exported: Callable[[str], Exported]) -> None:
@@ -176,7 +192,7 @@ def test_nothing_comes_from_another_generation(exported: Callable[[str], Exporte
 def test_the_weights_are_there_once(exported: Callable[[str], Exported]) -> None:
     unet, directory = exported("deep cache")
     said = json.loads((directory / "sdgraph.json").read_text())
-    assert [each["file"] for each in said["models"]] == ["model.onnx", "inherit_1.onnx", "inherit_2.onnx"]
+    assert [each["file"] for each in said["models"]] == ["refresh.onnx", "inherit_1.onnx", "inherit_2.onnx"]
     size = sum(p.numel() * p.element_size() for p in unet.parameters())
     assert (directory / "model.onnx.data").stat().st_size <= 1.02 * size
     places = []
@@ -244,10 +260,10 @@ def test_sizes_that_are_fixed_on_loading(exported: Callable[[str], Exported]) ->
 def test_sessions_share_the_kernels_of_convolutions_and_products(exported: Callable[[str], Exported]) -> None:
     _, directory = exported("deep cache")
     shared = SharedWeights(directory, torch.device("cpu"))
-    whole, inherit = (shared.of(directory / name) for name in ("model.onnx", "inherit_1.onnx"))
+    whole, inherit = (shared.of(directory / name) for name in ("refresh.onnx", "inherit_1.onnx"))
     assert {name for name in inherit if name in whole}
     assert all(inherit[name].data_ptr() == whole[name].data_ptr() for name in inherit if name in whole)
-    graph = onnx.load(directory / "model.onnx").graph
+    graph = onnx.load(directory / "refresh.onnx").graph
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     assert all((value.numpy() == stored[name]).all() for name, value in whole.items())
     assert sum(stored[name].nbytes for name in whole) > 0.9 * sum(each.nbytes for each in stored.values())
@@ -320,7 +336,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog
     arguments = ["bench", str(out), "--calls", "4", "--size", "8", "12", "--repeats", "1", "--out", str(figures)]
     assert main([*arguments, "--provider", "CPUExecutionProvider"]) == 0
     assert "4 calls" in capsys.readouterr().out
-    assert set(json.loads(figures.read_text())["models"]) == {"model.onnx", "inherit_1.onnx"}
+    assert set(json.loads(figures.read_text())["models"]) == {"refresh.onnx", "inherit_1.onnx"}
     assert main(["inspect", str(out), "--calls", "0"]) == 2
     assert "without calls" in capsys.readouterr().err
     config = json.loads((unet / "config.json").read_text())  # of an export that names no size

@@ -6,11 +6,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -26,9 +27,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import sdgraph
 from sdgraph import errors
+from sdgraph.dims import evaluate
 from sdgraph.exporters import extra, manifest, parity, translate
 from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort import ORTUNet
+from sdgraph.exporters.simplify import simplify
 
 from .models import CROSS, answer, build, call_of
 
@@ -312,13 +315,58 @@ class Calls(torch.nn.Module):
 def test_operators_that_passes_may_bring() -> None:
     def program(code: Callable[[torch.Tensor], torch.Tensor]) -> torch.export.ExportedProgram:
         made = torch.export.export(Calls(code), (torch.rand(4, 3),))
-        translate.simplify(made.graph)
+        simplify(made.graph)
         return made
 
     decomposed = translate.translate(program(torch.special.entr), 20)
     assert "entr" not in {node.op_type for node in decomposed.graph}
     with pytest.raises(errors.ExportError, match=r"No ONNX function found for .*rrelu"):
         translate.translate(program(torch.nn.functional.rrelu), 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64])
+@pytest.mark.parametrize("include_self", [True, False])
+def test_what_torch_translates_wrongly_or_not_at_all(dtype: torch.dtype, include_self: bool) -> None:
+    """Means that are scattered, which became the last value; sorts, for which everything was decomposed."""
+    place = torch.tensor([[0, 2, 2, 0, 2]])
+    own, source = (torch.tensor(values).to(dtype) for values in ([[7.0, 5, -3]], [[2.0, -9, 4, 4, 8]]))
+
+    class Codes(torch.nn.Module):
+        def forward(self, own: torch.Tensor, place: torch.Tensor, source: torch.Tensor) -> Any:
+            mean = own.scatter_reduce(1, place, source, "mean", include_self=include_self)
+            total = own.scatter_add(1, place, source)
+            order = source.argsort(1, descending=True)  # -9 4 4: the first 4 comes first
+            values, back = torch.sort(order, dim=1, stable=True)
+            return mean, total, order, values, back, (source > 3).argsort(dim=1, stable=True)
+
+    program = torch.export.export(Codes(), (own, place, source))
+    simplify(program.graph)
+    model = translate.translate(program, 20)
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
+    given = {value.name: tensor.numpy() for value, tensor in zip(model.graph.inputs, (own, place, source), strict=True)}
+    for mine, theirs in zip(session.run(None, given), Codes()(own, place, source), strict=True):
+        torch.testing.assert_close(torch.from_numpy(mine), theirs)
+
+
+def test_what_onnx_runtime_cannot_run_is_said(
+    exported: Callable[..., Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("MLFloat16 data type is not supported")
+
+    monkeypatch.setattr("sdgraph.exporters.models.run", fail)
+    with pytest.raises(errors.ExportError, match=r"cannot run it: MLFloat16"):
+        export(exported("sd15").unet, tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_says_that_a_sort_decides_by_rounding(exported: Callable[..., Exported]) -> None:
+    report = exported("sd15").report
+    beyond = replace(report, comparisons=(replace(report.comparisons[0], bound=0.0),))
+    with pytest.raises(errors.ParityError, match="3 operators choose by values"):
+        parity.require(beyond, choosing=3)
+    with pytest.raises(errors.ParityError, match=r"else report it$"):
+        parity.require(beyond)
 
 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,12 +460,54 @@ def set_place(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
+def external(model: onnx.ModelProto) -> onnx.TensorProto:
+    return next(t for t in model.graph.initializer if t.external_data)
+
+
+def set_dims(*dims: int) -> Callable[[onnx.ModelProto], None]:
+    return lambda model: external(model).dims.__setitem__(slice(None), dims)
+
+
+def set_kind(kind: int) -> Callable[[onnx.ModelProto], None]:
+    return lambda model: setattr(external(model), "data_type", kind)
+
+
 def flip(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
 
 
+def forge(directory: Path, value: Any, *place: Any) -> None:
+    """Put a value into the manifest, with a hash that fits."""
+    said = json.loads((directory / "sdgraph.json").read_text())
+    inner = said
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = value
+    edit_manifest(directory, **said)
+
+
+def drop(directory: Path, field: str, name: str) -> None:
+    said = json.loads((directory / "sdgraph.json").read_text())
+    del said[field][name]
+    edit_manifest(directory, **said)
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    config = directory / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    forge(directory, hashlib.sha256(config.read_bytes()).hexdigest(), "files", "config.json")
+
+
+def link(path: Path) -> None:
+    """What is there lies outside now, and is linked to."""
+    elsewhere = path.parent.parent / f"elsewhere-{path.name}"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+DATA = "model.onnx.data"
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "no config": ("config.json cannot be read", lambda d: (d / "config.json").unlink()),
     "config no JSON": ("config.json is not JSON", lambda d: (d / "config.json").write_text("{")),
@@ -437,7 +527,27 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "is damaged",
         lambda d: edit_manifest(d, guards=[{"condition": "().__class__", "outcome": True, "where": ""}]),
     ),
-    "a path": ("is damaged.*no file name", lambda d: edit_manifest(d, models=[{"file": "../model.onnx"}])),
+    "a path": (r"is damaged.*models\[0\]\.file", lambda d: edit_manifest(d, models=[{"file": "../model.onnx"}])),
+    "another file": ("no file name of a model", lambda d: forge(d, "passwd", "models", 0, "file")),
+    "files null": ("files: expected `object`, got `null`", lambda d: forge(d, None, "files")),
+    "files a list": ("files: expected `object`, got `array`", lambda d: forge(d, ["model.onnx"], "files")),
+    "a size beyond all": ("is no size", lambda d: forge(d, "H*999999999*999999999", "inputs", 0, "shape", 2)),
+    "a large size": ("is no size", lambda d: forge(d, "H*999999999", "output", 2)),
+    "a shift": ("is no size", lambda d: forge(d, "1<<999999999", "output", 2)),
+    "no size at all": ("is no size", lambda d: forge(d, -1, "output", 1)),
+    "format true": ("format: expected `int`, got `bool`", lambda d: forge(d, True, "format")),
+    "format -1": ("format: expected `int` >= 1", lambda d: forge(d, -1, "format")),
+    "macs a text": (r"models\[0\]\.macs: expected `int`", lambda d: forge(d, "x", "models", 0, "macs")),
+    "weights without a hash": ("files: there is no hash of model.onnx.data", lambda d: drop(d, "files", DATA)),
+    "config without a hash": ("files: there is no hash of config.json", lambda d: drop(d, "files", "config.json")),
+    "other weights without a hash": ("x.data has no hash", lambda d: edit_model(d, set_place("location", "x.data"))),
+    "in_channels": ("in_channels: expected `int`, got `str`", lambda d: edit_config(d, in_channels="x")),
+    "many layers": ("layers_per_block: expected `int` <= 1000", lambda d: edit_config(d, layers_per_block=10**9)),
+    "sample_size": ("sample_size: expected `array` of length >= 2", lambda d: edit_config(d, sample_size=[64])),
+    "a graph elsewhere": ("model.onnx is a link out of its folder", lambda d: link(d / "model.onnx")),
+    "data elsewhere": ("model.onnx.data is a link out of its folder", lambda d: link(d / DATA)),
+    "a manifest elsewhere": ("sdgraph.json is a link out of its folder", lambda d: link(d / "sdgraph.json")),
+    "another width": ("inputs are not those", lambda d: forge(d, 5, "inputs", 0, "shape", 1)),
     "a schedule": (
         "is damaged",
         lambda d: edit_manifest(d, values=[{"site": "x", "schedule": "open('x')", "forecast": 0, "shape": [1]}]),
@@ -450,6 +560,9 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
         lambda d: edit_model(d, set_place("location", "/etc/passwd")),
     ),
     "weights beyond the end": ("truncated", lambda d: edit_model(d, set_place("offset", str(1 << 40)))),
+    "weights of another place": ("is damaged", lambda d: edit_model(d, set_place("offset", "-64"))),
+    "more weights than there are": ("truncated", lambda d: edit_model(d, set_dims(1 << 40, 4))),
+    "weights of no kind": ("is damaged", lambda d: edit_model(d, set_kind(99))),
     "no operator": (
         "ONNX Runtime refuses",
         lambda d: edit_model(d, lambda model: setattr(model.graph.node[5], "op_type", "Nothing")),
@@ -472,9 +585,12 @@ def test_a_missing_directory_is_a_saved_error(tmp_path: Path) -> None:
         ORTUNet.from_pretrained(tmp_path / "nothing")
 
 
+BEYOND = ["1<<999999999", "H*999999999*999999999", "H//0", "Q", "True", "+".join("H" * 99), "(" * 999, "1e400"]
+
+
 @pytest.mark.parametrize(
-    "text", ["().a", "__import__('os')", "9**9", "[1]", "B;H", "'a'", "lambda: 1", "B\nH", "", "{1}"]
+    "text", ["().a", "__import__('os')", "9**9", "[1]", "B;H", "'a'", "lambda: 1", "B\nH", "", "{1}", *BEYOND]
 )
 def test_expressions_are_arithmetic(text: str) -> None:
-    with pytest.raises(ValueError, match="no size"):
-        manifest._checked(text)
+    with pytest.raises(errors.SpecError, match="no size"):
+        evaluate(text, {"B": 2, "H": 8})

@@ -33,8 +33,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    from ..exporters.onnx import export
+    from ..exporters.onnx import check_target, export
 
+    check_target(chosen.overwrite, chosen.out)  # before minutes are spent
     passes = parse(chosen.passes)
     unet = apply(load_unet(chosen.model, chosen.dtype), passes)
     if unet.graph.passes:

@@ -77,7 +77,10 @@ def load_unet(source: str, dtype: str) -> Any:
     if (folder / "model_index.json").is_file():
         folder = folder / "unet"
     if (folder / "model.onnx").is_file():
-        raise SpecError(f"{source} is exported already", cure="give the model that it was exported from")
+        raise SpecError(
+            f"{source} is exported already",
+            cure="give the model that it was exported from; `sdgraph inspect` says what was done to it",
+        )
     if not (folder / "config.json").is_file():
         raise SpecError(f"there is neither a pipeline nor a UNet in {source}", cure="a folder with config.json")
     if (folder / "sdgraph.json").is_file():

@@ -1,0 +1,147 @@
+"""An ATen graph in the form that torch's translator to ONNX knows, and gets right."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+SORTABLE = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)  # by ONNX Runtime's TopK
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Remove what computes nothing at inference; write the rest with operators that have a right translation."""
+    for node in list(graph.nodes):
+        rule = _RULES.get(node.target)
+        if rule is not None:
+            rule(graph, node)
+    graph.lint()
+
+
+def _cat(graph: fx.Graph, node: fx.Node) -> None:
+    """`cat` takes what it joins to one dtype; ONNX's wants it so. Operators by element the translator sees to."""
+    parts: Any = node.args[0]
+    for each in {*parts}:
+        if each.meta["val"].dtype != node.meta["val"].dtype:
+            node.replace_input_with(each, _cast(graph, node, each, node.meta["val"].dtype))
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    graph.erase_node(node)
+
+
+def _to(graph: fx.Graph, node: fx.Node) -> None:
+    dtype: Any = node.args[1]
+    if not _skip(graph, node):
+        node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": dtype}
+
+
+def _div(graph: fx.Graph, node: fx.Node) -> None:
+    if node.args[1] == 1.0:
+        _skip(graph, node)
+
+
+def _skip(graph: fx.Graph, node: fx.Node) -> bool:
+    """Let users take what the node was given, if that is the same."""
+    given: Any = node.args[0]
+    if given.meta["val"].dtype != node.meta["val"].dtype:
+        return False
+    node.replace_all_uses_with(given)
+    graph.erase_node(node)
+    return True
+
+
+def _sort(graph: fx.Graph, node: fx.Node) -> None:
+    """Any sort is ONNX's `TopK`, which is stable; `argsort` is its second output."""
+    given = _arguments(node)
+    values = given["self"]
+    dtype = values.meta["val"].dtype
+    if dtype not in SORTABLE and not dtype.is_floating_point:
+        values = _cast(graph, node, values, torch.int64)
+    with graph.inserting_before(node):
+        both = made = graph.call_function(aten.sort.default, (values, given["dim"], given["descending"]))
+        both.meta = {**node.meta, "val": torch.sort(values.meta["val"], given["dim"], given["descending"])}
+        if node.target in (aten.argsort.default, aten.argsort.stable):
+            made = graph.call_function(operator.getitem, (both, 1))
+            made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _scatter(graph: fx.Graph, node: fx.Node) -> None:
+    """ONNX Runtime scatters float16 nowhere but on CUDA: it is done in float32. And a mean is a sum divided by a count:
+    ONNX has no other, and the translator would write the last value."""
+    given = _arguments(node)
+    own, index, source = given["self"], given["index"], given["src"]
+    dtype = own.meta["val"].dtype
+    half = dtype == torch.float16
+    mean = given.get("reduce") == "mean"
+    if not mean and not half:
+        return
+    if half:
+        own, source = (_cast(graph, node, each, torch.float32) for each in (own, source))
+    with graph.inserting_before(node):
+        if mean:
+            made = _mean(graph, own, given["dim"], index, source, given["include_self"])
+        else:
+            named = {name: value for name, value in given.items() if name not in ("self", "dim", "index", "src")}
+            made = _call(graph, node.target, own, given["dim"], index, source, **named)
+    if half:
+        made = _cast(graph, node, made, dtype)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _mean(graph: fx.Graph, own: fx.Node, dim: int, index: fx.Node, source: fx.Node, include_self: bool) -> fx.Node:
+    total, count = own, _call(graph, aten.ones_like.default, own)
+    if not include_self:
+        zero = _call(graph, aten.zeros_like.default, source)
+        total, count = (_call(graph, aten.scatter.src, each, dim, index, zero) for each in (total, count))
+    one = _call(graph, aten.ones_like.default, source)
+    total = _call(graph, aten.scatter_add.default, total, dim, index, source)
+    count = _call(graph, aten.scatter_add.default, count, dim, index, one)
+    if own.meta["val"].is_floating_point():
+        return _call(graph, aten.div.Tensor, total, count)
+    return _call(graph, aten.div.Tensor_mode, total, count, rounding_mode="floor")
+
+
+def _call(graph: fx.Graph, target: Any, like: fx.Node, *args: Any, **options: Any) -> fx.Node:
+    """A node whose value has the shape and dtype of its first argument."""
+    made = graph.call_function(target, (like, *args), options)
+    made.meta = dict(like.meta)
+    return made
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by their names in the operator's schema."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    defaults = {each.name: each.default_value for each in schema.arguments}
+    return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
+
+
+def _cast(graph: fx.Graph, node: fx.Node, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    with graph.inserting_before(node):
+        made = graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
+    made.meta = {**node.meta, "val": value.meta["val"].to(dtype)}
+    return made
+
+
+_RULES: dict[Any, Callable[[fx.Graph, fx.Node], object]] = {
+    aten.cat.default: _cat,
+    aten.concat.default: _cat,
+    aten._assert_tensor_metadata.default: _erase,
+    aten.dropout.default: _skip,
+    aten.contiguous.default: _skip,
+    aten.div.Tensor: _div,
+    aten.to.dtype: _to,
+    aten.sort.default: _sort,
+    aten.sort.stable: _sort,
+    aten.argsort.default: _sort,
+    aten.argsort.stable: _sort,
+    aten.scatter_reduce.two: _scatter,
+    aten.scatter_add.default: _scatter,
+}

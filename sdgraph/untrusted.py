@@ -1,0 +1,133 @@
+"""Files that come from anywhere: JSON is read by a schema, and names stay in their folder.
+
+A schema is a dataclass or a `msgspec.Struct` whose types are checked. Fields that it does not name are ignored on
+purpose, so that a newer sdgraph may add what older ones can do without; what they cannot do without raises `format`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from .errors import SavedError
+
+Kind = TypeVar("Kind")
+LARGEST_FILE = 16 << 20  # of JSON
+
+FileName = Annotated[str, Meta(pattern=r"^[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,199}\Z")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Format = Annotated[int, Meta(ge=1, le=1 << 20)]
+Width = Annotated[int, Meta(ge=1, le=1 << 20)]  # of channels, features and sides
+Layers = Annotated[int, Meta(ge=0, le=1000)]
+BlockName = Annotated[str, Meta(max_length=100)]
+Block = Annotated[tuple[Kind, ...], Meta(max_length=64)]  # one entry for each block
+
+# A `tuple[Width, Width]` in a union crashes msgspec 0.22 when its type is collected.
+Pair = Annotated[tuple[Width, ...], Meta(min_length=2, max_length=2)]
+
+
+class Config(msgspec.Struct, frozen=True):
+    """What sdgraph and pipelines read of a UNet's `config.json`; the rest is for diffusers alone, which checks it."""
+
+    in_channels: Width = 4
+    out_channels: Width = 4
+    sample_size: Width | Pair | None = None
+    block_out_channels: Block[Width] = ()
+    down_block_types: Block[BlockName] = ()
+    up_block_types: Block[BlockName] = ()
+    layers_per_block: Layers | Block[Layers] = 2
+    transformer_layers_per_block: Layers | Block[Layers | Block[Layers]] = 1
+    cross_attention_dim: Width | Block[Width] | None = None
+    attention_head_dim: Width | Block[Width] | None = None
+    num_attention_heads: Width | Block[Width] | None = None
+    norm_num_groups: Width | None = None
+    num_class_embeds: Width | None = None
+    time_cond_proj_dim: Width | None = None
+    encoder_hid_dim: Width | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: Width | None = None
+    projection_class_embeddings_input_dim: Width | None = None
+    upcast_attention: bool | None = None
+
+
+def read_json(path: Path, cure: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        SavedError: the file is missing, a link out of its folder, too large or no JSON object.
+    """
+    require_inside(path, cure)
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise SavedError(f"{path.name} has more than {LARGEST_FILE >> 20} MB", where=str(path), cure=cure)
+        plain = json.loads(path.read_bytes())
+    except OSError as error:
+        raise SavedError(f"{path.name} cannot be read: {error.strerror}", where=str(path), cure=cure) from error
+    except (ValueError, RecursionError) as error:
+        raise SavedError(f"{path.name} is not JSON", where=str(path), cure=cure) from error
+    if not isinstance(plain, dict):
+        raise SavedError(f"{path.name} is not a JSON object", where=str(path), cure=cure)
+    return plain
+
+
+def read_config(path: Path, cure: str) -> dict[str, Any]:
+    """A UNet's configuration, whose known fields have the types and sizes of `Config`."""
+    plain = read_json(path, cure)
+    as_kind(plain, Config, path, cure)
+    return plain
+
+
+def as_kind(plain: Mapping[str, Any], kind: type[Kind], path: Path, cure: str) -> Kind:
+    """What was read from a file, by its schema.
+
+    Raises:
+        SavedError: naming the field and what is wrong with it.
+    """
+    try:
+        return msgspec.convert(plain, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        reason, _, place = str(error).partition(" - at ")
+        field = place.rpartition("`$")[2].strip("`.")
+        if " matching regex" in reason:  # which says little to a reader
+            reason = "a name of another form, which may lead out of the folder" if "/" in reason else "not a SHA-256"
+        where = f"{path}, field {field}" if field else str(path)
+        what = f"{path.name} is damaged: {field or 'it'}: {reason[0].lower()}{reason[1:]}"
+        raise SavedError(what, where=where, cure=cure) from error
+
+
+class _Formatted(msgspec.Struct):
+    format: Format
+
+
+def check_format(plain: Mapping[str, Any], newest: int, path: Path, cure: str) -> None:
+    """Refuse what a newer sdgraph wrote, before anything else of it is looked at.
+
+    Raises:
+        SavedError: saying which format it has and which can be read.
+    """
+    found = as_kind(plain, _Formatted, path, cure).format
+    if found > newest:
+        raise SavedError(
+            f"{path.name} has format {found}, this sdgraph reads up to {newest}",
+            where=f"{path}, field format",
+            cure=f"upgrade sdgraph; it was written by {str(plain.get('version', 'an unknown version'))[:20]}",
+        )
+
+
+def require_inside(path: Path, cure: str) -> None:
+    """Refuse a file that is a link out of its folder.
+
+    Raises:
+        SavedError: it is.
+    """
+    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+        raise SavedError(
+            f"{path.name} is a link out of its folder",
+            where=str(path),
+            cure=f"copy the files themselves (cp -rL; local_dir= when they come from the hub), or {cure}",
+        )
