@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .dims import Dims
-from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
+from .errors import EditError, ModeError, PathError, SdgraphError, ShapeError, did_you_mean
 from .inherit import Site, inherit, needed, sites
 from .inputs import Input
 from .region import Region
@@ -57,6 +57,7 @@ class Graph:
         classes: class name of every source module, by path.
         passes: what has been applied.
         removed: module paths that are gone, with the spec of the pass that removed each.
+        source: the UNet it was traced from, without the numbers; see `again`.
         dropped: convolutions that passes of this `apply` removed, by the path they had: material for later passes.
     """
 
@@ -71,6 +72,7 @@ class Graph:
     classes: dict[str, str] = field(default_factory=dict)
     passes: tuple[Pass, ...] = ()
     removed: dict[str, str] = field(default_factory=dict)
+    source: Any = field(default=None, repr=False)
     dropped: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
@@ -332,13 +334,15 @@ class Graph:
         added with the same `shares` stay tied."""
         self._put(path, (shares or Shares()).module(module))
 
-    def add_tensor(self, name: str, tensor: torch.Tensor, shares: Shares | None = None) -> None:
-        """Put a parameter or buffer at a name, over the same storage."""
-        self._put(name, (shares or Shares()).tensor(tensor))
+    def add_tensor(
+        self, name: str, tensor: torch.Tensor, shares: Shares | None = None, persistent: bool = True
+    ) -> None:
+        """Put a parameter or buffer at a name, over the same storage; a buffer may be left out of `state_dict`."""
+        self._put(name, (shares or Shares()).tensor(tensor), persistent)
 
-    def _put(self, path: str, value: nn.Module | torch.Tensor) -> None:
+    def _put(self, path: str, value: nn.Module | torch.Tensor, persistent: bool = True) -> None:
         """Set a weight, and forget what was known of the one before."""
-        self.weights.put(path, value)
+        self.weights.put(path, value, persistent)
         for key in ("val", "probe"):
             if self._meta.pop((path, key), None) is not None:
                 for node in self.fx.nodes:
@@ -541,8 +545,23 @@ class Graph:
                 self.fx.erase_node(node)
         self._drop_unused_weights()
 
+    def check_no_adapters(self) -> None:
+        """Refuse what would leave out LoRA layers, which are around the leaves of the graph and no part of it.
+
+        Raises:
+            ModeError: there are some.
+        """
+        for path, module in self.weights.named_modules():
+            if hasattr(module, "lora_A"):
+                raise ModeError(
+                    "LoRA is loaded, and its layers are no part of the graph",
+                    where=path,
+                    cure="unet.fuse_lora() and unet.unload_lora() first",
+                )
+
     def copy(self) -> Graph:
         """A graph of its own over the same weights' storage."""
+        self.check_no_adapters()
         weights, shares = Weights(), Shares()
         for path in {str(n.target): None for n in self.fx.nodes if n.op in ("call_module", "get_attr")}:
             held = self.weights.get(path)

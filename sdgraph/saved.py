@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ import safetensors
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, _add_variant
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import fx
 
 from .capture import capture
@@ -21,39 +25,78 @@ from .files import appearing, sha256
 from .graph import Graph
 from .report import Report
 from .runner import run_pass
+from .source import make_settings, settings_of
 from .spec import parse
 
 if TYPE_CHECKING:
     from .unet import GraphUNet
 
-FORMAT = 1
+FORMAT = 2  # 1: without shards and settings
 RECIPE, CONFIG = "sdgraph.json", "config.json"
+CURES = {
+    "push_to_hub": "save it, then unet.push_to_hub(repository)",
+    "quantization_config": "quantize the source UNet's exported form; a graph computes in one floating dtype",
+}
+# Options of diffusers about downloads, about files that are not safetensors, and about memory while loading.
+HARMLESS = (
+    "cache_dir",
+    "disable_mmap",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "offload_folder",
+    "offload_state_dict",
+    "proxies",
+    "revision",
+    "token",
+    "use_safetensors",
+    "user_agent",
+)
+log = logging.getLogger("sdgraph")
 
 
-def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | None = None, **options: Any) -> None:
+def save(
+    unet: GraphUNet,
+    directory: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    safe_serialization: bool = True,
+    max_shard_size: int | str = "10GB",
+    is_main_process: bool = True,
+    **options: Any,
+) -> None:
     """Write a folder that `load` reads; the folder appears whole or not at all.
 
     Args:
         variant: part of the file name of the weights, as in diffusers.
+        safe_serialization: the weights are safetensors also without it, which the log says.
+        max_shard_size: of a file of weights; larger ones are split, as in diffusers.
+        is_main_process: other processes write nothing.
         options: what diffusers' pipelines pass along; only defaults are accepted.
     Raises:
         ModeError: the graph cannot be rebuilt from its configuration and recipe.
         SavedError: the folder holds files that are not ours, or cannot be written.
     """
     _only_defaults(options, "save_pretrained")
+    if not is_main_process:
+        return
+    if not safe_serialization:
+        log.warning("a GraphUNet is saved as safetensors: safe_serialization=False, which would pickle it, is ignored")
     graph = unet.graph
     config = {k: v for k, v in graph.config.items() if not k.startswith("_")}
     inputs = [i.name for i in graph.inputs if i.name == "encoder_attention_mask"]
     passes = [str(p) for p in graph.passes]
-    _check_can_come_back(graph, config, passes, inputs)
+    settings = settings_of(graph.source)
+    _check_can_come_back(graph, config, passes, inputs, settings)
     name = f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors"
     with appearing(directory, _check_target, SavedError) as folder:
-        tensors = {k: v.detach().contiguous() for k, v in unet.state_dict().items()}
-        safetensors.torch.save_file(_untied(tensors), folder / name, metadata={"format": "pt"})
-        plain = dict(config) | {"_class_name": "GraphUNet", "_diffusers_version": diffusers.__version__}
+        tensors = {k: v.detach().contiguous() for k, v in (*unet.named_buffers(), *unet.state_dict().items())}
+        name, files = _write_weights(_untied(tensors), folder, name, max_shard_size)
+        plain = {k: v for k, v in unet.config.items() if not k.startswith("_")} | config
+        plain |= {"_class_name": "GraphUNet", "_diffusers_version": diffusers.__version__}
         (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
         recipe = {
-            "format": FORMAT,
+            "format": FORMAT if settings or len(files) > 1 else 1,
             "sdgraph": _version(),
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
@@ -61,15 +104,37 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
             "inputs": inputs,
             "dtype": str(next(unet.parameters()).dtype).removeprefix("torch."),
             "structure": structure(graph),
-            "files": {f: sha256(folder / f) for f in (CONFIG, name)},
+            "files": {f: sha256(folder / f) for f in (CONFIG, *files)},
             "weights": name,
-        }
+        } | ({"settings": settings} if settings else {})
         (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
 
 
-def _check_can_come_back(graph: Graph, config: dict[str, Any], passes: list[str], inputs: list[str]) -> None:
+def _write_weights(
+    tensors: dict[str, torch.Tensor], folder: Path, name: str, max_shard_size: int | str
+) -> tuple[str, list[str]]:
+    """Safetensors, in shards with an index where they are too large for one file, named as in diffusers.
+
+    Returns:
+        the file to begin reading at, and all files.
+    """
+    pattern = name.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        safetensors.torch.save_file({n: tensors[n] for n in names}, folder / file, metadata={"format": "pt"})
+    if not split.is_sharded:
+        return name, [name]
+    index = _add_variant(SAFE_WEIGHTS_INDEX_NAME, name.split(".")[1] if name.count(".") > 1 else None)
+    found = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (folder / index).write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+    return index, [index, *split.filename_to_tensors]
+
+
+def _check_can_come_back(
+    graph: Graph, config: dict[str, Any], passes: list[str], inputs: list[str], settings: dict[str, Any]
+) -> None:
     try:
-        same = structure(_rebuild(config, passes, inputs, graph.dtype)) == structure(graph)
+        same = structure(_rebuild(config, passes, inputs, graph.dtype, settings)) == structure(graph)
         reason: Exception | None = None
     except Exception as error:
         same, reason = False, error
@@ -87,17 +152,24 @@ def load(
     *,
     torch_dtype: torch.dtype | None = None,
     subfolder: str | None = None,
+    variant: str | None = None,
+    device_map: Any = None,
+    max_memory: Any = None,
     **options: Any,
 ) -> GraphUNet:
     """Read a folder that `save` wrote.
 
+    Args:
+        torch_dtype: to cast the weights to.
+        variant: that the weights must have been saved as.
+        device_map, max_memory: as in diffusers, as long as all of the UNet goes to one device.
     Raises:
         SavedError: what is missing, damaged, unsafe or from a newer version; nothing of it has been run.
     """
     from .unet import GraphUNet
 
     dtype = options.pop("dtype", None) or torch_dtype
-    for harmless in ("variant", "use_safetensors", "low_cpu_mem_usage", "local_files_only"):
+    for harmless in HARMLESS:
         options.pop(harmless, None)
     _only_defaults(options, "from_pretrained")
     folder = Path(directory) / (subfolder or "")
@@ -107,12 +179,16 @@ def load(
     for file, digest in recipe["files"].items():
         if sha256(folder / file) != digest:
             raise SavedError("the file is not the one that was saved", where=str(folder / file), cure="save again")
+    if variant is not None and f".{variant}." not in recipe["weights"]:
+        raise SavedError(
+            f"there is no variant {variant!r}, only {recipe['weights']}", where=str(folder), cure="leave variant out"
+        )
     config = _json(folder / CONFIG)
     saved_dtype = getattr(torch, recipe["dtype"], None)
     if not isinstance(saved_dtype, torch.dtype):
         raise SavedError(f"unknown dtype {recipe['dtype']!r}", where=str(folder / RECIPE), cure="save again")
     try:
-        graph = _rebuild(config, recipe["passes"], recipe["inputs"], saved_dtype)
+        graph = _rebuild(config, recipe["passes"], recipe["inputs"], saved_dtype, recipe.get("settings", {}))
     except Exception as error:
         raise SavedError(
             f"the configuration and passes do not give a graph: {error}",
@@ -126,10 +202,36 @@ def load(
             where=str(folder / RECIPE),
             cure="use those versions, or apply the passes again to the source UNet",
         )
-    _load_weights(graph, folder / recipe["weights"])
+    _load_weights(graph, folder / recipe["weights"], recipe["files"])
     unet = GraphUNet(graph, Report((), (f"loaded from {folder}",)))
     unet._own_weights = True
-    return unet if dtype is None else torch.nn.Module.to(unet, dtype)
+    beside = {k: v for k, v in config.items() if not k.startswith("_") and k not in graph.config}
+    unet.register_to_config(**beside)  # such as the state of a moving average
+    if dtype is not None:
+        torch.nn.Module.to(unet, dtype)
+    return unet if device_map is None else torch.nn.Module.to(unet, _one_device(unet, device_map, max_memory))
+
+
+def _one_device(unet: GraphUNet, device_map: Any, max_memory: Any) -> Any:
+    """The device that a device map puts the whole UNet on.
+
+    Raises:
+        SavedError: it puts it on several.
+    """
+    if not isinstance(device_map, dict):
+        if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+            return device_map
+        from accelerate import infer_auto_device_map
+
+        device_map = infer_auto_device_map(unet, max_memory=max_memory)
+    devices = list(dict.fromkeys(map(str, device_map.values())))
+    if len(devices) != 1 or devices == ["disk"]:
+        raise SavedError(
+            f"the device map puts the UNet on {', '.join(devices)}, and a graph runs on one device",
+            where="from_pretrained",
+            cure="name one device, or offload the loaded pipeline (pipe.enable_model_cpu_offload())",
+        )
+    return next(iter(device_map.values()))
 
 
 def structure(graph: Graph) -> str:
@@ -144,11 +246,15 @@ def structure(graph: Graph) -> str:
     return digest.hexdigest()
 
 
-def _rebuild(config: dict[str, Any], passes: list[str], inputs: list[str], dtype: torch.dtype) -> Graph:
-    """The graph of a configuration with passes replayed, on the meta device."""
+def _rebuild(
+    config: dict[str, Any], passes: list[str], inputs: list[str], dtype: torch.dtype, settings: dict[str, Any]
+) -> Graph:
+    """The graph of a configuration with settings and passes replayed, on the meta device."""
     with torch.device("meta"):
-        plain = dict(config) | {"_class_name": "UNet2DConditionModel"}
+        known = UNet2DConditionModel._get_init_keys(UNet2DConditionModel)
+        plain = {k: v for k, v in config.items() if k in known} | {"_class_name": "UNet2DConditionModel"}
         unet = torch.nn.Module.to(UNet2DConditionModel.from_config(plain), dtype)
+        make_settings(unet, settings)
     graph = capture(unet, inputs)
     for spec in passes:
         for one in parse(spec):
@@ -156,13 +262,19 @@ def _rebuild(config: dict[str, Any], passes: list[str], inputs: list[str], dtype
     return graph
 
 
-def _load_weights(graph: Graph, path: Path) -> None:
+def _load_weights(graph: Graph, path: Path, known: Mapping[str, str]) -> None:
+    shards = [path]
+    if path.suffix == ".json":
+        shards = [path.parent / str(file) for file in sorted(set(_json(path).get("weight_map", {}).values()))]
+        for shard in shards:
+            if shard.name not in known or shard.parent != path.parent:
+                raise SavedError("the index names a file without a checksum", where=str(shard), cure="save again")
     try:
         # Cloned, because kernels round differently on tensors that are not aligned as PyTorch allocates them.
-        tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
+        tensors = {n: tensor.clone() for shard in shards for n, tensor in safetensors.torch.load_file(shard).items()}
     except (safetensors.SafetensorError, OSError) as error:
         raise SavedError(f"cannot read the weights: {error}", where=str(path), cure="save again") from error
-    wanted = graph.weights.state_dict()
+    wanted = {**dict(graph.weights.named_buffers()), **graph.weights.state_dict()}
     for name in wanted.keys() - tensors.keys():
         twin = next((k for k, v in wanted.items() if v is wanted[name] and k in tensors), None)
         if twin is not None:
@@ -170,7 +282,11 @@ def _load_weights(graph: Graph, path: Path) -> None:
     wrong = sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if wanted[n].shape != tensors[n].shape]
     if wrong:
         raise SavedError(f"the weights do not fit the graph, first at {wrong[0]!r}", where=str(path), cure="save again")
-    graph.weights.load_state_dict(tensors, assign=True)
+    kept = graph.weights.state_dict().keys()
+    graph.weights.load_state_dict({name: tensors[name] for name in kept}, assign=True)
+    for name in tensors.keys() - kept:  # buffers that no state_dict holds
+        path, _, leaf = name.rpartition(".")
+        graph.weights.get_submodule(path)._buffers[leaf] = tensors[name]
     graph.device = torch.device("cpu")
 
 
@@ -241,10 +357,10 @@ def _check_target(target: Path) -> None:
 
 def _only_defaults(options: dict[str, Any], call: str) -> None:
     for name, value in options.items():
-        if value not in (None, False) and not (name in ("safe_serialization", "is_main_process") and value is True):
-            raise SavedError(f"{call} does not support {name}={value!r}", where=call, cure="leave it out")
-        if name == "safe_serialization" and value is False:
-            raise SavedError("a GraphUNet is saved as safetensors only", where=call, cure="leave safe_serialization")
+        if value not in (None, False):
+            raise SavedError(
+                f"{call} does not support {name}={value!r}", where=call, cure=CURES.get(name, "leave it out")
+            )
 
 
 def _version() -> str:
