@@ -81,7 +81,7 @@ class Recorder:
         @functools.wraps(forward)
         def noting(unet: Any, *args: Any, **kwargs: Any) -> Any:
             result = forward(unet, *args, **kwargs)
-            if not self._applying:
+            if type(result[0]) is torch.Tensor and not self._applying:  # no proxy: nothing is being traced
                 output = result[0].detach().float().cpu().contiguous()
                 self._outputs.update(repr(output.shape).encode() + output.numpy().tobytes())
             return result
@@ -179,7 +179,19 @@ def run(sources: Path, suites: tuple[str, ...], expression: str, mode: str) -> d
     sys.path.insert(0, str(sources))
     recorder = Recorder(mode)
     folders = [f"tests/pipelines/{suite}" for suite in suites]
-    options = ["-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-q", "--no-header", "--tb=no", "-W", "ignore"]
+    options = [
+        "-c",
+        os.devnull,
+        "--rootdir",
+        ".",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "--no-header",
+        "--tb=no",
+        "-W",
+        "ignore",
+    ]
     code = pytest.main(
         [*options, *folders, "--ignore-glob=*test_onnx_*", *(["-k", expression] if expression else [])],
         plugins=[recorder],
@@ -204,8 +216,8 @@ def table(outcomes: dict[str, dict[str, dict[str, Any]]]) -> str:
         both = [name for name in passing if tests[name]["outcome"] == "passed"]
         differing = sorted(name for name in both if tests[name]["outputs"] != own[name]["outputs"])
         lines += [
-            f"{mode}: {len(failed)} fail only with ours, {mended} only with diffusers', {len(differing)} of {len(both)} "
-            "that pass with both give other numbers",
+            f"{mode}: {len(failed)} fail only with ours, {mended} only with diffusers'; "
+            f"{len(differing)} of {len(both)} that pass with both give other numbers",
         ]
         causes = Counter((tests[name]["refusal"], tests[name]["cause"]) for name in failed)
         for (refused, why), count in causes.most_common():

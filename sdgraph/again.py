@@ -48,9 +48,7 @@ def again(graph: Graph, change: Callable[[UNet2DConditionModel], Any]) -> Graph:
         if isinstance(held, torch.Tensor) and held.shape == tensor.shape:
             _set(made.weights, name, held)  # the very object: an optimizer may hold it
         elif tensor.is_meta:
-            raise ModeError(
-                "this needs a weight that a pass took out of the graph", where=name, cure=_AGAIN
-            )
+            raise ModeError("this needs a weight that a pass took out of the graph", where=name, cure=_AGAIN)
     made.source = skeleton(source)
     return made
 
@@ -93,4 +91,4 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     holder = model.get_submodule(path)
-    (holder._parameters if leaf in holder._parameters else holder._buffers)[leaf] = tensor  # type: ignore[index, assignment]
+    (holder._parameters if leaf in holder._parameters else holder._buffers)[leaf] = tensor  # type: ignore[assignment]

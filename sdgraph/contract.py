@@ -73,6 +73,8 @@ def example(graph: Graph, seed: int = 0, **sizes: int) -> dict[str, torch.Tensor
     """
     weight = next(iter(graph.parameters().values()), torch.empty(0, dtype=graph.dtype, device=graph.device))
     unit = 2 ** max(len(graph.config.get("down_block_types", ())) - 1, 0)
+    least = [int(g.condition[len("H >= ") :]) for g in graph.guards if g.condition.startswith("H >= ") and g.outcome]
+    unit = max(unit, *least, 1)
     known = {s.name: s.nominal for s in graph.dims.symbols}
     known |= {"B": 2, "H": unit, "W": 2 * unit, "L": 5, **sizes}
     generator = torch.Generator().manual_seed(seed)

@@ -7,12 +7,12 @@ traced anew, see `again`. LoRA layers are put around the graph's own leaves, whi
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import peft as loaders
 from diffusers.models.embeddings import ImageProjection
@@ -27,11 +27,6 @@ from .generation import Generations
 from .graph import Graph
 from .runner import run_pass
 from .spec import as_passes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from typing import Self
 
 log = logging.getLogger("sdgraph")
 
@@ -190,7 +185,8 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 
     # -- LoRA ----------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(UNetCall.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         if not self._hf_peft_config_loaded:
             return super().forward(*args, **kwargs)
         attention = dict(kwargs.pop("cross_attention_kwargs", None) or {})
@@ -200,13 +196,13 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             self._lora_scale = scale
         scale_lora_layers(self, scale)
         try:
-            return super().forward(*args, **kwargs, cross_attention_kwargs=attention or None)
+            return super().forward(*args, **kwargs | {"cross_attention_kwargs": attention or None})
         finally:
             unscale_lora_layers(self, scale)
 
-    forward.__doc__ = UNetCall.forward.__doc__
-
-    def load_lora_adapter(self, state: Any, prefix: str | None = "transformer", hotswap: bool = False, **options: Any) -> None:
+    def load_lora_adapter(
+        self, state: Any, prefix: str | None = "transformer", hotswap: bool = False, **options: Any
+    ) -> None:
         """As in diffusers: LoRA layers around the graph's own, for any number of adapters.
 
         Raises:
@@ -214,9 +210,15 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         """
         before = set(getattr(self, "peft_config", {}))
         with self._adapting():
-            super().load_lora_adapter(state, prefix=prefix, hotswap=hotswap, **options)
-            for name in set(getattr(self, "peft_config", {})) - before:
-                self._check_adapter(name)
+            try:
+                super().load_lora_adapter(state, prefix=prefix, hotswap=hotswap, **options)
+                self._check_adapters(set(getattr(self, "peft_config", {})) - before)
+            except Exception as error:
+                if not getattr(self, "peft_config", None):
+                    UNet2DConditionModel.unload_lora(self)  # what peft had put in before it failed
+                if not isinstance(error, ModeError) and self._rewritten():
+                    raise self._no_adapter(self._rewritten()[0]) from error
+                raise
 
     @contextmanager
     def _adapting(self) -> Iterator[None]:
@@ -230,25 +232,35 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
                 self.graph.weights.add_module(name, child)
             self.changed()
 
-    def _check_adapter(self, name: str) -> None:
-        """Refuse and take back an adapter that would not do what it does in the source."""
+    def _check_adapters(self, names: Iterable[str]) -> None:
+        """Refuse and take back adapters that would not do what they do in the source."""
         from peft.tuners.tuners_utils import check_target_module_exists
 
+        for name in names:
+            aimed = (path for path in self._rewritten() if check_target_module_exists(self.peft_config[name], path))
+            path = next(aimed, None)
+            if path is not None:
+                UNet2DConditionModel.delete_adapters(self, name)
+                raise self._no_adapter(path)
+
+    def _rewritten(self) -> list[str]:
+        """Modules of the source that are still in the graph, but not as the one call of a leaf."""
         called = {str(node.target) for node in self.graph.fx.nodes if node.op == "call_module"}
         read = {str(node.target).rpartition(".")[0] for node in self.graph.fx.nodes if node.op == "get_attr"}
-        config = self.peft_config[name]
-        aimed = [path for path, _ in self.graph.source.named_modules() if check_target_module_exists(config, path)]
-        for path in aimed:
-            gone = any(path == removed or path.startswith(f"{removed}.") for removed in self.graph.removed)
-            if (path not in called or path in read) and not gone:
-                self.delete_adapters(name)
-                if not self.peft_config:
-                    self.unload_lora()
-                raise ModeError(
-                    "the adapter is for a layer that a pass has rewritten, or that is not one call of the graph",
-                    where=path,
-                    cure="load and fuse it in the source UNet (pipe.fuse_lora()), then call sdgraph.apply again",
-                )
+        left = [path for path, m in self.graph.source.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        return [
+            path
+            for path in left
+            if (path not in called or path in read)
+            and not any(path == gone or path.startswith(f"{gone}.") for gone in self.graph.removed)
+        ]
+
+    def _no_adapter(self, path: str) -> ModeError:
+        return ModeError(
+            "the adapter is for a layer that a pass has rewritten, or that is not one call of the graph",
+            where=path,
+            cure="load and fuse it in the source UNet (pipe.fuse_lora()), then call sdgraph.apply again",
+        )
 
     # -- loading and moving --------------------------------------------------------------------------------------
 
@@ -261,7 +273,10 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         plain = {name: value for name, value in config.items() if name != PASSES} | {
             "_class_name": "UNet2DConditionModel"
         }
-        source, unused = UNet2DConditionModel.from_config(plain, return_unused_kwargs=True, **options)
+        known = UNet2DConditionModel._get_init_keys(UNet2DConditionModel)
+        own = {name: value for name, value in plain.items() if name in known or name.startswith("_")}
+        source, unused = UNet2DConditionModel.from_config(own, return_unused_kwargs=True, **options)
+        unused |= {name: value for name, value in plain.items() if name not in own}  # such as that of a moving average
         graph = capture(source)  # which may be on the meta device: accelerate makes empty models to look at their sizes
         for one in as_passes(passes):
             graph, _ = run_pass(one, graph, verify=False)
@@ -312,7 +327,7 @@ def _adapting(name: str) -> Any:
                 self._take_weights()  # it edits them in place, and the source shares them
             result = inherited(self, *args, **kwargs)
             if name == "add_adapter":
-                self._check_adapter(kwargs.get("adapter_name", args[1] if len(args) > 1 else "default"))
+                self._check_adapters([kwargs.get("adapter_name", args[1] if len(args) > 1 else "default")])
             return result
 
     adapt.__name__, adapt.__doc__ = name, inherited.__doc__

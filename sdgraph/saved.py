@@ -285,8 +285,8 @@ def _load_weights(graph: Graph, path: Path, known: Mapping[str, str]) -> None:
     kept = graph.weights.state_dict().keys()
     graph.weights.load_state_dict({name: tensors[name] for name in kept}, assign=True)
     for name in tensors.keys() - kept:  # buffers that no state_dict holds
-        path, _, leaf = name.rpartition(".")
-        graph.weights.get_submodule(path)._buffers[leaf] = tensors[name]
+        holder, _, leaf = name.rpartition(".")
+        graph.weights.get_submodule(holder)._buffers[leaf] = tensors[name]
     graph.device = torch.device("cpu")
 
 

@@ -65,7 +65,7 @@ NEUTRAL: Mapping[tuple[str, str], str] = {
     ): "contiguous() keeps the values",
 }
 
-# Functions that are one node, for they edit in place what they made themselves, or branch on sizes to no effect on values.
+# Functions of diffusers that are one node: they branch on sizes, to no effect on values.
 WHOLE = ((torch_utils, "fourier_filter"),)
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 READS = {"item", "tolist", "numpy"}
@@ -105,7 +105,7 @@ def scope(node: fx.Node) -> str:
 def edited(tensor: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
     """A new tensor: `tensor` after `tensor[key] = value`."""
     if has_torch_function((tensor, value)):
-        return handle_torch_function(edited, (tensor, value), tensor, key, value)  # type: ignore[no-any-return]
+        return handle_torch_function(edited, (tensor, value), tensor, key, value)
     made = tensor.clone()
     made[key] = value
     return made

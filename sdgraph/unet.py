@@ -12,15 +12,16 @@ from torch import fx, nn
 
 from .accept import accept
 from .dropin import PASSES, DropIn, as_lists, follow_settings
-from .errors import ModeError, PathError, did_you_mean
+from .errors import CallError, ModeError, PathError, did_you_mean
 from .generation import Generations
 from .graph import Graph
 from .inherit import step
 from .inputs import Input, flatten
-from .specialise import without
+from .specialise import per_call, without
 
 if TYPE_CHECKING:
     from .report import Report
+
 
 class GraphUNet(DropIn):
     """A UNet that runs a graph: a `UNet2DConditionModel` to diffusers, anywhere one is called.
@@ -96,6 +97,17 @@ class GraphUNet(DropIn):
         if learning or not self._sites:
             return self._step(flat, frozenset(), no_value)[0]
         return self.generations.run(flat, self._conditioning, self._sites, self._step)
+
+    def whole(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if all(isinstance(size, int) for value in flat.values() for size in value.shape):
+            self._accept(flat)  # where sizes are free, torch.export states what must hold for them
+        if flat["timestep"].shape[0] != 1 and any(node.target is per_call for node in self.graph.fx.nodes):
+            raise CallError(
+                "this graph has parts that depend on the timestep alone, and is exported for one timestep per call",
+                where="argument timestep",
+                cure="export it with a timestep of shape (1,)",
+            )
+        return self._step(flat, frozenset(), no_value)[0]
 
     def _accept(self, flat: Mapping[str, torch.Tensor]) -> None:
         """Refuse a call that the graph does not cover; each kind of call is looked at once."""
