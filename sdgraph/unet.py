@@ -259,19 +259,33 @@ class GraphUNet(DropIn):
         self.graph.check_no_adapters()
         return to_diffusers(self)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **options: Any,
+    ) -> None:
         """Write `config.json`, `sdgraph.json` (the recipe) and the weights (safetensors); whole or not at all.
 
         Args:
-            options: diffusers' `variant`, `max_shard_size` and `is_main_process`; pickle is never written.
+            is_main_process: other processes write nothing.
+            safe_serialization: pickle is never written, which the log says where it was asked for.
+            variant: part of the name of the file of weights.
+            max_shard_size: of a file of weights; larger ones are split.
         Raises:
-            ModeError: the graph holds what no recipe brings back (IP-Adapter layers, edits outside of passes).
+            ModeError: the graph holds what no recipe brings back (IP-Adapter layers, edits outside of passes), or
+                LoRA that is not fused.
             SavedError: the folder holds other files, or an option is not supported.
         """
         from .saved import save
 
         self.graph.check_no_adapters()
-        save(self, save_directory, **options)
+        # Pipelines read this signature to find out what they may ask for.
+        asked = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        save(self, save_directory, is_main_process=is_main_process, **asked, **options)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], **options: Any) -> GraphUNet:
