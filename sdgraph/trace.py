@@ -361,11 +361,6 @@ class Tracer(fx.proxy.TracerBase):
         node = self.graph.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         node.meta["nn_module_stack"] = dict(self.module_stack)
         for arg in node.all_input_nodes:
-            if arg in self.outdated:
-                self.graph.erase_node(node)
-                raise self.error(
-                    "a tensor is used that shares memory with one edited in place since", "edit a clone() of it"
-                )
             if arg.meta["val"] is None:
                 self._shape_residual(arg, node)
         versions = _versions(node)
@@ -387,6 +382,10 @@ class Tracer(fx.proxy.TracerBase):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
+            if a.node in self.outdated:
+                raise self.error(
+                    "a tensor is used that shares memory with one edited in place since", "edit a clone() of it"
+                )
             return a.node
         if isinstance(a, torch.Tensor):
             return self._tensor(a)

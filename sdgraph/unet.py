@@ -284,8 +284,8 @@ class GraphUNet(DropIn):
 
         self.graph.check_no_adapters()
         # Pipelines read this signature to find out what they may ask for.
-        asked = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        save(self, save_directory, is_main_process=is_main_process, **asked, **options)
+        asked = {"is_main_process": is_main_process, "safe_serialization": safe_serialization, **options}
+        save(self, save_directory, variant=variant, max_shard_size=max_shard_size, **asked)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], **options: Any) -> GraphUNet:

@@ -237,7 +237,8 @@ def adapter(*targets: str, seed: int = 1) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("passes", ["", "CleanUp, HoistInvariants", INHERITING])
 def test_lora(passes: str) -> None:
     """Loaded, scaled by call, mixed, switched off, fused, unloaded: at each step the same as in diffusers."""
-    weights = adapter("to_q", "to_v", "conv1", "proj", "conv_in"), adapter("to_k", "conv2", seed=2)
+    # diffusers before 0.37 does not apply the scale of a call to conv_in, so that one is not in the first
+    weights = adapter("to_q", "to_v", "conv1", "proj"), adapter("to_k", "conv2", "conv_in", seed=2)
     unet, graph = build(), sdgraph.apply(build(), passes)
     plain = assert_same(unet, graph)
     seen = [plain]
@@ -425,10 +426,13 @@ def test_torch_export_of_one_timestep_per_call() -> None:
 
 
 def test_group_offloading_by_leaves() -> None:
+    cpu = torch.device("cpu")
     unet, graph = build(), sdgraph.apply(build())
-    graph.enable_group_offload(
-        torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level", num_blocks_per_group=None
-    )
+    try:
+        build().enable_group_offload(cpu, offload_device=cpu, offload_type="leaf_level")
+    except AttributeError:
+        pytest.skip("this diffusers offloads groups only where there is an accelerator")
+    graph.enable_group_offload(cpu, offload_device=cpu, offload_type="leaf_level")
     assert_same(unet, graph)
 
 

@@ -504,7 +504,7 @@ def _edited(x: torch.Tensor) -> torch.Tensor:
     made = x * 2
     made[:, 0] = 0
     made[..., 1:3, -1] = made[..., :2, 0] + 1
-    made[made.shape[0] // 2 :, 1] *= 3
+    made[made.shape[0] // 2 :, 1] = made[made.shape[0] // 2 :, 1] * 3
     return made
 
 
