@@ -201,7 +201,11 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             unscale_lora_layers(self, scale)
 
     def load_lora_adapter(
-        self, state: Any, prefix: str | None = "transformer", hotswap: bool = False, **options: Any
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        **options: Any,
     ) -> None:
         """As in diffusers: LoRA layers around the graph's own, for any number of adapters.
 
@@ -211,7 +215,9 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         before = set(getattr(self, "peft_config", {}))
         with self._adapting():
             try:
-                super().load_lora_adapter(state, prefix=prefix, hotswap=hotswap, **options)
+                super().load_lora_adapter(
+                    pretrained_model_name_or_path_or_dict, prefix=prefix, hotswap=hotswap, **options
+                )
                 self._check_adapters(set(getattr(self, "peft_config", {})) - before)
             except Exception as error:
                 if not getattr(self, "peft_config", None):

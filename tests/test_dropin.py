@@ -248,7 +248,8 @@ def test_lora(passes: str) -> None:
         change(graph)
         seen.append(assert_same(unet, graph, **call))
 
-    step(lambda u: u.load_lora_adapter(dict(weights[0]), prefix="unet", adapter_name="one"))
+    first = {"pretrained_model_name_or_path_or_dict": weights[0]}
+    step(lambda u: u.load_lora_adapter(**copy.deepcopy(first), prefix="unet", adapter_name="one"))
     step(lambda u: None, cross_attention_kwargs={"scale": 0.5})
     step(lambda u: u.load_lora_adapter(dict(weights[1]), prefix="unet", adapter_name="two"))
     step(lambda u: u.set_adapters(["one", "two"], [0.7, 0.4]))
