@@ -5,7 +5,7 @@ RUN := $(CURDIR)/$(VENV)/bin
 # Models are part of the repository or built from configurations: nothing is downloaded.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo train scenes test test-fast test-full lint bench frontier
+.PHONY: demo train scenes test test-fast test-full test-oldest lint bench frontier drop-in
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/.installed-onnx,plots,pipelines
@@ -38,6 +38,19 @@ test-fast: $(VENV)/.installed-test
 
 test-full: $(VENV)/.installed-test
 	$(RUN)/pytest -m full
+
+# The oldest versions that pyproject.toml allows, in an environment of their own. On a machine without a GPU, name a CPU
+# build: UV_FIND_LINKS=wheels make test-oldest OLDEST="torch==2.13.0+cpu". They warn of much that is mended since.
+OLDEST ?=
+test-oldest: $(VENV)/bin/python
+	$(RUN)/python -m pip install -q uv
+	$(RUN)/uv venv -q --allow-existing --python $(RUN)/python $(VENV)-oldest
+	$(RUN)/uv pip install -q --python $(VENV)-oldest/bin/python --resolution lowest-direct -e ".[test]" $(OLDEST)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not slow and not full" -o filterwarnings=ignore $(ARGS)
+
+# diffusers' own pipeline tests with our UNet in the place of theirs: make drop-in ARGS=path/to/diffusers
+drop-in: $(VENV)/.installed-test,bench
+	$(RUN)/python benchmarks/drop_in.py $(ARGS)
 
 # mypy sees the folders as the package they are installed as; see [tool.mypy].
 TYPED := build/typed/sdgraph

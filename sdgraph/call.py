@@ -27,6 +27,10 @@ class UNetCall:
         """
         raise NotImplementedError
 
+    def whole(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`run` without bookkeeping between calls: what `torch.export` exports."""
+        raise NotImplementedError
+
     def call_inputs(self) -> Sequence[Input]:
         """The inputs that a call may have."""
         raise NotImplementedError
@@ -72,7 +76,8 @@ class UNetCall:
             "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        result = self.run(flatten(call, self.call_inputs()))
+        flat = flatten(call, self.call_inputs())
+        result = self.whole(flat) if torch.compiler.is_exporting() else self.run(flat)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
 
     def expecting(self, calls: int | Sequence[float] | torch.Tensor) -> AbstractContextManager[None]:

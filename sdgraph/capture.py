@@ -17,7 +17,7 @@ from .inputs import Dim, Input, example_of, unflatten
 from .signature import call_guards, config_of, free_sizes, unet_inputs
 from .source import check_source
 from .trace import Tracer, tracing
-from .weights import Weights
+from .weights import Weights, skeleton
 
 SYMBOLS = (Symbol("B", 1, 5), Symbol("H", 64, 101), Symbol("W", 64, 149), Symbol("L", 77, 31))
 
@@ -60,6 +60,7 @@ def _capture_unet(unet: UNet2DConditionModel, inputs: Collection[str], divisible
         device=parameter.device,
         config=config_of(unet),
         guards=call_guards(unet, divisible),
+        source=skeleton(unet),
     )
 
     def call(**flat: Any) -> Any:

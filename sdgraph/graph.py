@@ -15,7 +15,7 @@ from torch import nn
 
 from .decisions import Applied, Decisions
 from .dims import Dims, Symbol
-from .errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
+from .errors import EditError, ModeError, PathError, SdgraphError, ShapeError, did_you_mean
 from .guards import check_condition, probing, raised
 from .inherit import Site, changing_nodes, inherit, needed, sites
 from .inputs import Input, example_of
@@ -59,6 +59,7 @@ class Graph:
         passes: what has been applied, and what it decided.
         removed: module paths that are gone, with the spec of the pass that removed each.
         frozen: it belongs to a `GraphUNet` and is not edited any more; a copy can be.
+        source: the UNet it was traced from, without the numbers; see `again`.
         dropped: convolutions that passes of this `apply` removed, by the path they had: material for later passes.
     """
 
@@ -74,6 +75,7 @@ class Graph:
     passes: tuple[Applied, ...] = ()
     removed: dict[str, str] = field(default_factory=dict)
     frozen: bool = False
+    source: Any = field(default=None, repr=False)
     dropped: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _decisions: Decisions = field(default_factory=Decisions, repr=False)
@@ -337,14 +339,16 @@ class Graph:
         added with the same `shares` stay tied."""
         self._put(path, (shares or Shares()).module(module))
 
-    def add_tensor(self, name: str, tensor: torch.Tensor, shares: Shares | None = None) -> None:
-        """Put a parameter or buffer at a name, over the same storage."""
-        self._put(name, (shares or Shares()).tensor(tensor))
+    def add_tensor(
+        self, name: str, tensor: torch.Tensor, shares: Shares | None = None, persistent: bool = True
+    ) -> None:
+        """Put a parameter or buffer at a name, over the same storage; a buffer may be left out of `state_dict`."""
+        self._put(name, (shares or Shares()).tensor(tensor), persistent)
 
-    def _put(self, path: str, value: nn.Module | torch.Tensor) -> None:
+    def _put(self, path: str, value: nn.Module | torch.Tensor, persistent: bool = True) -> None:
         """Set a weight, and forget what was known of the one before."""
         self._check_editable()
-        self.weights.put(path, value)
+        self.weights.put(path, value, persistent)
         for key in ("val", "probe"):
             if self._meta.pop((path, key), None) is not None:
                 for node in self.fx.nodes:
@@ -612,8 +616,23 @@ class Graph:
                 self.fx.erase_node(node)
         self._drop_unused_weights()
 
+    def check_no_adapters(self) -> None:
+        """Refuse what would leave out LoRA layers, which are around the leaves of the graph and no part of it.
+
+        Raises:
+            ModeError: there are some.
+        """
+        for path, module in self.weights.named_modules():
+            if hasattr(module, "lora_A"):
+                raise ModeError(
+                    "LoRA is loaded, and its layers are no part of the graph",
+                    where=path,
+                    cure="unet.fuse_lora() and unet.unload_lora() first",
+                )
+
     def copy(self) -> Graph:
         """A graph of its own over the same weights' storage."""
+        self.check_no_adapters()
         weights, shares = Weights(), Shares()
         for path in {str(n.target): None for n in self.fx.nodes if n.op in ("call_module", "get_attr")}:
             held = self.weights.get(path)

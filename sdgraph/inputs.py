@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .dims import evaluate
 from .errors import CallError
 
 Dim = int | str
@@ -32,6 +33,8 @@ class Input:
             "mask" (numbers of any dtype, or booleans).
         optional: a call may leave it out.
         broadcast: the batch dimension may be 1 whatever the batch is.
+        fitting: it is left out of a call where it has another shape, as diffusers does with what a T2I-Adapter gives
+            beyond the down blocks.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Input:
     kind: str = "float"
     optional: bool = False
     broadcast: bool = False
+    fitting: bool = False
 
     @property
     def conditioning(self) -> bool:
@@ -154,9 +158,16 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
             raise CallError(
                 f"{_place(spec.place)} is a {type(value).__name__}, not a tensor", where="call", cure="pass a tensor"
             )
+        if spec.fitting and spec.shape is not None and not _fits(value, spec.shape, flat["sample"]):
+            continue
         flat[spec.name] = value
     _refuse_rest(given, inputs)
     return flat
+
+
+def _fits(value: torch.Tensor, shape: tuple[Dim, ...], sample: torch.Tensor) -> bool:
+    sizes = dict(zip("BHW", (sample.shape[0], *sample.shape[2:]), strict=True))
+    return list(value.shape) == [dim if isinstance(dim, int) else evaluate(dim, sizes) for dim in shape]
 
 
 def _check_containers(given: dict[str, Any]) -> None:

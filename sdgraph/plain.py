@@ -51,15 +51,19 @@ def to_diffusers(unet: GraphUNet) -> UNet2DConditionModel:
     except (SdgraphError, ValueError, KeyError, RuntimeError) as error:
         raise _none(f"the remaining blocks fit no configuration: {error}") from error
     names = _match(graph, other)
-    held = unet.state_dict()
+    held = {**dict(unet.named_buffers()), **unet.state_dict()}
     state = {}
-    for name in plain.state_dict():
+    kept = plain.state_dict().keys()
+    for name in (*kept, *(name for name, _ in plain.named_buffers() if name not in kept)):
         owner, _, leaf = name.rpartition(".")
         source = names.get(name) or f"{names.get(owner)}.{leaf}"
         if source not in held:
             raise _none(f"the plain model needs {name!r}, which the graph does not use")
         state[name] = held[source].clone()
-    plain.load_state_dict(state, assign=True)
+    plain.load_state_dict({name: state[name] for name in kept}, assign=True)
+    for name in state.keys() - kept:
+        path, _, leaf = name.rpartition(".")
+        plain.get_submodule(path)._buffers[leaf] = state[name]
     return plain.eval()
 
 

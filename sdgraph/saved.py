@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import diffusers
 import msgspec
@@ -16,6 +17,8 @@ import safetensors
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, _add_variant
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import fx
 
 from .capture import capture
@@ -25,15 +28,36 @@ from .files import appearing, sha256
 from .graph import Graph
 from .report import Report
 from .runner import replay
+from .source import make_settings, settings_of
 from .spec import parse
 from .untrusted import Digest, FileName, Format, as_kind, check_format, read_config, read_json, require_inside
 
 if TYPE_CHECKING:
     from .unet import GraphUNet
 
-FORMAT = 2  # 1: without decisions
+FORMAT = 2  # 1: without decisions, shards and settings
 RECIPE, CONFIG = "sdgraph.json", "config.json"
 AGAIN = "save the UNet again"
+CURES = {
+    "push_to_hub": "save it, then unet.push_to_hub(repository)",
+    "quantization_config": "quantize the source UNet's exported form; a graph computes in one floating dtype",
+}
+# Options of diffusers about downloads, about files that are not safetensors, and about memory while loading.
+HARMLESS = (
+    "cache_dir",
+    "disable_mmap",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "offload_folder",
+    "offload_state_dict",
+    "proxies",
+    "revision",
+    "token",
+    "use_safetensors",
+    "user_agent",
+)
+log = logging.getLogger("sdgraph")
 
 
 class Entry(msgspec.Struct, frozen=True, rename={"text": "pass"}):
@@ -43,7 +67,25 @@ class Entry(msgspec.Struct, frozen=True, rename={"text": "pass"}):
     decisions: tuple[tuple[str, Any], ...]
 
 
-class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+class Settings(TypedDict, total=False):
+    """What sets a source UNet apart from others of its configuration.
+
+    Keys:
+        processors: class names of the attention processors, by module path.
+        freeu: its four scales, by module path.
+    """
+
+    processors: dict[str, str]
+    freeu: dict[str, Annotated[list[float], msgspec.Meta(min_length=4, max_length=4)]]
+
+
+class Index(msgspec.Struct, frozen=True):
+    """The index of shards, as diffusers writes it: the file of each tensor."""
+
+    weight_map: dict[str, FileName]
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`sdgraph.json` of a saved UNet: how its graph comes from its configuration, and what else is in the folder.
 
     A field that is added needs a default, so that folders saved before still load; if a reader that does not know it
@@ -57,7 +99,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         dtype: of the weights.
         structure: of the graph, see `structure`; loading must come to the same.
         files: SHA-256 of each other file, by name.
-        weights: name of the file of weights.
+        weights: name of the file of weights, or of the index of its shards.
+        settings: what was set on the source UNet beside its configuration, see `sdgraph.source`.
     """
 
     format: Format
@@ -70,32 +113,51 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     structure: Digest
     files: dict[FileName, Digest]
     weights: FileName
+    settings: Settings = {}
 
 
-def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | None = None, **options: Any) -> None:
+def save(
+    unet: GraphUNet,
+    directory: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    safe_serialization: bool = True,
+    max_shard_size: int | str = "10GB",
+    is_main_process: bool = True,
+    **options: Any,
+) -> None:
     """Write a folder that `load` reads; the folder appears whole or not at all.
 
     Args:
         variant: part of the file name of the weights, as in diffusers.
+        safe_serialization: the weights are safetensors also without it, which the log says.
+        max_shard_size: of a file of weights; larger ones are split, as in diffusers.
+        is_main_process: other processes write nothing.
         options: what diffusers' pipelines pass along; only defaults are accepted.
     Raises:
         ModeError: the graph cannot be rebuilt from its configuration and recipe.
         SavedError: the folder holds files that are not ours, or cannot be written.
     """
     _only_defaults(options, "save_pretrained")
+    if not is_main_process:
+        return
+    if not safe_serialization:
+        log.warning("a GraphUNet is saved as safetensors: safe_serialization=False, which would pickle it, is ignored")
     graph = unet.graph
     config = {k: v for k, v in graph.config.items() if not k.startswith("_")}
     inputs = [i.name for i in graph.inputs if i.name == "encoder_attention_mask"]
+    settings = settings_of(graph.source)
     _warn_of_scripts(graph.passes)
-    _check_can_come_back(graph, config, inputs)
+    _check_can_come_back(graph, config, inputs, settings)
     name = f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors"
     with appearing(directory, _check_target, SavedError) as folder:
-        tensors = {k: v.detach().contiguous() for k, v in unet.state_dict().items()}
-        safetensors.torch.save_file(_untied(tensors), folder / name, metadata={"format": "pt"})
-        plain = dict(config) | {"_class_name": "GraphUNet", "_diffusers_version": diffusers.__version__}
+        tensors = {k: v.detach().contiguous() for k, v in (*unet.named_buffers(), *unet.state_dict().items())}
+        name, files = _write_weights(_untied(tensors), folder, name, max_shard_size)
+        plain = {k: v for k, v in unet.config.items() if not k.startswith("_")} | config
+        plain |= {"_class_name": "GraphUNet", "_diffusers_version": diffusers.__version__}
         (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
         recipe = Recipe(
-            format=FORMAT if any(applied.decisions for applied in graph.passes) else 1,
+            format=FORMAT if settings or len(files) > 1 or any(a.decisions for a in graph.passes) else 1,
             sdgraph=_version(),
             torch=str(torch.__version__),
             diffusers=diffusers.__version__,
@@ -103,10 +165,31 @@ def save(unet: GraphUNet, directory: str | os.PathLike[str], *, variant: str | N
             inputs=tuple(inputs),
             dtype=str(next(unet.parameters()).dtype).removeprefix("torch."),  # type: ignore[arg-type]
             structure=structure(graph),
-            files={f: sha256(folder / f) for f in (CONFIG, name)},
+            files={f: sha256(folder / f) for f in (CONFIG, *files)},
             weights=name,
+            settings=Settings(**settings),  # type: ignore[typeddict-item]
         )
         (folder / RECIPE).write_text(json.dumps(msgspec.to_builtins(recipe), indent=2) + "\n")
+
+
+def _write_weights(
+    tensors: dict[str, torch.Tensor], folder: Path, name: str, max_shard_size: int | str
+) -> tuple[str, list[str]]:
+    """Safetensors, in shards with an index where they are too large for one file, named as in diffusers.
+
+    Returns:
+        the file to begin reading at, and all files.
+    """
+    pattern = name.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        safetensors.torch.save_file({n: tensors[n] for n in names}, folder / file, metadata={"format": "pt"})
+    if not split.is_sharded:
+        return name, [name]
+    index = _add_variant(SAFE_WEIGHTS_INDEX_NAME, name.split(".")[1] if name.count(".") > 1 else None)
+    found = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (folder / index).write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+    return index, [index, *split.filename_to_tensors]
 
 
 def _warn_of_scripts(passes: Sequence[Applied]) -> None:
@@ -118,11 +201,11 @@ def _warn_of_scripts(passes: Sequence[Applied]) -> None:
         )
 
 
-def _check_can_come_back(graph: Graph, config: dict[str, Any], inputs: list[str]) -> None:
+def _check_can_come_back(graph: Graph, config: dict[str, Any], inputs: list[str], settings: Mapping[str, Any]) -> None:
     try:
         # the text of the passes, for that is what is saved
         passes = _passes([_entry(applied) for applied in graph.passes])
-        same = structure(_rebuild(config, passes, inputs, graph.dtype)) == structure(graph)
+        same = structure(_rebuild(config, passes, inputs, graph.dtype, settings)) == structure(graph)
         reason: Exception | None = None
     except DecisionError as error:
         raise ModeError(
@@ -146,29 +229,40 @@ def load(
     *,
     torch_dtype: torch.dtype | None = None,
     subfolder: str | None = None,
+    variant: str | None = None,
+    device_map: Any = None,
+    max_memory: Any = None,
     **options: Any,
 ) -> GraphUNet:
     """Read a folder that `save` wrote.
 
+    Args:
+        torch_dtype: to cast the weights to.
+        variant: that the weights must have been saved as.
+        device_map, max_memory: as in diffusers, as long as all of the UNet goes to one device.
     Raises:
         SavedError: what is missing, damaged, unsafe or from a newer version; nothing of it has been run.
     """
     from .unet import GraphUNet
 
     dtype = options.pop("dtype", None) or torch_dtype
-    for harmless in ("variant", "use_safetensors", "low_cpu_mem_usage", "local_files_only"):
+    for harmless in HARMLESS:
         options.pop(harmless, None)
     _only_defaults(options, "from_pretrained")
     folder = Path(directory) / (subfolder or "")
     if not folder.is_dir():
         raise SavedError(f"no folder {str(folder)!r}", where="from_pretrained", cure="pass a folder of save_pretrained")
     recipe = _read_recipe(folder)
+    if variant is not None and f".{variant}." not in recipe.weights:
+        raise SavedError(
+            f"there is no variant {variant!r}, only {recipe.weights}", where=str(folder), cure="leave variant out"
+        )
     for file, digest in recipe.files.items():
         if sha256(folder / file) != digest:
             raise SavedError("the file is not the one that was saved", where=str(folder / file), cure=AGAIN)
     config = read_config(folder / CONFIG, AGAIN)
     try:
-        graph = _rebuild(config, _passes(recipe.passes), recipe.inputs, getattr(torch, recipe.dtype))
+        graph = _rebuild(config, _passes(recipe.passes), recipe.inputs, getattr(torch, recipe.dtype), recipe.settings)
     except Exception as error:
         names = ", ".join(entry if isinstance(entry, str) else entry.text for entry in recipe.passes)
         passes = f"install the packages of these passes, or import their modules first: {names}; or " if names else ""
@@ -184,10 +278,36 @@ def load(
             where=str(folder / RECIPE),
             cure="use those versions, or apply the passes again to the source UNet",
         )
-    _load_weights(graph, folder / recipe.weights)
+    _load_weights(graph, folder / recipe.weights, recipe.files)
     unet = GraphUNet(graph, Report((), (f"loaded from {folder}",)))
     unet._own_weights = True
-    return unet if dtype is None else torch.nn.Module.to(unet, dtype)
+    beside = {k: v for k, v in config.items() if not k.startswith("_") and k not in graph.config}
+    unet.register_to_config(**beside)  # such as the state of a moving average
+    if dtype is not None:
+        torch.nn.Module.to(unet, dtype)
+    return unet if device_map is None else torch.nn.Module.to(unet, _one_device(unet, device_map, max_memory))
+
+
+def _one_device(unet: GraphUNet, device_map: Any, max_memory: Any) -> Any:
+    """The device that a device map puts the whole UNet on.
+
+    Raises:
+        SavedError: it puts it on several.
+    """
+    if not isinstance(device_map, dict):
+        if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+            return device_map
+        from accelerate import infer_auto_device_map
+
+        device_map = infer_auto_device_map(unet, max_memory=max_memory)
+    devices = list(dict.fromkeys(map(str, device_map.values())))
+    if len(devices) != 1 or devices == ["disk"]:
+        raise SavedError(
+            f"the device map puts the UNet on {', '.join(devices)}, and a graph runs on one device",
+            where="from_pretrained",
+            cure="name one device, or offload the loaded pipeline (pipe.enable_model_cpu_offload())",
+        )
+    return next(iter(device_map.values()))
 
 
 def structure(graph: Graph) -> str:
@@ -200,6 +320,16 @@ def structure(graph: Graph) -> str:
         arguments = fx.map_arg((node.args, dict(sorted(node.kwargs.items()))), lambda n: f"%{number[n]}")
         digest.update(f"{node.op} {target} {arguments}\n".encode())
     return digest.hexdigest()
+
+
+def plain_passes(passes: Iterable[Applied]) -> list[Any]:
+    """Passes and their decisions as plain data."""
+    return [msgspec.to_builtins(_entry(applied)) for applied in passes]
+
+
+def read_passes(plain: Any) -> list[Applied]:
+    """What `plain_passes` gave."""
+    return _passes(msgspec.convert(plain, tuple[str | Entry, ...]))
 
 
 def _entry(applied: Applied) -> str | Entry:
@@ -217,21 +347,36 @@ def _passes(entries: Sequence[str | Entry]) -> list[Applied]:
     return found
 
 
-def _rebuild(config: dict[str, Any], passes: Sequence[Applied], inputs: Sequence[str], dtype: torch.dtype) -> Graph:
-    """The graph of a configuration with passes replayed, on the meta device."""
+def _rebuild(
+    config: Mapping[str, Any],
+    passes: Sequence[Applied],
+    inputs: Sequence[str],
+    dtype: torch.dtype,
+    settings: Mapping[str, Any],
+) -> Graph:
+    """The graph of a configuration with settings and passes replayed, on the meta device."""
     with torch.device("meta"):
-        plain = dict(config) | {"_class_name": "UNet2DConditionModel"}
+        known = UNet2DConditionModel._get_init_keys(UNet2DConditionModel)
+        plain = {k: v for k, v in config.items() if k in known} | {"_class_name": "UNet2DConditionModel"}
         unet = torch.nn.Module.to(UNet2DConditionModel.from_config(plain), dtype)
+        make_settings(unet, settings)
     return replay(passes, capture(unet, tuple(inputs)))
 
 
-def _load_weights(graph: Graph, path: Path) -> None:
+def _load_weights(graph: Graph, path: Path, known: Mapping[str, str]) -> None:
+    shards = [path]
+    if path.suffix == ".json":
+        index = as_kind(read_json(path, AGAIN), Index, path, AGAIN)
+        shards = [path.parent / file for file in sorted(set(index.weight_map.values()))]
+        for shard in shards:
+            if shard.name not in known or shard.parent != path.parent:
+                raise SavedError("the index names a file without a checksum", where=str(shard), cure=AGAIN)
     try:
         # Cloned, because kernels round differently on tensors that are not aligned as PyTorch allocates them.
-        tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
+        tensors = {n: tensor.clone() for shard in shards for n, tensor in safetensors.torch.load_file(shard).items()}
     except (safetensors.SafetensorError, OSError) as error:
         raise SavedError(f"cannot read the weights: {error}", where=str(path), cure=AGAIN) from error
-    wanted = graph.weights.state_dict()
+    wanted = {**dict(graph.weights.named_buffers()), **graph.weights.state_dict()}
     for name in wanted.keys() - tensors.keys():
         twin = next((k for k, v in wanted.items() if v is wanted[name] and k in tensors), None)
         if twin is not None:
@@ -239,7 +384,11 @@ def _load_weights(graph: Graph, path: Path) -> None:
     wrong = sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if wanted[n].shape != tensors[n].shape]
     if wrong:
         raise SavedError(f"the weights do not fit the graph, first at {wrong[0]!r}", where=str(path), cure=AGAIN)
-    graph.weights.load_state_dict(tensors, assign=True)
+    kept = graph.weights.state_dict().keys()
+    graph.weights.load_state_dict({name: tensors[name] for name in kept}, assign=True)
+    for name in tensors.keys() - kept:  # buffers that no state_dict holds
+        holder, _, leaf = name.rpartition(".")
+        graph.weights.get_submodule(holder)._buffers[leaf] = tensors[name]
     graph.device = torch.device("cpu")
 
 
@@ -287,10 +436,10 @@ def _check_target(target: Path) -> None:
 
 def _only_defaults(options: dict[str, Any], call: str) -> None:
     for name, value in options.items():
-        if value not in (None, False) and not (name in ("safe_serialization", "is_main_process") and value is True):
-            raise SavedError(f"{call} does not support {name}={value!r}", where=call, cure="leave it out")
-        if name == "safe_serialization" and value is False:
-            raise SavedError("a GraphUNet is saved as safetensors only", where=call, cure="leave safe_serialization")
+        if value not in (None, False):
+            raise SavedError(
+                f"{call} does not support {name}={value!r}", where=call, cure=CURES.get(name, "leave it out")
+            )
 
 
 def _version() -> str:

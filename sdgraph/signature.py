@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models import embeddings
+from torch import nn
 
 from .dims import Symbol
 from .errors import SourceError
@@ -27,6 +28,8 @@ def free_sizes(unet: UNet2DConditionModel, divisible: bool = False) -> tuple[Sym
     size = unet.config.get("sample_size") or 64
     height, width = (size, size) if isinstance(size, int) else size
     levels = len(unet.down_blocks)
+    if any(_karras(block) for block in unet.down_blocks):  # these pad by reflection, and a single pixel has none
+        height, width = max(height, 2**levels), max(width, 2**levels)
     symbols = [
         Symbol("B", 1, 5),
         Symbol("H", height, _generic(height, levels, 101, divisible)),
@@ -69,6 +72,10 @@ def call_guards(unet: UNet2DConditionModel, divisible: bool) -> tuple[Guard, ...
         unit = 2 ** (len(unet.down_blocks) - 1)
         place = "the blocks of this UNet cannot up-sample to another size"
         guards += [Guard(f"{side} % {unit} == 0", True, place) for side in "HW"]
+    if any(_karras(block) for block in unet.down_blocks):
+        least = 2 ** len(unet.down_blocks)
+        place = "the samplers of this UNet pad by reflection, and a single pixel has none"
+        guards += [Guard(f"{side} >= {least}", True, place) for side in "HW"]
     return tuple(guards)
 
 
@@ -102,16 +109,36 @@ def unet_inputs(unet: UNet2DConditionModel, extra: Collection[str] = ()) -> tupl
     if config.get("time_cond_proj_dim"):
         shape = ("B", config["time_cond_proj_dim"])
         inputs.append(Input("timestep_cond", ("timestep_cond",), shape, optional=True, broadcast=True))
-    skips = 1 + sum(len(b.resnets) + len(getattr(b, "downsamplers", None) or ()) for b in unet.down_blocks)
+    skips = _skips(unet)
     adapters = len(unet.down_blocks) + (unet.mid_block is not None) if _takes_adapter(unet) else 0
     for name, count in (
         ("down_block_additional_residuals", skips),
         ("down_intrablock_additional_residuals", adapters),
     ):
-        inputs += [Input(f"{name[:-1]}_{i}", (name, i), None, optional=True) for i in range(count)]
-    name = "mid_block_additional_residual"
-    inputs.append(Input(name, (name,), None, optional=True))
+        blocks = len(unet.down_blocks)
+        inputs += [
+            Input(f"{name[:-1]}_{i}", (name, i), None, optional=True, fitting=count == adapters and i >= blocks)
+            for i in range(count)
+        ]
+    if skips:
+        name = "mid_block_additional_residual"
+        inputs.append(Input(name, (name,), None, optional=True))
     return tuple(inputs)
+
+
+def _skips(unet: UNet2DConditionModel) -> int:
+    """The number of skips that a ControlNet can add to."""
+    count = 1
+    for block in unet.down_blocks:
+        samplers = getattr(block, "downsamplers", None) or ()
+        if _karras(block) and not samplers:
+            return 0  # it hands over None, to which diffusers cannot add either
+        count += len(block.resnets) + (0 if _karras(block) else len(samplers))
+    return count
+
+
+def _karras(block: nn.Module) -> bool:
+    return type(block).__name__.startswith("K")
 
 
 def _takes_adapter(unet: UNet2DConditionModel) -> bool:

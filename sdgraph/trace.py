@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import torch_utils
 from torch import fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .dims import Probe
 from .errors import ShapeError, TraceError
@@ -63,6 +65,8 @@ NEUTRAL: Mapping[tuple[str, str], str] = {
     ): "contiguous() keeps the values",
 }
 
+# Functions of diffusers that are one node: they branch on sizes, to no effect on values.
+WHOLE = ((torch_utils, "fourier_filter"),)
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 READS = {"item", "tolist", "numpy"}
 FACTORIES = ("arange", "empty", "zeros", "ones", "full", "linspace", "tensor")
@@ -96,6 +100,15 @@ def scope(node: fx.Node) -> str:
     """Path of the innermost source module a node belongs to ("" for the model itself)."""
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack)) if stack else ""
+
+
+def edited(tensor: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
+    """A new tensor: `tensor` after `tensor[key] = value`."""
+    if has_torch_function((tensor, value)):
+        return handle_torch_function(edited, (tensor, value), tensor, key, value)
+    made = tensor.clone()
+    made[key] = value
+    return made
 
 
 class TensorProxy(fx.Proxy):
@@ -163,11 +176,20 @@ class TensorProxy(fx.Proxy):
     def _in_place(self, op: Callable[..., Any], other: Any) -> TensorProxy:
         # Whoever holds this very tensor sees the new value, as in eager code: diffusers adds adapter residuals to a
         # tensor that it has already put on the list of skips.
-        self.node = self.tracer.create_proxy("call_function", op, (self, other), {}).node
+        self._become(self.tracer.create_proxy("call_function", op, (self, other), {}).node)
         return self
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise self.tracer.error("a tensor is edited in place", "write it with torch.cat, torch.where or masks")
+        if any(node.op in ("placeholder", "get_attr") for node in self.tracer.sharing_memory(self.node)):
+            raise self.tracer.error(
+                "an input or a weight is edited in place", "edit a clone() of it, or use torch.where or torch.cat"
+            )
+        self._become(self.tracer.create_proxy("call_function", edited, (self, key, value), {}).node)
+
+    def _become(self, node: fx.Node) -> None:
+        """Stand for the edited tensor from now on; views of the old one would show the edit in eager code."""
+        self.tracer.outdated |= self.tracer.sharing_memory(self.node) - {node}
+        self.node = node
 
     def __bool__(self) -> bool:
         raise self.tracer.error("the code branches on the values of a tensor", "decide it before tracing")
@@ -295,9 +317,11 @@ class Tracer(fx.proxy.TracerBase):
         self.displaced: dict[str, Any] = {}  # what this tracer has put in the place of, by name
         self._staying = set(graph.fx.nodes).difference(leaving)
         self._once: dict[Any, Any] = {}
+        self.outdated: set[fx.Node] = set()  # values from before an edit in place that eager code would show in them
         dotted = prefix + "." if prefix else ""
         self._paths: dict[int, str] = {}
         self._tensors: dict[int, str] = {}
+        self._transient: set[str] = set()  # buffers that no state_dict holds
         for start, model in (("", graph.weights), (dotted, root)):  # code may use the graph's own leaves too
             for path, module in model.named_modules() if model is not None else ():
                 path = f"{start}{path}" if path else start[:-1]
@@ -305,6 +329,8 @@ class Tracer(fx.proxy.TracerBase):
                 self._paths[id(module)] = path
                 for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                     self._tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
+                for name in module._non_persistent_buffers_set:
+                    self._transient.add(f"{path}.{name}" if path else name)
 
     # -- what fx calls ------------------------------------------------------------------------------------------
 
@@ -356,6 +382,10 @@ class Tracer(fx.proxy.TracerBase):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
+            if a.node in self.outdated:
+                raise self.error(
+                    "a tensor is used that shares memory with one edited in place since", "edit a clone() of it"
+                )
             return a.node
         if isinstance(a, torch.Tensor):
             return self._tensor(a)
@@ -369,6 +399,21 @@ class Tracer(fx.proxy.TracerBase):
         if key not in self._once:
             self._once[key] = self.create_proxy(kind, target, (fx.Proxy(node, self), *args), {})
         return self._once[key]
+
+    def sharing_memory(self, node: fx.Node) -> set[fx.Node]:
+        """The node, its views, and what it is a view of, as far as it is known here."""
+        storages = {v.untyped_storage()._cdata for v in values(node) if isinstance(v, torch.Tensor)}
+        return {
+            other
+            for other in self.graph.nodes
+            if other is node
+            or any(
+                v.untyped_storage()._cdata in storages
+                for value in (other.meta.get("val"), other.meta.get("probe"))
+                for v in (value if isinstance(value, tuple | list) else (value,))
+                if isinstance(v, torch.Tensor)
+            )
+        }
 
     def expression(self, size: Any) -> str:
         """A size in the symbols of the call."""
@@ -439,7 +484,7 @@ class Tracer(fx.proxy.TracerBase):
         held = self.owner.weights.get(name)
         if held is not tensor and held is not self.shares.tensor(tensor):
             self._displace(name)
-            self.owner.add_tensor(name, tensor, self.shares)
+            self.owner.add_tensor(name, tensor, self.shares, persistent=name not in self._transient)
         key = ("get_attr", name)
         if key not in self._once:
             self._once[key] = self.create_proxy("get_attr", name, (), {})
@@ -510,9 +555,9 @@ def tracing(tracer: Tracer) -> Iterator[None]:
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         patched: dict[tuple[Any, str], Any] = {(nn.Module, "__call__"): call, (nn.Module, "__getattr__"): attribute}
         originals = {(holder, name): getattr(holder, name) for holder, name in patched}
-        for name in FACTORIES:
-            originals[torch, name] = getattr(torch, name)
-            patched[torch, name] = factory(originals[torch, name])
+        for holder, name in (*((torch, name) for name in FACTORIES), *WHOLE):
+            originals[holder, name] = getattr(holder, name)
+            patched[holder, name] = factory(originals[holder, name])
         try:
             for (holder, name), value in patched.items():
                 setattr(holder, name, value)

@@ -7,39 +7,27 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
-from diffusers.models.embeddings import ImageProjection
+from diffusers import ModelMixin, UNet2DConditionModel
 from torch import fx, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
 from .accept import accept
-from .call import UNetCall
-from .errors import ModeError, PathError, did_you_mean
+from .dropin import PASSES, DropIn, as_lists, follow_settings
+from .errors import CallError, ModeError, PathError, did_you_mean
 from .generation import Generations, apart
 from .graph import Graph
 from .inherit import step
 from .inputs import Input, flatten
-from .specialise import without
+from .saved import plain_passes
+from .specialise import per_call, without
 
 if TYPE_CHECKING:
     from .report import Report
 
-_AGAIN = "do it on the source UNet, then call sdgraph.apply again"
-_FUSE = "load and fuse LoRA in the source UNet (pipe.fuse_lora()), then call sdgraph.apply again"
-_CURES = {
-    "load_lora_adapter": _FUSE,
-    "add_adapter": "train adapters on the source UNet, fuse them, then call sdgraph.apply again",
-    "fuse_lora": _FUSE,
-    "unfuse_lora": _FUSE,
-    "set_adapters": _FUSE,
-    "enable_freeu": "FreeU is not covered; leave it off",
-    "disable_freeu": "FreeU is not covered, so there is none to disable",
-}
 
-
-class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A UNet that runs a graph. Called like a diffusers `UNet2DConditionModel`, anywhere one is.
+class GraphUNet(DropIn):
+    """A UNet that runs a graph: a `UNet2DConditionModel` to diffusers, anywhere one is called.
 
     Weights share storage with the source UNet until they are made its own: by `train()`, `load_state_dict()`,
     a move to another device or dtype. The source is never changed.
@@ -52,41 +40,60 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         report: what made it.
     """
 
-    config_name = "config.json"
-    _supports_gradient_checkpointing = False
-
     def __init__(self, graph: Graph, report: Report | None = None) -> None:
         from .report import Report
 
-        super().__init__()
-        self.register_to_config(**graph.config)
-        self.graph = graph
-        graph.frozen = True
-        graph.dropped.clear()  # or the weights that pruning takes out would stay in memory
+        ModelMixin.__init__(self)  # none of a UNet's own modules are made
         self.report = report if report is not None else Report(())
         self._own_weights = False
         self._before_gradients: RemovableHandle | None = None
-        self._variants: dict[tuple[frozenset[str], frozenset[str]], fx.GraphModule] = {}
-        self._sites = graph.sites
-        self._conditioning = tuple(i.name for i in graph.inputs if i.conditioning)
         self._compile: dict[str, Any] | None = None
         self.generations = Generations()
-        self._accepted: set[Any] = set()
+        self.hold(graph)
+        # `requires_grad` stays as in the source: PyTorch picks the kernel of a matrix product by it, so other flags
+        # would give other last bits. What keeps an optimizer off the source's storage is `_take_weights`.
+        super().train(False)
+
+    def hold(self, graph: Graph) -> None:
+        """Run this graph from now on; it belongs to this module."""
+        self._graph = graph
+        self.take_scales()
+        graph.frozen = True
+        graph.dropped.clear()  # or the weights that pruning takes out would stay in memory
+        passes = {PASSES: plain_passes(graph.passes)} if graph.passes else {}
+        self.register_to_config(**graph.config, **passes)
+        self._sites = graph.sites
+        self._inputs = graph.resolved_inputs()
+        self._conditioning = tuple(i.name for i in graph.inputs if i.conditioning)
+        for kind in (self._modules, self._parameters, self._buffers):
+            kind.clear()
+        as_lists(graph.weights)
         for name, child in graph.weights.named_children():
             self.add_module(name, child)
         for name, parameter in graph.weights.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         for name, buffer in graph.weights.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        _name_image_projections(graph)
-        # `requires_grad` stays as in the source: PyTorch picks the kernel of a matrix product by it, so other flags
-        # would give other last bits. What keeps an optimizer off the source's storage is `_take_weights`.
-        super().train(False)
+        follow_settings(graph)
+        self.changed()
+
+    def changed(self) -> None:
+        """Modules of this one are others than before: what was made of them is made anew."""
+        self._variants: dict[tuple[frozenset[str], frozenset[str]], fx.GraphModule] = {}
+        self._accepted: set[Any] = set()
+        self.reset()
 
     # -- the call ------------------------------------------------------------------------------------------------
 
+    @property
+    def graph(self) -> Graph:
+        """The graph that is run; if the scale of an IP-Adapter was set since the last call, it is traced anew here."""
+        self.follow_scales()
+        return self._graph
+
     def call_inputs(self) -> Sequence[Input]:
-        return self.graph.inputs
+        self.follow_scales()
+        return self._inputs
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self._accept(flat)
@@ -103,6 +110,17 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
                 )
             return self._step(flat, frozenset(), no_value)[0]
         return self.generations.run(flat, self._conditioning, self._sites, self._step)
+
+    def whole(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if all(isinstance(size, int) for value in flat.values() for size in value.shape):
+            self._accept(flat)  # where sizes are free, torch.export states what must hold for them
+        if flat["timestep"].shape[0] != 1 and any(node.target is per_call for node in self.graph.fx.nodes):
+            raise CallError(
+                "this graph has parts that depend on the timestep alone, and is exported for one timestep per call",
+                where="argument timestep",
+                cure="export it with a timestep of shape (1,)",
+            )
+        return self._step(flat, frozenset(), no_value)[0]
 
     def _accept(self, flat: Mapping[str, torch.Tensor]) -> None:
         """Refuse a call that the graph does not cover; each kind of call is looked at once."""
@@ -139,7 +157,7 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
                     where="inherited",
                     cure=did_you_mean(site, known) or f"values are given of {', '.join(known) or 'none'}",
                 )
-        flat = flatten(call, self.graph.inputs)
+        flat = flatten(call, self.call_inputs())
         self._accept(flat)
         output, fresh = self._step(flat, stale, values.__getitem__)
         fresh = apart(fresh, (*flat.values(), output))
@@ -263,29 +281,43 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         from .plain import to_diffusers
 
+        self.graph.check_no_adapters()
         return to_diffusers(self)
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
         safe_serialization: bool = True,
         variant: str | None = None,
+        max_shard_size: int | str = "10GB",
         **options: Any,
     ) -> None:
         """Write `config.json`, `sdgraph.json` (the recipe) and the weights (safetensors); whole or not at all.
 
+        Args:
+            is_main_process: other processes write nothing.
+            safe_serialization: pickle is never written, which the log says where it was asked for.
+            variant: part of the name of the file of weights.
+            max_shard_size: of a file of weights; larger ones are split.
         Raises:
-            ModeError: the graph holds what no recipe brings back (IP-Adapter layers, edits outside of passes).
+            ModeError: the graph holds what no recipe brings back (IP-Adapter layers, edits outside of passes), or
+                LoRA that is not fused.
             SavedError: the folder holds other files, or an option is not supported.
         """
         from .saved import save
 
-        save(self, save_directory, variant=variant, safe_serialization=safe_serialization, **options)
+        self.graph.check_no_adapters()
+        # Pipelines read this signature to find out what they may ask for.
+        asked = {"is_main_process": is_main_process, "safe_serialization": safe_serialization, **options}
+        save(self, save_directory, variant=variant, max_shard_size=max_shard_size, **asked)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], **options: Any) -> GraphUNet:
         """Read what `save_pretrained` wrote: trace the configuration, replay the recipe, load the weights.
 
+        Args:
+            options: diffusers' `torch_dtype`, `subfolder`, `variant`, `device_map` and `max_memory`.
         Raises:
             SavedError: missing, damaged or unsafe files.
         """
@@ -293,28 +325,19 @@ class GraphUNet(UNetCall, ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         return load(directory, **options)
 
-    # -- what a diffusers UNet has and this has not --------------------------------------------------------------
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if hasattr(UNet2DConditionModel, name):
-                cure = _CURES.get(name, _AGAIN)
-                raise ModeError(f"a traced UNet has no {name}", where="GraphUNet", cure=cure) from None
-            raise
-
-    def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        raise ModeError("a traced UNet has no gradient checkpointing", cure="train in smaller batches")
-
-    def set_use_memory_efficient_attention_xformers(self, *args: Any, **kwargs: Any) -> None:
-        raise ModeError(
-            "a traced UNet uses PyTorch's fused attention", cure="leave xformers off; it would change nothing here"
-        )
-
-    enable_xformers_memory_efficient_attention = set_use_memory_efficient_attention_xformers
-    disable_xformers_memory_efficient_attention = set_use_memory_efficient_attention_xformers
-    set_attention_backend = reset_attention_backend = set_use_memory_efficient_attention_xformers
+            source = vars(self)["_graph"].source if "_graph" in vars(self) else None
+            if source is None or name not in (vars(source).keys() | source._modules.keys()):
+                raise
+            value = getattr(source, name)
+            if value is None or isinstance(value, bool | int | float | str):
+                return value  # a setting, or that the source has no such module
+            raise ModeError(
+                f"a traced UNet has no {name}", where="GraphUNet", cure="it was removed, or is no module of the graph"
+            ) from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphUNet:
         twin = GraphUNet(self.graph.copy(), self.report)
@@ -338,14 +361,3 @@ def differentiated(tensors: Iterable[torch.Tensor]) -> bool:
 def no_value(site: str) -> torch.Tensor:
     """For calls that inherit nothing."""
     raise KeyError(site)
-
-
-def _name_image_projections(graph: Graph) -> None:
-    """Let pipelines count the IP-Adapters and tell their kinds, which they do by `len` and `isinstance`."""
-    path = "encoder_hid_proj.image_projection_layers"
-    layers = graph.weights.get(path)
-    if layers is not None:
-        layers.__class__ = nn.ModuleList
-        for i, layer in layers.named_children():
-            if graph.classes.get(f"{path}.{i}") == "ImageProjection":
-                layer.__class__ = ImageProjection

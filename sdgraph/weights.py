@@ -28,8 +28,8 @@ class Weights(nn.Module):
         kinds: tuple[dict[str, Any], ...] = (holder._modules, holder._parameters, holder._buffers)
         return next((kind[name] for kind in kinds if kind.get(name) is not None), None)
 
-    def put(self, path: str, value: nn.Module | torch.Tensor) -> None:
-        """Set the module, parameter or buffer at `path`, making the modules above it."""
+    def put(self, path: str, value: nn.Module | torch.Tensor, persistent: bool = True) -> None:
+        """Set the module, parameter or buffer at `path`, making the modules above it; `persistent` is of buffers."""
         *above, name = path.split(".")
         holder: nn.Module = self
         for step in above:
@@ -43,7 +43,7 @@ class Weights(nn.Module):
         elif isinstance(value, nn.Parameter):
             holder.register_parameter(name, value)
         else:
-            holder.register_buffer(name, value)
+            holder.register_buffer(name, value, persistent)
 
     def keep_only(self, paths: set[str]) -> None:
         """Drop every leaf and tensor not in `paths`, and the modules left empty."""
@@ -77,6 +77,18 @@ class Shares:
         if id(tensor) not in self._made:
             self._made[id(tensor)] = tensor, _like(tensor, tensor.detach())
         return self._made[id(tensor)][1]
+
+
+def skeleton(unet: Any) -> Any:
+    """A copy of a model on the meta device: its modules with their settings, without the numbers."""
+    memo: dict[int, Any] = {
+        id(tensor): meta_like(tensor, tensor.dtype) for tensor in (*unet.parameters(), *unet.buffers())
+    }
+    with torch.inference_mode(False):
+        made = copy.deepcopy(unet, memo)
+    if any(hasattr(module, "base_layer") for module in made.modules()):  # fused LoRA is in the weights
+        made.unload_lora()
+    return made
 
 
 def on_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:

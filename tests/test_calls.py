@@ -199,22 +199,6 @@ def _tensors(tree: Any) -> Any:
 
 
 UNET_ONLY = {
-    "enable_freeu": {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4},
-    "disable_freeu": {},
-    "set_attn_processor": {"processor": None},
-    "set_default_attn_processor": {},
-    "load_lora_adapter": {"pretrained_model_name_or_path_or_dict": {}},
-    "fuse_lora": {},
-    "unfuse_lora": {},
-    "unload_lora": {},
-    "set_adapters": {"adapter_names": "a"},
-    "delete_adapters": {"adapter_names": "a"},
-    "add_adapter": {"adapter_config": None},
-    "enable_lora": {},
-    "disable_lora": {},
-    "fuse_qkv_projections": {},
-    "unfuse_qkv_projections": {},
-    "set_attention_slice": {"slice_size": "auto"},
     "enable_xformers_memory_efficient_attention": {},
     "disable_xformers_memory_efficient_attention": {},
     "enable_gradient_checkpointing": {},

@@ -187,18 +187,6 @@ def test_image_prompts_are_counted_and_told_apart() -> None:
     assert len(copy.deepcopy(unet).encoder_hid_proj.image_projection_layers) == 2
 
 
-def test_what_the_pipeline_would_change_on_the_unet_is_refused() -> None:
-    pipe = PIPELINES["text"][0]()
-    pipe.unet = sdgraph.apply(pipe.unet)
-    for change in (
-        lambda: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
-        lambda: pipe.fuse_qkv_projections(),
-        lambda: pipe.unet.load_lora_adapter({}),
-    ):
-        with pytest.raises(ModeError, match="cure"):
-            change()
-
-
 def test_saved_and_loaded_inside_a_pipeline(tmp_path: Any) -> None:
     build_pipe, call = PIPELINES["text"]
     pipe = build_pipe()

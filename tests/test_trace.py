@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -280,6 +281,17 @@ RESNETS = {
     "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
     "mid_block_type": None,
 }
+KARRAS: dict[str, Any] = {
+    "down_block_types": ("KDownBlock2D", *("KCrossAttnDownBlock2D",) * 3),
+    "up_block_types": (*("KCrossAttnUpBlock2D",) * 3, "KUpBlock2D"),
+    "block_out_channels": (32, 32, 64, 64),
+    "mid_block_type": None,
+    "norm_num_groups": None,
+    "layers_per_block": 2,
+    "time_embedding_type": "fourier",
+    "resnet_time_scale_shift": "scale_shift",
+    "attention_head_dim": 16,
+}
 OTHERS: dict[str, dict[str, Any]] = {
     "scale-shift": {"resnet_time_scale_shift": "scale_shift"},
     "resnet-sampling": RESNETS,
@@ -356,24 +368,15 @@ def test_sizes_that_the_blocks_cannot_serve_are_refused(kind: str) -> None:
             "addition_embed_type 'image'",
         ),
         ({"encoder_hid_dim": 20, "encoder_hid_dim_type": "image_proj"}, SourceError, "encoder_hid_dim_type"),
+        ({"dual_cross_attention": True}, SourceError, r"(?s)DualTransformer2DModel.*where: down_blocks.0.attentions.0"),
+        ({"down_block_types": ("SkipDownBlock2D", PLAIN)}, SourceError, r"(?s)SkipDownBlock2D.*where: down_blocks.0"),
         (
-            {
-                "down_block_types": ("KDownBlock2D", *("KCrossAttnDownBlock2D",) * 3),
-                "up_block_types": (*("KCrossAttnUpBlock2D",) * 3, "KUpBlock2D"),
-                "block_out_channels": (32, 32, 64, 64),
-                "mid_block_type": None,
-                "norm_num_groups": None,
-                "layers_per_block": 2,
-                "time_embedding_type": "fourier",
-                "resnet_time_scale_shift": "scale_shift",
-                "attention_head_dim": 16,
-            },
-            TraceError,
-            r"edited in place\n.*down_blocks.0.downsamplers.0",
+            {"down_block_types": ("DownEncoderBlock2D", PLAIN)},
+            SourceError,
+            r"(?s)DownEncoderBlock2D.*where: down_blocks.0",
         ),
-        ({"dual_cross_attention": True}, TraceError, "DualTransformer2DModel"),
     ],
-    ids=["gligen", "text-image", "image", "image-projection", "k-diffusion", "dual"],
+    ids=["gligen", "text-image", "image", "image-projection", "dual", "skip", "encoder"],
 )
 def test_what_is_not_covered_is_refused(changes: dict[str, Any], error: type, words: str) -> None:
     with pytest.raises(error, match=words):
@@ -475,6 +478,63 @@ def test_guards_on_what_is_computed_from_sizes() -> None:
         checked(graph, x=torch.ones(1, 3, 400, 250))
 
 
+def test_karras_blocks_are_exact_where_the_source_runs() -> None:
+    """The latent upscaler's: they edit weights of their own in place, and pad by reflection."""
+    unet = build(**KARRAS)
+    graph = trace(unet)
+    assert unet.state_dict().keys() == graph.state_dict().keys()
+    for sizes in ({"H": 16, "W": 16}, {"B": 3, "H": 24, "W": 16, "L": 2}):
+        assert same(unet, graph, **sizes)
+    for sizes in ({"H": 20, "W": 16}, {"H": 8, "W": 16}):
+        with pytest.raises(RuntimeError):
+            answer(unet, call_of(unet, **sizes))
+        with pytest.raises(CallError, match=r"H (% 8 == 0|>= 16) is True; here H="):
+            answer(graph, call_of(unet, **sizes))
+
+
+def test_karras_blocks_are_saved_and_go_back(tmp_path: Path) -> None:
+    unet = build(**KARRAS)
+    graph = trace(unet)
+    graph.save_pretrained(tmp_path / "unet")
+    assert same(unet, sdgraph.GraphUNet.from_pretrained(tmp_path / "unet"), H=16, W=16)
+    assert same(unet, graph.to_diffusers(), H=16, W=16)
+
+
+def _edited(x: torch.Tensor) -> torch.Tensor:
+    made = x * 2
+    made[:, 0] = 0
+    made[..., 1:3, -1] = made[..., :2, 0] + 1
+    made[made.shape[0] // 2 :, 1] = made[made.shape[0] // 2 :, 1] * 3
+    return made
+
+
+def test_edits_in_place_of_what_the_code_made_itself() -> None:
+    graph = sdgraph.trace_code(_edited, x=("B", 3, "H", "W"))
+    for shape in ((1, 3, 8, 9), (4, 3, 5, 5)):
+        x = torch.randn(shape)
+        assert torch.equal(checked(graph, x=x), _edited(x))
+
+
+def _view_used_later(x: torch.Tensor) -> torch.Tensor:
+    made = x * 2
+    view = made[:, 1:]
+    made[:, 1] = 0
+    return view + 1
+
+
+def _edited_through_a_view(x: torch.Tensor) -> torch.Tensor:
+    made = x * 2
+    made.view(-1)[0] = 0
+    return made
+
+
+def _added_through_a_view(x: torch.Tensor) -> torch.Tensor:
+    made = x * 2
+    view = made[:, 1:]
+    view += 1
+    return made
+
+
 def _in_place(x: torch.Tensor) -> torch.Tensor:
     x[:, 0] = 0
     return x
@@ -493,6 +553,9 @@ def _iterated(x: torch.Tensor) -> torch.Tensor:
         (lambda x: torch.cat([x for _ in range(x.shape[2])]), "a size of the call is used as a plain number"),
         (lambda x: x.mul_(2), "edits a tensor in place"),
         (_in_place, "edited in place"),
+        (_view_used_later, "shares memory with one edited in place"),
+        (_edited_through_a_view, "shares memory with one edited in place"),
+        (_added_through_a_view, "shares memory with one edited in place"),
         (lambda x: nn.functional.relu_(x), "in place"),
         (lambda x: nn.functional.silu(x, inplace=True), "in place"),
         (lambda x: torch.add(x, 1, out=x), "in place"),

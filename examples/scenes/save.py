@@ -44,12 +44,26 @@ def save(work: Path, model: Path) -> None:
     # Stored in half precision, run in single: transformers would else load what it finds, diffusers does not.
     config = model / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    serve_older_transformers(model)
     if (work / "judge").exists():
         weights = {name: value.half() for name, value in averaged(work, "judge", "judge").items()}
         save_file(weights, model / JUDGE)
     record(work, model / RECORD)
     draw_losses(work, model / CURVE)
     write_sums(model)
+
+
+def serve_older_transformers(model: Path) -> None:
+    """Name the text encoder's weights as transformers before 5 does, which 5 reads as well; and write the tokenizer's
+    vocabulary and merges, which the tokenizers of before 5 read."""
+    file = model / "text_encoder" / "model.safetensors"
+    state = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    folder = model / "tokenizer"
+    tokens = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(tokens["vocab"], ensure_ascii=False) + "\n")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokens["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
 
 
 def averaged(work: Path, stage: str, part: str) -> dict[str, torch.Tensor]:
