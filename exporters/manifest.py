@@ -61,12 +61,14 @@ class Value:
         schedule: as text.
         forecast: order of it.
         shape: each dimension a number or an expression in the call's sizes.
+        invariant: it depends on conditioning alone, see `sdgraph.inherit.Site`.
     """
 
     site: str
     schedule: str
     forecast: Order
     shape: tuple[int | str, ...]
+    invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Manifest:
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        return {each.site: Site(_schedule(each.schedule), each.forecast) for each in self.values}
+        return {each.site: Site(_schedule(each.schedule), each.forecast, each.invariant) for each in self.values}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int | str, ...]]:
@@ -366,7 +368,7 @@ def _kept(graph: Graph, name: str, site: Site, dtype: torch.dtype) -> Value:
             where=name,
             cure="choose another site",
         )
-    return Value(name, str(site.schedule), cast(Order, site.forecast), shape)
+    return Value(name, str(site.schedule), cast(Order, site.forecast), shape, site.invariant)
 
 
 def _digest(plain: Mapping[str, Any]) -> str:

@@ -218,6 +218,7 @@ def test_all_kinds_of_calls_in_one_file(passes: str, tmp_path: Path) -> None:
     onnx.checker.check_model(str(tmp_path / "single" / "model.onnx"))
     assert [node.op_type for node in model.graph.node] == ["Constant", "Equal", "If"]
     running = opened(tmp_path / "single")
+    assert running.manifest.sites == unet.graph.sites
     for size in ({}, {"B": 1, "H": 13, "W": 10}):
         call = call_of(unet, L=77, **size)
         for step in range(4):
