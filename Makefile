@@ -52,13 +52,13 @@ test-oldest: $(VENV)/bin/python
 drop-in: $(VENV)/.installed-test,bench
 	$(RUN)/python benchmarks/drop_in.py $(ARGS)
 
-# mypy sees the folders as the package they are installed as; see [tool.mypy].
+# mypy and import-linter see the folders as the package they are installed as; see [tool.mypy].
 TYPED := build/typed/sdgraph
 lint: $(VENV)/.installed-test,dev
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	rm -rf $(TYPED) && mkdir -p $(TYPED)
-	ln -s $(CURDIR)/sdgraph/* $(CURDIR)/passes $(CURDIR)/exporters $(TYPED)
+	rm -rf $(TYPED) && mkdir -p build/typed && cp -rp sdgraph build/typed/ && cp -rp passes exporters $(TYPED)/
+	cd build/typed && $(RUN)/lint-imports $(CURDIR)/.importlinter
 	cd build/typed && $(RUN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 $(VENV)/bin/python:

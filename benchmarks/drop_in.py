@@ -38,7 +38,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 import sdgraph
-from sdgraph.call import UNetCall
+from sdgraph.runtime.interface import UNetCall
 
 OWN = "diffusers"
 MODES = {

@@ -38,7 +38,7 @@ from scenes.quality import Quality, held_out_captions  # noqa: E402
 from ways import KINDS, Way  # noqa: E402
 
 import sdgraph  # noqa: E402
-from sdgraph import similarity  # noqa: E402
+from sdgraph.evaluation import metrics as similarity  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -92,7 +92,7 @@ def measured(pipe: Any, found: Mapping[str, Way], images: int, batch: int, devic
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """PSNR and Fréchet distance against time."""
-    from sdgraph.paper import paper
+    from sdgraph.views.figure import paper
 
     kinds = dict.fromkeys(each["kind"] for each in result["ways"].values())
     with paper(path) as figure:

@@ -34,8 +34,8 @@ from table import markdown
 from tqdm import tqdm
 
 import sdgraph
-from sdgraph.exporters.onnx import export
-from sdgraph.exporters.ort import CPU, CUDA, ORTUNet
+from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.ort.unet import CPU, CUDA, ORTUNet
 from sdgraph.passes import HoistInvariants, InheritFeatures
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,8 +22,8 @@ from scenes.pipeline import load
 from scenes.quality import Quality, held_out_captions
 
 import sdgraph
-from sdgraph.columns import columns
 from sdgraph.exporters import onnx, ort
+from sdgraph.views.format import columns
 
 PRUNE = "CleanUp, PruneBlocks(('mid_block', 'up_blocks.3.attentions.1'))"
 INHERIT = "HoistInvariants, InheritFeatures('up_blocks.3.resnets.2', part='entry', schedule=Uniform(3), forecast=1)"

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph import Contract, Findings, Graph, NearMiss, Pass
 from sdgraph.errors import EditError, SpecError
-from sdgraph.report import NearMiss
 
 VARIANTS = ("joint", "gated")
 

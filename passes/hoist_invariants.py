@@ -8,9 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from sdgraph import Contract, Findings, Graph, Pass
-from sdgraph.cost import macs
-from sdgraph.inherit import changing_nodes, inherit
+from sdgraph import Contract, Findings, Graph, Pass, inherit
 from sdgraph.schedules import Once
 
 ONCE = Once()
@@ -28,7 +26,7 @@ class HoistInvariants(Pass):
     contract: ClassVar[Contract] = Contract.EXACT
 
     def run(self, graph: Graph) -> Findings:
-        changing = changing_nodes(graph.fx, graph.inputs)
+        changing = graph.changing_nodes()
         found = [
             node
             for node in graph.nodes
@@ -54,7 +52,7 @@ def _costly(graph: Graph, node: fx.Node) -> fx.Node | None:
         one = stack.pop()
         if one.target is inherit:
             continue
-        if macs(graph, one):
+        if graph.macs_of(one):
             return one
         stack += [source for source in one.all_input_nodes if source not in seen]
         seen.update(one.all_input_nodes)

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from sdgraph import Chain, Contract, Findings, Graph, Pass, Region
+from sdgraph import Chain, Contract, Findings, Graph, Pass, Region, Site
 from sdgraph.errors import EditError, SpecError, did_you_mean
-from sdgraph.inherit import Site
 from sdgraph.schedules import Explicit, Gate, Range, Schedule, Uniform, Warm
 
 PARTS = ("auto", "branch", "value", "entry")

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph import Contract, Findings, Graph, Pass, per_call
 from sdgraph.errors import EditError, SpecError
-from sdgraph.specialise import per_call
 
 ROUTINGS = ("timestep", "input")
 DONORS = ("pruned", "copies")

@@ -4,22 +4,25 @@ import importlib
 from typing import Any
 
 from . import errors
-from .apply import apply
-from .attach import attach
-from .capture import trace, trace_code
+from .calibration.search import search
+from .compiler.base import Findings, Pass
+from .compiler.chain import Chain, Fixpoint
+from .compiler.parse import parse
+from .compiler.report import NearMiss, PassReport, Report
+from .compiler.rewrite import Example, NoMatch, Rewrite
 from .contract import Contract
 from .errors import SdgraphError
-from .evaluate import Evaluation, evaluate
+from .evaluation.evaluate import Evaluation, evaluate
+from .frontend.capture import trace, trace_code
 from .graph import Graph
-from .pass_ import Chain, Findings, Fixpoint, Pass
-from .region import Region
-from .report import NearMiss, PassReport, Report
-from .rewrite import Example, NoMatch, Rewrite
-from .search import search
-from .spec import Spec, parse
-from .unet import GraphUNet
-
-__version__ = "0.1.0"
+from .inheritance.attach import attach
+from .ir.region import Region
+from .ir.sites import Site, inherit
+from .ir.specialize import per_call
+from .runtime.apply import apply
+from .runtime.unet import GraphUNet
+from .spec import Spec
+from .version import __version__
 
 __all__ = [
     "Chain",
@@ -38,12 +41,16 @@ __all__ = [
     "Report",
     "Rewrite",
     "SdgraphError",
+    "Site",
     "Spec",
+    "__version__",
     "apply",
     "attach",
     "errors",
     "evaluate",
+    "inherit",
     "parse",
+    "per_call",
     "search",
     "trace",
     "trace_code",

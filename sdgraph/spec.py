@@ -16,18 +16,19 @@ import math
 import os
 import sys
 import typing
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 from .errors import SpecError, did_you_mean
-
-if TYPE_CHECKING:
-    from .pass_ import Pass
 
 log = logging.getLogger("sdgraph")
 
 NUMBERS = {"inf": math.inf, "nan": math.nan}  # what `repr` writes for a float that is no literal
-ABSTRACT = ("sdgraph.pass_", "sdgraph.rewrite")  # these modules define what passes are made of, and no pass
+ABSTRACT = (
+    "sdgraph.compiler.base",
+    "sdgraph.compiler.chain",
+    "sdgraph.compiler.rewrite",
+)  # these modules define what passes are made of, and no pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +62,6 @@ def _text(value: Any) -> str:
     return str(value) if isinstance(value, Spec) else repr(value)
 
 
-def parse(text: str) -> tuple[Pass, ...]:
-    """Passes from text: one or more calls separated by commas, such as `"CleanUp, PruneBlocks('bk-sdm-base')"`.
-
-    Raises:
-        SpecError: at what was not understood, with the nearest known name.
-    """
-    try:
-        tree = ast.parse(f"({text},)" if text.strip() else "()", mode="eval").body
-    except SyntaxError as error:
-        raise SpecError(
-            f"cannot read the spec {text!r}: {error.msg}", cure="write calls: \"CleanUp(), PruneBlocks('bk-sdm-base')\""
-        ) from error
-    assert isinstance(tree, ast.Tuple)
-    from .pass_ import Pass
-
-    return tuple(_as_pass(_value(item, text, Pass), text) for item in tree.elts)
-
-
 def read(text: str, kind: type[Spec] = Spec) -> Spec:
     """One spec, such as a schedule, from the text that `str` made of it.
 
@@ -88,7 +71,7 @@ def read(text: str, kind: type[Spec] = Spec) -> Spec:
         SpecError: it is something else.
     """
     try:
-        found = _value(ast.parse(text, mode="eval").body, text, kind)
+        found = value_of(ast.parse(text, mode="eval").body, text, kind)
     except SyntaxError as error:
         raise SpecError(
             f"cannot read the spec {text!r}: {error.msg}", cure="write a call, as in 'Uniform(3)'"
@@ -96,42 +79,6 @@ def read(text: str, kind: type[Spec] = Spec) -> Spec:
     if not isinstance(found, Spec):
         raise SpecError(f"{text!r} is no spec", cure="write a call, as in 'Uniform(3)'")
     return found
-
-
-def as_passes(passes: Any) -> tuple[Pass, ...]:
-    """Passes from what `apply` takes: a pass, a spec, or an iterable of both.
-
-    Raises:
-        SpecError: something else is among them.
-    """
-    from .pass_ import Pass
-
-    if isinstance(passes, str):
-        return parse(passes)
-    if isinstance(passes, Pass):
-        return (passes,)
-    if isinstance(passes, type) or not isinstance(passes, Iterable):
-        raise _not_a_pass(passes)
-    found: list[Pass] = []
-    for item in passes:
-        found += parse(item) if isinstance(item, str) else [_as_pass(item, "")]
-    return tuple(found)
-
-
-def _as_pass(value: Any, text: str) -> Pass:
-    from .pass_ import Pass
-
-    if not isinstance(value, Pass):
-        raise _not_a_pass(value, text)
-    return value
-
-
-def _not_a_pass(value: Any, text: str = "") -> SpecError:
-    if isinstance(value, type) and issubclass(value, Spec):
-        cure = f"construct it: {value.__name__}(...)"
-    else:
-        cure = "pass objects of sdgraph.Pass or text specs"
-    return SpecError(f"{value!r} is not a pass", where=text, cure=cure)
 
 
 def known(kind: type[Spec] = Spec) -> dict[str, type[Spec]]:
@@ -181,14 +128,14 @@ def _defined() -> dict[str, type[Spec]]:
     return {name: one for name, one in found.items() if not name.startswith("_")}
 
 
-def _value(tree: ast.expr, text: str, kind: type[Spec]) -> Any:
+def value_of(tree: ast.expr, text: str, kind: type[Spec]) -> Any:
     """What a piece of a spec stands for.
 
     Args:
         kind: the base class of the specs that make sense here.
     """
     if isinstance(tree, ast.Tuple | ast.List):
-        return tuple(_value(item, text, kind) for item in tree.elts)
+        return tuple(value_of(item, text, kind) for item in tree.elts)
     if isinstance(tree, ast.Name):
         return NUMBERS[tree.id] if tree.id in NUMBERS else _construct(tree, text, kind)
     if isinstance(tree, ast.UnaryOp) and ast.unparse(tree) in ("-inf", "-nan"):
@@ -256,14 +203,14 @@ def _construct(tree: ast.Name | ast.Call, text: str, kind: type[Spec]) -> Any:
     name, make = _named(first, preset, text, kind)
     options = _options(make)
     kinds = [*options.values(), *[Spec] * len(call.args)]
-    args = [_value(each, text, kind) for each, kind in zip(call.args, kinds, strict=False)]
+    args = [value_of(each, text, kind) for each, kind in zip(call.args, kinds, strict=False)]
     kwargs = {}
     for keyword in call.keywords:
         option = str(keyword.arg)
         if option not in options:
             cure = did_you_mean(option, options) or f"options: {', '.join(options) or 'none'}"
             raise SpecError(f"{name} has no option {option!r}", where=text, cure=cure)
-        kwargs[option] = _value(keyword.value, text, options[option])
+        kwargs[option] = value_of(keyword.value, text, options[option])
     try:
         return make(*args, **kwargs)
     except TypeError as error:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .apply import apply
-from .capture import trace_code
+from .compiler.base import Pass
+from .compiler.parse import parse
+from .compiler.rewrite import Rewrite
+from .compiler.runner import run_pass
 from .errors import ContractError, NoChangeError
-from .pass_ import Pass
-from .rewrite import Rewrite
-from .runner import run_pass
-from .spec import parse
-from .unet import GraphUNet
+from .frontend.capture import trace_code
+from .runtime.apply import apply
+from .runtime.unet import GraphUNet
 
 
 def check(one: Pass, unet: Any = None) -> GraphUNet | None:

@@ -32,11 +32,11 @@ import sdgraph
 from sdgraph import GraphUNet, similarity
 from sdgraph.__main__ import main
 from sdgraph.errors import CallError, ModeError, SpecError
-from sdgraph.exporters.bench import bench
-from sdgraph.exporters.contents import contents
-from sdgraph.exporters.onnx import export
-from sdgraph.exporters.ort import ORTUNet
-from sdgraph.exporters.weights import SharedWeights
+from sdgraph.exporters.bundle.external_data import SharedWeights
+from sdgraph.exporters.bundle.inspect import contents
+from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.ort.bench import bench
+from sdgraph.exporters.ort.unet import ORTUNet
 from sdgraph.passes import GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.schedules import Explicit
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import sdgraph
-from sdgraph.numerics import example, run
+from sdgraph.compiler.numerics import example, run
+from sdgraph.compiler.runner import run_pass
 from sdgraph.passes import CleanUp
-from sdgraph.runner import run_pass
 
 
 class Identities(nn.Module):

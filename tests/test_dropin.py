@@ -23,8 +23,8 @@ from peft.utils import get_peft_model_state_dict
 
 import sdgraph
 from sdgraph import GraphUNet
-from sdgraph.dropin import LORA, REFUSED
 from sdgraph.errors import CallError, ModeError, SavedError, SourceError
+from sdgraph.runtime.dropin import LORA, REFUSED
 
 from .models import answer, build, call_of, load_ip_adapter
 from .test_pipelines import PIPELINES, POOLED, PROMPT, SIZE, image, large, make, noise, plain
@@ -369,7 +369,7 @@ def test_an_index_that_names_a_foreign_file_is_refused(pair: Any, tmp_path: Path
     recipe = json.loads((folder / "sdgraph.json").read_text())
     recipe["files"][index.name] = hashlib.sha256(index.read_bytes()).hexdigest()
     (folder / "sdgraph.json").write_text(json.dumps(recipe))
-    with pytest.raises(SavedError, match="without a checksum|may lead out of the folder"):
+    with pytest.raises(SavedError, match=r"without a checksum|may lead out of the folder"):
         GraphUNet.from_pretrained(folder)
 
 

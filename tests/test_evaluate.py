@@ -19,8 +19,8 @@ from scenes import models
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 import sdgraph
-from sdgraph import similarity
 from sdgraph.errors import EditError, ExtraError, PathError, QualityError, SourceError, SpecError
+from sdgraph.evaluation import metrics as similarity
 
 CALL: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
 PROMPTS = ["a red circle", "a small blue star on a white background"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -27,13 +28,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import sdgraph
 from sdgraph import errors
-from sdgraph.dims import evaluate
 from sdgraph.exporters import extra, manifest, parity, translate
-from sdgraph.exporters.onnx import export
-from sdgraph.exporters.ort import ORTUNet
-from sdgraph.exporters.simplify import simplify
+from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx.simplify import simplify
+from sdgraph.exporters.ort.unet import ORTUNet
+from sdgraph.ir.dims import evaluate
 
 from .models import CROSS, answer, build, call_of
+
+EXPORT = importlib.import_module("sdgraph.exporters.onnx.export")  # the package has the function by that name
 
 pytestmark = pytest.mark.slow
 
@@ -276,12 +279,12 @@ def test_an_existing_directory_survives_a_failure(
     def fail(*args: Any) -> Any:
         raise errors.ExportError("no")
 
-    monkeypatch.setattr("sdgraph.exporters.onnx._export", fail)
+    monkeypatch.setattr(EXPORT, "_export", fail)
     with pytest.raises(errors.ExportError, match="no"):
         export(unet, target, overwrite=True)
     assert {path.name for path in target.iterdir()} == {"mine", "sdgraph.json"}
     (report,) = [exported("sd15").report]
-    monkeypatch.setattr("sdgraph.exporters.onnx._export", lambda *args: report)
+    monkeypatch.setattr(EXPORT, "_export", lambda *args: report)
     export(unet, target, overwrite=True)
     assert {path.name for path in target.iterdir()} == {"export.json"}
     assert list(tmp_path.iterdir()) == [target]
@@ -354,7 +357,7 @@ def test_what_onnx_runtime_cannot_run_is_said(
     def fail(*args: Any) -> Any:
         raise RuntimeError("MLFloat16 data type is not supported")
 
-    monkeypatch.setattr("sdgraph.exporters.models.run", fail)
+    monkeypatch.setattr("sdgraph.exporters.ort.sessions.run", fail)
     with pytest.raises(errors.ExportError, match=r"cannot run it: MLFloat16"):
         export(exported("sd15").unet, tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []

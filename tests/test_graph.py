@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sdgraph
 from sdgraph import Graph, GraphUNet
-from sdgraph.capture import capture
 from sdgraph.errors import EditError, PathError, ShapeError, TraceError
+from sdgraph.frontend.capture import capture
 
 from .models import answer, build, call_of
 

@@ -36,16 +36,8 @@ from torch._dynamo.testing import CompileCounter
 
 import sdgraph
 from sdgraph import GraphUNet
-from sdgraph.errors import (
-    CallError,
-    EditError,
-    ModeError,
-    NoChangeError,
-    PathError,
-    ScheduleError,
-    SpecError,
-)
-from sdgraph.inherit import Site
+from sdgraph.errors import CallError, EditError, ModeError, NoChangeError, PathError, ScheduleError, SpecError
+from sdgraph.ir.sites import Site
 from sdgraph.passes import CleanUp, HoistInvariants, InheritFeatures, PruneBlocks
 from sdgraph.schedules import DenseCenter, DenseEarly, DenseLate, Explicit, Gate, Range, Run, Uniform, Warm
 

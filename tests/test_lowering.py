@@ -13,9 +13,9 @@ import sdgraph
 from sdgraph import Contract
 from sdgraph.errors import EditError, SpecError
 from sdgraph.exporters import contrib
-from sdgraph.exporters.lowering import ALL, LowerAttention, LowerBiasAdd, LowerGEGLU, LowerGroupNorm
-from sdgraph.exporters.onnx import export
-from sdgraph.exporters.ort import ORTUNet
+from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx.lowering import ALL, LowerAttention, LowerBiasAdd, LowerGEGLU, LowerGroupNorm
+from sdgraph.exporters.ort.unet import ORTUNet
 from sdgraph.passes import HoistInvariants, InheritFeatures
 
 from .models import answer, build, call_of

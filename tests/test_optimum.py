@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sdgraph
-from sdgraph.exporters.onnx import export
+from sdgraph.exporters.onnx.export import export
 
 from .test_pipelines import PIPELINES, make
 

@@ -20,6 +20,7 @@ from torch import nn
 
 import sdgraph
 from sdgraph import Chain, Contract, Findings, Fixpoint, Graph, GraphUNet, Pass
+from sdgraph.compiler.runner import fingerprint
 from sdgraph.errors import (
     CallError,
     ContractError,
@@ -35,7 +36,6 @@ from sdgraph.errors import (
     SpecError,
 )
 from sdgraph.exporters import onnx, ort
-from sdgraph.runner import fingerprint
 
 from .models import answer, build, call_of
 
@@ -437,7 +437,7 @@ def test_decisions_that_do_not_fit_the_pass_are_refused(
         ([], "and no more are recorded"),
         ([["another", 1]], "the next one recorded is 'another'"),
         ([*entry["decisions"], ["more", 1]], "did not ask for the decision 'more'"),
-        ([7], "do not give a graph"),
+        ([7], "is damaged: passes"),
     ):
         file.write_text(json.dumps(recipe | {"passes": [entry | {"decisions": decisions}]}))
         with pytest.raises(SavedError, match=words):

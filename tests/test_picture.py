@@ -12,7 +12,7 @@ import torch
 import sdgraph
 from sdgraph import Graph
 from sdgraph.errors import ExtraError, PathError, SpecError
-from sdgraph.picture import picture
+from sdgraph.views.diagram import picture
 
 from .models import build
 

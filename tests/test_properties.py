@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import sdgraph
 from sdgraph import Graph, GraphUNet
+from sdgraph.compiler.runner import run_pass
 from sdgraph.errors import SdgraphError
 from sdgraph.passes import CleanUp, PruneBlocks
-from sdgraph.runner import run_pass
 
 from .models import answer, call_of
 

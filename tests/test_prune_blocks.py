@@ -7,10 +7,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import sdgraph
-from sdgraph.capture import capture
+from sdgraph.compiler.runner import run_pass
 from sdgraph.errors import EditError, ModeError, PathError, ShapeError, SpecError
+from sdgraph.frontend.capture import capture
 from sdgraph.passes import PruneBlocks
-from sdgraph.runner import run_pass
 
 from .models import answer, build, call_of
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import sdgraph
 from sdgraph import Contract, Example, NoMatch, Rewrite
+from sdgraph.compiler.runner import run_pass
 from sdgraph.errors import ContractError, ModeError, NoChangeError, PassError, ShapeError, SpecError
 from sdgraph.passes import CleanUp, clean_up
-from sdgraph.runner import run_pass
 from sdgraph.testing import check, check_examples
 
 from .models import answer, build, call_of

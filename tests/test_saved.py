@@ -25,13 +25,13 @@ from torch import nn
 
 import sdgraph
 from sdgraph import Graph, GraphUNet, Pass
+from sdgraph.atomic import appearing
 from sdgraph.cli import main
 from sdgraph.cli.sources import load_unet
-from sdgraph.dims import evaluate
 from sdgraph.errors import ModeError, SavedError, SdgraphError
-from sdgraph.exporters.manifest import Manifest, _digest
-from sdgraph.files import appearing
-from sdgraph.saved import _read_recipe
+from sdgraph.exporters.bundle.manifest import Manifest, _digest
+from sdgraph.ir.dims import evaluate
+from sdgraph.runtime.serialization import _read_recipe
 from sdgraph.spec import read
 from sdgraph.untrusted import read_config
 
@@ -340,7 +340,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from sdgraph.errors import SavedError
-from sdgraph.files import appearing
+from sdgraph.atomic import appearing
 
 with appearing(sys.argv[1], lambda path: None, SavedError) as folder:
     (folder / "half").write_text("written")

@@ -13,11 +13,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import sdgraph
+from sdgraph.calibration.replay import Rehearsal, distances
+from sdgraph.calibration.search import Found, _best, _errors, _joint, _share, _stretches
 from sdgraph.errors import ScheduleError, SourceError, SpecError
 from sdgraph.passes import CleanUp, HoistInvariants, InheritFeatures
-from sdgraph.rehearsal import Rehearsal, distances
 from sdgraph.schedules import Explicit
-from sdgraph.search import Found, _best, _errors, _joint, _share, _stretches
 
 from .models import build
 

@@ -13,7 +13,7 @@ from torch import nn
 import sdgraph
 from sdgraph import Graph
 from sdgraph.errors import PathError
-from sdgraph.text import diff, text
+from sdgraph.views.text import diff, text
 
 from .models import build
 

@@ -14,8 +14,8 @@ from extra_passes.merge_tokens import MergeTokens, unmerge
 import sdgraph
 from sdgraph import testing
 from sdgraph.errors import EditError, SpecError
-from sdgraph.exporters.onnx import export
-from sdgraph.exporters.ort import ORTUNet
+from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.ort.unet import ORTUNet
 
 from .models import answer, build, call_of
 

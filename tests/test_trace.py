@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sdgraph
-from sdgraph.accept import accept
+from sdgraph.compiler.numerics import run
 from sdgraph.errors import CallError, SdgraphError, SourceError, TraceError
-from sdgraph.numerics import run
+from sdgraph.ir.guards import check_call
 
 from .models import ARCHITECTURES, ATTEND, CROSS, LEVELS, PLAIN, answer, build, call_of, load_ip_adapter
 
@@ -449,7 +449,7 @@ def test_a_failed_trace_leaves_nothing_behind() -> None:
 
 
 def checked(graph: sdgraph.Graph, **values: torch.Tensor) -> torch.Tensor:
-    accept(graph.resolved_inputs(), graph.guards, values, torch.float32)
+    check_call(graph.resolved_inputs(), graph.guards, values, torch.float32)
     return run(graph, values)
 
 

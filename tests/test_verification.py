@@ -11,8 +11,8 @@ import torch
 
 import sdgraph
 from sdgraph import Contract, Graph, Pass
+from sdgraph.compiler.numerics import generations
 from sdgraph.errors import ContractError
-from sdgraph.numerics import generations
 from sdgraph.passes import HoistInvariants, InheritFeatures
 from sdgraph.schedules import Once
 

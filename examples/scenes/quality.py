@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from sdgraph import similarity
+from sdgraph.evaluation import metrics as similarity
 
 from . import data
 from .caption import Said, caption, said

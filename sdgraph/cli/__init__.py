@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .. import __version__
 from ..errors import ContractError, ExportError, PassError, QualityError, SdgraphError
 from ..spec import import_module
+from ..version import __version__
 from . import apply, bench, evaluate, export, inspect, passes, search
 from .arguments import check_outputs
 from .quiet import quiet

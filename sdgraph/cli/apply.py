@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..apply import apply
-from ..spec import parse
+from ..compiler.parse import parse
+from ..runtime.apply import apply
 from .arguments import DTYPES, imports, writes
 from .sources import load_unet
 

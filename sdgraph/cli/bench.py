@@ -28,8 +28,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    from ..exporters.bench import bench
-    from ..exporters.ort import ORTUNet
+    from ..exporters.ort.bench import bench
+    from ..exporters.ort.unet import ORTUNet
 
     unet = ORTUNet.from_pretrained(exported(chosen.directory), provider=chosen.provider)
     figures = bench(unet, chosen.calls, chosen.size, chosen.batch, chosen.repeats)

@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..compiler.parse import parse
 from ..errors import SpecError, did_you_mean
-from ..evaluate import PERCEPTUAL, evaluate
-from ..similarity import CLIP
-from ..spec import parse
+from ..evaluation.evaluate import PERCEPTUAL, evaluate
+from ..evaluation.metrics import CLIP
 from .arguments import DTYPES, bound, device, imports, positive, writes
 from .sources import load_pipeline, load_unet, read_prompts
 
@@ -70,7 +70,7 @@ def run(chosen: argparse.Namespace) -> None:
 def _change(text: str, dtype: str) -> Any:
     folder = Path(text).expanduser()
     if (folder / "model.onnx").is_file():
-        from ..exporters.ort import ORTUNet
+        from ..exporters.ort.unet import ORTUNet
 
         return ORTUNet.from_pretrained(folder)
     if folder.is_dir():

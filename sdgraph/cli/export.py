@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..apply import apply
-from ..spec import parse
+from ..compiler.parse import parse
+from ..runtime.apply import apply
 from .arguments import imports, positive, writes
 from .sources import load_unet
 
@@ -33,7 +33,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    from ..exporters.onnx import check_target, export
+    from ..exporters.onnx.export import check_target, export
 
     check_target(chosen.overwrite, chosen.out)  # before minutes are spent
     passes = parse(chosen.passes)

@@ -20,6 +20,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    from ..exporters.contents import contents
+    from ..exporters.bundle.inspect import contents
 
     print(contents(exported(chosen.directory), chosen.calls, verify=not chosen.no_verify))

@@ -16,8 +16,9 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+from ..compiler.base import Pass
+from ..compiler.chain import Chain
 from ..errors import SdgraphError, SpecError, did_you_mean
-from ..pass_ import Chain, Pass
 from ..spec import Spec, presets
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..search import search
-from ..spec import parse
+from ..calibration.search import search
+from ..compiler.parse import parse
 from .arguments import DTYPES, device, imports, positive, write_json, writes
 from .sources import load_pipeline, read_prompts
 

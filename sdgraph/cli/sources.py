@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..errors import SavedError, SourceError, SpecError
-from ..unet import GraphUNet
+from ..runtime.unet import GraphUNet
 
 
 def folder_of(source: str) -> Path | None:

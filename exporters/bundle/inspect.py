@@ -1,0 +1,82 @@
+"""What an exported directory holds, for the reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from sdgraph.inheritance.timetable import played, ranges
+from sdgraph.schedules import Run
+from sdgraph.untrusted import read_config
+from sdgraph.views.format import columns
+from sdgraph.views.text import cost, count, several
+
+from .manifest import AGAIN, CONFIG, DATA, MODEL, REFRESH, REPORT, Manifest, Model
+from .untrusted import check_model
+
+
+def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
+    """A table of the graphs, what calls inherit, the inputs and the files.
+
+    Args:
+        calls: of the generation whose calls are told, at timesteps evenly spaced.
+        verify: compare the files with their hashes.
+    Raises:
+        SavedError: what is there is not whole.
+        ScheduleError: a schedule does not fit the calls.
+    """
+    read_config(directory / CONFIG, AGAIN)
+    manifest = Manifest.read(directory)
+    if verify:
+        manifest.check_files(directory, manifest.files)
+    first = manifest.models[0]
+    lines = [
+        f"{directory}: {manifest.dtype}, opset {manifest.opset}, written by sdgraph {manifest.version}",
+        f"passes: {', '.join(manifest.recipe) or 'none'}",
+        f"{manifest.artefact}, {manifest.layout}; " + ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
+        "",
+    ]
+    served = _calls(manifest, calls)
+    rows: list[tuple[str, ...]] = [("graph", "nodes", "MACs", "share", "takes", "gives", f"of {calls} calls")]
+    for model in manifest.models:
+        check_model(directory / model.file, manifest.files)
+        nodes = len(onnx.load(directory / model.file, load_external_data=False).graph.node)
+        figures = (cost(model.macs), f"{model.macs / first.macs:.1%}", str(len(model.takes)), str(len(model.gives)))
+        rows.append((model.file, str(nodes), *figures, ranges(served.get(model, [])) or "-"))
+    lines.append(columns(rows))
+    total = sum(model.macs * len(numbers) for model, numbers in served.items())
+    if total:
+        lines.append(f"at most {calls * first.macs / total:.2f} times as fast as computing everything")
+    if first.file == REFRESH:
+        lines.append(f"{MODEL} is {REFRESH} with one output, for other tools")
+    schedules: dict[tuple[str, int], list[str]] = {}
+    for value in manifest.values:
+        schedules.setdefault((value.schedule, value.forecast), []).append(value.site)
+    if schedules:
+        rows = [("inherited", "schedule", "forecast")]
+        rows += [(several(sites), schedule, str(order)) for (schedule, order), sites in schedules.items()]
+        lines += ["", columns(rows)]
+    rows = [("input", "shape", "dtype")]
+    for spec in manifest.model_inputs:
+        dtype = str(manifest.dtype_of(spec)).removeprefix("torch.")
+        rows.append((spec.name, ", ".join(map(str, spec.shape or ())), dtype))
+    lines += ["", columns(rows), ""]
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != REPORT}
+    lines.append(f"{count(sum(sizes.values()))}B, of which {count(sizes.get(DATA, 0))}B weights")
+    return "\n".join(lines)
+
+
+def _calls(manifest: Manifest, calls: int) -> dict[Model, list[int]]:
+    """Which calls each graph serves."""
+
+    def refreshed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(manifest.model_for(stale)[0].gives, torch.empty(0))
+
+    found: dict[Model, list[int]] = {}
+    run = Run.of(np.linspace(999, 0, calls).tolist())
+    for number, (stale, _) in enumerate(played(run, manifest.sites, refreshed)):
+        found.setdefault(manifest.model_for(stale)[0], []).append(number)
+    return found

@@ -1,0 +1,361 @@
+"""`export`: a UNet as a directory that ONNX Runtime runs, checked against eager before it is there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from tqdm import tqdm
+
+import sdgraph
+from sdgraph import GraphUNet
+from sdgraph.atomic import appearing
+from sdgraph.errors import ExportError, SavedError, SdgraphError, SpecError, did_you_mean
+
+from ..bundle.example_calls import example_call, with_values
+from ..bundle.external_data import Weights
+from ..bundle.extra import require_onnx
+from ..bundle.manifest import ARTEFACTS, CONFIG, DATA, DTYPES, LAYOUTS, MANIFEST, MODEL, REPORT, Manifest, describe
+from . import parity
+from .parity import Comparison, ExportReport
+
+if TYPE_CHECKING:
+    from ..ort.unet import ORTUNet
+
+log = logging.getLogger("sdgraph")
+
+# 18 is the oldest torch translates to. From 21 on it writes GroupNormalization, for which no provider has a kernel: it
+# is inlined into thousands of nodes.
+OPSETS = range(18, 21)
+CHOOSING = ("TopK", "ArgMax", "ArgMin")  # operators whose answer jumps where two values meet
+
+
+def export(
+    unet: GraphUNet | UNet2DConditionModel,
+    directory: str | os.PathLike[str],
+    *,
+    artefact: str = "portable",
+    layout: str = "variants",
+    dtype: torch.dtype | None = None,
+    inputs: Collection[str] = (),
+    calls: int | Sequence[float] = 50,
+    opset: int = 20,
+    overwrite: bool = False,
+    atol: float | None = None,
+    rtol: float | None = None,
+    progress: bool = True,
+) -> ExportReport:
+    """Write a UNet as ONNX models with dynamic batch, height, width and sequence length: one for each kind of call, all
+    over one file of weights.
+
+    The models take `sample` `(batch, channels, height, width)`, `timestep` `(1 or batch,)` in float32,
+    `encoder_hidden_states` `(batch, sequence, features)` and what else the configuration requires, and give
+    `out_sample`. `model.onnx` computes everything, and other tools run it alone. A UNet that inherits features has
+    `refresh.onnx` and `inherit_N.onnx` besides: they also take `inherited.SITE` and give `refreshed.SITE`, which is for
+    `ORTUNet` to see to.
+
+    The directory holds `config.json`, the models, their weights in `model.onnx.data`, `sdgraph.json`, which says what
+    they are, and the report in `export.json`. It appears complete and checked, or not at all.
+
+    Args:
+        unet: what `sdgraph.apply` returned, or a diffusers UNet; in float32 or float16.
+        directory: to be made; its parents are made too.
+        artefact: "portable" has standard operators only, for any provider. "cuda" has ONNX Runtime's own operators for
+            normalisation, attention and feed-forward in their place (`sdgraph.exporters.lowering`), which have kernels
+            in its CUDA provider; elsewhere they are computed by their definitions, which is slow.
+        layout: "variants" is a file for each kind of call. "single" is one file that branches on its input `model`, for
+            those who want one; CUDA graphs cannot hold it, and other tools must choose the branch themselves.
+        dtype: float32 or float16; by default the UNet's, which stays as it is.
+        inputs: optional inputs to include: names of arguments such as "mid_block_additional_residual". A call of the
+            exported model must then give them.
+        calls: the generations to serve, of a UNet that inherits features: how many calls, or their timesteps. There is
+            a model for each kind of call among them; one of another kind computes more than it need.
+        opset: version of the ONNX operators, 18 to 20.
+        overwrite: replace an earlier export, once the new one is checked.
+        atol, rtol: bound on the largest difference from eager, `atol + rtol * largest value`.
+        progress: show a progress bar.
+    Returns:
+        the comparison of each model with eager at two shapes on ONNX Runtime's CPU provider; prints as a table.
+    Raises:
+        ExtraError: the `onnx` extra is not installed.
+        ExportError: wrong kind of model or dtype, the directory exists or cannot be written, or the translation failed.
+        ScheduleError: a schedule does not fit `calls`.
+        ParityError: the numbers are out of bounds.
+        SpecError: unknown inputs, artefact, layout or opset.
+    """
+    require_onnx()
+    unet = _as_graph(unet, dtype)
+    if opset not in OPSETS:
+        raise SpecError(f"opset {opset} is not covered", cure=f"covered: {OPSETS[0]} to {OPSETS[-1]}")
+    for name, value, known in (("artefact", artefact, ARTEFACTS), ("layout", layout, LAYOUTS)):
+        if value not in known:
+            raise SpecError(f"no {name} {value!r}", cure=f"one of {', '.join(known)}")
+    manifest = describe(unet, _chosen(unet, inputs), artefact, layout, opset, calls)
+    lowered, fused = _lowered(unet) if artefact == "cuda" else (unet, {})
+    bounds = parity.BOUNDS[manifest.torch_dtype]
+    atol, rtol = bounds[0] if atol is None else atol, bounds[1] if rtol is None else rtol
+    training = unet.training
+    with appearing(directory, partial(check_target, overwrite), ExportError) as folder:
+        try:
+            torch.nn.Module.train(unet, False)  # not its own: that would reset which weights are trainable
+            with torch.no_grad():
+                report = _export(unet, lowered, folder, manifest, (atol, rtol), progress)
+                report = replace(report, fused=fused)
+        finally:
+            torch.nn.Module.train(unet, training)
+        (folder / REPORT).write_text(report.json())
+    log.info("exported to %s\n%s", directory, report)
+    return report
+
+
+def _lowered(unet: GraphUNet) -> tuple[GraphUNet, dict[str, int]]:
+    """The UNet with ONNX Runtime's own operators, and how often each lowering applied."""
+    from .lowering import ALL
+
+    lowered = sdgraph.apply(unet, ("CleanUp", *ALL), verify=False)  # the export is checked, as a whole
+    reports = lowered.report.passes[-len(ALL) :]
+    return lowered, {type(one).__name__: len(each.edits) for one, each in zip(ALL, reports, strict=True)}
+
+
+def _export(
+    unet: GraphUNet,
+    lowered: GraphUNet,
+    folder: Path,
+    manifest: Manifest,
+    bounds: tuple[float, float],
+    progress: bool,
+) -> ExportReport:
+    import onnx_ir
+
+    from . import translate
+
+    seconds: dict[str, float] = {}
+    nodes: dict[str, int] = {}
+    choosing = 0
+    stages = 6 * len(manifest.models) + 1  # four to make each, two to check it; and opening them
+    with tqdm(total=stages, desc="export", unit="stage", disable=not progress) as bar, _ticking(bar):
+
+        @contextmanager
+        def stage(name: str, file: str) -> Iterator[None]:
+            bar.set_description(f"export: {name} {file}")
+            start = time.perf_counter()
+            yield
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            bar.update()
+
+        weights = Weights(folder / DATA)
+        example = example_call(unet, manifest)
+        for model in manifest.models:
+            module = lowered.variant(frozenset(manifest.given), frozenset(model.takes))
+            inputs, outputs = manifest.inputs_of(model), manifest.outputs_of(model)
+            with stage("capture", model.file):
+                program = translate.capture(module, with_values(unet, manifest, model, example), inputs)
+            with stage("translate", model.file):
+                made = translate.translate(program, manifest.opset)
+            with stage("compact", model.file):
+                translate.compact(made, inputs, outputs)
+                nodes[model.file] = len(made.graph)
+                choosing += sum(node.op_type in CHOOSING for node in made.graph)
+            with stage("write", model.file), _written(folder):
+                weights.take(made)
+                made.producer_name, made.producer_version = "sdgraph", sdgraph.__version__
+                made.metadata_props["sdgraph.recipe"] = ", ".join(manifest.recipe)
+                onnx_ir.save(made, folder / model.file)
+            del made, program
+        with _written(folder):
+            if manifest.layout == "single":
+                manifest = _joined(folder, manifest)
+            elif manifest.models[0].file != MODEL:
+                _write_plain(folder, manifest.models[0].file)
+            (folder / CONFIG).write_bytes(_config(unet))
+            manifest.write(folder)
+        with stage("check", MODEL):
+            loaded = _loaded(folder, Manifest.read(folder))
+        comparisons = _compare(unet, loaded, list(nodes), bounds, stage)
+    weight_bytes = sum(p.numel() * p.element_size() for p in unet.parameters())
+    file_bytes = sum(f.stat().st_size for f in folder.iterdir())
+    report = ExportReport(nodes, weight_bytes, file_bytes, comparisons, seconds)
+    parity.require(report, choosing)
+    return report
+
+
+@contextmanager
+def _ticking(bar: tqdm[Any]) -> Iterator[None]:
+    """The time on a bar goes on during a stage: capturing and translating a large UNet take a minute."""
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(1):
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _joined(folder: Path, manifest: Manifest) -> Manifest:
+    """All models in one file."""
+    import onnx
+
+    from .merge import merge
+
+    files = [folder / model.file for model in manifest.models]
+    models = [onnx.load(file, load_external_data=False) for file in files]
+    for file in files:
+        file.unlink()
+    onnx.save(merge(models, manifest), folder / MODEL)
+    return replace(manifest, models=tuple(replace(model, file=MODEL) for model in manifest.models))
+
+
+def _write_plain(folder: Path, file: str) -> None:
+    """`model.onnx`: the graph that computes everything, with one output, over the same weights. Tools that know nothing
+    of inheriting run it as any other UNet."""
+    import onnx
+
+    model = onnx.load(folder / file, load_external_data=False)
+    del model.graph.output[1:]
+    onnx.save(model, folder / MODEL)
+
+
+def _loaded(folder: Path, manifest: Manifest) -> ORTUNet:
+    from ..ort.unet import ORTUNet
+
+    try:
+        return ORTUNet.from_pretrained(
+            folder, provider="CPUExecutionProvider", session_options=_lean(manifest), verify=False
+        )
+    except SavedError as error:
+        raise ExportError(f"the exported model does not load: {error.what}", cure="please report it") from error
+
+
+def _compare(
+    unet: GraphUNet,
+    loaded: ORTUNet,
+    names: Sequence[str],
+    bounds: tuple[float, float],
+    stage: Callable[[str, str], AbstractContextManager[None]],
+) -> tuple[Comparison, ...]:
+    """Every output of every model, at two shapes."""
+    found = []
+    manifest = loaded.manifest
+    for name, model in zip(names, manifest.models, strict=True):
+        module = unet.variant(frozenset(manifest.given), frozenset(model.takes))
+        for call in parity.calls(unet, manifest):
+            with stage("check", name):
+                given = with_values(unet, manifest, model, call)
+                eager = module(*given.values())
+                eager = eager if isinstance(eager, tuple) else (eager,)
+                try:
+                    exported = loaded.models.run(model, given, manifest.check(call))
+                except SdgraphError:
+                    raise
+                except Exception as error:  # ONNX Runtime's errors have no base of their own
+                    raise ExportError(
+                        f"ONNX Runtime opens the exported model and cannot run it: {error}",
+                        where=name,
+                        cure="an operator that a pass inserted may have no kernel for its dtype; try float32",
+                    ) from error
+                found.append(parity.compare(name, eager, exported, call, *bounds))
+        loaded.models.close(model)
+    return tuple(found)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"writing failed: {error.strerror or error}", where=str(folder.parent), cure="check space and rights"
+        ) from error
+
+
+def _lean(manifest: Manifest) -> dict[str, Any]:
+    """Settings with which a session takes little memory beside its weights, and those as they lie in the file."""
+    import onnxruntime
+
+    level, order = onnxruntime.GraphOptimizationLevel, onnxruntime.ExecutionOrder
+    # The CPU computes float16 in float32, and optimised would keep all weights in that; beyond the extended level it
+    # rearranges the weights of convolutions.
+    half = manifest.dtype == "float16"
+    return {
+        "enable_cpu_mem_arena": False,
+        "execution_order": order.PRIORITY_BASED,  # weights are cast when they are used, not all at first
+        "session.disable_prepacking": 1,
+        "graph_optimization_level": level.ORT_DISABLE_ALL if half else level.ORT_ENABLE_EXTENDED,
+    }
+
+
+def _as_graph(unet: Any, dtype: torch.dtype | None) -> GraphUNet:
+    if isinstance(unet, UNet2DConditionModel):
+        unet = sdgraph.apply(unet)
+    if not isinstance(unet, GraphUNet):
+        hint = "pass pipe.unet" if hasattr(unet, "unet") else "pass what sdgraph.apply returned, or a diffusers UNet"
+        raise ExportError(f"a {type(unet).__name__} cannot be exported", cure=hint)
+    if dtype not in (None, unet.dtype):
+        unet = sdgraph.apply(unet, (), verify=False)
+        unet.to(dtype)
+    name = str(unet.dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        why = "; ONNX Runtime has no bfloat16 kernels for Resize" if name == "bfloat16" else ""
+        raise ExportError(
+            f"a UNet in {name} cannot be exported{why}", where="dtype", cure="unet.to(torch.float16) or torch.float32"
+        )
+    return unet  # type: ignore[no-any-return]
+
+
+def _chosen(unet: GraphUNet, names: Collection[str]) -> frozenset[str]:
+    """Names of the flat inputs that the given argument names stand for."""
+    if isinstance(names, str):
+        names = (names,)
+    chosen = {"timestep_cond"}  # pipelines give it whenever the configuration has it
+    optional = [spec for spec in unet.graph.inputs if spec.optional]
+    for name in names:
+        found = {spec.name for spec in optional if name in (spec.name, spec.place[0])}
+        if not found:
+            known = list(dict.fromkeys(str(spec.place[0]) for spec in optional))
+            cure = did_you_mean(name, known) or f"optional inputs of this UNet: {', '.join(known)}"
+            raise SpecError(f"no optional input {name!r}", where="inputs", cure=cure)
+        chosen |= found
+    return frozenset(chosen)
+
+
+def _config(unet: GraphUNet) -> bytes:
+    public = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    named = {"_class_name": "UNet2DConditionModel", "_diffusers_version": diffusers.__version__, **public}
+    return (json.dumps(named, indent=2, sort_keys=True) + "\n").encode()
+
+
+def check_target(overwrite: bool, target: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ExportError: something is, and is no earlier export or `overwrite` is not wished.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        cure = "pass overwrite=True (--overwrite on the command line), or choose another"
+        raise ExportError("the directory exists", where=str(target), cure=cure)
+    if not target.is_dir() or (
+        any(target.iterdir()) and not any((target / name).exists() for name in (MANIFEST, REPORT))
+    ):
+        raise ExportError(
+            "this is not an earlier export", where=str(target), cure="remove it yourself, or choose another"
+        )

@@ -1,0 +1,99 @@
+"""All kinds of calls in one ONNX file: each graph is a branch of an `If`, chosen by the input `model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+from onnx import helper
+
+from ..bundle.manifest import CHOICE, Manifest
+
+INT64 = onnx.TensorProto.INT64
+
+
+def merge(models: Sequence[onnx.ModelProto], manifest: Manifest) -> onnx.ModelProto:
+    """One model out of those of a manifest, in its order.
+
+    Its inputs are those of a call, `model`, which is the number of the graph to run, and `inherited.SITE` of all sites;
+    its outputs the noise prediction and `refreshed.SITE` of all sites, which is what was inherited where a graph does
+    not compute it.
+    """
+    kind = models[0].graph.output[0].type.tensor_type.elem_type
+    weights: dict[str, onnx.TensorProto] = {}
+    branches = [_branch(model.graph, i, manifest, weights) for i, model in enumerate(models)]
+    names = [each.name for each in branches[0].output]
+    nodes: list[onnx.NodeProto] = []
+    chosen = branches[-1]
+    for i in reversed(range(len(branches) - 1)):
+        outputs = [name.partition("/")[2] if i == 0 else f"else{i}/{name.partition('/')[2]}" for name in names]
+        steps = [
+            helper.make_node("Constant", [], [f"number{i}"], value=helper.make_tensor("", INT64, [], [i])),
+            helper.make_node("Equal", [CHOICE, f"number{i}"], [f"is{i}"]),
+            helper.make_node("If", [f"is{i}"], outputs, then_branch=branches[i], else_branch=chosen),
+        ]
+        if i == 0:
+            nodes = steps
+        else:
+            results = [helper.make_tensor_value_info(name, kind, None) for name in outputs]
+            chosen = helper.make_graph(steps, f"else{i}", [], results)
+    first = models[0].graph
+    values = [
+        helper.make_tensor_value_info(f"inherited.{value.site}", kind, [_dim(d) for d in value.shape])
+        for value in manifest.values
+    ]
+    results = [first.output[0], *(_renamed(each, "refreshed") for each in values)]
+    choice = helper.make_tensor_value_info(CHOICE, INT64, [])
+    graph = helper.make_graph(nodes, "unet", [*first.input, choice, *values], results, list(weights.values()))
+    made = helper.make_model(graph, opset_imports=models[0].opset_import, ir_version=models[0].ir_version)
+    made.metadata_props.extend(models[0].metadata_props)
+    made.producer_name, made.producer_version = models[0].producer_name, models[0].producer_version
+    return made
+
+
+def _branch(
+    graph: onnx.GraphProto, number: int, manifest: Manifest, weights: dict[str, onnx.TensorProto]
+) -> onnx.GraphProto:
+    """A graph without inputs, whose values have names of their own; its weights go to `weights`."""
+    names: dict[str, str] = {"": ""}
+    for tensor in graph.initializer:
+        name = tensor.name
+        if name in weights and weights[name].SerializeToString() != tensor.SerializeToString():
+            name = f"{number}/{name}"
+        names[tensor.name] = name
+        kept = onnx.TensorProto()
+        kept.CopyFrom(tensor)
+        kept.name = name
+        weights[name] = kept
+    given = {each.name for each in graph.input}
+    nodes = []
+    for node in graph.node:
+        names |= {name: f"{number}/{name}" for name in node.output if name}
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        copied.name = f"{number}/{node.name}"
+        copied.input[:] = [name if name in given else names[name] for name in node.input]
+        copied.output[:] = [names[name] for name in node.output]
+        nodes.append(copied)
+    model = manifest.models[number]
+    for value in manifest.values:
+        if value.site not in model.gives:
+            passed = f"{number}/refreshed.{value.site}"
+            nodes.append(helper.make_node("Identity", [f"inherited.{value.site}"], [passed]))
+    outputs = [graph.output[0].name, *(f"refreshed.{value.site}" for value in manifest.values)]
+    kind = graph.output[0].type.tensor_type.elem_type
+    results = [helper.make_tensor_value_info(f"{number}/{name}", kind, None) for name in outputs]
+    return helper.make_graph(nodes, f"model{number}", [], results)
+
+
+def _dim(dim: int | str) -> int | str:
+    from .translate import readable
+
+    return dim if isinstance(dim, int) else readable(dim)
+
+
+def _renamed(value: onnx.ValueInfoProto, kind: str) -> onnx.ValueInfoProto:
+    made = onnx.ValueInfoProto()
+    made.CopyFrom(value)
+    made.name = f"{kind}.{value.name.partition('.')[2]}"
+    return made

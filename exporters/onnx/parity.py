@@ -1,0 +1,142 @@
+"""The exported model against eager: the calls compared, the bounds, the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from sdgraph import GraphUNet
+from sdgraph.errors import ParityError
+from sdgraph.views.format import columns
+
+from ..bundle.example_calls import random_call, unit_of
+from ..bundle.manifest import Manifest
+
+# Largest difference allowed, as (atol, rtol) with rtol of the largest eager value. fp32 differs by the order of
+# summation only, about 1e-6; fp16 rounds to 1e-3 at each of hundreds of operations, in different places.
+BOUNDS = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-3, 2e-2)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One call of both.
+
+    Args:
+        model: the file.
+        shapes: of the inputs, by name.
+        largest: largest absolute value of the eager output that is the furthest off, by its bound.
+        difference: largest absolute difference of that one.
+        bound: what it must not exceed.
+    """
+
+    model: str
+    shapes: dict[str, tuple[int, ...]]
+    largest: float
+    difference: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.bound  # not so for nan
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote and how it compares with eager. Prints as a table; `as_dict()` is plain data.
+
+    Args:
+        nodes: operators in each ONNX graph, by file.
+        weight_bytes: of the UNet's parameters.
+        file_bytes: of the models, their weights, configuration and manifest on disk.
+        comparisons: one per model and shape.
+        seconds: by stage.
+        fused: places at which each lowering applied.
+    """
+
+    nodes: dict[str, int]
+    weight_bytes: int
+    file_bytes: int
+    comparisons: tuple[Comparison, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+    fused: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [("model", "nodes", "sample", "largest |eager|", "difference", "bound", "")]
+        for c in self.comparisons:
+            size = "x".join(map(str, c.shapes["sample"]))
+            verdict = "ok" if c.holds else "OUT OF BOUNDS"
+            figures = (f"{c.largest:.3g}", f"{c.difference:.3g}", f"{c.bound:.3g}")
+            rows.append((c.model, str(self.nodes[c.model]), size, *figures, verdict))
+        took = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
+        size = f"{self.file_bytes / 1e6:.1f} MB for {self.weight_bytes / 1e6:.1f} MB of weights"
+        fused = [", ".join(f"{name} {count}" for name, count in self.fused.items())] if self.fused else []
+        return "\n".join([columns(rows), *fused, size, took])
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2) + "\n"
+
+
+def calls(unet: GraphUNet, manifest: Manifest) -> list[dict[str, torch.Tensor]]:
+    """Two random calls that share no size: one that the down-sampling divides, one that it does not, if the graph
+    takes such.
+
+    The second gives one timestep for the whole batch.
+    """
+    unit = unit_of(unet)
+    even = unet.graph.allowed(B=3, H=2 * unit, W=3 * unit, L=11)
+    odd = unet.graph.allowed(B=2, H=2 * unit + 1, W=unit + 3, L=4)
+    symbols = [s for s in unet.graph.dims.symbols if s.name not in even]
+    first = random_call(unet, manifest, {s.name: s.nominal for s in symbols} | even)
+    second = random_call(unet, manifest, {s.name: s.generic for s in symbols} | odd, seed=1)
+    second["timestep"] = second["timestep"][:1]
+    return [first, second]
+
+
+def compare(
+    model: str,
+    eager: Sequence[torch.Tensor],
+    exported: Sequence[torch.Tensor],
+    call: Mapping[str, torch.Tensor],
+    atol: float,
+    rtol: float,
+) -> Comparison:
+    """How far an exported model's outputs are from eager's: the worst of them."""
+    shapes = {name: tuple(value.shape) for name, value in call.items()}
+    found = []
+    for mine, other in zip(eager, exported, strict=True):
+        largest = float(mine.abs().max())
+        same = mine.shape == other.shape
+        difference = float((mine.cpu().double() - other.cpu().double()).abs().max()) if same else float("nan")
+        found.append(Comparison(model, shapes, largest, difference, atol + rtol * largest))
+    return next((each for each in found if not each.holds), max(found, key=lambda each: each.difference - each.bound))
+
+
+def require(report: ExportReport, choosing: int = 0) -> None:
+    """Refuse a report that is out of bounds.
+
+    Args:
+        choosing: how many operators choose by values, such as a sort.
+    Raises:
+        ParityError: with the table.
+    """
+    for comparison in report.comparisons:
+        if not comparison.largest < float("inf"):
+            raise ParityError(
+                "the UNet itself gives values that are not finite on random inputs",
+                where=f"shapes {comparison.shapes}",
+                cure="in float16 it overflows: export it in float32",
+            )
+        if not comparison.holds:
+            sorts = f"; {choosing} operators choose by values, as a sort does: where two nearly agree, rounding decides"
+            raise ParityError(
+                f"the exported model is out of bounds against eager\n{report}",
+                where=f"{comparison.model} at {comparison.shapes}",
+                cure="nothing was written; pass atol= and rtol= if this difference is acceptable, else report it"
+                + sorts * bool(choosing),
+            )

@@ -1,0 +1,8 @@
+"""How an exported folder is run on ONNX Runtime: `ORTUNet`.
+
+It imports `bundle`.
+"""
+
+from .unet import ORTUNet
+
+__all__ = ["ORTUNet"]

@@ -1,0 +1,127 @@
+"""How fast an exported directory is, on this machine."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from tqdm import tqdm
+
+from sdgraph.errors import SpecError
+from sdgraph.ir.inputs import Input
+from sdgraph.views.format import columns
+
+from .unet import ORTUNet
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Times of one run; medians, in seconds. Prints as a table.
+
+    Args:
+        models: of one call, by graph.
+        generation: of all calls as they are scheduled.
+        everything: of as many calls that compute everything.
+        calls, batch, size: what was run.
+        on: provider, versions and device.
+    """
+
+    models: dict[str, float]
+    generation: float
+    everything: float
+    calls: int
+    batch: int
+    size: tuple[int, int]
+    on: dict[str, str]
+
+    def __str__(self) -> str:
+        first = next(iter(self.models.values()))
+        rows = [(name, f"{1000 * each:.4g} ms", f"{each / first:.3f}") for name, each in self.models.items()]
+        rows.append((f"{self.calls} calls", f"{self.generation:.4g} s", f"{self.generation / self.everything:.3f}"))
+        head = f"latents {self.size[0]}x{self.size[1]}, batch {self.batch}; " + ", ".join(self.on.values())
+        told = "the last column is relative to computing everything, measured in turns"
+        return "\n".join([head, columns(rows), told])
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    unet: ORTUNet, calls: int = 20, size: Sequence[int] | None = None, batch: int = 2, repeats: int = 3
+) -> Figures:
+    """Time each graph, and whole generations, in turns; the first turn is not counted.
+
+    Args:
+        calls: of a generation, at timesteps evenly spaced.
+        size: height and width of the latents; the configuration's by default.
+        batch: of a call; with guidance twice that of the images.
+    Raises:
+        SpecError: no calls or repeats; no size, where the configuration has none.
+    """
+    if calls < 1 or repeats < 1 or batch < 1:
+        raise SpecError(f"{calls} calls, {repeats} repeats, batch {batch}", where="bench", cure="at least 1 of each")
+    size = size or _side(unet)
+    height, width = size
+    flat = _random(unet, {"B": batch, "H": height, "W": width, "L": 77})
+    timesteps = [torch.tensor([float(t)]) for t in np.linspace(999, 0, calls)]
+    sizes = unet.manifest.check(flat)
+    outputs = unet.models.run(unet.manifest.models[0], flat, sizes)
+    values = dict(zip(unet.manifest.models[0].gives, outputs[1:], strict=True))
+
+    def generation() -> None:
+        conditioning = {i.name: flat[i.name].clone() for i in unet.manifest.model_inputs if i.conditioning}
+        with unet.expecting([float(t) for t in timesteps]):  # other tensors are another generation
+            for timestep in timesteps:
+                unet.run({**flat, **conditioning, "timestep": timestep})
+
+    def everything() -> None:
+        for timestep in timesteps:
+            unet.models.run(unet.manifest.models[0], {**flat, "timestep": timestep}, sizes)
+
+    ways: dict[str, Callable[[], Any]] = {"generation": generation, "everything": everything}
+    single = unet.manifest.layout == "single"  # then all graphs are branches of one file
+    names = [f"{m.file}, branch {i}" if single else m.file for i, m in enumerate(unet.manifest.models)]
+    for name, model in zip(names, unet.manifest.models, strict=True):
+        given = {**flat, **{f"inherited.{site}": values[site] for site in model.takes}}
+        ways[name] = lambda model=model, given=given: unet.models.run(model, given, sizes)  # type: ignore[misc]
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in tqdm(range(repeats + 1), desc="bench", unit="turn"):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if turn:
+                samples[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(each) for name, each in samples.items()}
+    on = {
+        "provider": unet.models.provider,
+        "onnxruntime": f"onnxruntime {onnxruntime.__version__}",
+        "torch": f"torch {torch.__version__}",
+        "device": torch.cuda.get_device_name(unet.device) if unet.device.type == "cuda" else platform.machine(),
+    }
+    models = {name: medians[name] for name in names}
+    return Figures(models, medians["generation"], medians["everything"], calls, batch, (height, width), on)
+
+
+def _side(unet: ORTUNet) -> tuple[int, int]:
+    side = unet.config.get("sample_size")
+    if side is None:
+        raise SpecError("the configuration has no sample_size", where="bench", cure="pass size=(height, width)")
+    return (side, side) if isinstance(side, int) else tuple(side)
+
+
+def _random(unet: ORTUNet, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    from ..bundle.example_calls import random_call
+
+    def known(spec: Input) -> set[str]:
+        return {d for d in spec.shape or () if isinstance(d, str) and d.isidentifier()}
+
+    for spec in unet.manifest.model_inputs:  # sizes that are the model's alone, as the number of time ids
+        sizes |= dict.fromkeys(known(spec) - set(sizes), 6)
+    return random_call(unet, unet.manifest, sizes)

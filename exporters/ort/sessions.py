@@ -1,0 +1,249 @@
+"""The models of an exported directory as ONNX Runtime's sessions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdgraph.errors import CallError, ExtraError, SavedError, SdgraphError, SpecError, did_you_mean
+from sdgraph.ir.dims import evaluate
+from sdgraph.ir.inputs import Input
+
+from ..bundle.external_data import SharedWeights
+from ..bundle.manifest import AGAIN, CHOICE, NAMES, Manifest, Model
+from . import session_options as options
+from .io_binding import Captured, run
+from .session_options import CPU, CUDA, CUDA_OPTIONS
+
+log = logging.getLogger("sdgraph")
+_ORT = {torch.float32: "tensor(float)", torch.float16: "tensor(float16)", torch.int64: "tensor(int64)"}
+
+
+class Models:
+    """The graphs of a directory, each opened when it is first run.
+
+    Args:
+        folder: where they are; checked.
+        others: see `ORTUNet.from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        provider: str | None,
+        provider_options: Mapping[str, Any] | None,
+        session_options: Any,
+        free_dims: Mapping[str, int] | None,
+        cuda_graph: bool,
+    ) -> None:
+        import onnxruntime
+
+        self.folder, self.manifest = folder, manifest
+        self.provider = _provider(provider, onnxruntime.get_available_providers())
+        chosen = {**(CUDA_OPTIONS if self.provider == CUDA else {}), **(provider_options or {})}
+        self._provider_options = {key: str(value) for key, value in chosen.items()}
+        self._free_dims = dict(free_dims or {})
+        self._sizes = _by_symbol(self._free_dims)
+        self._session_options = {} if session_options is None else session_options
+        if isinstance(session_options, onnxruntime.SessionOptions):
+            _require_nothing_else(free_dims, manifest, self.provider)
+        elif not isinstance(self._session_options, Mapping):
+            cure = "pass a mapping of attributes of onnxruntime.SessionOptions"
+            raise SpecError(f"{type(session_options).__name__} is no mapping", where="session_options", cure=cure)
+        elif not cuda_graph and self._session_options.get("enable_cpu_mem_arena", True):
+            shared = options.one_arena(self.provider, self._provider_options)
+            self._session_options = {**shared, **self._session_options}
+        self._sessions: dict[str, Any] = {}
+        self._graphs: dict[Any, Captured] = {}
+        self._weights = SharedWeights(folder, self.device)
+        self.cuda_graph = cuda_graph
+        if cuda_graph and manifest.layout == "single":
+            self._without_graphs("they cannot hold a file with branches; export with layout='variants'")
+        elif cuda_graph and self.device.type != "cuda":
+            self._without_graphs(f"{self.provider} has none, or PyTorch has no CUDA")
+        elif cuda_graph:
+            self._provider_options["enable_cuda_graph"] = "1"
+        self._chosen: dict[frozenset[str], Model] = {}
+
+    def of(self, stale: frozenset[str]) -> Model:
+        """The model for calls at which the sites `stale` are inherited, or one that computes more."""
+        if stale not in self._chosen:
+            model, exact = self.manifest.model_for(stale)
+            if not exact:
+                log.warning(
+                    "no model was exported for calls that inherit %s: %s computes more; export with calls= the "
+                    "generations that are run", sorted(stale), model.file,
+                )  # fmt: skip
+            self._chosen[stale] = model
+        return self._chosen[stale]
+
+    def run(
+        self, model: Model, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs of a model, on the session's device.
+
+        Args:
+            given: its inputs, by name.
+            sizes: of the call.
+        Raises:
+            CallError: other sizes than `free_dims`.
+        """
+        for name, size in self._sizes.items():
+            if sizes.get(name, size) != size:
+                raise CallError(
+                    f"{NAMES[name]} is {sizes[name]}, and this UNet was loaded for {size}",
+                    where="free_dims",
+                    cure="load it without free_dims, or once more for these sizes",
+                )
+        inputs = {spec.name: self._input(spec, model, given, sizes) for spec in self.manifest.session_inputs(model)}
+        outputs = {spec.name: self._empty(spec, sizes) for spec in self.manifest.session_outputs(model)}
+        if self.cuda_graph:
+            outputs = self._captured(model, inputs, outputs)
+        else:
+            run(self.session(model), inputs, outputs)
+        return tuple(outputs[spec.name] for spec in self.manifest.outputs_of(model))
+
+    def _input(
+        self, spec: Input, model: Model, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+    ) -> torch.Tensor:
+        if spec.name == CHOICE:
+            return torch.tensor(self.manifest.models.index(model))  # on the CPU, where branches are taken
+        if spec.name in given:
+            return given[spec.name].detach().to(self.device, self.manifest.dtype_of(spec)).contiguous()
+        return self._empty(spec, sizes).zero_()  # in a single file all sites are inputs, taken or not
+
+    def _captured(
+        self, model: Model, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The outputs by a CUDA graph; where that fails it is said why, once, and there are none from then on."""
+        key = model.file, *(tuple(value.shape) for value in inputs.values())
+        try:
+            if key not in self._graphs:
+                self._graphs[key] = Captured(self.session(model), inputs, outputs, len(self._graphs) + 1)
+            return self._graphs[key].run(inputs)
+        except SdgraphError:
+            raise
+        except Exception as error:  # ONNX Runtime's errors have no base of their own
+            self._without_graphs(str(error))
+        run(self.session(model), inputs, outputs)
+        return outputs
+
+    def _without_graphs(self, reason: str) -> None:
+        log.warning("no CUDA graphs: %s", reason)
+        self.cuda_graph = False
+        self._provider_options.pop("enable_cuda_graph", None)
+        self._graphs.clear()
+        self._sessions.clear()
+
+    def _empty(self, spec: Input, sizes: Mapping[str, int]) -> torch.Tensor:
+        shape = [d if isinstance(d, int) else evaluate(d, sizes) for d in spec.shape or ()]
+        return torch.empty(shape, dtype=self.manifest.torch_dtype, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where sessions want tensors. Without a CUDA build of PyTorch they stay on the CPU and are copied."""
+        if self.provider == CUDA and torch.cuda.is_available():
+            return torch.device("cuda", int(self._provider_options.get("device_id", 0)))
+        return torch.device("cpu")
+
+    def session(self, model: Model) -> Any:
+        """The session of a model, opened when first asked for.
+
+        Raises:
+            SavedError: ONNX Runtime refuses it, or it is not what the manifest says.
+            ExtraError: the provider does not start.
+        """
+        if model.file not in self._sessions:
+            self._sessions[model.file] = self._open(model)
+        return self._sessions[model.file]
+
+    def close(self, model: Model) -> None:
+        self._sessions.pop(model.file, None)
+
+    def _open(self, model: Model) -> Any:
+        import onnxruntime
+
+        path = self.folder / model.file
+        what: str | bytes = str(path)
+        settings = self._session_options
+        if _by_definition(self.manifest, self.provider):
+            from .contrib_functions import runnable
+
+            what = runnable(path)
+            settings = {**settings, "session.model_external_initializers_file_folder_path": self.folder.resolve()}
+        if isinstance(settings, Mapping):
+            settings = options.make(settings, self._free_dims, self._weights.of(path))
+        try:
+            session = onnxruntime.InferenceSession(what, settings, providers=[(self.provider, self._provider_options)])
+        except Exception as error:  # ONNX Runtime's errors have no base of their own
+            raise SavedError(
+                f"ONNX Runtime refuses the model: {error}",
+                where=str(path),
+                cure=f"check provider_options and session_options; if they are right, {AGAIN}",
+            ) from error
+        if self.provider not in session.get_providers():
+            raise ExtraError(
+                f"{self.provider} does not start here",
+                where="provider",
+                cure=f"check the device, its driver and libraries, or pass provider={CPU!r}",
+            )
+        inputs = {each.name: (each.type, each.shape) for each in session.get_inputs()}
+        wanted = {spec.name: (_ORT[self.manifest.dtype_of(spec)], spec) for spec in self.manifest.session_inputs(model)}
+        outputs = {each.name: each.shape for each in session.get_outputs()}
+        given = {spec.name: spec for spec in self.manifest.session_outputs(model)}
+        if (
+            {name: kind for name, (kind, _) in inputs.items()} != {name: kind for name, (kind, _) in wanted.items()}
+            or list(outputs) != list(given)
+            or not all(_agree(shape, wanted[name][1]) for name, (_, shape) in inputs.items())
+            or not all(_agree(shape, given[name]) for name, shape in outputs.items())
+        ):
+            raise SavedError(
+                "the model's inputs are not those of the manifest, or its outputs", where=str(path), cure=AGAIN
+            )
+        return session
+
+
+def _agree(shape: list[int | str], spec: Input) -> bool:
+    """Whether a session's input or output has the rank and the fixed sizes that the manifest says."""
+    said = spec.shape or ()
+    pairs = zip(shape, said, strict=False)
+    return len(shape) == len(said) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+
+
+def _by_definition(manifest: Manifest, provider: str) -> bool:
+    """Whether ONNX Runtime's own operators have no kernels here, so that models are not opened as they are on disk."""
+    return manifest.artefact == "cuda" and provider != CUDA
+
+
+def _require_nothing_else(free_dims: Any, manifest: Manifest, provider: str) -> None:
+    """Options that are the caller's own are not added to."""
+    needs = "free_dims" if free_dims else "a cuda artefact on another provider"
+    if free_dims or _by_definition(manifest, provider):
+        raise SpecError(
+            f"{needs} and a SessionOptions do not go together",
+            where="session_options",
+            cure="pass a mapping of its attributes, such as {'intra_op_num_threads': 4}",
+        )
+
+
+def _by_symbol(sizes: Mapping[str, int]) -> dict[str, int]:
+    symbols = {name: symbol for symbol, name in NAMES.items()}
+    for name in sizes:
+        if name not in symbols:
+            cure = did_you_mean(name, symbols) or f"one of {', '.join(symbols)}"
+            raise SpecError(f"no size {name!r}", where="free_dims", cure=cure)
+    return {symbols[name]: size for name, size in sizes.items()}
+
+
+def _provider(name: str | None, available: list[str]) -> str:
+    if name is None:
+        return CUDA if CUDA in available and torch.cuda.is_available() else CPU
+    if name not in available:
+        cure = f"{did_you_mean(name, available, 1)} available: {', '.join(available)}".strip()
+        raise SpecError(f"ONNX Runtime has no provider {name!r}", where="provider", cure=cure)
+    return name

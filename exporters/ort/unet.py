@@ -1,0 +1,155 @@
+"""`ORTUNet`: an exported UNet on ONNX Runtime, in the place of a diffusers UNet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
+
+from sdgraph.errors import ModeError
+from sdgraph.inheritance.generation import Generations
+from sdgraph.ir.inputs import Input
+from sdgraph.runtime.interface import UNetCall
+from sdgraph.runtime.unet import no_value
+from sdgraph.untrusted import read_config
+
+from ..bundle.extra import require_onnx
+from ..bundle.manifest import AGAIN, CONFIG, DATA, Manifest
+from ..bundle.untrusted import check_model
+from .session_options import CPU, CUDA
+from .sessions import Models
+
+
+class ORTUNet(UNetCall):
+    """An exported UNet. Called like a diffusers `UNet2DConditionModel`, in an unmodified pipeline.
+
+    Made by `from_pretrained`. Features are inherited as the source UNet's are: `sdgraph.attach(pipe)`, `expecting`,
+    `reset` and `cache_bytes` do the same here.
+    """
+
+    def __init__(self, models: Models, config: Mapping[str, Any]) -> None:
+        self.models = models
+        self.manifest = models.manifest
+        self.config = FrozenDict(config)
+        self.dtype = self.manifest.torch_dtype
+        self.device = models.device
+        self.generations = Generations()
+        self._conditioning = tuple(i.name for i in self.manifest.inputs if i.conditioning)
+        if config.get("addition_embed_type") == "text_time":  # SDXL's pipelines read this size from the module
+            width = config.get("projection_class_embeddings_input_dim")
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        provider: str | None = None,
+        provider_options: Mapping[str, Any] | None = None,
+        session_options: Any = None,
+        free_dims: Mapping[str, int] | None = None,
+        cuda_graph: bool = False,
+        verify: bool = True,
+    ) -> ORTUNet:
+        """Load what `sdgraph.exporters.onnx.export` wrote.
+
+        Args:
+            directory: the exported directory.
+            provider: of ONNX Runtime; by default CUDA if PyTorch sees a CUDA device and ONNX Runtime has the provider,
+                else the CPU.
+            provider_options: of that provider; by default settled for CUDA.
+            session_options: attributes and configuration entries of `onnxruntime.SessionOptions`, such as
+                `{"intra_op_num_threads": 4, "session.disable_prepacking": 1}`. A `SessionOptions` is used as it is, and
+                then sessions share neither weights nor working memory.
+            free_dims: sizes that all calls will have, such as `{"batch": 2, "height": 64, "width": 64}`: ONNX Runtime
+                plans for them. Other calls are refused.
+            cuda_graph: record the kernels of each graph, for each set of sizes, and replay them as one. Where that is
+                not to be had it is said why, and calls run without.
+            verify: compare all files with the hashes of the manifest, which reads the weights once.
+        Raises:
+            SavedError: missing, damaged, changed or unsafe files; nothing was run.
+            SpecError: ONNX Runtime has no such provider or option, or the models no such size.
+            ExtraError: the `onnx` extra is not installed, or the provider does not start.
+        """
+        require_onnx()
+        folder = Path(directory)
+        config, manifest = read_config(folder / CONFIG, AGAIN), Manifest.read(folder)
+        manifest.check_files(folder, manifest.files if verify else (n for n in manifest.files if n != DATA))
+        for model in manifest.models:
+            check_model(folder / model.file, manifest.files)
+        models = Models(folder, manifest, provider, provider_options, session_options, free_dims, cuda_graph)
+        models.session(manifest.models[0])
+        return cls(models, config)
+
+    # -- the call ------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The noise prediction, without gradients and on the device of `sample`; arguments as of `forward`."""
+        with torch.no_grad():
+            return self.forward(*args, **kwargs)
+
+    def call_inputs(self) -> Sequence[Input]:
+        return self.manifest.inputs
+
+    def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The noise prediction for flat inputs, by name. Tensors on the session's device are not copied.
+
+        Raises:
+            CallError: the models do not cover the call.
+        """
+        sizes = self.manifest.check(flat)
+
+        def step(
+            flat: Mapping[str, torch.Tensor], stale: frozenset[str], value: Callable[[str], torch.Tensor]
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            model = self.models.of(stale)
+            given = {**flat, **{f"inherited.{site}": value(site) for site in model.takes}}
+            output, *refreshed = self.models.run(model, given, sizes)
+            return output, dict(zip(model.gives, refreshed, strict=True))
+
+        if self.manifest.sites:
+            result = self.generations.run(flat, self._conditioning, self.manifest.sites, step)
+        else:
+            result, _ = step(flat, frozenset(), no_value)
+        return result.to(flat["sample"].device)
+
+    # -- what pipelines do with a UNet ---------------------------------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Itself, if it is there already.
+
+        Raises:
+            ModeError: it is on another device or has another dtype, and a session cannot move.
+        """
+        for wish in (*args, kwargs.get("device"), kwargs.get("dtype")):
+            if isinstance(wish, torch.dtype) and wish != self.dtype:
+                raise ModeError(f"the model is exported in {self.dtype}", cure=f"export unet.to({wish})")
+            if isinstance(wish, str | int | torch.device) and not isinstance(wish, bool):
+                device = torch.device(wish)
+                if (device.type, device.index or 0) != (self.device.type, self.device.index or 0):
+                    provider = CUDA if device.type == "cuda" else CPU
+                    raise ModeError(
+                        f"an ONNX Runtime session cannot move from {self.device} to {device}",
+                        cure=f"ORTUNet.from_pretrained(directory, provider={provider!r})",
+                    )
+        return self
+
+    def eval(self) -> Self:
+        """Itself: an exported model has no training mode."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(UNet2DConditionModel, name):
+            cure = "do it on the source UNet, then call sdgraph.apply and export again"
+            raise ModeError(f"an exported UNet has no {name}", where="ORTUNet", cure=cure)
+        raise AttributeError(f"'ORTUNet' object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        recipe = ", ".join(self.manifest.recipe) or "no passes"
+        return f"ORTUNet({self.models.provider}, {self.manifest.dtype}, {recipe})"

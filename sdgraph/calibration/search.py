@@ -1,0 +1,278 @@
+"""`search`: the refresh steps that cost the least quality, for a budget of multiply-accumulates.
+
+What inheriting does is measured on calibration prompts. The calls from one refresh to the next are a stretch. For each
+group of sites and each stretch, the sampler goes on from the undisturbed latents with that stretch inherited, and how
+far the latents are off at its end is its error: so the errors of its calls add up as they do in a generation, and a
+forecast is measured as what it is. Errors at different calls are made comparable by how far they move the final
+latents, and prompts by what they are like on the whole: some are a hundred times as touchy as others, and would else
+decide alone. The best refreshes of a group are then a shortest path from the first call to the end, one for each
+number of refreshes; the groups share the budget so that the last multiply-accumulate buys as much in each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..compiler.base import Pass
+from ..compiler.chain import Chain
+from ..errors import ScheduleError, SourceError, SpecError
+from ..inheritance.timetable import Timetable
+from ..runtime.apply import apply
+from ..runtime.unet import GraphUNet
+from ..schedules import Explicit, Uniform
+from .replay import Array, Kept, Rehearsal, distances
+
+TRUSTED = 2.0  # a prediction within this factor is as good as they are
+State = tuple[int, ...]  # the last refreshes, as many as a forecast goes through; the newest last
+Choice = Mapping[int, tuple[float, tuple[int, ...]]]  # by the number of refreshes: the least error, and which they are
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Args:
+        passes: the candidates with their schedules, but for those that are better never inherited.
+        timetable: what the calls do.
+        predicted: mean squared error of the final latents, the geometric mean over the prompts, from what was measured
+            stretch by stretch. It holds for small errors, and better for many prompts than for one.
+        measured: the same of whole generations with these passes, on the same prompts.
+        prompts: how many there were.
+    """
+
+    passes: Chain
+    timetable: Timetable
+    predicted: float
+    measured: float
+    prompts: int
+
+    @property
+    def warning(self) -> str:
+        """What is to be said if the prediction is off by more than a factor of two; else nothing."""
+        ratio = self.measured / self.predicted
+        if 1 / TRUSTED <= ratio <= TRUSTED:
+            return ""
+        off = f"{ratio:.2g} times" if ratio > 1 else f"1/{1 / ratio:.2g} of"
+        return (
+            f"what was measured is {off} what was predicted (prompts: {self.prompts}), so another schedule may be "
+            "better: search on more prompts, 16 to 32, or with a larger budget, for predictions hold for small errors"
+        )
+
+    def __str__(self) -> str:
+        error = f"  error of the final latents: {self.predicted:.3g} predicted, {self.measured:.3g} measured"
+        told = [textwrap.fill(f"warning: {self.warning}", 110, initial_indent="  ", subsequent_indent="  ")]
+        return "\n".join([*map(str, self.passes.passes), str(self.timetable), error, *told * bool(self.warning)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data; `sdgraph.parse` reads the passes."""
+        return {
+            "passes": str(self.passes),
+            "predicted": self.predicted,
+            "measured": self.measured,
+            "prompts": self.prompts,
+            "warning": self.warning or None,
+            "timetable": self.timetable.as_dict(),
+        }
+
+
+def search(
+    pipe: Any,
+    candidates: Sequence[Pass],
+    prompts: Sequence[str],
+    *,
+    budget: float,
+    seed: int = 0,
+    reach: int = 10,
+    probes: int = 8,
+    folder: str | Path | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> Found:
+    """Give each candidate the schedule with which all together cost the least quality within a budget.
+
+    Args:
+        pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. It is as it was afterwards.
+        candidates: `InheritFeatures` passes; each is a group of sites that gets a schedule of its own, in place of
+            the one it has. What groups cost is added up: they should lie beside each other, not one behind the other.
+        prompts: to calibrate on, in one batch. On a few a schedule is found that suits just these: give 16 or more.
+        budget: multiply-accumulates of a generation, as a share of all.
+        seed: of the latents.
+        reach: the most calls from a refresh to the next. Of n calls, n·reach are measured per group, without what is
+            inherited; reach times as many for each order of forecast.
+        probes: places at which it is measured how far a disturbance moves the final latents.
+        folder: where measurements are kept, so that a stopped search goes on and another budget costs little.
+        progress: show a bar.
+        call: further arguments of the pipeline, such as `num_inference_steps=50`.
+    Raises:
+        SourceError: the pipeline has no UNet.
+        SpecError: no candidates or prompts, a candidate without sites, or a budget that is no share.
+        ScheduleError: the budget is not to be had; with the least that is.
+    """
+    if not candidates or not prompts:
+        raise SpecError("nothing to search: no candidates or no prompts", where="search", cure="give some of each")
+    if not 0 < budget <= 1:
+        raise SpecError(f"the budget is {budget}", where="search", cure="a share of all, above 0 and at most 1")
+    if "output_type" in call:
+        raise SpecError("output_type is not yours to set", where="search", cure="leave it out: latents are compared")
+    if getattr(pipe, "unet", None) is None:
+        raise SourceError(f"{type(pipe).__name__} has no UNet", where="search", cure="a pipeline with one")
+    source = apply(pipe.unet, ())
+    inheriting, groups = source, []
+    for one in candidates:
+        before = set(inheriting.graph.sites)
+        inheriting = apply(inheriting, one, verify=False)
+        groups.append(frozenset(inheriting.graph.sites) - before)
+        if not groups[-1] or not {"schedule", "forecast"} <= {field.name for field in fields(one)}:
+            raise SpecError(f"{one} has no sites to give a schedule", where="candidates", cure="InheritFeatures passes")
+
+    def generate(unet: GraphUNet) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        with _instead(pipe, unet):
+            found = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
+        return found.images  # type: ignore[no-any-return]
+
+    rehearsal = Rehearsal(inheriting.graph.copy(), generate)
+    T = len(rehearsal.made)
+    ways = [_stretches(T, reach, 1 + one.forecast) for one in candidates]  # type: ignore[attr-defined]
+    kept = Kept(Path(folder) if folder else None, rehearsal.final)
+    with tqdm(total=probes + sum(map(len, ways)), desc="search", unit="run", disable=not progress) as bar:
+        names = [str(replace(one, schedule=Uniform(1))) for one in candidates]  # type: ignore[call-arg]
+        all_sites: frozenset[str] = frozenset().union(*groups)
+        weights = kept(f"{probes} probes: {', '.join(names)}", partial(rehearsal.weights, all_sites, probes))
+        bar.update(probes)
+        weighted: list[dict[State, Array]] = []
+        for name, group, stretches in zip(names, groups, ways, strict=True):
+            weighted.append({})
+            for state, ends in stretches.items():
+                measure = partial(rehearsal.errors, state, group, ends[-1], ends[-1])
+                found = kept(f"{name}: {state} to {ends[-1]}", measure)
+                weighted[-1][state] = found * weights[ends[0] : ends[-1] + 1]
+                bar.update()
+    scale = sum(each.sum(0) for errors in weighted for each in errors.values())  # of each prompt
+    choices = [
+        _best(stretches, {state: (each / (scale + 1e-300)).mean(1) for state, each in errors.items()}, T)
+        for stretches, errors in zip(ways, weighted, strict=True)
+    ]
+    inherited = cache(inheriting.graph.step_macs)
+
+    def macs(counts: Sequence[int]) -> int:
+        plan = [choice[count][1] for choice, count in zip(choices, counts, strict=True)]
+        stale = (frozenset(g for g, refreshes in enumerate(plan) if call not in refreshes) for call in range(T))
+        return sum(inherited(frozenset().union(*(groups[g] for g in each))) for each in stale)
+
+    everything = source.graph.macs * T
+    most = budget * everything * (1 + 1e-9)  # a budget that was computed as such a share is met by it
+    if (least := macs([min(choice) for choice in choices])) > most:
+        raise ScheduleError(
+            f"a budget of {budget:.3g} is not to be had: these candidates leave {least / everything:.3g} at the least",
+            where="search", cure="a larger budget or reach, or other candidates",
+        )  # fmt: skip
+    counts = _share(choices, macs, most)
+    chosen = [choice[count][1] for choice, count in zip(choices, counts, strict=True)]
+    passes = Chain(
+        tuple(
+            replace(one, schedule=Explicit(refreshes, T))  # type: ignore[call-arg]
+            for one, refreshes in zip(candidates, chosen, strict=True)
+            if len(refreshes) < T
+        )
+    )
+    result = apply(source, passes, verify=False)
+    measured = distances(generate(result), rehearsal.final, len(prompts))
+    terms = [each for errors, plan in zip(weighted, chosen, strict=True) for each in _errors(errors, plan, T)]
+    predicted = _joint(np.array(terms))
+    timetable = result.graph.timetable(rehearsal.timesteps)
+    return Found(passes, timetable, _typical(predicted), _typical(measured), len(prompts))
+
+
+def _typical(errors: Array) -> float:
+    return float(np.exp(np.log(np.maximum(errors, 1e-300)).mean()))
+
+
+def _stretches(T: int, reach: int, memory: int) -> dict[State, range]:
+    """All the states that refreshes may come to, each with the calls at which the next refresh, or the end, may be."""
+    found: dict[State, range] = {}
+    todo: list[State] = [(0,)]
+    while todo:
+        state = todo.pop()
+        if state not in found:
+            found[state] = range(state[-1] + 1, min(state[-1] + reach, T) + 1)
+            todo += [(*state, k)[-memory:] for k in found[state] if k < T]
+    return dict(sorted(found.items(), key=lambda each: (each[0][-1], each[0])))
+
+
+def _best(stretches: Mapping[State, range], errors: Mapping[State, Array], T: int) -> Choice:
+    """Shortest paths from the first call to the end: of states and the number of refreshes so far.
+
+    Args:
+        errors: of the stretches from each state, by their ends.
+    """
+    memory = max(map(len, stretches))
+    net: nx.DiGraph[tuple[State, int]] = nx.DiGraph()
+    for state, ends in stretches.items():
+        for end, error in zip(ends, errors[state], strict=True):
+            for count in range(len(state), state[-1] + 2):
+                then = ((T,), count) if end == T else ((*state, end)[-memory:], count + 1)
+                net.add_edge((state, count), then, weight=error)
+    found: Any = nx.single_source_dijkstra(net, ((0,), 1))
+    length, path = found
+    return {
+        count: (length[(T,), count], tuple(state[-1] for state, _ in path[(T,), count][:-1]))
+        for count in range(1, T + 1)
+        if ((T,), count) in length
+    }
+
+
+def _errors(errors: Mapping[State, Array], refreshes: Sequence[int], T: int) -> list[Array]:
+    """The errors of the stretches between refreshes, for each prompt."""
+    memory = max(map(len, errors))
+    states = [tuple(refreshes[max(n - memory, 0) : n]) for n in range(1, len(refreshes) + 1)]
+    return [errors[state][end - state[-1] - 1] for state, end in zip(states, (*refreshes[1:], T), strict=True)]
+
+
+def _joint(errors: Array) -> Array:
+    """The error of a generation, of the errors of its stretches, (stretches, samples).
+
+    Were they unrelated, their squares would add up; were they alike, they themselves would. They are somewhat alike,
+    for what is inherited always lags behind what would be computed. So it is the mean of both, in logarithms.
+    """
+    unrelated, alike = errors.sum(0), np.sqrt(errors).sum(0) ** 2
+    joint: Array = np.sqrt(unrelated * alike)
+    return joint
+
+
+def _share(choices: Sequence[Choice], macs: Callable[[Sequence[int]], int], most: float) -> list[int]:
+    """How many refreshes each group gets: always those next that lower the error the most per multiply-accumulate."""
+    counts = [min(choice) for choice in choices]
+    while True:
+        spent, steps = macs(counts), []
+        for g, choice in enumerate(choices):
+            for count in choice:
+                more = [*counts[:g], count, *counts[g + 1 :]]
+                if count > counts[g] and macs(more) <= most:
+                    gain = choice[counts[g]][0] - choice[count][0]
+                    steps.append((gain / max(macs(more) - spent, 1), more))
+        gain, more = max(steps, default=(0.0, counts))
+        if gain <= 0:
+            return counts
+        counts = more
+
+
+@contextlib.contextmanager
+def _instead(pipe: Any, unet: GraphUNet) -> Iterator[None]:
+    own, pipe.unet = pipe.unet, unet
+    try:
+        yield
+    finally:
+        pipe.unet = own

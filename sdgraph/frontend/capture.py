@@ -1,0 +1,133 @@
+"""`trace`: a UNet, or any PyTorch code, as a `Graph`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import fx, nn
+
+from ..errors import SdgraphError, ShapeError, SpecError, TraceError
+from ..graph import Graph
+from ..ir.dims import Dims, Symbol
+from ..ir.inputs import Dim, Input, example_of
+from ..ir.tracer import Tracer, tracing
+from ..ir.weights import Weights, skeleton
+from .call import unflatten
+from .signature import call_guards, config_of, free_sizes, unet_inputs
+from .source import check_source
+
+SYMBOLS = (Symbol("B", 1, 5), Symbol("H", 64, 101), Symbol("W", 64, 149), Symbol("L", 77, 31))
+
+
+def trace(unet: UNet2DConditionModel, *, inputs: Collection[str] = (), processors: Collection[type] = ()) -> Graph:
+    """One flat graph of a UNet, for all batches, sizes, sequence lengths and dtypes.
+
+    Residuals of ControlNets and T2I-Adapters and `timestep_cond` are optional inputs of the same graph. Sizes that the
+    down-sampling does not divide are served: the graph up-samples to the size of the skip. No weight is copied, and the
+    UNet is not changed.
+
+    Args:
+        unet: a `UNet2DConditionModel` with weights, in any dtype, on any device.
+        inputs: further inputs to trace with: "encoder_attention_mask".
+        processors: classes of attention processors unknown to sdgraph that are pure functions of their tensors.
+    Raises:
+        SourceError: the model cannot be traced faithfully; with the cure.
+        TraceError: its code does something that no size-independent graph can hold.
+    """
+    check_source(unet, processors)
+    return capture(unet, inputs)
+
+
+def capture(unet: UNet2DConditionModel, inputs: Collection[str] = ()) -> Graph:
+    """`trace` without the checks, for a UNet known to be sound, which may be on the meta device."""
+    try:
+        return _capture_unet(unet, inputs, divisible=False)
+    except ShapeError:  # some blocks cannot up-sample to an odd size; then the graph is for divisible sizes
+        return _capture_unet(unet, inputs, divisible=True)
+
+
+def _capture_unet(unet: UNet2DConditionModel, inputs: Collection[str], divisible: bool) -> Graph:
+    parameter = next(unet.parameters())
+    graph = Graph(
+        fx.Graph(),
+        Weights(),
+        unet_inputs(unet, inputs),
+        Dims(free_sizes(unet, divisible)),
+        dtype=parameter.dtype,
+        device=parameter.device,
+        config=config_of(unet),
+        guards=call_guards(unet, divisible),
+        source=skeleton(unet),
+    )
+
+    def call(**flat: Any) -> Any:
+        return type(unet).forward(unet, **unflatten(flat, graph.inputs), return_dict=False)[0]
+
+    with _evaluating(unet):
+        return _capture(graph, call, unet)
+
+
+@contextlib.contextmanager
+def _evaluating(unet: nn.Module) -> Iterator[None]:
+    """The modules' training flags off while traced: diffusers adds copies to the code for training, of no effect."""
+    flags = [(module, module.training) for module in unet.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def trace_code(code: Callable[..., Any] | nn.Module, **shapes: tuple[Dim, ...]) -> Graph:
+    """A graph of any PyTorch code, such as the examples of a `Rewrite`.
+
+    Args:
+        code: a function or module of tensors.
+        shapes: the shape of each argument, in order, under a name for it in the graph; a dimension is a number or one
+            of "B", "H", "W", "L".
+    """
+    model = code if isinstance(code, nn.Module) else None
+    specs = tuple(Input(name, (name,), shape) for name, shape in shapes.items())
+    graph = Graph(fx.Graph(), Weights(), specs, Dims(SYMBOLS))
+    if model is not None:
+        parameter = next(model.parameters(), None)
+        if parameter is not None:
+            graph.dtype, graph.device = parameter.dtype, parameter.device
+    call = model.forward if model is not None else code
+    return _capture(graph, lambda **flat: call(*flat.values()), model)
+
+
+@torch.inference_mode(False)
+def _capture(graph: Graph, call: Callable[..., Any], root: nn.Module | None) -> Graph:
+    tracer = Tracer(graph, root)
+    sizes = [{s.name: getattr(s, key) for s in graph.dims.symbols} for key in ("nominal", "generic")]
+    flat = {}
+    for spec in graph.inputs:
+        node = graph.fx.placeholder(spec.name)
+        if node.name != spec.name:
+            raise SpecError(f"{spec.name!r} cannot name an input", cure="choose another name")
+        node.meta["nn_module_stack"] = {}
+        for key, size in zip(("val", "probe"), sizes, strict=True):
+            node.meta[key] = example_of(spec, size, graph.probe_dtype(key))
+        flat[spec.name] = tracer.proxy(node)
+    try:
+        with tracing(tracer):
+            result = call(**flat)
+    except SdgraphError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"the model's code failed while being traced: {type(error).__name__}: {error}",
+            where=tracer.failed_at,
+            cure="check that the model runs on such inputs; if it does, this is a gap of sdgraph: please report it",
+        ) from error
+    graph.fx.output(tracer.create_arg(result))
+    graph.guards += tuple(tracer.guards)
+    graph.sweep()
+    return graph

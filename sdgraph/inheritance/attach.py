@@ -1,0 +1,116 @@
+"""`attach`: tie the counting of calls to a pipeline's scheduler."""
+
+from __future__ import annotations
+
+import weakref
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from ..errors import ModeError
+from ..schedules import Run
+from .generation import Generations, Moment
+
+
+def attach(pipe: Any) -> Attachment:
+    """Let a pipeline's UNet read from the pipeline's scheduler which call of how many it is at.
+
+    Not needed for right images, but with it schedules know the number of calls and their timesteps, nothing is read
+    back from the GPU between calls, samplers with random steps inherit too, a call that does not follow the one before
+    is recognised as such whatever its timestep, and what was kept is freed after the last call.
+
+    One batch of samples goes through the scheduler at a time, as schedulers themselves require. On an accelerator an
+    edit of the prompt during a generation is noticed if PyTorch counts it: not one through `.data`.
+
+    Args:
+        pipe: a diffusers pipeline whose `unet` sdgraph made. It may change its scheduler later. It is not kept alive.
+    Returns:
+        an `Attachment`; `detach()` it, or use it in a `with`.
+    Raises:
+        ModeError: the pipeline has no scheduler, or its UNet inherits nothing.
+    """
+    unet = getattr(pipe, "unet", None)
+    generations = getattr(getattr(unet, "_orig_mod", unet), "generations", None)
+    if not isinstance(generations, Generations):
+        found = "no unet" if unet is None else f"a {type(unet).__name__} as its unet"
+        raise ModeError(f"the pipeline has {found}", where="attach", cure="pipe.unet = sdgraph.apply(pipe.unet, ...)")
+    if not hasattr(pipe, "scheduler"):
+        raise ModeError("the pipeline has no scheduler", where="attach", cure="use `with unet.expecting(timesteps)`")
+    return Attachment(pipe, generations)
+
+
+def _is_one_element(timestep: torch.Tensor) -> bool:
+    """Whether all samples have the same timestep: one number, or one expanded over the batch."""
+    return timestep.numel() == 1 or not any(timestep.stride())
+
+
+class Attachment:
+    """A pipeline's scheduler as the clock of its UNet's generations.
+
+    Pipelines call the UNet with views of `scheduler.timesteps`, so the place of a timestep in memory says which call
+    this is, without its value being read.
+    """
+
+    def __init__(self, pipe: Any, generations: Generations) -> None:
+        self._pipe, self._generations = weakref.ref(pipe, self._forget), generations
+        self._timesteps = torch.empty(0)  # kept, so that no other tensor gets its memory
+        self._values: list[float] = []
+        self._first = self._end = 0
+        self._run = Run()
+        generations.clocks.append(self)
+
+    def read(self, timestep: torch.Tensor) -> Moment | None:
+        timesteps = self._scheduler_timesteps
+        if not isinstance(timesteps, torch.Tensor) or not _is_one_element(timestep) or timesteps.numel() == 0:
+            return None
+        if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+            return None
+        index = (timestep.storage_offset() - timesteps.storage_offset()) // (timesteps.stride(0) or 1)
+        if not 0 <= index < len(timesteps):
+            return None
+        if timesteps is not self._timesteps:
+            self._timesteps, self._values = timesteps, [float(value) for value in timesteps.tolist()]
+            self._begin(index, self._calls())
+        elif index < self._first or index >= self._end:  # not the calls that were foreseen
+            self._begin(index, None)
+        return Moment(self._values[index], index - self._first, self._run, timesteps)
+
+    @property
+    def _scheduler_timesteps(self) -> object:
+        return getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
+
+    def _calls(self) -> int | None:
+        """How many calls the pipeline makes, where it stops before the last timestep; None if it does not.
+
+        Pipelines may share a scheduler, and a loop of the user's own may use it, while each pipeline remembers its
+        last run only. So the number counts where it is needed (SDXL's `denoising_end`), and if all pipelines agree.
+        """
+        sharing = {
+            getattr(clock._pipe(), "_num_timesteps", None)
+            if getattr(clock._pipe(), "_denoising_end", None) is not None
+            else None
+            for clock in self._generations.clocks
+            if isinstance(clock, Attachment) and clock._scheduler_timesteps is self._timesteps
+        }
+        return sharing.pop() if len(sharing) == 1 else None
+
+    def _begin(self, first: int, count: int | None) -> None:
+        """A run begins at the timestep `first`; image-to-image leaves out some, and SDXL's `denoising_end` others."""
+        all_of_them = len(self._values)
+        self._first, self._end = first, all_of_them if count is None else min(first + count, all_of_them)
+        self._run = Run(self._end - first, tuple(self._values[first : self._end]))
+
+    def detach(self) -> None:
+        """Calls are counted as they come again."""
+        self._forget(None)
+
+    def _forget(self, _: object) -> None:
+        if self in self._generations.clocks:
+            self._generations.clocks.remove(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.detach()

@@ -1,0 +1,44 @@
+"""What a node costs at the nominal sizes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+# Views and element-wise operations: known to multiply no matrices, and most of a graph, so not worth counting.
+VIEWS = {"view", "transpose", "permute", "unsqueeze", "reshape", "expand", "chunk", "flatten", "contiguous"}
+ELEMENTWISE = {
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.getitem, getattr),
+    *(torch.cat, torch.sin, torch.cos, torch.exp, torch.arange, F.silu, F.gelu, F.interpolate),
+}
+
+
+def count_macs(node: fx.Node, module: nn.Module | None, run: Callable[[], object]) -> int:
+    """Multiply-accumulates of convolutions and matrix products, as PyTorch's own counter sees them.
+
+    Args:
+        module: that the node calls.
+        run: evaluates the node at the nominal sizes.
+    """
+    if not isinstance(node.meta.get("val"), torch.Tensor) or not node.op.startswith("call_"):
+        return 0
+    if node.target in ELEMENTWISE or node.target in VIEWS or node.target == "to":
+        return 0
+    if module is not None and all(p.ndim < 2 for p in module.parameters()):
+        return 0
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops()) // 2
+
+
+def written(node: fx.Node) -> int:
+    """Bytes of the tensor a node makes; views count as nothing."""
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor) or node.op in ("placeholder", "get_attr") or node.target in VIEWS:
+        return 0
+    return val.numel() * val.element_size()

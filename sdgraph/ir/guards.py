@@ -1,0 +1,214 @@
+"""Which calls a graph is for: the guards that it was traced under or that passes set, and the check of a call."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CallError, EditError, SpecError, did_you_mean
+from .dims import Symbol, evaluate
+from .inputs import Input
+
+COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
+REACH = 64  # how far above a size one is looked for that satisfies a condition
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A decision the traced code took: `condition` must keep evaluating to `outcome` at every call."""
+
+    condition: str
+    outcome: bool
+    where: str
+
+
+def check_condition(condition: str, known: Collection[str]) -> None:
+    """Refuse what is no comparison of sizes, as `H % 2 == 0`.
+
+    Args:
+        known: the names of the sizes of a call.
+    Raises:
+        SpecError: naming what it may not hold.
+    """
+    cure = "compare two sizes once, as in 'H % 2 == 0': names of sizes, whole numbers, + - * // %"
+    try:
+        tree = ast.parse(condition, mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise SpecError(f"cannot read the condition {condition!r}: {error}", where="require", cure=cure) from error
+    if not isinstance(tree, ast.Compare) or len(tree.ops) != 1 or not isinstance(tree.ops[0], COMPARISONS):
+        raise SpecError(f"{condition!r} is no comparison", where="require", cure=cure)
+    stack: list[ast.expr] = [tree.left, *tree.comparators]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, ast.BinOp) and isinstance(part.op, OPERATORS):
+            stack += [part.left, part.right]
+            if isinstance(part.op, ast.FloorDiv | ast.Mod) and not getattr(part.right, "value", 0):
+                raise SpecError(f"{ast.unparse(part)!r} may divide by 0", where=condition, cure="divide by a number")
+        elif isinstance(part, ast.Name):
+            if part.id not in known:
+                near = did_you_mean(part.id, known) or f"sizes of this UNet's calls: {', '.join(known)}"
+                raise SpecError(f"there is no size {part.id!r} in a call", where=condition, cure=near)
+        elif not isinstance(part, ast.Constant) or type(part.value) is not int:
+            raise SpecError(f"{ast.unparse(part)!r} may not be in a condition", where=condition, cure=cure)
+
+
+def sizes_in(guard: Guard) -> set[str]:
+    """Names of the sizes that a guard is about."""
+    return set(re.findall(r"[A-Z]\d*", guard.condition))
+
+
+def satisfied(guard: Guard, sizes: Mapping[str, int]) -> bool:
+    """Whether sizes satisfy a guard; true if it is about sizes that are not among them."""
+    return not sizes_in(guard) <= set(sizes) or bool(evaluate(guard.condition, sizes)) == guard.outcome
+
+
+def raised(
+    guards: Iterable[Guard], sizes: Mapping[str, int], fits: Callable[[Mapping[str, int]], bool] = lambda sizes: True
+) -> dict[str, int]:
+    """The sizes, each made as little larger as it takes to satisfy the guards.
+
+    Args:
+        fits: what larger sizes must satisfy besides.
+    Raises:
+        EditError: there are none up to `REACH` above.
+    """
+    found, guards = dict(sizes), tuple(guards)
+    while any(not satisfied(guard, found) for guard in guards):
+        broken = next(guard for guard in guards if not satisfied(guard, found))
+        names = sorted(sizes_in(broken))
+        room = [range(found[name], sizes[name] + REACH + 1) for name in names]
+        trials = (found | dict(zip(names, values, strict=True)) for values in sorted(itertools.product(*room), key=sum))
+        trial = next((trial for trial in trials if satisfied(broken, trial) and fits(trial)), None)
+        if trial is None:
+            at = ", ".join(f"{name}={sizes[name]}" for name in names)
+            raise EditError(
+                f"no sizes from {at} to {REACH} above satisfy {' and '.join(map(_said, guards))}",
+                where=broken.where,
+                cure="require less",
+            )
+        found = trial  # larger than before, so this ends
+    return found
+
+
+def _said(guard: Guard) -> str:
+    return guard.condition if guard.outcome else f"not {guard.condition}"
+
+
+def probing(guards: Iterable[Guard], symbols: Sequence[Symbol], levels: int) -> tuple[Symbol, ...]:
+    """The free sizes with generic values that satisfy guards, and still differ from the nominal ones at every level.
+
+    Args:
+        levels: how often the UNet halves height and width.
+    Raises:
+        EditError: there are none, or the nominal sizes do not satisfy the guards.
+    """
+    nominal = {s.name: s.nominal for s in symbols}
+    for guard in guards:
+        if not satisfied(guard, nominal):
+            at = ", ".join(f"{name}={nominal[name]}" for name in sorted(sizes_in(guard)))
+            raise EditError(
+                f"{_said(guard)} does not hold at the model's own size, {at}",
+                where=guard.where,
+                cure="require what this size satisfies; `sample_size` of the configuration says it",
+            )
+
+    def differs(sizes: Mapping[str, int]) -> bool:
+        """Whether sizes differ from the nominal ones wherever they occur."""
+        return all(
+            math.ceil(sizes[name] / 2**level) != math.ceil(size / 2**level)
+            for name, size in nominal.items()
+            for level in range(levels + 1 if name in "HW" else 1)
+        )
+
+    generic = {s.name: s.generic for s in symbols}
+    try:  # sizes that also differ from one another, or a value of one would be named by the other
+        found = raised(guards, generic, lambda sizes: differs(sizes) and sizes["H"] != sizes["W"])
+    except EditError:
+        found = raised(guards, generic, differs)
+    return tuple(Symbol(s.name, s.nominal, found[s.name]) for s in symbols)
+
+
+def check_call(
+    inputs: Sequence[Input], guards: Iterable[Guard], flat: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, int]:
+    """Refuse flat inputs that are not covered.
+
+    Args:
+        inputs: all inputs with their shapes; None is the shape of a residual whose place was pruned away.
+        guards: what must hold for the sizes.
+        flat: the call, as `sdgraph.frontend.call.flatten` gives it.
+        dtype: of the model.
+    Returns:
+        the sizes of the call by symbol.
+    Raises:
+        CallError: naming the input, what it is and what it should be.
+    """
+    sizes: dict[str, int] = {}
+    first = next(iter(flat), "")
+    for spec in inputs:
+        value = flat.get(spec.name)
+        if value is None:
+            continue
+        if value.device != flat[first].device:
+            raise CallError(
+                f"{spec.name} is on {value.device}, {first} is on {flat[first].device}",
+                where=f"input {spec.name}",
+                cure=f"move it: .to('{flat[first].device}')",
+            )
+        _check_dtype(spec, value, dtype)
+        if spec.shape is not None:
+            _match(spec, spec.shape, tuple(value.shape), sizes)
+    for guard in guards:
+        if not satisfied(guard, sizes):
+            values = ", ".join(f"{name}={sizes[name]}" for name in sorted(sizes_in(guard)))
+            raise CallError(
+                f"this graph is for calls where {guard.condition} is {guard.outcome}; here {values}",
+                where=guard.where,
+                cure="use sizes on that side, or the source UNet",
+            )
+    return sizes
+
+
+def _check_dtype(spec: Input, value: torch.Tensor, dtype: torch.dtype) -> None:
+    where, device = f"input {spec.name}", value.device.type
+    casting = torch.is_autocast_enabled(device)
+    if spec.kind == "index" and (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool):
+        raise CallError(f"{spec.name} is {value.dtype}", where=where, cure="pass integers")
+    if spec.kind == "float" and not (value.dtype == dtype or (casting and value.is_floating_point())):
+        raise CallError(
+            f"{spec.name} is {value.dtype}, the UNet is {dtype}", where=where, cure=f"cast it: .to({dtype})"
+        )
+    if casting and spec.place[0] == "down_intrablock_additional_residuals":
+        cast = torch.get_autocast_dtype(device)  # diffusers adds these in place, so without promotion
+        if value.dtype != cast:
+            raise CallError(
+                f"{spec.name} is {value.dtype}, autocast computes in {cast}", where=where, cure=f"cast it: .to({cast})"
+            )
+
+
+def _match(spec: Input, dims: tuple[int | str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+    """Compare a shape with what it should be, learning the free sizes from their first use."""
+    wanted: list[int | str] = []
+    for i, dim in enumerate(dims):
+        have = shape[i] if i < len(shape) else None
+        if isinstance(dim, int):
+            wanted.append(dim)
+        elif dim == "?" or (i == 0 and spec.broadcast and have == 1):  # of no known expression; or for the whole batch
+            wanted.append(dim if have is None else have)
+        elif dim.isidentifier():
+            wanted.append(dim if have is None else sizes.setdefault(dim, have))
+        else:
+            wanted.append(evaluate(dim, sizes))
+    if list(shape) != wanted or 0 in shape:
+        raise CallError(
+            f"{spec.name} has shape {shape}, expected ({', '.join(map(str, wanted))})",
+            where=f"input {spec.name}",
+            cure="batch, height and width must agree over all inputs of a call",
+        )

@@ -1,0 +1,32 @@
+"""Reading a node of a graph: its values, its name for people, its place among the modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def values(node: fx.Node) -> tuple[Any, Any]:
+    """What a node evaluates to, as meta tensors or numbers: at the nominal sizes, at the generic sizes."""
+    return node.meta["val"], node.meta["probe"]
+
+
+def called(node: fx.Node) -> str:
+    """Name of what a node calls or reads."""
+    if node.op == "call_function":
+        return str(getattr(node.target, "__name__", node.target))
+    return str(node.target)
+
+
+def residual_like(residual: fx.Node, value: fx.Node) -> None:
+    """An optional residual has the shape of what it is added to."""
+    for key in ("val", "probe"):
+        residual.meta[key] = torch.empty_like(value.meta[key])
+
+
+def scope(node: fx.Node) -> str:
+    """Path of the innermost source module a node belongs to ("" for the model itself)."""
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack)) if stack else ""

@@ -1,0 +1,192 @@
+"""A region: the nodes under one module path. Block, layer and unit are regions of different depth."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import EditError, PathError, ShapeError, did_you_mean
+from .cost import written
+from .nodes import values
+from .paths import above
+from .state import GraphState
+
+
+@dataclass(frozen=True)
+class Region:
+    """What a module path covers in a graph.
+
+    Args:
+        graph: the graph it is in.
+        path: module path, e.g. `down_blocks.0.resnets.1`.
+        nodes: its nodes, in graph order.
+    """
+
+    graph: GraphState
+    path: str
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def source_class(self) -> str:
+        """Class name of the source module."""
+        return self.graph.classes.get(self.path, "")
+
+    @cached_property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """Tensors from outside that it reads, in graph order."""
+        inside = set(self.nodes)
+        read = {n for node in self.nodes for n in node.all_input_nodes if n not in inside}
+        return tuple(n for n in self.graph.fx.nodes if n in read and isinstance(n.meta["val"], torch.Tensor))
+
+    @cached_property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """Its tensors that are read outside, in graph order."""
+        inside = set(self.nodes)
+        return tuple(
+            n
+            for n in self.nodes
+            if isinstance(n.meta["val"], torch.Tensor) and any(user not in inside for user in n.users)
+        )
+
+    @property
+    def output(self) -> fx.Node:
+        """Its only output."""
+        if len(self.outputs) != 1:
+            raise EditError(
+                f"the region has {len(self.outputs)} outputs", where=self.path, cure="take a smaller region"
+            )
+        return self.outputs[0]
+
+    @cached_property
+    def main_input(self) -> fx.Node | None:
+        """The hidden state it works on: of its inputs with the rank of its last output, the one computed last."""
+        rank = self.outputs[-1].meta["val"].ndim
+        found = [n for n in self.inputs if n.meta["val"].ndim == rank]
+        return found[-1] if found else None
+
+    @property
+    def branch(self) -> fx.Node | None:
+        """What it adds to the main flow, if that is how it ends; its last addition may be inside (a resnet)
+        or outside (a unit)."""
+        if len(self.outputs) != 1:
+            return None
+        last = self.output
+        if self._residual(last) is not None:
+            return last
+        while last.target is operator.truediv and isinstance(last.args[0], fx.Node):  # a resnet's scale factor
+            last = last.args[0]
+        if last.target is not operator.add or last not in self.nodes:
+            return None
+        branches = [
+            side
+            for side in last.args
+            if isinstance(side, fx.Node) and side is not self.main_input and side is not self._shortcut
+        ]
+        return branches[0] if len(branches) == 1 else None
+
+    @property
+    def _shortcut(self) -> fx.Node | None:
+        """A resnet's own 1x1 convolution, past everything else."""
+        return next((n for n in self.nodes if n.target == f"{self.path}.conv_shortcut"), None)
+
+    @cached_property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Its parameters by full name."""
+        targets = {str(n.target) for n in self.nodes if n.op in ("call_module", "get_attr")}
+        return {
+            name: p
+            for name, p in self.graph.parameters().items()
+            if name in targets or name.rpartition(".")[0] in targets
+        }
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates at the nominal sizes."""
+        return sum(map(self.graph.macs_of, self.nodes))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its parameters plus what it writes at the nominal sizes."""
+        return sum(p.numel() * p.element_size() for p in self.parameters.values()) + sum(map(written, self.nodes))
+
+    def stand_in(self, output: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What to rewire when the region goes: (a value, the one that takes its place). See `Graph.bypass`."""
+        residual = self._residual(output)
+        if residual is not None:
+            return residual
+        entry = self.main_input
+        if entry is not None:
+            if entry.target is torch.cat:
+                parts: Any = entry.args[0]
+                if _channels(parts[0]) == _channels(output):
+                    return output, parts[0]
+            if _channels(entry) == _channels(output):
+                return output, entry
+        if self._shortcut is not None:
+            return next(iter(self._shortcut.users)), self._shortcut
+        found = self.graph.shape(entry) if entry is not None else "nothing"
+        raise ShapeError(
+            f"without {self.path!r} its output {self.graph.shape(output)} would be replaced by {found}",
+            where=self.path,
+            cure="remove what changes the channels along with it, or only parts of it",
+        )
+
+    def _residual(self, output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The addition that joins a residual branch to what it came from, and that other side."""
+        users = list(output.users)
+        if len(users) != 1 or users[0] in self.nodes or users[0].target is not operator.add:
+            return None
+        others = [a for a in users[0].args if a is not output]
+        if len(others) != 1 or not isinstance(others[0], fx.Node):
+            return None
+        return (users[0], others[0]) if _depends(output, others[0]) else None
+
+
+def region_at(graph: GraphState, path: str) -> Region:
+    """The nodes under a module path.
+
+    Raises:
+        PathError: naming the nearest paths, or the pass that removed it.
+    """
+    nodes = [n for n in graph.fx.nodes if path in n.meta.get("nn_module_stack", {})]
+    if nodes:
+        return Region(graph, path, tuple(nodes))
+    gone = next((p for p in (path, *above(path)) if p in graph.removed), None)
+    if gone is not None:
+        raise PathError(
+            f"{path!r} is no longer in the graph", where=gone, cure=f"it was removed by {graph.removed[gone]}"
+        )
+    cure = did_you_mean(path, graph.paths()) or "print(graph) lists the paths"
+    raise PathError(f"no module {path!r} in the graph", where=path, cure=cure)
+
+
+def regions_of(graph: GraphState) -> dict[str, Region]:
+    """All regions by path, in graph order, outer before inner."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.fx.nodes:
+        for path in node.meta.get("nn_module_stack", {}):
+            found.setdefault(path, []).append(node)
+    return {path: Region(graph, path, tuple(nodes)) for path, nodes in found.items()}
+
+
+def _depends(node: fx.Node, on: fx.Node) -> bool:
+    seen, stack = {node}, [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source is on:
+                return True
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return False
+
+
+def _channels(node: fx.Node) -> tuple[int, ...]:
+    """Rank and channel count: dimension 1 of a map, the last one of tokens."""
+    val, _ = values(node)
+    return val.ndim, val.shape[1 if val.ndim == 4 else -1]

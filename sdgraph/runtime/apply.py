@@ -1,0 +1,99 @@
+"""`apply`: trace, run passes, hand back a UNet."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from ..compiler.base import Pass
+from ..compiler.numerics import generations, largest_difference, run
+from ..compiler.parse import as_passes
+from ..compiler.report import Report
+from ..compiler.runner import check_order, run_pass
+from ..contract import Contract
+from ..errors import ContractError
+from ..frontend.call import unflatten
+from ..frontend.capture import trace
+from ..graph import Graph
+from .unet import GraphUNet
+
+log = logging.getLogger("sdgraph")
+
+
+def apply(
+    unet: UNet2DConditionModel | GraphUNet | Graph,
+    passes: str | Pass | Iterable[str | Pass] = (),
+    *,
+    verify: bool = True,
+    inputs: Collection[str] = (),
+    processors: Collection[type] = (),
+    progress: bool = False,
+) -> GraphUNet:
+    """Trace a UNet, run passes over its graph, and return a module that takes the UNet's place.
+
+    Args:
+        unet: a diffusers UNet, or the result of an earlier `apply` or `trace`. It is not changed.
+        passes: passes, or text specs such as `"PruneBlocks('bk-sdm-base')"`, in order.
+        verify: check numbers as well as structure: the trace against the source, and every pass against its contract.
+        inputs, processors: see `trace`.
+        progress: show a progress bar over the passes.
+    Returns:
+        a `GraphUNet`; its `report` says what each pass did.
+    Raises:
+        SdgraphError: a subclass by cause; nothing is half done.
+    """
+    chosen = as_passes(passes)
+    if isinstance(unet, GraphUNet):
+        graph, notes, done = unet.graph.copy(), unet.report.notes, unet.report.passes
+        graph.follow_weights()
+    elif isinstance(unet, Graph):
+        graph, notes, done = unet.copy(), (), ()
+    else:
+        graph, notes, done = trace(unet, inputs=inputs, processors=processors), (), ()
+        if verify:
+            notes = (_check_trace(unet, graph),)
+    check_order(graph.passes, chosen)
+    reports = list(done)
+    for one in _bar(chosen, progress):
+        graph, report = run_pass(one, graph, verify)
+        log.info("%s: %d -> %d nodes in %.2f s", one, report.before.nodes, report.after.nodes, report.seconds)
+        reports.append(report)
+    return GraphUNet(graph, Report(tuple(reports), notes))
+
+
+def _bar(passes: tuple[Pass, ...], progress: bool) -> Iterable[Pass]:
+    if not progress:
+        return passes
+    from tqdm import tqdm
+
+    return tqdm(passes, desc="passes", unit="pass")
+
+
+def _check_trace(unet: UNet2DConditionModel, graph: Graph) -> str:
+    """Compare a trace with its source at two sizes, with the optional inputs and without."""
+    noises, figures = [], []
+    for flat, *_ in generations(graph):
+        expected, found = _answer(unet, graph, flat), run(graph, flat)
+        if Contract.EXACT.holds(expected, found):
+            continue
+        noise = largest_difference(expected, _answer(unet, graph, flat))
+        figure = largest_difference(expected, found)
+        if not figure <= 4 * noise:  # some GPU kernels do not repeat; then their own noise is the bound
+            raise ContractError(
+                f"the trace differs from the UNet by {figure:.3g}",
+                where=f"trace, called with {', '.join(f'{n} {tuple(v.shape)}' for n, v in flat.items())}",
+                cure="this is a defect of sdgraph or state inside the UNet; please report it with the config",
+            )
+        noises.append(noise)
+        figures.append(figure)
+    if figures:
+        return f"trace: within {max(figures):.3g} of the source, whose own noise is {max(noises):.3g}"
+    return "trace: bit for bit equal to the source"
+
+
+def _answer(unet: UNet2DConditionModel, graph: Graph, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return unet(**unflatten(flat, graph.inputs), return_dict=False)[0]  # type: ignore[no-any-return]

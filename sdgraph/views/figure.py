@@ -1,0 +1,53 @@
+"""A sheet to draw on, which becomes an SVG or PNG file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ExtraError, SpecError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = (".svg", ".png")
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "hatch.linewidth": 0.6,
+    "svg.fonttype": "none",  # labels stay text: small files that can be searched
+    "svg.hashsalt": "sdgraph",
+}
+
+
+@contextmanager
+def paper(path: str | os.PathLike[str]) -> Iterator[Figure]:
+    """A matplotlib figure, written to `path` at the end: no window, no global figure, the same bytes every time.
+
+    Raises:
+        ExtraError: matplotlib is not installed.
+        SpecError: the suffix is neither `.svg` nor `.png`.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise SpecError(
+            f"cannot draw a {suffix or 'file without suffix'}", where=str(path), cure="name it .svg or .png"
+        )
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ExtraError("drawing needs matplotlib", cure="pip install sdgraph[plots]") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's style would change the picture
+        matplotlib.rcParams.update(STYLE)
+        figure = Figure()
+        FigureCanvasAgg(figure)
+        yield figure
+        metadata = {"Date": None, "Creator": None} if suffix == ".svg" else {"Software": None}
+        figure.savefig(path, format=suffix[1:], dpi=150, metadata=metadata)
