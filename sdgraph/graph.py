@@ -276,6 +276,8 @@ class Graph(GraphState):
         """
         names = [symbol.name for symbol in self.dims.symbols]
         check_condition(condition, names)
+        if any(guard.condition == condition and guard.outcome for guard in self.guards):
+            return
         guards = tuple(dict.fromkeys((*self.guards, Guard(condition, True, because))))
         symbols = probing(guards, self.dims.symbols, len(self.config.get("down_block_types", ())))
         self.guards = guards

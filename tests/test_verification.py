@@ -12,7 +12,7 @@ import torch
 import sdgraph
 from sdgraph import Contract, Graph, Pass
 from sdgraph.compiler.numerics import generations
-from sdgraph.errors import ContractError
+from sdgraph.errors import ContractError, NoChangeError
 from sdgraph.passes import HoistInvariants, InheritFeatures
 from sdgraph.schedules import Once
 
@@ -97,3 +97,32 @@ def test_exact_passes_after_inheriting_ones_are_compared_at_inherited_calls(trac
     assert report.passes[-1].difference == 0
     with pytest.raises(ContractError, match="a call that inherits"):
         sdgraph.apply(unet, KeepsTheTimestep())
+
+
+@dataclass(frozen=True)
+class Reschedules(Pass):
+    def run(self, graph: Graph) -> None:
+        for name in graph.sites:
+            graph.reschedule(name, Once())
+
+
+@dataclass(frozen=True)
+class SwapsAModule(Pass):
+    """Another module without weights in the place of one: no node and no tensor changes."""
+
+    def run(self, graph: Graph) -> None:
+        graph.add_module("conv_act", torch.nn.Hardswish())
+
+
+@dataclass(frozen=True)
+class Requires(Pass):
+    def run(self, graph: Graph) -> None:
+        graph.require("H % 2 == 0", "the pass needs it")
+
+
+@pytest.mark.parametrize("one", [Reschedules(), SwapsAModule(), Requires()], ids=lambda one: type(one).__name__)
+def test_changes_without_a_changed_node_are_changes(one: Pass, traced: Callable[[str], Any]) -> None:
+    unet = sdgraph.apply(traced("sd15-levels")[1], InheritFeatures.deep_cache(3), verify=False)
+    once = sdgraph.apply(unet, one, verify=False)
+    with pytest.raises(NoChangeError):
+        sdgraph.apply(once, one, verify=False)

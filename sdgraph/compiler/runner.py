@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
-
 from ..contract import Contract
 from ..errors import ContractError, DecisionError, NoChangeError, OrderError, PassError, SdgraphError, SpecError
 from ..graph import Graph
@@ -253,16 +251,20 @@ def size(graph: Graph) -> Size:
 
 
 def fingerprint(graph: Graph) -> tuple[object, ...]:
-    """What makes two graphs the same: their operations, how they are joined, and which tensors they hold."""
+    """What makes two graphs the same: their operations, how they are joined, the modules and tensors they hold, what
+    calls may inherit, and which calls they are for."""
     nodes = tuple(
         (n.op, n.target if n.op != "call_function" else id(n.target), repr(n.args), repr(n.kwargs))
         for n in graph.fx.nodes
     )
-    held: dict[str, torch.Tensor] = dict(graph.weights.state_dict(keep_vars=True))
+    called = {str(n.target): graph.module(str(n.target)) for n in graph.fx.nodes if n.op == "call_module"}
+    modules = tuple((path, type(module), module.extra_repr()) for path, module in called.items())
+    held = {**dict(graph.weights.named_parameters(remove_duplicate=False)), **dict(graph.weights.named_buffers())}
     # The storage, for on the meta device there are no addresses to tell tensors apart by.
-    return nodes, tuple(
+    tensors = tuple(
         (name, t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.dtype) for name, t in held.items()
     )
+    return nodes, modules, tensors, tuple(graph.sites.items()), graph.guards
 
 
 def _flat(one: Pass) -> list[Pass]:
