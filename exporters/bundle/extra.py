@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
-from sdgraph.errors import ExtraError
+from sdgraph.extra import imported
 
 
 def require_onnx() -> None:
@@ -14,9 +12,4 @@ def require_onnx() -> None:
         ExtraError: naming what is missing and how to install it.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ExtraError(
-                f"{name} cannot be imported: {error}", where=name, cure="pip install sdgraph[onnx]"
-            ) from error
+        imported(name, "onnx")

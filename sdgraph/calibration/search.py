@@ -11,9 +11,8 @@ number of refreshes; the groups share the budget so that the last multiply-accum
 
 from __future__ import annotations
 
-import contextlib
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from ..compiler.chain import Chain
 from ..errors import ScheduleError, SourceError, SpecError
 from ..inheritance.timetable import Timetable
 from ..runtime.apply import apply
+from ..runtime.pipelines import with_unet
 from ..runtime.unet import GraphUNet
 from ..schedules import Explicit, Uniform
 from .replay import Array, Kept, Rehearsal, distances
@@ -139,7 +139,7 @@ def search(
 
     def generate(unet: GraphUNet) -> Tensor:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        with _instead(pipe, unet):
+        with with_unet(pipe, unet):
             found = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
         return found.images  # type: ignore[no-any-return]
 
@@ -267,12 +267,3 @@ def _share(choices: Sequence[Choice], macs: Callable[[Sequence[int]], int], most
         if gain <= 0:
             return counts
         counts = more
-
-
-@contextlib.contextmanager
-def _instead(pipe: Any, unet: GraphUNet) -> Iterator[None]:
-    own, pipe.unet = pipe.unet, unet
-    try:
-        yield
-    finally:
-        pipe.unet = own

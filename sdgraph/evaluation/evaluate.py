@@ -25,6 +25,7 @@ from ..errors import QualityError, SourceError, SpecError, did_you_mean
 from ..inheritance.attach import attach
 from ..runtime.apply import apply
 from ..runtime.interface import UNetCall
+from ..runtime.pipelines import with_unet
 from ..runtime.unet import GraphUNet
 from ..views.format import columns
 from . import metrics as similarity
@@ -253,7 +254,7 @@ class _Side:
 
     def run(self, part: Sequence[tuple[str, int]], call: Mapping[str, Any]) -> Images:
         generators = [torch.Generator().manual_seed(seed) for _, seed in part]
-        with _exchanged(self.pipe, self.unet), _attached(self.pipe):
+        with with_unet(self.pipe, self.unet), _attached(self.pipe):
             found = self.pipe(
                 prompt=[prompt for prompt, _ in part], generator=generators, **{**call, "output_type": "np"}
             )
@@ -310,20 +311,6 @@ def _side(one: Any, pipe: DiffusionPipeline, where: str, base: Any = None) -> _S
         f"{type(one).__name__} is neither a pipeline nor a UNet nor passes", where=where,
         cure="a diffusers pipeline, a UNet or passes",
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _exchanged(pipe: DiffusionPipeline, unet: Any) -> Iterator[None]:
-    """`pipe` with `unet` for the time being."""
-    if unet is None:
-        yield
-        return
-    own = pipe.unet
-    pipe.unet = unet
-    try:
-        yield
-    finally:
-        pipe.unet = own
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ..errors import ExtraError
+from ..extra import imported
 
 Images = NDArray[np.floating[Any]]
 CLIP = "openai/clip-vit-base-patch16"
@@ -53,8 +52,8 @@ def lpips(a: Images, b: Images) -> float:
     Raises:
         ExtraError: torchmetrics or torchvision is not installed.
     """
-    _imported("torchvision", "quality")
-    metric = _imported("torchmetrics.image.lpip", "quality").LearnedPerceptualImagePatchSimilarity(
+    imported("torchvision", "quality")
+    metric = imported("torchmetrics.image.lpip", "quality").LearnedPerceptualImagePatchSimilarity(
         net_type="alex", normalize=True
     )
     for one, other in zip(a, b, strict=True):
@@ -71,7 +70,7 @@ def clip_score(images: Images, prompts: Sequence[str], model: str = CLIP) -> flo
         ExtraError: transformers is not installed.
     """
     # not torchmetrics' CLIPScore, which release 1.9 cannot compute with transformers 5
-    transformers = _imported("transformers", "pipelines")
+    transformers = imported("transformers", "pipelines")
     clip = transformers.CLIPModel.from_pretrained(model).eval()
     processor = transformers.CLIPProcessor.from_pretrained(model)
     scores = []
@@ -85,12 +84,3 @@ def clip_score(images: Images, prompts: Sequence[str], model: str = CLIP) -> flo
 
 def _channels_first(image: Images) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).permute(2, 0, 1)
-
-
-def _imported(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ExtraError(
-            f"{module} cannot be imported: {error}", where=module, cure=f"pip install sdgraph[{extra}]"
-        ) from error

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ExtraError, SpecError
+from ..errors import SpecError
+from ..extra import imported
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,10 +37,7 @@ def paper(path: str | os.PathLike[str]) -> Iterator[Figure]:
         raise SpecError(
             f"cannot draw a {suffix or 'file without suffix'}", where=str(path), cure="name it .svg or .png"
         )
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ExtraError("drawing needs matplotlib", cure="pip install sdgraph[plots]") from error
+    matplotlib = imported("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
