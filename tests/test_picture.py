@@ -25,7 +25,7 @@ def unet() -> Graph:
 
 
 def pruned(unet: Graph, *passes: str) -> Graph:
-    return sdgraph.apply(unet, passes, verify=False).graph
+    return sdgraph.apply(unet, passes, verify=False).graph.copy()
 
 
 def drawn(path: Path) -> tuple[dict[str, str], str]:
