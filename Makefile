@@ -5,7 +5,7 @@ RUN := $(CURDIR)/$(VENV)/bin
 # Models are part of the repository or built from configurations: nothing is downloaded.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo train scenes test test-fast test-full lint bench frontier
+.PHONY: demo train scenes test test-fast test-full lint docs bench frontier package-tree
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/.installed-onnx,plots,pipelines
@@ -39,13 +39,19 @@ test-fast: $(VENV)/.installed-test
 test-full: $(VENV)/.installed-test
 	$(RUN)/pytest -m full
 
-# mypy sees the folders as the package they are installed as; see [tool.mypy].
+# mypy and the API reference see the folders as the package they are installed as; see [tool.mypy].
 TYPED := build/typed/sdgraph
-lint: $(VENV)/.installed-test,dev
-	$(RUN)/ruff check .
-	$(RUN)/ruff format --check .
+package-tree:
 	rm -rf $(TYPED) && mkdir -p $(TYPED)
 	ln -s $(CURDIR)/sdgraph/* $(CURDIR)/passes $(CURDIR)/exporters $(TYPED)
+
+# The site, in build/site: nothing is downloaded, and a warning is an error.
+docs: $(VENV)/.installed-docs package-tree
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
+lint: $(VENV)/.installed-test,dev package-tree
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
 	cd build/typed && $(RUN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 $(VENV)/bin/python:
