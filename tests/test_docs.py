@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 from diffusers import StableDiffusionPipeline
-from scenes.pipeline import MODEL
+from scenes import models
 
 import sdgraph
 from sdgraph.cli import COMMANDS, main
 
 from .documents import ROOT, blocks, commands, inline_code, links, prose, run
+from .models import build
 
 DOCS = ROOT / "docs"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
@@ -42,15 +43,16 @@ every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=name)
     [pytest.param(one, id=name(one), marks=() if one.name in QUICK else pytest.mark.slow) for one in RUN],
 )
 def test_the_python_blocks_run_in_order(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they stand, with the small pipeline of the scenes in the place of a download, and few steps."""
+    """As they stand, with a tiny pipeline in the place of a download, and few steps."""
 
-    def small(*args: Any, **options: Any) -> Any:
-        pipe = from_pretrained(MODEL, local_files_only=True)
+    def tiny(*args: Any, **options: Any) -> Any:
+        tokenizer = models.tokenizer()
+        unet = build(sample_size=16, layers_per_block=2, cross_attention_dim=models.TEXT_WIDTH)
+        pipe = models.pipeline(tokenizer, models.text_encoder(tokenizer), models.vae(), unet)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    from_pretrained = StableDiffusionPipeline.from_pretrained
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", small)
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", tiny)
     monkeypatch.chdir(tmp_path)
     run(document, monkeypatch, {"num_inference_steps=25": "num_inference_steps=2"})
 
