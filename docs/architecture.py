@@ -124,9 +124,10 @@ def draw(boxes: nx.DiGraph) -> str:
     order = nx.condensation(boxes)
     shown = nx.transitive_reduction(order)
     place: dict[int, tuple[float, float, float, float]] = {}
-    page, y = ACROSS * (WIDTH + GAP) + GAP, GAP
+    layers, y = rows(nx.DiGraph(order)), GAP
+    page = max(map(len, layers)) * (WIDTH + GAP) + GAP
     parts: list[str] = []
-    for row in rows(nx.DiGraph(order)):
+    for row in layers:
         lines = {node: content(sorted(order.nodes[node]["members"])) for node in row}
         height = max(12 + 14 * len(text) for text in lines.values())
         total = len(row) * (WIDTH + GAP) - GAP

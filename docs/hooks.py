@@ -11,13 +11,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from griffe import Extension, Module
+from griffe import Extension, Module, Object
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 ALWAYS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+SECTION = re.compile(r"^(?=(?:Returns|Raises|Yields):$)", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 
 
@@ -62,6 +63,14 @@ def place(path: str) -> str:
     if path == "README.md":
         return "index.md"
     return path.removeprefix("docs/") + (".md" if path.endswith(".py") else "")
+
+
+class Docstrings(Extension):
+    """Read docstrings as ours are: no empty lines between their sections."""
+
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = SECTION.sub("\n", obj.docstring.value)
 
 
 class Exports(Extension):

@@ -110,7 +110,7 @@ def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 # -- the benchmark ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/measurements.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/deploying.md", "docs/measurements.md"])
 def test_the_figures_in_documents_are_the_results(name: str) -> None:
     table, document = load("benchmarks/table.py"), (ROOT / name).read_text()
     blocks = list(table.MARKED.finditer(document))
