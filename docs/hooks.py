@@ -54,6 +54,13 @@ def on_page_read_source(page: Page, config: Any) -> str | None:
     return LINK.sub(moved, text)
 
 
+def on_page_content(html: str, page: Page, **_: Any) -> None:
+    """Refuse a section of a docstring that was read as prose."""
+    section = re.search(r"<p>[^<]*\b(Args|Returns|Raises|Yields):.{0,80}", html, re.DOTALL)
+    if section is not None:
+        raise PluginError(f"{page.file.src_uri}: a docstring is not understood at {section[0]!r}")
+
+
 def links(path: str) -> list[str]:
     return LINK.findall((ROOT / path).read_text(encoding="utf-8"))
 
@@ -68,7 +75,7 @@ def place(path: str) -> str:
 class Docstrings(Extension):
     """Read docstrings as ours are: no empty lines between their sections."""
 
-    def on_object(self, *, obj: Object, **_: Any) -> None:
+    def on_instance(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = SECTION.sub("\n", obj.docstring.value)
 
