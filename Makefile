@@ -5,7 +5,7 @@ RUN := $(CURDIR)/$(VENV)/bin
 # Models are part of the repository or built from configurations: nothing is downloaded.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo train scenes test test-fast test-full test-oldest lint bench frontier drop-in
+.PHONY: demo train scenes test test-fast test-full test-oldest lint docs bench frontier drop-in package-tree
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/.installed-onnx,plots,pipelines
@@ -52,12 +52,18 @@ test-oldest: $(VENV)/bin/python
 drop-in: $(VENV)/.installed-test,bench
 	$(RUN)/python benchmarks/drop_in.py $(ARGS)
 
-# mypy and import-linter see the folders as the package they are installed as; see [tool.mypy].
+# mypy, import-linter and the API reference see the folders as the package they are installed as; see [tool.mypy].
 TYPED := build/typed/sdgraph
-lint: $(VENV)/.installed-test,dev
+package-tree:
+	rm -rf $(TYPED) && mkdir -p build/typed && cp -rp sdgraph build/typed/ && cp -rp passes exporters $(TYPED)/
+
+# The site, in build/site: nothing is downloaded, and a warning is an error.
+docs: $(VENV)/.installed-docs package-tree
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
+lint: $(VENV)/.installed-test,dev package-tree
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	rm -rf $(TYPED) && mkdir -p build/typed && cp -rp sdgraph build/typed/ && cp -rp passes exporters $(TYPED)/
 	cd build/typed && $(RUN)/lint-imports $(CURDIR)/.importlinter
 	cd build/typed && $(RUN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 

@@ -1,25 +1,31 @@
-"""What the documentation shows of a graph: the figure, and the text in README.md.
+"""What the documentation shows of the code: figures, the text of a region, and the help of the commands.
 
     python docs/generate.py
 
-Stable Diffusion 1.5 at full size. Graphs do not look at weights, so its memory is asked for and never filled.
+Stable Diffusion 1.5 is at full size. Graphs do not look at weights, so its memory is asked for and never filled.
 """
 
 from __future__ import annotations
 
-import re
+import contextlib
+import io
+import os
 from pathlib import Path
+from unittest import mock
 
+import architecture
 import torch
 from diffusers import UNet2DConditionModel
 
 import sdgraph
+from sdgraph.cli import COMMANDS
+from sdgraph.cli import main as sdgraph_command
 
 DOCS = Path(__file__).parent
-README = DOCS.parent / "README.md"
+FIGURE = DOCS / "sd15-bk-sdm-base.svg"
 PASSES = "CleanUp, PruneBlocks('bk-sdm-base')"
 SHOWN = "mid_block.attentions.0.transformer_blocks.0.attn2"
-MARKED = re.compile(r"(<!-- text of a region -->\n).*?(<!-- end of text -->)", re.DOTALL)
+WIDTH = 100  # of the help, in characters
 
 
 def graphs() -> tuple[sdgraph.Graph, sdgraph.Graph]:
@@ -30,17 +36,50 @@ def graphs() -> tuple[sdgraph.Graph, sdgraph.Graph]:
     return before, sdgraph.apply(before, PASSES, verify=False).graph
 
 
-def sample(graph: sdgraph.Graph) -> str:
-    """What README.md has between its markers."""
-    return f"    >>> print(unet.graph.text(within={SHOWN!r}))\n" + "".join(
-        f"    {line}".rstrip() + "\n" for line in graph.text(within=SHOWN).splitlines()
-    )
+def region(graph: sdgraph.Graph) -> str:
+    """A region as text, with the call that prints it."""
+    return f">>> print(unet.graph.text(within={SHOWN!r}))\n{graph.text(within=SHOWN)}"
+
+
+def helps() -> str:
+    """The help of every command, as sections."""
+    sections = []
+    for module in COMMANDS:
+        name = module.__name__.rpartition(".")[2]
+        with (
+            mock.patch.dict(os.environ, COLUMNS=str(WIDTH)),
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.suppress(SystemExit),
+        ):
+            sdgraph_command([name, "--help"])
+        sections.append(f"## sdgraph {name}\n\n```text\n{out.getvalue()}```\n")
+    return "\n" + "\n".join(sections) + "\n"
+
+
+def filled(page: Path, marker: str, text: str) -> str:
+    """A page with a text between the markers of its kind."""
+    start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
+    before, _, rest = page.read_text().partition(start)
+    _, _, after = rest.partition(end)
+    return before + start + text + end + after
+
+
+def pages(after: sdgraph.Graph) -> dict[Path, str]:
+    """The pages that show something generated, as they should be."""
+    ideas, commands = DOCS / "how-it-works.md", DOCS / "command-line.md"
+    return {
+        ideas: filled(ideas, "region", f"```text\n{region(after).rstrip()}\n```\n"),
+        commands: filled(commands, "commands", helps()),
+        architecture.PAGE: architecture.page(),
+    }
 
 
 def main() -> None:
     before, after = graphs()
-    after.picture(DOCS / "sd15-bk-sdm-base.svg", before=before)
-    README.write_text(MARKED.sub(lambda match: match[1] + sample(after) + match[2], README.read_text()))
+    after.picture(FIGURE, before=before)
+    architecture.FIGURE.write_text(architecture.draw(architecture.graph()))
+    for page, text in pages(after).items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

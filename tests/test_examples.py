@@ -1,4 +1,4 @@
-"""What users read first: the examples, the code in README.md, the benchmark, and that what is generated is current."""
+"""What users read first: the examples and the benchmark."""
 
 from __future__ import annotations
 
@@ -7,28 +7,21 @@ import json
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
-from scenes.pipeline import MODEL
 
 import sdgraph
-from sdgraph.cli import COMMANDS
 from sdgraph.errors import NoChangeError
 from sdgraph.testing import check
 
 from .models import answer, build, call_of
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def load(path: str) -> ModuleType:
@@ -114,52 +107,10 @@ def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert (tmp_path / "made" / name).stat().st_size > 0
 
 
-# -- README.md --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands, with the small pipeline of the scenes in the place of a download."""
-    pipe = StableDiffusionPipeline.from_pretrained(MODEL, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
-    monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {"__name__": "readme"}
-    monkeypatch.setitem(sys.modules, "readme", ModuleType("readme"))  # dataclasses look their module up
-    assert len(BLOCKS) >= 5
-    for block in BLOCKS:
-        exec(compile(block.replace("num_inference_steps=25", "num_inference_steps=2"), "README.md", "exec"), scope)
-    assert "up_blocks.3.resnets.2" in scope["pipe"].unet.graph.sites
-    assert scope["found"].before == "UNet2DConditionModel"  # against the source, not what was pruned already
-    assert scope["found"].after.endswith("PruneBlocks('bk-sdm-base')")
-    assert {"pruned.svg", "unet-base", "unet-onnx"} <= {path.name for path in tmp_path.iterdir()}
-
-
-def test_the_readme_names_what_is_there() -> None:
-    for path in [*re.findall(r"\]\(([^)#:]+)\)", README), *re.findall(r"tests/\w+\.py", README)]:
-        assert (ROOT / path).exists(), path
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", README, re.MULTILINE))
-    assert {"demo", "test", "bench"} <= named <= targets
-    commands = {module.__name__.rpartition(".")[2] for module in COMMANDS}
-    assert {"apply", "evaluate", "passes", "search"} <= set(re.findall(r"^    sdgraph (\w+)", README, re.M)) <= commands
-
-
-@pytest.mark.slow
-def test_what_is_generated_is_current() -> None:
-    """If this fails: `python docs/generate.py`, and read what changed."""
-    generate = load("docs/generate.py")
-    before, after = generate.graphs()
-    assert generate.sample(after) in README
-    figure = ET.parse(ROOT / "docs" / "sd15-bk-sdm-base.svg")
-    words = " ".join("".join(e.itertext()) for e in figure.iter("{http://www.w3.org/2000/svg}text"))
-    assert f"{len(before.nodes)} → {len(after.nodes)} nodes" in words
-
-
 # -- the benchmark ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/measurements.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/deploying.md", "docs/measurements.md"])
 def test_the_figures_in_documents_are_the_results(name: str) -> None:
     table, document = load("benchmarks/table.py"), (ROOT / name).read_text()
     blocks = list(table.MARKED.finditer(document))

@@ -84,7 +84,8 @@ def export(
             a model for each kind of call among them; one of another kind computes more than it need.
         opset: version of the ONNX operators, 18 to 20.
         overwrite: replace an earlier export, once the new one is checked.
-        atol, rtol: bound on the largest difference from eager, `atol + rtol * largest value`.
+        atol: bound on the largest difference from eager, which is `atol + rtol * largest value`.
+        rtol: the other part of that bound.
         progress: show a progress bar.
     Returns:
         the comparison of each model with eager at two shapes on ONNX Runtime's CPU provider; prints as a table.

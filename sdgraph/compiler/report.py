@@ -34,7 +34,8 @@ class PassReport:
     Args:
         spec: the pass as text.
         contract: its numeric contract.
-        before, after: sizes of the graph.
+        before: sizes of the graph.
+        after: the same, of the new graph.
         difference: largest absolute difference of the output on random inputs; None if not verified.
         seconds: wall time, verification included.
         edits: what it says it did, one line each.

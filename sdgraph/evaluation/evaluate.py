@@ -40,8 +40,10 @@ class Evaluation:
     """Images before and after, and what was measured of them. Prints as a table.
 
     Args:
-        before, after: what was compared, in words.
-        prompts, seeds: of image i; they are the same on both sides.
+        before: what was compared, in words.
+        after: with what.
+        prompts: of image i; the same on both sides.
+        seeds: of image i; the same on both sides.
         alike: figures of the two sides together: "psnr" (dB), "ssim", "largest" (difference, of 1), "equal" (share of
             images without any difference), and "lpips" if asked for.
         figures: of each side alone, by name: what the judge says, and "clip" if asked for.

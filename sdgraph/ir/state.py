@@ -45,7 +45,8 @@ class GraphState:
         weights: leaf modules and parameters under the source's names.
         inputs: the flat inputs, in the order of the placeholders.
         dims: the free sizes.
-        dtype, device: of the source's parameters.
+        dtype: of the source's parameters.
+        device: of the source's parameters.
         config: the source's configuration.
         guards: what a call must satisfy for the graph to hold.
         classes: class name of every source module, by path.

@@ -38,7 +38,8 @@ def apply(
         unet: a diffusers UNet, or the result of an earlier `apply` or `trace`. It is not changed.
         passes: passes, or text specs such as `"PruneBlocks('bk-sdm-base')"`, in order.
         verify: check numbers as well as structure: the trace against the source, and every pass against its contract.
-        inputs, processors: see `trace`.
+        inputs: see `trace`.
+        processors: see `trace`.
         progress: show a progress bar over the passes.
     Returns:
         a `GraphUNet`; its `report` says what each pass did.
