@@ -22,7 +22,7 @@ from .ir.specialize import per_call
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 from .spec import Spec
-from .version import __version__
+from .version import __version__ as __version__
 
 __all__ = [
     "Chain",
@@ -43,7 +43,6 @@ __all__ = [
     "SdgraphError",
     "Site",
     "Spec",
-    "__version__",
     "apply",
     "attach",
     "errors",
