@@ -279,3 +279,15 @@ def test_edits_update_only_what_they_reach(graph: Graph) -> None:
     changed = [n.name for n in graph.nodes if n.op != "output" and before.get(n.name) != id(n.meta["val"])]
     assert changed
     assert not any(name.startswith("down_blocks") for name in changed)
+
+
+def test_the_last_of_each_is_another_one_for_each_parent() -> None:
+    """Down blocks have two layers, up blocks three."""
+    graph = sdgraph.trace(build("sd15-levels"))
+    assert graph.matching("down_blocks.*.resnets.-1") == [f"down_blocks.{i}.resnets.1" for i in range(4)]
+    assert graph.matching("{down,up}_blocks.-1.resnets.-1") == ["down_blocks.3.resnets.1", "up_blocks.3.resnets.2"]
+    assert graph.matching("up_blocks.*.attentions.-1") == [f"up_blocks.{i}.attentions.2" for i in (1, 2, 3)]
+    assert graph.matching("*_blocks.0.resnets.-2") == ["down_blocks.0.resnets.0", "up_blocks.0.resnets.1"]
+    assert graph.matching("**.resnets.-1")[-1] == "up_blocks.3.resnets.2"
+    with pytest.raises(PathError):
+        graph.matching("up_blocks.*.attentions.-7")

@@ -18,7 +18,7 @@ def matching(patterns: str | Iterable[str], known: Sequence[str], check: Callabl
     """
     found: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        choices = [_counted(choice, known) for choice in _expanded(pattern)]
+        choices = [counted for choice in _expanded(pattern) for counted in _counted(choice, known)]
         if len(choices) == 1 and "*" not in choices[0]:
             check(choices[0])
             found.add(choices[0])
@@ -51,16 +51,23 @@ def _regex(pattern: str) -> str:
     return "".join({"*": r"[^.]*", "**": r".*"}.get(part, re.escape(part)) for part in parts)
 
 
-def _counted(pattern: str, known: Sequence[str]) -> str:
-    """The pattern with its negative numbers replaced; as it is where there are too few siblings."""
+def _counted(pattern: str, known: Sequence[str]) -> list[str]:
+    """The pattern with its first negative number, and then the others, replaced: one for each parent that it names, for
+    each may have another last child. As it is where there are too few siblings."""
     names = pattern.split(".")
-    for i, name in enumerate(names):
-        if re.fullmatch(r"-\d+", name):
-            above = ".".join(names[:i])
-            siblings = dict.fromkeys(
-                path.split(".")[i] for path in known if path.startswith(f"{above}.") and path.count(".") >= i
-            )
-            there = sorted(map(int, filter(str.isdigit, siblings)))
-            if -int(name) <= len(there):
-                names[i] = str(there[int(name)])
-    return ".".join(names)
+    at = next((i for i, name in enumerate(names) if re.fullmatch(r"-\d+", name)), None)
+    if at is None:
+        return [pattern]
+    parent = re.compile(_regex(".".join(names[:at])))
+    children: dict[str, set[int]] = {}
+    for path in known:
+        parts = path.split(".")
+        for i, part in enumerate(parts):
+            if part.isdigit() and parent.fullmatch(above_it := ".".join(parts[:i])):
+                children.setdefault(above_it, set()).add(int(part))
+    counted = [
+        ".".join([holder, str(sorted(numbers)[int(names[at])]), *names[at + 1 :]])
+        for holder, numbers in children.items()
+        if -int(names[at]) <= len(numbers)
+    ]
+    return [full for one in counted for full in _counted(one, known)] or [pattern]
