@@ -29,9 +29,10 @@ from diffusers import (
 from scenes.pipeline import load
 
 import sdgraph
-from sdgraph import GraphUNet, similarity
+from sdgraph import GraphUNet
 from sdgraph.__main__ import main
 from sdgraph.errors import CallError, ModeError, SpecError
+from sdgraph.evaluation import metrics as similarity
 from sdgraph.exporters.bundle.external_data import SharedWeights
 from sdgraph.exporters.bundle.inspect import contents
 from sdgraph.exporters.onnx.export import export

@@ -28,7 +28,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import sdgraph
 from sdgraph import errors
-from sdgraph.exporters import extra, manifest, parity, translate
+from sdgraph.exporters.bundle import extra, manifest
+from sdgraph.exporters.onnx import parity, translate
 from sdgraph.exporters.onnx.export import export
 from sdgraph.exporters.onnx.simplify import simplify
 from sdgraph.exporters.ort.unet import ORTUNet
