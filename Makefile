@@ -40,8 +40,11 @@ test-full: $(VENV)/.installed-test
 	$(RUN)/pytest -m full
 
 # The oldest versions that pyproject.toml allows, in an environment of their own. On a machine without a GPU, name a CPU
-# build: UV_FIND_LINKS=wheels make test-oldest OLDEST="torch==2.13.0+cpu". They warn of much that is mended since.
+# build: PIP_FIND_LINKS=wheels make test-oldest OLDEST="torch==2.13.0". They warn of much that is mended since.
 OLDEST ?=
+ifdef PIP_FIND_LINKS
+test-oldest: export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
 test-oldest: $(VENV)/bin/python
 	$(RUN)/python -m pip install -q uv
 	$(RUN)/uv venv -q --allow-existing --python $(RUN)/python $(VENV)-oldest
