@@ -213,6 +213,12 @@ def test_image_prompts_are_loaded_scaled_and_unloaded() -> None:
     assert torch.equal(scaled, make(pipes[1], prompted))
     pipes[1].set_ip_adapter_scale(1.0)
     assert torch.equal(loaded, make(pipes[1], prompted))
+    for pipe in pipes:
+        pipe.set_ip_adapter_scale(0.0)  # which takes the adapter out of the computation, and not out of the UNet
+    assert torch.equal(make(pipes[0], prompted), make(pipes[1], prompted))
+    for pipe in pipes:
+        pipe.set_ip_adapter_scale(0.3)
+    assert torch.equal(scaled, make(pipes[1], prompted))
     pipes[1].unet = twin  # which has a scale of its own
     assert torch.equal(scaled, make(pipes[1], prompted))
     pipes[1].unload_ip_adapter()

@@ -61,14 +61,15 @@ def _capture_unet(unet: UNet2DConditionModel, inputs: Collection[str], divisible
         device=parameter.device,
         config=config_of(unet),
         guards=call_guards(unet, divisible),
-        source=skeleton(unet),
     )
 
     def call(**flat: Any) -> Any:
         return type(unet).forward(unet, **unflatten(flat, graph.inputs), return_dict=False)[0]
 
     with _evaluating(unet):
-        return _capture(graph, call, unet)
+        _capture(graph, call, unet)
+    graph.source = skeleton(unet, graph.weights)
+    return graph
 
 
 @contextlib.contextmanager

@@ -79,11 +79,23 @@ class Shares:
         return self._made[id(tensor)][1]
 
 
-def skeleton(unet: Any) -> Any:
-    """A copy of a model on the meta device: its modules with their settings, without the numbers."""
+IMAGE_PROMPTS = (".processor.", "encoder_hid_proj.")  # in the names of an IP-Adapter's weights
+
+
+def skeleton(unet: Any, used: Weights) -> Any:
+    """A copy of a model on the meta device: its modules with their settings, without the numbers.
+
+    Only the weights of an IP-Adapter whose scale is 0 keep theirs: no graph has them, until the scale is another one.
+
+    Args:
+        used: the weights of the model's graph.
+    """
     memo: dict[int, Any] = {
         id(tensor): meta_like(tensor, tensor.dtype) for tensor in (*unet.parameters(), *unet.buffers())
     }
+    for name, tensor in unet.named_parameters():
+        if any(part in name for part in IMAGE_PROMPTS) and used.get(name) is None:
+            memo[id(tensor)] = tensor
     with torch.inference_mode(False):
         made = copy.deepcopy(unet, memo)
     if any(hasattr(module, "base_layer") for module in made.modules()):  # fused LoRA is in the weights

@@ -43,13 +43,16 @@ def again(graph: Graph, change: Callable[[UNet2DConditionModel], Any]) -> Graph:
     check_modules(source, {type(processor) for processor in graph.source.attn_processors.values()})
     made = _replayed(graph, source)
     made.device = graph.device
+    weight = next(iter(graph.parameters().values()), None)
     for name, tensor in _tensors(made.weights):
         held = graph.weights.get(name)
         if isinstance(held, torch.Tensor) and held.shape == tensor.shape:
             _set(made.weights, name, held)  # the very object: an optimizer may hold it
         elif tensor.is_meta:
             raise ModeError("this needs a weight that a pass took out of the graph", where=name, cure=_AGAIN)
-    made.source = skeleton(source)
+        elif weight is not None:
+            tensor.data = tensor.data.to(weight.device)  # it was not in the graph when that was moved
+    made.source = skeleton(source, made.weights)
     return made
 
 
