@@ -445,3 +445,18 @@ def test_a_run_that_ends_early_is_known_as_such(monkeypatch: pytest.MonkeyPatch)
         )  # fmt: skip
     assert [i for i, full in enumerate(calls) if full] == [0, 3]
     assert len(calls) == 6
+
+
+@pytest.mark.parametrize("case", ["variances", "autocast", "one channel"])
+def test_latents_are_followed_whatever_the_prediction_is(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With variances behind the noise, in another dtype than the latents, with fewer channels than the sample."""
+    changes = {"variances": {"out_channels": 8}, "one channel": {"out_channels": 1}}.get(case, {})
+    unet = sdgraph.apply(build(**changes), "InheritFeatures('mid_block', Uniform(2))", verify=False)
+    calls = counted(unet, monkeypatch)
+    prompt, latents = torch.randn(1, 5, CROSS), noise(0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        for timestep in (900, 800, 700):
+            prediction = unet(latents, timestep, prompt).sample
+            latents = latents.clone()
+            latents[:, : prediction.shape[1]] -= 0.1 * prediction[:, :4]
+    assert calls == [True, False, True]

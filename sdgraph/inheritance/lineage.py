@@ -21,12 +21,12 @@ class Lineage:
     """
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=ORDER)
+        self._seen: deque[tuple[torch.Tensor, ...]] = deque(maxlen=ORDER)
 
     def add(self, sample: torch.Tensor, prediction: torch.Tensor) -> None:
         """Note a call, with copies: callers edit their tensors in place."""
-        channels = prediction.shape[1]
-        self._seen.append((sample[:, :channels].detach().clone(), prediction.detach().clone()))
+        channels = min(sample.shape[1], prediction.shape[1])  # a prediction may hold variances behind the noise
+        self._seen.append(tuple(tensor[:, :channels].detach().clone() for tensor in (sample, prediction)))
 
     def repeats(self, sample: torch.Tensor) -> bool:
         """Whether the last call had these latents."""
@@ -55,4 +55,5 @@ class Lineage:
         target, basis = rows[:, 0, :, None], rows[:, 1:]
         weights = torch.linalg.pinv(basis @ basis.mT, rtol=1e-10, hermitian=True) @ (basis @ target)
         unexplained = (target - basis.mT @ weights).square().sum((1, 2)).max()
-        return float(unexplained) <= max(1e-4, (8 * torch.finfo(sample.dtype).eps) ** 2)
+        rounding = max(torch.finfo(tensor.dtype).eps for tensor in (sample, self._seen[-1][1]))
+        return float(unexplained) <= max(1e-4, (8 * rounding) ** 2)
