@@ -32,6 +32,7 @@ from sdgraph.errors import ModeError, SavedError, SdgraphError
 from sdgraph.exporters.bundle.manifest import Manifest, _digest
 from sdgraph.ir.dims import evaluate
 from sdgraph.runtime.serialization import _read_recipe
+from sdgraph.schedules import Uniform
 from sdgraph.spec import read
 from sdgraph.untrusted import read_config
 
@@ -385,3 +386,18 @@ def test_the_command_loads_in_the_dtype_that_is_asked_for(tmp_path: Path, capfd:
     for folder in (tmp_path / "unet", BEFORE / "unet"):
         assert load_unet(str(folder), "float16").dtype == torch.float16
     assert "float32" not in capfd.readouterr().err
+
+
+def test_edits_that_no_operation_shows_are_not_lost_in_silence(tmp_path: Path) -> None:
+    """A schedule or a module changed outside of passes: loading and retracing would bring the old one back."""
+    unet = sdgraph.apply(build(), "InheritFeatures('mid_block', Uniform(2))", verify=False)
+    rescheduled, swapped = unet.graph.copy(), unet.graph.copy()
+    rescheduled.reschedule("mid_block", Uniform(5))
+    swapped.add_module("conv_act", torch.nn.Hardswish())
+    for graph in (rescheduled, swapped):
+        edited = sdgraph.GraphUNet(graph)
+        with pytest.raises(ModeError, match="cannot be rebuilt"):
+            edited.save_pretrained(tmp_path / "unet")
+        with pytest.raises(ModeError, match="edits outside of passes"):
+            edited.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    unet.save_pretrained(tmp_path / "unet")

@@ -257,14 +257,12 @@ def fingerprint(graph: Graph) -> tuple[object, ...]:
         (n.op, n.target if n.op != "call_function" else id(n.target), repr(n.args), repr(n.kwargs))
         for n in graph.fx.nodes
     )
-    called = {str(n.target): graph.module(str(n.target)) for n in graph.fx.nodes if n.op == "call_module"}
-    modules = tuple((path, type(module), module.extra_repr()) for path, module in called.items())
     held = {**dict(graph.weights.named_parameters(remove_duplicate=False)), **dict(graph.weights.named_buffers())}
     # The storage, for on the meta device there are no addresses to tell tensors apart by.
     tensors = tuple(
         (name, t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.dtype) for name, t in held.items()
     )
-    return nodes, modules, tensors, tuple(graph.sites.items()), graph.guards
+    return nodes, tensors, graph.details()
 
 
 def _flat(one: Pass) -> list[Pass]:

@@ -302,6 +302,12 @@ class GraphState:
                 cure="edit a copy, and build another: graph = unet.graph.copy(); ...; sdgraph.GraphUNet(graph)",
             )
 
+    def details(self) -> tuple[object, ...]:
+        """What the operations of the graph do not show: its modules' kinds and options, its sites and its guards."""
+        paths = dict.fromkeys(str(node.target) for node in self.fx.nodes if node.op == "call_module")
+        modules = tuple((path, type(self.module(path)), self.module(path).extra_repr()) for path in paths)
+        return modules, tuple(self.sites.items()), self.guards
+
     def changing_nodes(self) -> set[torch.fx.Node]:
         """The nodes whose tensors depend on inputs that change from call to call of a generation."""
         return changing_nodes(self.fx, self.inputs)

@@ -20,7 +20,7 @@ from ..frontend.capture import capture
 from ..frontend.source import check_modules
 from ..graph import Graph
 from ..ir.weights import Weights, skeleton
-from .serialization import structure
+from .serialization import alike
 
 _AGAIN = "do it on the source UNet, then call sdgraph.apply again"
 
@@ -34,8 +34,7 @@ def again(graph: Graph, change: Callable[[UNet2DConditionModel], Any]) -> Graph:
         SdgraphError: the changed UNet cannot be traced, or a pass cannot be repeated.
         ModeError: the graph is more than its source and passes, or needs weights that it no longer has.
     """
-
-    if graph.source is None or structure(_replayed(graph, graph.source)) != structure(graph):
+    if graph.source is None or not alike(_replayed(graph, graph.source), graph):
         raise ModeError("the graph has edits outside of passes, which would be lost", where="GraphUNet", cure=_AGAIN)
     source = nn.Module.to(copy.deepcopy(graph.source), graph.dtype)
     _fill(source, graph.weights)

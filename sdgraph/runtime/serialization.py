@@ -206,7 +206,7 @@ def _check_can_come_back(graph: Graph, config: dict[str, Any], inputs: list[str]
     try:
         # the text of the passes, for that is what is saved
         passes = _passes([_entry(applied) for applied in graph.passes])
-        same = structure(_rebuild(config, passes, inputs, graph.dtype, settings)) == structure(graph)
+        same = alike(_rebuild(config, passes, inputs, graph.dtype, settings), graph)
         reason: Exception | None = None
     except DecisionError as error:
         raise ModeError(
@@ -277,6 +277,11 @@ def load(
     _load_weights(graph, folder / recipe.weights, recipe.files)
     beside = {k: v for k, v in config.items() if not k.startswith("_") and k not in graph.config}
     return graph, beside
+
+
+def alike(graph: Graph, other: Graph) -> bool:
+    """Whether two graphs are the same but for their weights and the names of their nodes."""
+    return structure(graph) == structure(other) and graph.details() == other.details()
 
 
 def structure(graph: Graph) -> str:
