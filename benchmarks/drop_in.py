@@ -9,7 +9,7 @@ Only its `tests/` are used, the library is the installed one.
 
 Each suite runs with diffusers' UNet, and once per mode with `get_dummy_components` handing out `sdgraph.apply(unet,
 passes)`. What is printed is, per mode, how many tests fail only with ours, and why: a refusal of ours, which names the
-cure, or an error. All outputs of the UNets are compared as well: a test that passes with both although they differ in
+hint, or an error. All outputs of the UNets are compared as well: a test that passes with both although they differ in
 one bit is listed. Nothing is downloaded: the tests' tokenizer is replaced by one of bytes, and tests that need another
 file of the hub fail with both UNets.
 """
@@ -143,10 +143,10 @@ def cause(error: BaseException | None) -> str:
 
 
 def refusal(error: BaseException | None) -> bool:
-    """Whether an error of ours with a cure is behind it."""
+    """Whether an error of ours with a hint is behind it."""
     while error is not None:
         if isinstance(error, sdgraph.SdgraphError):
-            return bool(error.cure)
+            return bool(error.hint)
         error = error.__cause__ or error.__context__
     return False
 

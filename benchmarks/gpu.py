@@ -100,10 +100,10 @@ def ways(unet: Any, folder: Path, device: str, quick: bool, side: int, batch: in
         again.deep_cache = helper  # it goes with it
         return again
 
-    def exported(source: Any, name: str, artefact: str, **options: Any) -> ORTUNet:
+    def exported(source: Any, name: str, target: str, **options: Any) -> ORTUNet:
         directory = folder / name
         if not directory.exists():
-            export(source, directory, artefact=artefact, progress=False)
+            export(source, directory, target=target, progress=False)
         return ORTUNet.from_pretrained(directory, provider=provider, free_dims=sizes, verify=False, **options)
 
     return {

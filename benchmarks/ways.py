@@ -125,7 +125,7 @@ class PooledKeys(sdgraph.Pass):
                 path = list(node.meta["nn_module_stack"])[-1]
                 made = graph.insert(code, *node.args[:3], tokens, before=node, path=path)
                 graph.rewire(node, made)
-        graph.sweep()
+        graph.eliminate_dead_code()
 
 
 def attention(pipe: Any, quick: bool, folder: Path) -> Ways:

@@ -50,18 +50,18 @@ class GRIAttention(Pass):
         for name, least in (("window", 1), ("pool", 1), ("shift", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SpecError(f"{name} is {value!r}", where="GRIAttention", cure=f"a whole number, at least {least}")
+                raise SpecError(f"{name} is {value!r}", where="GRIAttention", hint=f"a whole number, at least {least}")
         if self.window % self.pool or self.shift % self.pool or self.shift >= self.window:
             raise SpecError(
                 f"window {self.window}, pool {self.pool} and shift {self.shift} do not go together",
                 where="GRIAttention",
-                cure="pool divides window and shift, and shift is less than window",
+                hint="pool divides window and shift, and shift is less than window",
             )
         if self.variant not in VARIANTS:
-            cure = f"one of {', '.join(VARIANTS)}"
-            raise SpecError(f"no variant {self.variant!r}", where="GRIAttention", cure=cure)
+            hint = f"one of {', '.join(VARIANTS)}"
+            raise SpecError(f"no variant {self.variant!r}", where="GRIAttention", hint=hint)
         if not self.levels or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in self.levels):
-            raise SpecError(f"levels are {self.levels!r}", where="GRIAttention", cure="such as (0,) or (0, 1)")
+            raise SpecError(f"levels are {self.levels!r}", where="GRIAttention", hint="such as (0,) or (0, 1)")
 
     def run(self, graph: Graph) -> Findings:
         found = self_attentions(graph)
@@ -69,7 +69,7 @@ class GRIAttention(Pass):
         for level in self.levels:
             if level not in known:
                 raise EditError(
-                    f"no self-attention at level {level}", where="GRIAttention", cure=f"there is some at {known}"
+                    f"no self-attention at level {level}", where="GRIAttention", hint=f"there is some at {known}"
                 )
         edits: list[str] = []
         misses: list[NearMiss] = []
@@ -87,7 +87,7 @@ class GRIAttention(Pass):
             module = GlobalRegional(attention, self.window, self.pool, shift, self.variant, device)
             made = graph.insert(module, *attention.args[:3], tokens, before=attention, path=f"{path}.interaction")
             graph.rewire(attention, made)
-            graph.sweep()
+            graph.eliminate_dead_code()
             edits.append(f"{path}: {graph.step_macs() / before:.1%} of the multiply-accumulates are left")
         return Findings(edits=tuple(edits), near_misses=tuple(misses))
 

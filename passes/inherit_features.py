@@ -49,11 +49,11 @@ class InheritFeatures(Pass):
     def __post_init__(self) -> None:
         sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
         if not sites or not all(isinstance(site, str) for site in sites):
-            raise SpecError(f"sites are module paths, got {self.sites!r}", where="InheritFeatures", cure="pass some")
+            raise SpecError(f"sites are module paths, got {self.sites!r}", where="InheritFeatures", hint="pass some")
         if not isinstance(self.schedule, Schedule):
-            raise SpecError(f"{self.schedule!r} is no schedule", where="InheritFeatures", cure="such as Uniform(3)")
+            raise SpecError(f"{self.schedule!r} is no schedule", where="InheritFeatures", hint="such as Uniform(3)")
         if self.part not in PARTS:
-            raise SpecError(f"no part {self.part!r}", where="InheritFeatures", cure=f"one of {', '.join(PARTS)}")
+            raise SpecError(f"no part {self.part!r}", where="InheritFeatures", hint=f"one of {', '.join(PARTS)}")
         Site(self.schedule, self.forecast)
         object.__setattr__(self, "sites", self.sites if isinstance(self.sites, str) else sites)
 
@@ -124,8 +124,8 @@ class InheritFeatures(Pass):
             within: the blocks. The default, ours, are the two innermost stages of each side and the middle.
         """
         if level not in LEVELS:
-            cure = did_you_mean(str(level), LEVELS) or f"one of {', '.join(LEVELS)}"
-            raise SpecError(f"no level {level!r}", where="InheritFeatures.at_level", cure=cure)
+            hint = did_you_mean(str(level), LEVELS) or f"one of {', '.join(LEVELS)}"
+            raise SpecError(f"no level {level!r}", where="InheritFeatures.at_level", hint=hint)
         return cls(within + LEVELS[level], schedule)
 
     def run(self, graph: Graph) -> Findings:
@@ -133,7 +133,7 @@ class InheritFeatures(Pass):
         for path in paths:
             for other in (*paths, *graph.sites):
                 if path.startswith(f"{other}."):
-                    raise EditError(f"the site {path} is within the site {other}", where=path, cure="name one of them")
+                    raise EditError(f"the site {path} is within the site {other}", where=path, hint="name one of them")
         edits = []
         for path in paths:
             values = self._values(graph, graph.region(path))
@@ -146,7 +146,7 @@ class InheritFeatures(Pass):
             if after == before:
                 raise EditError(
                     "inheriting this leaves nothing out: all that it is computed from serves something else as well",
-                    where=path, cure="another site",
+                    where=path, hint="another site",
                 )  # fmt: skip
             edits.append(f"{path} is inherited: {after / before:.1%} of the multiply-accumulates are left without it")
         return Findings(edits=tuple(edits))
@@ -156,12 +156,12 @@ class InheritFeatures(Pass):
             entry = region.main_input
             if entry is None or entry.target is not torch.cat:
                 raise EditError(
-                    "no skip is concatenated to its input", where=region.path, cure="a resnet of an up block"
+                    "no skip is concatenated to its input", where=region.path, hint="a resnet of an up block"
                 )
             parts: Any = entry.args[0]
             return (parts[0],)
         if self.part != "value" and region.branch is not None:
             return (region.branch,)
         if self.part == "branch":
-            raise EditError("it has no residual branch", where=region.path, cure="part='value'")
+            raise EditError("it has no residual branch", where=region.path, hint="part='value'")
         return region.outputs

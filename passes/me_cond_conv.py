@@ -67,24 +67,24 @@ class MECondConv(Pass):
     def __post_init__(self) -> None:
         for name, known in (("routing", ROUTINGS), ("donors", DONORS), ("gate", GATES)):
             if getattr(self, name) not in known:
-                cure = f"one of {', '.join(known)}"
-                raise SpecError(f"no {name} {getattr(self, name)!r}", where="MECondConv", cure=cure)
+                hint = f"one of {', '.join(known)}"
+                raise SpecError(f"no {name} {getattr(self, name)!r}", where="MECondConv", hint=hint)
         if isinstance(self.experts, bool) or not isinstance(self.experts, int) or self.experts < 2:
-            raise SpecError(f"experts is {self.experts!r}", where="MECondConv", cure="a whole number, at least 2")
+            raise SpecError(f"experts is {self.experts!r}", where="MECondConv", hint="a whole number, at least 2")
         if not self.temperature > 0:
-            raise SpecError(f"temperature is {self.temperature!r}", where="MECondConv", cure="a number above 0")
+            raise SpecError(f"temperature is {self.temperature!r}", where="MECondConv", hint="a number above 0")
         if not isinstance(self.where, str):
             object.__setattr__(self, "where", tuple(self.where))
 
     def run(self, graph: Graph) -> Findings:
         embedding = time_embedding(graph)
         if self.routing == "timestep" and embedding is None:
-            raise EditError("no layer takes a time embedding", where="MECondConv", cure="routing='input'")
+            raise EditError("no layer takes a time embedding", where="MECondConv", hint="routing='input'")
         pool = list(graph.dropped.items()) if self.donors == "pruned" else []
         if self.donors == "pruned" and not pool:
             raise EditError(
                 "no convolutions were pruned from this graph", where="MECondConv",
-                cure="apply it together with PruneBlocks, after it; or donors='copies'",
+                hint="apply it together with PruneBlocks, after it; or donors='copies'",
             )  # fmt: skip
         edits = []
         for node in self._targets(graph):
@@ -101,7 +101,7 @@ class MECondConv(Pass):
             extra = (embedding, graph.input("timestep")) if self.routing == "timestep" else ()
             made = graph.insert(module, node.args[0], *extra, before=node.next, path=path, leaving=[node])
             graph.rewire(node, made)
-            graph.sweep()
+            graph.eliminate_dead_code()
             copies = self.experts - len(convs)
             names = ", ".join(name for name, _ in donors)
             told = [f"experts from {names}"] * bool(donors) + [f"{copies} copies of its own"] * bool(copies)
@@ -114,9 +114,9 @@ class MECondConv(Pass):
         for path in paths:
             if path not in nodes:
                 kind = graph.region(path).source_class or "no single module"
-                raise EditError(f"{path} is a {kind}", where=path, cure="name nn.Conv2d modules, as in '**.conv2'")
+                raise EditError(f"{path} is a {kind}", where=path, hint="name nn.Conv2d modules, as in '**.conv2'")
             if _conv(graph, path).padding_mode != "zeros":
-                raise EditError(f"{path} pads with other than zeros", where=path, cure="leave it out")
+                raise EditError(f"{path} pads with other than zeros", where=path, hint="leave it out")
         return [nodes[path] for path in paths]
 
 
@@ -124,7 +124,7 @@ def _conv(graph: Graph, path: str) -> nn.Conv2d:
     found = graph.module(path)
     if not isinstance(found, nn.Conv2d):
         raise EditError(
-            f"{path} is a {type(found).__name__}", where=path, cure="name nn.Conv2d modules, as in '**.conv2'"
+            f"{path} is a {type(found).__name__}", where=path, hint="name nn.Conv2d modules, as in '**.conv2'"
         )
     return found
 
@@ -158,7 +158,7 @@ def _next_to_removed(graph: Graph) -> list[str]:
     found = [p for p in paths if _block(p) in touched and ".resnets." in p and p.endswith((".conv1", ".conv2"))]
     if not found:
         raise EditError(
-            "nothing was pruned from this graph", where="MECondConv", cure="where='up_blocks.*.resnets.*.conv2', say"
+            "nothing was pruned from this graph", where="MECondConv", hint="where='up_blocks.*.resnets.*.conv2', say"
         )
     return found
 

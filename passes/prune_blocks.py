@@ -43,14 +43,14 @@ class PruneBlocks(Pass):
         blocks = self.blocks
         if isinstance(blocks, str):
             if blocks not in PRESETS and not re.search(r"[._*]", blocks):
-                cure = did_you_mean(blocks, PRESETS) or f"presets: {', '.join(PRESETS)}; or module paths"
-                raise SpecError(f"no preset {blocks!r}", where="PruneBlocks", cure=cure)
+                hint = did_you_mean(blocks, PRESETS) or f"presets: {', '.join(PRESETS)}; or module paths"
+                raise SpecError(f"no preset {blocks!r}", where="PruneBlocks", hint=hint)
         elif not all(isinstance(path, str) for path in blocks):
-            raise SpecError(f"paths are text, got {blocks!r}", where="PruneBlocks", cure="pass module paths")
+            raise SpecError(f"paths are text, got {blocks!r}", where="PruneBlocks", hint="pass module paths")
         else:
             object.__setattr__(self, "blocks", tuple(blocks))
         if not blocks:
-            raise SpecError("nothing to prune", where="PruneBlocks", cure="pass a preset or module paths")
+            raise SpecError("nothing to prune", where="PruneBlocks", hint="pass a preset or module paths")
 
     def run(self, graph: Graph) -> Findings:
         if isinstance(self.blocks, str) and self.blocks in PRESETS:
@@ -75,14 +75,14 @@ def _preset(graph: Graph, preset: str) -> Iterator[str]:
         raise PathError(
             f"the UNet is pruned already: {graph.removed[first]} removed {first}",
             where=first,
-            cure="apply a preset to the whole UNet, or name the paths to remove",
+            hint="apply a preset to the whole UNet, or name the paths to remove",
         )
     if {len(level) for level in down} != {2} or {len(level) for level in up} != {3}:
         raise EditError(
             f"{preset} needs two layers per block; this UNet has {[len(level) for level in down]} going down and "
             f"{[len(level) for level in up]} going up",
             where="config layers_per_block",
-            cure="name the paths to remove: PruneBlocks(('down_blocks.0.resnets.1', ...))",
+            hint="name the paths to remove: PruneBlocks(('down_blocks.0.resnets.1', ...))",
         )
     innermost = len(down) - 1
     tiny = preset == "bk-sdm-tiny"

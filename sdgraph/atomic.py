@@ -41,8 +41,8 @@ def appearing(
     try:
         made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=beside))
     except OSError as refusal:
-        cure = "choose a directory that you may write to"
-        raise error(f"cannot write there: {refusal.strerror}", where=str(beside), cure=cure) from refusal
+        hint = "choose a directory that you may write to"
+        raise error(f"cannot write there: {refusal.strerror}", where=str(beside), hint=hint) from refusal
     new, old = made / "new", made / "old"
     ours = FileLock(made / LOCK)
     try:

@@ -15,16 +15,18 @@ class SdgraphError(Exception):
     Args:
         what: what is wrong, in one sentence.
         where: module path, node, argument or file it is about.
-        cure: what the caller can do.
+        hint: what the caller can do.
+        cure: the former name of `hint`, for passes that were written with it.
     """
 
-    def __init__(self, what: str, *, where: str = "", cure: str = "") -> None:
-        self.what, self.where, self.cure = what, where, cure
+    def __init__(self, what: str, *, where: str = "", hint: str = "", cure: str = "") -> None:
+        hint = hint or cure
+        self.what, self.where, self.hint = what, where, hint
         lines = [what]
         if where:
             lines.append(f"  where: {where}")
-        if cure:
-            lines.append(f"  cure:  {cure}")
+        if hint:
+            lines.append(f"  hint:  {hint}")
         super().__init__("\n".join(lines))
 
     def came_through(self, what: str) -> None:

@@ -21,5 +21,5 @@ def imported(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ExtraError(
-            f"{module} cannot be imported: {error}", where=module, cure=f"pip install sdgraph[{extra}]"
+            f"{module} cannot be imported: {error}", where=module, hint=f"pip install sdgraph[{extra}]"
         ) from error

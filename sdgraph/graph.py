@@ -112,7 +112,7 @@ class Graph(GraphState):
         self._check_editable()
         given = [a for a in args if isinstance(a, torch.fx.Node)]
         if isinstance(code, nn.Module) and not path:
-            raise EditError("a module is inserted without a path", cure="pass path=, where it is registered")
+            raise EditError("a module is inserted without a path", hint="pass path=, where it is registered")
         order = {node: i for i, node in enumerate(self.fx.nodes)}
         anchor = before
         if anchor is None:
@@ -204,13 +204,13 @@ class Graph(GraphState):
         self._check_editable()
         if node.users:
             names = ", ".join(n.name for n in node.users)
-            raise EditError(f"{node.name} is used by {names}", where=scope(node), cure="rewire its users first")
+            raise EditError(f"{node.name} is used by {names}", where=scope(node), hint="rewire its users first")
         self.fx.erase_node(node)
 
     def add_parameter(self, name: str, tensor: torch.Tensor, before: torch.fx.Node | None = None) -> torch.fx.Node:
         """A new trainable parameter, and the node that reads it."""
         if self.weights.get(name) is not None:
-            raise EditError(f"there is a weight {name!r} already", cure="choose another name")
+            raise EditError(f"there is a weight {name!r} already", hint="choose another name")
         self.add_tensor(name, nn.Parameter(tensor))
         with self.fx.inserting_before(before or self._first_operation()):
             node = self.fx.get_attr(name)
@@ -231,9 +231,9 @@ class Graph(GraphState):
         """
         self._check_editable()
         if name in sites(self.fx):
-            raise EditError(f"there is a site {name!r} already", where=scope(node), cure="name it otherwise")
+            raise EditError(f"there is a site {name!r} already", where=scope(node), hint="name it otherwise")
         if not isinstance(node.meta["val"], torch.Tensor):
-            raise EditError(f"{node.name} is no tensor", where=scope(node), cure="inherit a tensor")
+            raise EditError(f"{node.name} is no tensor", where=scope(node), hint="inherit a tensor")
         after = node if node.op != "placeholder" else self._first_operation().prev
         with self.fx.inserting_after(after):
             made = self.fx.call_function(inherit, (node, name))
@@ -247,7 +247,7 @@ class Graph(GraphState):
         """Give a site another schedule."""
         self._check_editable()
         if name not in self.sites:
-            raise PathError(f"no site {name!r}", cure=did_you_mean(name, self.sites) or f"sites: {list(self.sites)}")
+            raise PathError(f"no site {name!r}", hint=did_you_mean(name, self.sites) or f"sites: {list(self.sites)}")
         self._sites[name] = replace(self._sites[name], schedule=schedule)
 
     def timetable(self, calls: int | Sequence[float] | torch.Tensor) -> Timetable:
@@ -301,13 +301,15 @@ class Graph(GraphState):
         """
         return self._decisions.decide(str(about), lambda: code(*args))
 
-    def sweep(self) -> None:
+    def eliminate_dead_code(self) -> None:
         """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""
         self._check_editable()
         for node in reversed(self.fx.nodes):
             if not node.users and node.op not in ("placeholder", "output"):
                 self.fx.erase_node(node)
         self._drop_unused_weights()
+
+    sweep = eliminate_dead_code  # its former name, for passes that were written with it
 
     def check_no_adapters(self) -> None:
         """Refuse what would leave out LoRA layers, which are around the leaves of the graph and no part of it.
@@ -320,7 +322,7 @@ class Graph(GraphState):
                 raise ModeError(
                     "LoRA is loaded, and its layers are no part of the graph",
                     where=path,
-                    cure="unet.fuse_lora() and unet.unload_lora() first",
+                    hint="unet.fuse_lora() and unet.unload_lora() first",
                 )
 
     def copy(self) -> Graph:
@@ -353,12 +355,12 @@ class Graph(GraphState):
             if node in region.nodes:
                 raise EditError(
                     f"{region.path} has the site {name!r}", where=region.path,
-                    cure="remove and replace modules before features are inherited",
+                    hint="remove and replace modules before features are inherited",
                 )  # fmt: skip
 
     def _leave(self, region: Region) -> None:
         """Sweep; what stays of a region that is gone, because others asked for the same size, goes to its source."""
-        self.sweep()
+        self.eliminate_dead_code()
         for node in region.nodes:
             if not node._erased and not isinstance(node.meta["val"], torch.Tensor) and len(node.all_input_nodes) == 1:
                 source = node.all_input_nodes[0]
@@ -386,12 +388,12 @@ class Graph(GraphState):
 
     def _same_shape(self, old: torch.fx.Node, new: Any, path: str) -> None:
         if not isinstance(new, torch.fx.Node) or not isinstance(new.meta["val"], torch.Tensor):
-            raise EditError("the code must return one tensor", where=path, cure="return the new value alone")
+            raise EditError("the code must return one tensor", where=path, hint="return the new value alone")
         for before, after in zip(values(old), values(new), strict=True):
             if before.shape != after.shape or before.dtype != after.dtype:
                 one, two = f"{self.shape(new)} {after.dtype}", f"{self.shape(old)} {before.dtype}"
                 raise ShapeError(
                     f"the new value is {one}, the old one is {two}",
                     where=path,
-                    cure="return a tensor of the old shape and dtype, at every size and model dtype",
+                    hint="return a tensor of the old shape and dtype, at every size and model dtype",
                 )

@@ -62,7 +62,7 @@ def _known(value: Any, schedule: Schedule) -> Any:
     if value is None:
         raise ScheduleError(
             "this schedule needs to know the calls of the generation", where=str(schedule),
-            cure="tell them: `with unet.expecting(timesteps)`; or Uniform, Explicit or Gate, which need not know",
+            hint="tell them: `with unet.expecting(timesteps)`; or Uniform, Explicit or Gate, which need not know",
         )  # fmt: skip
     return value
 
@@ -70,7 +70,7 @@ def _known(value: Any, schedule: Schedule) -> Any:
 def _at_least(schedule: Schedule, least: int, **options: int) -> None:
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ScheduleError(f"{name} is {value!r}", where=str(schedule), cure=f"a whole number of at least {least}")
+            raise ScheduleError(f"{name} is {value!r}", where=str(schedule), hint=f"a whole number of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ class Explicit(Schedule):
             raise ScheduleError(
                 f"{steps} does not refresh at the first call",
                 where=str(self),
-                cure="begin with 0: there is nothing to inherit",
+                hint="begin with 0: there is nothing to inherit",
             )
         if self.of is not None and steps[-1] >= self.of:
-            raise ScheduleError(f"call {steps[-1]} is not one of {self.of}", where=str(self), cure="count from 0")
+            raise ScheduleError(f"call {steps[-1]} is not one of {self.of}", where=str(self), hint="count from 0")
         object.__setattr__(self, "steps", steps)
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
@@ -116,7 +116,7 @@ class Explicit(Schedule):
             raise ScheduleError(
                 f"made for {self.of} calls, this generation has {run.calls}",
                 where=str(self),
-                cure="another schedule, or of=None",
+                hint="another schedule, or of=None",
             )
         return call in self.steps
 
@@ -135,8 +135,8 @@ class _Dense(Schedule):
     def __post_init__(self) -> None:
         _at_least(self, 1, interval=self.interval)
         if not 1 < self.power <= 100:  # it is lowered in small steps, which from 1e17 on would never end
-            cure = "above 1, at most 100; 1.4 is DeepCache's"
-            raise ScheduleError(f"power is {self.power}", where=str(self), cure=cure)
+            hint = "above 1, at most 100; 1.4 is DeepCache's"
+            raise ScheduleError(f"power is {self.power}", where=str(self), hint=hint)
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
         return call in self._chosen(_known(run.calls, self))
@@ -149,7 +149,7 @@ class _Dense(Schedule):
                 return found
             power -= 0.02
         raise ScheduleError(
-            f"no {count} distinct calls of {calls}", where=str(self), cure="a larger interval, or Uniform(interval)"
+            f"no {count} distinct calls of {calls}", where=str(self), hint="a larger interval, or Uniform(interval)"
         )
 
     def _spaced(self, calls: int, count: int, power: float) -> tuple[int, ...]:
@@ -189,7 +189,7 @@ class DenseCenter(_Dense):
     def _spaced(self, calls: int, count: int, power: float) -> tuple[int, ...]:
         if self.center >= calls:
             raise ScheduleError(
-                f"the center {self.center} is not one of {calls} calls", where=str(self), cure="a smaller center"
+                f"the center {self.center} is not one of {calls} calls", where=str(self), hint="a smaller center"
             )
         ends = complex(-self.center) ** (1 / power), complex(calls - self.center) ** (1 / power)
         offsets = np.unique((np.linspace(*ends, count + 1) ** power).real.astype(int))

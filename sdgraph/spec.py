@@ -74,10 +74,10 @@ def read(text: str, kind: type[Spec] = Spec) -> Spec:
         found = value_of(ast.parse(text, mode="eval").body, text, kind)
     except SyntaxError as error:
         raise SpecError(
-            f"cannot read the spec {text!r}: {error.msg}", cure="write a call, as in 'Uniform(3)'"
+            f"cannot read the spec {text!r}: {error.msg}", hint="write a call, as in 'Uniform(3)'"
         ) from error
     if not isinstance(found, Spec):
-        raise SpecError(f"{text!r} is no spec", cure="write a call, as in 'Uniform(3)'")
+        raise SpecError(f"{text!r} is no spec", hint="write a call, as in 'Uniform(3)'")
     return found
 
 
@@ -113,7 +113,7 @@ def import_module(name: str) -> None:
         raise SpecError(
             f"cannot import {name}: {type(error).__name__}: {error}",
             where=name,
-            cure="name a module as Python's import does, without .py: one that is installed or in the current folder",
+            hint="name a module as Python's import does, without .py: one that is installed or in the current folder",
         ) from error
 
 
@@ -148,7 +148,7 @@ def value_of(tree: ast.expr, text: str, kind: type[Spec]) -> Any:
         return ast.literal_eval(tree)
     except ValueError as error:
         raise SpecError(
-            f"{ast.unparse(tree)!r} is neither a literal nor a call", where=text, cure="use literal arguments"
+            f"{ast.unparse(tree)!r} is neither a literal nor a call", where=text, hint="use literal arguments"
         ) from error
 
 
@@ -167,14 +167,14 @@ def _named(name: str, preset: str, text: str, kind: type[Spec]) -> tuple[str, An
     if name not in classes:
         near = known(kind)
         otherwise = f"write text in quotes: {name!r}" if kind is Spec else f"known: {', '.join(sorted(near))}"
-        cure = did_you_mean(name, near) or otherwise
-        raise SpecError(f"no {kind.__name__.lower()} named {name!r}", where=text, cure=cure)
+        hint = did_you_mean(name, near) or otherwise
+        raise SpecError(f"no {kind.__name__.lower()} named {name!r}", where=text, hint=hint)
     if not preset:
         return name, classes[name]
     named = presets(classes[name])
     if preset not in named:
-        cure = did_you_mean(preset, named) or f"presets: {', '.join(named) or 'none'}"
-        raise SpecError(f"{name} has no preset {preset!r}", where=text, cure=cure)
+        hint = did_you_mean(preset, named) or f"presets: {', '.join(named) or 'none'}"
+        raise SpecError(f"{name} has no preset {preset!r}", where=text, hint=hint)
     return f"{name}.{preset}", named[preset]
 
 
@@ -208,12 +208,12 @@ def _construct(tree: ast.Name | ast.Call, text: str, kind: type[Spec]) -> Any:
     for keyword in call.keywords:
         option = str(keyword.arg)
         if option not in options:
-            cure = did_you_mean(option, options) or f"options: {', '.join(options) or 'none'}"
-            raise SpecError(f"{name} has no option {option!r}", where=text, cure=cure)
+            hint = did_you_mean(option, options) or f"options: {', '.join(options) or 'none'}"
+            raise SpecError(f"{name} has no option {option!r}", where=text, hint=hint)
         kwargs[option] = value_of(keyword.value, text, options[option])
     try:
         return make(*args, **kwargs)
     except TypeError as error:
         raise SpecError(
-            f"cannot construct {name}: {error}", where=text, cure=f"options: {', '.join(options)}"
+            f"cannot construct {name}: {error}", where=text, hint=f"options: {', '.join(options)}"
         ) from error

@@ -26,7 +26,7 @@ def check(one: Pass, unet: Any = None) -> GraphUNet | None:
         SdgraphError: what does not hold.
     """
     if parse(str(one)) != (one,):
-        raise ContractError(f"{one} does not parse back to itself", cure="use literal options")
+        raise ContractError(f"{one} does not parse back to itself", hint="use literal options")
     if isinstance(one, Rewrite):
         check_examples(one)
     return None if unet is None else apply(unet, [one])

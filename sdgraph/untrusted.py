@@ -55,34 +55,34 @@ class Config(msgspec.Struct, frozen=True):
     upcast_attention: bool | None = None
 
 
-def read_json(path: Path, cure: str) -> dict[str, Any]:
+def read_json(path: Path, hint: str) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
         SavedError: the file is missing, a link out of its folder, too large or no JSON object.
     """
-    require_inside(path, cure)
+    require_inside(path, hint)
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise SavedError(f"{path.name} has more than {LARGEST_FILE >> 20} MB", where=str(path), cure=cure)
+            raise SavedError(f"{path.name} has more than {LARGEST_FILE >> 20} MB", where=str(path), hint=hint)
         plain = json.loads(path.read_bytes())
     except OSError as error:
-        raise SavedError(f"{path.name} cannot be read: {error.strerror}", where=str(path), cure=cure) from error
+        raise SavedError(f"{path.name} cannot be read: {error.strerror}", where=str(path), hint=hint) from error
     except (ValueError, RecursionError) as error:
-        raise SavedError(f"{path.name} is not JSON", where=str(path), cure=cure) from error
+        raise SavedError(f"{path.name} is not JSON", where=str(path), hint=hint) from error
     if not isinstance(plain, dict):
-        raise SavedError(f"{path.name} is not a JSON object", where=str(path), cure=cure)
+        raise SavedError(f"{path.name} is not a JSON object", where=str(path), hint=hint)
     return plain
 
 
-def read_config(path: Path, cure: str) -> dict[str, Any]:
+def read_config(path: Path, hint: str) -> dict[str, Any]:
     """A UNet's configuration, whose known fields have the types and sizes of `Config`."""
-    plain = read_json(path, cure)
-    as_kind(plain, Config, path, cure)
+    plain = read_json(path, hint)
+    as_kind(plain, Config, path, hint)
     return plain
 
 
-def as_kind(plain: Mapping[str, Any], kind: type[Kind], path: Path, cure: str) -> Kind:
+def as_kind(plain: Mapping[str, Any], kind: type[Kind], path: Path, hint: str) -> Kind:
     """What was read from a file, by its schema.
 
     Raises:
@@ -97,29 +97,29 @@ def as_kind(plain: Mapping[str, Any], kind: type[Kind], path: Path, cure: str) -
             reason = "a name of another form, which may lead out of the folder" if "/" in reason else "not a SHA-256"
         where = f"{path}, field {field}" if field else str(path)
         what = f"{path.name} is damaged: {field or 'it'}: {reason[0].lower()}{reason[1:]}"
-        raise SavedError(what, where=where, cure=cure) from error
+        raise SavedError(what, where=where, hint=hint) from error
 
 
 class _Formatted(msgspec.Struct):
     format: Format
 
 
-def check_format(plain: Mapping[str, Any], newest: int, path: Path, cure: str) -> None:
+def check_format(plain: Mapping[str, Any], newest: int, path: Path, hint: str) -> None:
     """Refuse what a newer sdgraph wrote, before anything else of it is looked at.
 
     Raises:
         SavedError: saying which format it has and which can be read.
     """
-    found = as_kind(plain, _Formatted, path, cure).format
+    found = as_kind(plain, _Formatted, path, hint).format
     if found > newest:
         raise SavedError(
             f"{path.name} has format {found}, this sdgraph reads up to {newest}",
             where=f"{path}, field format",
-            cure=f"upgrade sdgraph; it was written by {str(plain.get('version', 'an unknown version'))[:20]}",
+            hint=f"upgrade sdgraph; it was written by {str(plain.get('version', 'an unknown version'))[:20]}",
         )
 
 
-def require_inside(path: Path, cure: str) -> None:
+def require_inside(path: Path, hint: str) -> None:
     """Refuse a file that is a link out of its folder.
 
     Raises:
@@ -129,5 +129,5 @@ def require_inside(path: Path, cure: str) -> None:
         raise SavedError(
             f"{path.name} is a link out of its folder",
             where=str(path),
-            cure=f"copy the files themselves (cp -rL; local_dir= when they come from the hub), or {cure}",
+            hint=f"copy the files themselves (cp -rL; local_dir= when they come from the hub), or {hint}",
         )

@@ -1,4 +1,4 @@
-"""A call that the graph does not cover is refused before anything runs: which argument, where, and the cure.
+"""A call that the graph does not cover is refused before anything runs: which argument, where, and the hint.
 
 Calls that are covered are compared with the source in test_trace.py.
 """
@@ -106,7 +106,7 @@ def test_refused(name: str, changes: dict[str, Any], words: str, traced: Any, mo
     with pytest.raises(CallError, match=words) as caught:
         graph(**call)
     assert caught.value.where
-    assert caught.value.cure
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_what_a_unet_can_and_a_graph_cannot_is_refused(name: str, traced: Any) -
     assert hasattr(unet, name)
     with pytest.raises(ModeError) as caught:
         getattr(graph, name)(**UNET_ONLY[name])
-    assert caught.value.cure
+    assert caught.value.hint
     hasattr(graph, name)  # never raises
     assert getattr(graph, "no_such_attribute", None) is None
 

@@ -1,4 +1,4 @@
-"""A GraphUNet is a UNet2DConditionModel: what diffusers and its users do with one does the same, or names the cure.
+"""A GraphUNet is a UNet2DConditionModel: what diffusers and its users do with one does the same, or names the hint.
 
 The causes for which diffusers' own pipeline tests failed with sdgraph's UNet; benchmarks/drop_in.py runs those tests.
 """
@@ -61,7 +61,7 @@ def test_what_is_refused_names_the_cure(traced: Any) -> None:
     for name in REFUSED.keys() & public(*UNet2DConditionModel.__mro__):
         with pytest.raises(ModeError, match=name) as caught:
             getattr(graph, name)()
-        assert caught.value.cure
+        assert caught.value.hint
     with pytest.raises(ModeError, match="gradient checkpointing"):
         graph.enable_gradient_checkpointing()
     graph.disable_gradient_checkpointing()

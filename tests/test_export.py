@@ -580,7 +580,7 @@ def test_damaged_files_are_refused_before_anything_runs(damaged: Path, name: str
     damage(damaged)
     with pytest.raises(errors.SavedError, match=f"(?s){message}") as caught:
         ORTUNet.from_pretrained(damaged, provider="CPUExecutionProvider")
-    assert caught.value.cure
+    assert caught.value.hint
     assert caught.value.where
 
 

@@ -39,7 +39,7 @@ def graph(traced: Graph) -> Graph:
 
 
 def settled(graph: Graph) -> GraphUNet:
-    graph.sweep()
+    graph.eliminate_dead_code()
     graph.propagate()
     graph.fx.lint()
     return GraphUNet(graph.copy())
@@ -212,14 +212,14 @@ def test_bad_code_is_refused_and_leaves_no_trace(graph: Graph, code: object, err
     node = graph.region("conv_in").output
     with pytest.raises(error, match=words):
         graph.insert_after(node, code)  # type: ignore[arg-type]
-    graph.sweep()
+    graph.eliminate_dead_code()
     assert [n.name for n in graph.nodes] == before
 
 
 def test_copies_are_independent(traced: Graph) -> None:
     one, two = traced.copy(), traced.copy()
     one.bypass("mid_block")
-    one.sweep()
+    one.eliminate_dead_code()
     assert "mid_block" not in one.paths()
     assert "mid_block" in two.paths()
     assert not any(k.startswith("mid_block") for k in one.parameters())

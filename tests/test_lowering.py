@@ -118,7 +118,7 @@ def test_the_exported_operators_by_their_definitions(half: bool, tmp_path: Path)
     """The counts of what was fused are in the report; ONNX Runtime's CPU provider computes what eager computes."""
     dtype = torch.float16 if half else torch.float32
     source = sdgraph.apply(build(**WIDE), InheritFeatures.deep_cache(3), verify=False)
-    report = export(source, tmp_path / "cuda", artefact="cuda", dtype=dtype, calls=4, progress=False)
+    report = export(source, tmp_path / "cuda", target="cuda", dtype=dtype, calls=4, progress=False)
     assert source.dtype == torch.float32
     unet = sdgraph.apply(source, (), verify=False).to(dtype)
     fused = {"GroupNorm": 21, "Attention": 8, "GEGLU": 4, "BiasAdd": 12, "LayerNorm": 8}
@@ -143,8 +143,8 @@ def test_the_exported_operators_by_their_definitions(half: bool, tmp_path: Path)
 
 
 def test_there_are_two_artefacts(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="no artefact 'gpu'"):
-        export(build(), tmp_path / "out", artefact="gpu")
+    with pytest.raises(SpecError, match="no target 'gpu'"):
+        export(build(), tmp_path / "out", target="gpu")
 
 
 def test_lowering_passes_print_and_parse() -> None:

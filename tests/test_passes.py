@@ -411,7 +411,7 @@ def test_a_pass_that_does_not_record_its_decisions_is_named_when_saving(
         made.save_pretrained(tmp_path / "unet")
     line = inspect.getsourcelines(thinnest)[1] + 4
     assert f"test_passes.py:{line}, with path = mid_block.resnets.0.conv1" in caught.value.where
-    assert "graph.decide(" in caught.value.cure
+    assert "graph.decide(" in caught.value.hint
     assert not (tmp_path / "unet").exists()
 
 

@@ -295,4 +295,4 @@ def test_a_check_that_reads_weights_is_recorded(tmp_path: Path) -> None:
     with pytest.raises(ModeError, match="needs the numbers of weights") as caught:
         sdgraph.apply(unet, [Unrecorded(one.below)]).save_pretrained(tmp_path / "other")
     assert "test_rewrite.py:" in caught.value.where
-    assert "by_weights = True" in caught.value.cure
+    assert "by_weights = True" in caught.value.hint

@@ -202,7 +202,7 @@ def test_damage_is_refused(folder: Path, damage: Any, words: str) -> None:
     with pytest.raises(SavedError, match=words) as caught:
         GraphUNet.from_pretrained(folder)
     assert caught.value.where
-    assert caught.value.cure
+    assert caught.value.hint
 
 
 def test_fields_of_a_newer_version_are_ignored(folder: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import sdgraph
-from sdgraph.calibration.replay import Rehearsal, distances
-from sdgraph.calibration.search import Found, _best, _errors, _joint, _share, _stretches
+from sdgraph.calibration.replay import ReplayUNet, distances
+from sdgraph.calibration.search import SearchResult, _best, _errors, _joint, _share, _stretches
 from sdgraph.errors import ScheduleError, SourceError, SpecError
 from sdgraph.passes import CleanUp, HoistInvariants, InheritFeatures
 from sdgraph.schedules import Explicit
@@ -70,7 +70,7 @@ def test_an_error_is_followed_to_the_end(pipe: StableDiffusionPipeline) -> None:
         finally:
             pipe.unet = own
 
-    rehearsal = Rehearsal(inheriting.graph.copy(), generate)
+    rehearsal = ReplayUNet(inheriting.graph.copy(), generate)
     with torch.no_grad():
         assert torch.equal(rehearsal.final, generate(pipe.unet))
     sites = frozenset(inheriting.graph.sites)
@@ -124,7 +124,7 @@ def test_errors_of_stretches_add_up_as_they_are_somewhat_alike() -> None:
 )
 def test_a_prediction_that_is_off_is_warned_of(predicted: float, measured: float, told: str) -> None:
     timetable = sdgraph.apply(build(), CACHE).graph.timetable(6)
-    found = Found(sdgraph.Chain((CACHE,)), timetable, predicted, measured, 2)
+    found = SearchResult(sdgraph.Chain((CACHE,)), timetable, predicted, measured, 2)
     assert told in found.warning
     assert bool(told) == bool(found.warning) == ("warning:" in str(found)) == (found.as_dict()["warning"] is not None)
     assert ("more prompts, 16 to 32" in " ".join(str(found).split())) == bool(told)

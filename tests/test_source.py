@@ -1,4 +1,4 @@
-"""What a UNet must be to be traced: anything else is refused with module path and cure, or honoured exactly."""
+"""What a UNet must be to be traced: anything else is refused with module path and hint, or honoured exactly."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_not_a_unet(thing: Any, words: str) -> None:
     for verb in (sdgraph.trace, sdgraph.apply):
         with pytest.raises(SourceError, match=words) as caught:
             verb(thing)
-        assert caught.value.cure
+        assert caught.value.hint
 
 
 def on_meta() -> UNet2DConditionModel:
@@ -185,7 +185,7 @@ def test_refused_with_the_cure(make: Any, words: str) -> None:
     for verb in (sdgraph.trace, sdgraph.apply):
         with pytest.raises(SourceError, match=words) as caught:
             verb(unet)
-        assert caught.value.cure
+        assert caught.value.hint
 
 
 @pytest.mark.parametrize("processor", [Doubling, processors.AttnProcessor, processors.AttnProcessor2_0])

@@ -149,15 +149,15 @@ def test_our_passes_come_in_as_a_third_party_s_do() -> None:
 def test_suggestions_are_of_the_kind_that_is_wanted() -> None:
     with pytest.raises(SpecError, match="known: ") as caught:
         parse("zzz")
-    names = caught.value.cure.removeprefix("known: ").split(", ")
+    names = caught.value.hint.removeprefix("known: ").split(", ")
     assert {"CleanUp", "InheritFeatures", "Tile"} <= set(names)
     assert not {"Pass", "Chain", "Fixpoint", "Rewrite", "Uniform", "Window", "Schedule"} & set(names)
     assert {"Uniform", "Range"} <= set(known(Schedule))
     assert not {"CleanUp", "Schedule"} & set(known(Schedule))
     with pytest.raises(SpecError, match="no schedule named 'zzz'") as caught:
         parse("Tile(schedule=zzz)")
-    assert "Uniform" in caught.value.cure
-    assert "CleanUp" not in caught.value.cure
+    assert "Uniform" in caught.value.hint
+    assert "CleanUp" not in caught.value.hint
 
 
 def test_numbers_that_are_no_literals() -> None:

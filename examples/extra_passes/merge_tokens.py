@@ -37,13 +37,13 @@ class MergeTokens(Pass):
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 0.5:
-            raise SpecError(f"ratio is {self.ratio}", where="MergeTokens", cure="above 0, at most 0.5")
+            raise SpecError(f"ratio is {self.ratio}", where="MergeTokens", hint="above 0, at most 0.5")
 
     def run(self, graph: Graph) -> Findings:
         regions = [graph.region(path) for path in graph.paths() if path.endswith(".attn1")]
         regions = [region for region in regions if len(region.inputs) == 1]  # else it attends to the text as well
         if not regions:
-            raise EditError("there is no self-attention", where="MergeTokens", cure="leave the pass out")
+            raise EditError("there is no self-attention", where="MergeTokens", hint="leave the pass out")
         most = max(region.inputs[0].meta["val"].shape[1] for region in regions)
         largest = [region for region in regions if region.inputs[0].meta["val"].shape[1] == most]
         for region in largest:

@@ -31,7 +31,7 @@ class SeparateConvs(Pass):
 
     def __post_init__(self) -> None:
         if not 0 < self.energy < 1:
-            raise SpecError(f"energy is {self.energy}", where="SeparateConvs", cure="above 0, below 1")
+            raise SpecError(f"energy is {self.energy}", where="SeparateConvs", hint="above 0, below 1")
 
     def run(self, graph: Graph) -> Findings:
         edits, misses = [], []

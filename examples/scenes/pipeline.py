@@ -52,15 +52,15 @@ def write_sums(folder: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    cure = "restore it with `git checkout examples/scenes`, or train anew: examples/scenes/README.md"
+    hint = "restore it with `git checkout examples/scenes`, or train anew: examples/scenes/README.md"
     if not (folder / SUMS).exists():
-        raise AssetError(f"there is no model in {folder}: {SUMS} is missing; {cure}")
+        raise AssetError(f"there is no model in {folder}: {SUMS} is missing; {hint}")
     for line in (folder / SUMS).read_text().splitlines():
         wanted, name = line.split("  ", 1)
         if not (folder / name).exists():
-            raise AssetError(f"{folder / name} is missing; {cure}")
+            raise AssetError(f"{folder / name} is missing; {hint}")
         if _sum(folder / name) != wanted:
-            raise AssetError(f"{folder / name} is damaged: its SHA-256 is not that of {SUMS}; {cure}")
+            raise AssetError(f"{folder / name} is damaged: its SHA-256 is not that of {SUMS}; {hint}")
 
 
 def _sum(path: Path) -> str:

@@ -106,7 +106,7 @@ class SharedWeights:
             offset = int(place.get("offset", 0))
             if tensor.name in self._lent:
                 if self._lent[tensor.name][0] != offset:
-                    raise SavedError(f"{tensor.name} is two weights", where=str(path), cure=AGAIN)
+                    raise SavedError(f"{tensor.name} is two weights", where=str(path), hint=AGAIN)
                 found[tensor.name] = self._lent[tensor.name][2]
                 continue
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)

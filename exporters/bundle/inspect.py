@@ -36,7 +36,7 @@ def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
     lines = [
         f"{directory}: {manifest.dtype}, opset {manifest.opset}, written by sdgraph {manifest.version}",
         f"passes: {', '.join(manifest.recipe) or 'none'}",
-        f"{manifest.artefact}, {manifest.layout}; " + ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
+        f"{manifest.target}, {manifest.layout}; " + ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
         "",
     ]
     served = _calls(manifest, calls)

@@ -30,15 +30,15 @@ from sdgraph.schedules import Schedule
 from sdgraph.spec import read
 from sdgraph.untrusted import Digest, FileName, Format, as_kind, check_format, read_json, require_inside
 
-FORMAT = 2
+FORMAT = 3  # 2 called the target `artefact`
 CONFIG, MODEL, DATA, REPORT, MANIFEST = "config.json", "model.onnx", "model.onnx.data", "export.json", "sdgraph.json"
 REFRESH = "refresh.onnx"  # where features are inherited: `model.onnx` with the values that later calls take besides
 OUTPUT, CHOICE = "out_sample", "model"
 NAMES = {"B": "batch", "H": "height", "W": "width", "L": "sequence"}  # of sizes, in the models
-Artefact = Literal["portable", "cuda"]
+Target = Literal["portable", "cuda"]
 Layout = Literal["variants", "single"]
 Dtype = Literal["float32", "float16"]
-ARTEFACTS, LAYOUTS = get_args(Artefact), get_args(Layout)
+TARGETS, LAYOUTS = get_args(Target), get_args(Layout)
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 AGAIN = "export the UNet again"
 
@@ -93,7 +93,7 @@ class Manifest:
     """What an exported directory holds, and the calls it takes.
 
     Args:
-        artefact: "portable", or "cuda" with ONNX Runtime's own operators, which have kernels there.
+        target: "portable", or "cuda" with ONNX Runtime's own operators, which have kernels there.
         layout: "variants" has a file for each model; "single" has all in one, whose input `model` says which is to run.
         dtype: "float32" or "float16".
         opset: version of the ONNX operators.
@@ -110,7 +110,7 @@ class Manifest:
         format: of this description.
     """
 
-    artefact: Artefact
+    target: Target
     layout: Layout
     dtype: Dtype
     opset: Annotated[int, Meta(ge=18, le=30)]
@@ -203,16 +203,18 @@ class Manifest:
         plain = read_json(path, AGAIN)
         if "models" not in plain or "format" not in plain:
             hint = "sdgraph.GraphUNet.from_pretrained reads what save_pretrained wrote"
-            raise SavedError(f"{MANIFEST} is not that of an export", where=str(path), cure=hint)
+            raise SavedError(f"{MANIFEST} is not that of an export", where=str(path), hint=hint)
         check_format(plain, FORMAT, path, AGAIN)
         if plain.pop("sha256", None) != _digest(plain):
-            raise SavedError(f"{MANIFEST} was edited", where=str(path), cure=f"{AGAIN}: it says what the models are")
+            raise SavedError(f"{MANIFEST} was edited", where=str(path), hint=f"{AGAIN}: it says what the models are")
+        if plain["format"] == 2 and "artefact" in plain:
+            plain["target"] = plain.pop("artefact")
         found = as_kind(plain, cls, path, AGAIN)
         try:
             found._check()
         except (SdgraphError, ValueError, RecursionError, MemoryError) as error:
             what = error.what if isinstance(error, SdgraphError) else str(error) or type(error).__name__
-            raise SavedError(f"{MANIFEST} is damaged: {what}", where=str(path), cure=AGAIN) from error
+            raise SavedError(f"{MANIFEST} is damaged: {what}", where=str(path), hint=AGAIN) from error
         return found
 
     def _check(self) -> None:
@@ -268,9 +270,9 @@ class Manifest:
         for name in names:
             require_inside(folder / name, AGAIN)
             if not (folder / name).is_file():
-                raise SavedError(f"{name} is missing", where=str(folder), cure=AGAIN)
+                raise SavedError(f"{name} is missing", where=str(folder), hint=AGAIN)
             if sha256(folder / name) != self.files.get(name):
-                raise SavedError(f"{name} is not the file that was exported", where=str(folder / name), cure=AGAIN)
+                raise SavedError(f"{name} is not the file that was exported", where=str(folder / name), hint=AGAIN)
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -291,7 +293,7 @@ class Manifest:
         missing = [n for n in self.given if n not in flat]
         if missing:
             raise CallError(
-                f"{places[missing[0]]} is missing", where="call", cure="this model was exported with it; pass it"
+                f"{places[missing[0]]} is missing", where="call", hint="this model was exported with it; pass it"
             )
         for name in flat:
             used = next(spec for spec in self.inputs if spec.name == name).shape is not None
@@ -299,11 +301,11 @@ class Manifest:
                 raise CallError(
                     f"this model was exported without {places[name]}",
                     where=f"argument {places[name]}",
-                    cure=f"export again with inputs=({places[name]!r},)",
+                    hint=f"export again with inputs=({places[name]!r},)",
                 )
 
 
-def describe(unet: GraphUNet, given: frozenset[str], artefact: str, layout: str, opset: int, calls: Any) -> Manifest:
+def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, opset: int, calls: Any) -> Manifest:
     """The manifest, without files, of a UNet exported with the optional inputs `given`.
 
     Args:
@@ -318,10 +320,10 @@ def describe(unet: GraphUNet, given: frozenset[str], artefact: str, layout: str,
     for spec in inputs:
         if "?" in (spec.shape or ()):
             what = f"a size of {spec.name} is no known expression of the call's sizes"
-            raise ExportError(what, where=f"input {spec.name}", cure="a pass has made it so; please report it")
+            raise ExportError(what, where=f"input {spec.name}", hint="a pass has made it so; please report it")
     models = _models(graph, calls)
     return Manifest(
-        artefact=cast(Artefact, artefact),
+        target=cast(Target, target),
         layout=cast(Layout, layout if len(models) > 1 else "variants"),
         dtype=cast(Dtype, str(unet.dtype).removeprefix("torch.")),
         opset=opset,
@@ -366,7 +368,7 @@ def _kept(graph: Graph, name: str, site: Site, dtype: torch.dtype) -> Value:
         raise ExportError(
             f"what is inherited has shape {shape} and dtype {node.meta['val'].dtype}, which is not covered",
             where=name,
-            cure="choose another site",
+            hint="choose another site",
         )
     return Value(name, str(site.schedule), cast(Order, site.forecast), shape, site.invariant)
 

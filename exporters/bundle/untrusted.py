@@ -26,12 +26,12 @@ def check_model(path: Path, files: Collection[str]) -> None:
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's errors are of its own implementation
-        raise SavedError(f"{path.name} is damaged", where=str(path), cure=AGAIN) from error
+        raise SavedError(f"{path.name} is damaged", where=str(path), hint=AGAIN) from error
     for tensor in _tensors(model.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(tensor, path, files)
     if model.functions or any(n.domain not in ("", "ai.onnx", "com.microsoft") for n in nodes_of(model.graph)):
-        raise SavedError("the model has operators of its own", where=str(path), cure=AGAIN)
+        raise SavedError("the model has operators of its own", where=str(path), hint=AGAIN)
 
 
 def nodes_of(graph: Any) -> Iterator[Any]:
@@ -61,19 +61,19 @@ def _check_external(tensor: Any, path: Path, files: Collection[str]) -> None:
     entry = {each.key: each.value for each in tensor.external_data}
     location = entry.get("location", "")
     if location != os.path.basename(location) or location in ("", ".", "..") or "\\" in location:
-        raise SavedError(f"weights outside of the directory: {location[:100]!r}", where=tensor.name, cure=AGAIN)
+        raise SavedError(f"weights outside of the directory: {location[:100]!r}", where=tensor.name, hint=AGAIN)
     if location not in files:
-        raise SavedError(f"{location} has no hash in the manifest", where=tensor.name, cure=AGAIN)
+        raise SavedError(f"{location} has no hash in the manifest", where=tensor.name, hint=AGAIN)
     file = path.parent / location
     if not file.is_file():
-        raise SavedError(f"{location} is missing", where=str(path.parent), cure=AGAIN)
+        raise SavedError(f"{location} is missing", where=str(path.parent), hint=AGAIN)
     try:
         start, length = int(entry.get("offset", 0)), int(entry.get("length", 0))
         wanted = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * math.prod(tensor.dims)
     except (ValueError, KeyError) as error:
-        raise SavedError(f"the place of {tensor.name} is damaged", where=str(path), cure=AGAIN) from error
+        raise SavedError(f"the place of {tensor.name} is damaged", where=str(path), hint=AGAIN) from error
     if min(start, length, *tensor.dims) < 0:
-        raise SavedError(f"the place of {tensor.name} is damaged", where=str(path), cure=AGAIN)
+        raise SavedError(f"the place of {tensor.name} is damaged", where=str(path), hint=AGAIN)
     end = start + max(length, wanted)
     if end > file.stat().st_size:
-        raise SavedError(f"{location} is truncated: {tensor.name} ends at {end}", where=str(file), cure=AGAIN)
+        raise SavedError(f"{location} is truncated: {tensor.name} ends at {end}", where=str(file), hint=AGAIN)

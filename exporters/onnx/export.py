@@ -27,7 +27,7 @@ from sdgraph.errors import ExportError, SavedError, SdgraphError, SpecError, did
 from ..bundle.example_calls import example_call, with_values
 from ..bundle.external_data import Weights
 from ..bundle.extra import require_onnx
-from ..bundle.manifest import ARTEFACTS, CONFIG, DATA, DTYPES, LAYOUTS, MANIFEST, MODEL, REPORT, Manifest, describe
+from ..bundle.manifest import CONFIG, DATA, DTYPES, LAYOUTS, MANIFEST, MODEL, REPORT, TARGETS, Manifest, describe
 from . import parity
 from .parity import Comparison, ExportReport
 
@@ -46,7 +46,7 @@ def export(
     unet: GraphUNet | UNet2DConditionModel,
     directory: str | os.PathLike[str],
     *,
-    artefact: str = "portable",
+    target: str = "portable",
     layout: str = "variants",
     dtype: torch.dtype | None = None,
     inputs: Collection[str] = (),
@@ -72,7 +72,7 @@ def export(
     Args:
         unet: what `sdgraph.apply` returned, or a diffusers UNet; in float32 or float16.
         directory: to be made; its parents are made too.
-        artefact: "portable" has standard operators only, for any provider. "cuda" has ONNX Runtime's own operators for
+        target: "portable" has standard operators only, for any provider. "cuda" has ONNX Runtime's own operators for
             normalisation, attention and feed-forward in their place (`sdgraph.exporters.lowering`), which have kernels
             in its CUDA provider; elsewhere they are computed by their definitions, which is slow.
         layout: "variants" is a file for each kind of call. "single" is one file that branches on its input `model`, for
@@ -94,17 +94,17 @@ def export(
         ExportError: wrong kind of model or dtype, the directory exists or cannot be written, or the translation failed.
         ScheduleError: a schedule does not fit `calls`.
         ParityError: the numbers are out of bounds.
-        SpecError: unknown inputs, artefact, layout or opset.
+        SpecError: unknown inputs, target, layout or opset.
     """
     require_onnx()
     unet = _as_graph(unet, dtype)
     if opset not in OPSETS:
-        raise SpecError(f"opset {opset} is not covered", cure=f"covered: {OPSETS[0]} to {OPSETS[-1]}")
-    for name, value, known in (("artefact", artefact, ARTEFACTS), ("layout", layout, LAYOUTS)):
+        raise SpecError(f"opset {opset} is not covered", hint=f"covered: {OPSETS[0]} to {OPSETS[-1]}")
+    for name, value, known in (("target", target, TARGETS), ("layout", layout, LAYOUTS)):
         if value not in known:
-            raise SpecError(f"no {name} {value!r}", cure=f"one of {', '.join(known)}")
-    manifest = describe(unet, _chosen(unet, inputs), artefact, layout, opset, calls)
-    lowered, fused = _lowered(unet) if artefact == "cuda" else (unet, {})
+            raise SpecError(f"no {name} {value!r}", hint=f"one of {', '.join(known)}")
+    manifest = describe(unet, _chosen(unet, inputs), target, layout, opset, calls)
+    lowered, fused = _lowered(unet) if target == "cuda" else (unet, {})
     bounds = parity.BOUNDS[manifest.torch_dtype]
     atol, rtol = bounds[0] if atol is None else atol, bounds[1] if rtol is None else rtol
     training = unet.training
@@ -242,7 +242,7 @@ def _loaded(folder: Path, manifest: Manifest) -> ORTUNet:
             folder, provider="CPUExecutionProvider", session_options=_lean(manifest), verify=False
         )
     except SavedError as error:
-        raise ExportError(f"the exported model does not load: {error.what}", cure="please report it") from error
+        raise ExportError(f"the exported model does not load: {error.what}", hint="please report it") from error
 
 
 def _compare(
@@ -270,7 +270,7 @@ def _compare(
                     raise ExportError(
                         f"ONNX Runtime opens the exported model and cannot run it: {error}",
                         where=name,
-                        cure="an operator that a pass inserted may have no kernel for its dtype; try float32",
+                        hint="an operator that a pass inserted may have no kernel for its dtype; try float32",
                     ) from error
                 found.append(parity.compare(name, eager, exported, call, *bounds))
         loaded.models.close(model)
@@ -283,7 +283,7 @@ def _written(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ExportError(
-            f"writing failed: {error.strerror or error}", where=str(folder.parent), cure="check space and rights"
+            f"writing failed: {error.strerror or error}", where=str(folder.parent), hint="check space and rights"
         ) from error
 
 
@@ -308,7 +308,7 @@ def _as_graph(unet: Any, dtype: torch.dtype | None) -> GraphUNet:
         unet = sdgraph.apply(unet)
     if not isinstance(unet, GraphUNet):
         hint = "pass pipe.unet" if hasattr(unet, "unet") else "pass what sdgraph.apply returned, or a diffusers UNet"
-        raise ExportError(f"a {type(unet).__name__} cannot be exported", cure=hint)
+        raise ExportError(f"a {type(unet).__name__} cannot be exported", hint=hint)
     if dtype not in (None, unet.dtype):
         unet = sdgraph.apply(unet, (), verify=False)
         unet.to(dtype)
@@ -316,7 +316,7 @@ def _as_graph(unet: Any, dtype: torch.dtype | None) -> GraphUNet:
     if name not in DTYPES:
         why = "; ONNX Runtime has no bfloat16 kernels for Resize" if name == "bfloat16" else ""
         raise ExportError(
-            f"a UNet in {name} cannot be exported{why}", where="dtype", cure="unet.to(torch.float16) or torch.float32"
+            f"a UNet in {name} cannot be exported{why}", where="dtype", hint="unet.to(torch.float16) or torch.float32"
         )
     return unet  # type: ignore[no-any-return]
 
@@ -331,8 +331,8 @@ def _chosen(unet: GraphUNet, names: Collection[str]) -> frozenset[str]:
         found = {spec.name for spec in optional if name in (spec.name, spec.place[0])}
         if not found:
             known = list(dict.fromkeys(str(spec.place[0]) for spec in optional))
-            cure = did_you_mean(name, known) or f"optional inputs of this UNet: {', '.join(known)}"
-            raise SpecError(f"no optional input {name!r}", where="inputs", cure=cure)
+            hint = did_you_mean(name, known) or f"optional inputs of this UNet: {', '.join(known)}"
+            raise SpecError(f"no optional input {name!r}", where="inputs", hint=hint)
         chosen |= found
     return frozenset(chosen)
 
@@ -352,11 +352,11 @@ def check_target(overwrite: bool, target: Path) -> None:
     if not target.exists():
         return
     if not overwrite:
-        cure = "pass overwrite=True (--overwrite on the command line), or choose another"
-        raise ExportError("the directory exists", where=str(target), cure=cure)
+        hint = "pass overwrite=True (--overwrite on the command line), or choose another"
+        raise ExportError("the directory exists", where=str(target), hint=hint)
     if not target.is_dir() or (
         any(target.iterdir()) and not any((target / name).exists() for name in (MANIFEST, REPORT))
     ):
         raise ExportError(
-            "this is not an earlier export", where=str(target), cure="remove it yourself, or choose another"
+            "this is not an earlier export", where=str(target), hint="remove it yourself, or choose another"
         )

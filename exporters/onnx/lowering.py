@@ -1,6 +1,6 @@
 """Lowering: passes that put ONNX Runtime's own operators in the place of what they compute. All are CLOSE.
 
-They are for graphs that go to its CUDA provider; `export(..., artefact="cuda")` applies them.
+They are for graphs that go to its CUDA provider; `export(..., target="cuda")` applies them.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Lowering(Pass):
                 strange += not isinstance(reason, Limit)
             else:
                 edits.append(where)
-        graph.sweep()
+        graph.eliminate_dead_code()
         if strange and not edits:
             raise EditError(
                 f"none of {len(misses)} places has the form that the operator takes; {misses[0].reason}",
                 where=misses[0].where,
-                cure="export with artefact='portable'; and please report it",
+                hint="export with target='portable'; and please report it",
             )
         return Findings(tuple(edits), tuple(misses))
 
@@ -114,7 +114,7 @@ class LowerGroupNorm(Lowering):
             normed, total = graph.insert(module, *terms, before=x.next, path=path, leaving=[node])
             graph.rewire(last, normed)
             graph.rewire(x, total)
-        graph.sweep()
+        graph.eliminate_dead_code()
         return ""
 
 
@@ -238,7 +238,7 @@ class LowerGEGLU(Lowering):
             Gated(linear), project.args[0], before=node.next, path=str(project.target), leaving=[project]
         )
         graph.rewire(node, made)
-        graph.sweep()
+        graph.eliminate_dead_code()
         return ""
 
 
@@ -273,7 +273,7 @@ class LowerBiasAdd(Lowering):
             Added(linear), project.args[0], skip, before=node.next, path=str(project.target), leaving=[project]
         )
         graph.rewire(node, made)
-        graph.sweep()
+        graph.eliminate_dead_code()
         return ""
 
 
@@ -315,7 +315,7 @@ class LowerLayerNorm(Lowering):
         normed, total = graph.insert(SkipNormalise(norm), *terms, before=x.next, path=str(node.target), leaving=[node])
         graph.rewire(node, normed)
         graph.rewire(x, total)
-        graph.sweep()
+        graph.eliminate_dead_code()
         return ""
 
 

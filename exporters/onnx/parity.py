@@ -130,13 +130,13 @@ def require(report: ExportReport, choosing: int = 0) -> None:
             raise ParityError(
                 "the UNet itself gives values that are not finite on random inputs",
                 where=f"shapes {comparison.shapes}",
-                cure="in float16 it overflows: export it in float32",
+                hint="in float16 it overflows: export it in float32",
             )
         if not comparison.holds:
             sorts = f"; {choosing} operators choose by values, as a sort does: where two nearly agree, rounding decides"
             raise ParityError(
                 f"the exported model is out of bounds against eager\n{report}",
                 where=f"{comparison.model} at {comparison.shapes}",
-                cure="nothing was written; pass atol= and rtol= if this difference is acceptable, else report it"
+                hint="nothing was written; pass atol= and rtol= if this difference is acceptable, else report it"
                 + sorts * bool(choosing),
             )

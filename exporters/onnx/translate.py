@@ -65,7 +65,7 @@ def capture(
     except Exception as error:
         raise ExportError(
             f"torch.export failed: {type(error).__name__}: {error}",
-            cure="a pass may have written Python numbers where sizes belong; the cause is chained",
+            hint="a pass may have written Python numbers where sizes belong; the cause is chained",
         ) from error
     simplify(program.graph)
     return program
@@ -84,8 +84,8 @@ def translate(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
     try:
         return _translate(program, opset, torch.export.ExportedProgram)
     except torch.onnx.errors.OnnxExporterError as error:
-        cure = "an operator that a pass inserted may have no ONNX counterpart; the cause is chained"
-        raise ExportError(f"the translation to ONNX failed: {_reason(error)}", cure=cure) from error
+        hint = "an operator that a pass inserted may have no ONNX counterpart; the cause is chained"
+        raise ExportError(f"the translation to ONNX failed: {_reason(error)}", hint=hint) from error
 
 
 def _reason(error: BaseException) -> str:

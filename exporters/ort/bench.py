@@ -66,7 +66,7 @@ def bench(
         SpecError: no calls or repeats; no size, where the configuration has none.
     """
     if calls < 1 or repeats < 1 or batch < 1:
-        raise SpecError(f"{calls} calls, {repeats} repeats, batch {batch}", where="bench", cure="at least 1 of each")
+        raise SpecError(f"{calls} calls, {repeats} repeats, batch {batch}", where="bench", hint="at least 1 of each")
     size = size or _side(unet)
     height, width = size
     flat = _random(unet, {"B": batch, "H": height, "W": width, "L": 77})
@@ -112,7 +112,7 @@ def bench(
 def _side(unet: ORTUNet) -> tuple[int, int]:
     side = unet.config.get("sample_size")
     if side is None:
-        raise SpecError("the configuration has no sample_size", where="bench", cure="pass size=(height, width)")
+        raise SpecError("the configuration has no sample_size", where="bench", hint="pass size=(height, width)")
     return (side, side) if isinstance(side, int) else tuple(side)
 
 

@@ -37,13 +37,13 @@ def make(settings: Mapping[str, Any], sizes: Mapping[str, int], weights: Mapping
             continue
         known = [each for each in vars(type(made)) if isinstance(vars(type(made))[each], property)]
         if name not in known:
-            cure = did_you_mean(name, known) or f"one of {', '.join(known)}; configuration entries have a dot"
-            raise SpecError(f"no option {name!r}", where="session_options", cure=cure)
+            hint = did_you_mean(name, known) or f"one of {', '.join(known)}; configuration entries have a dot"
+            raise SpecError(f"no option {name!r}", where="session_options", hint=hint)
         try:
             setattr(made, name, value)
         except TypeError as error:
             raise SpecError(
-                f"{name} does not take {value!r}", where="session_options", cure="see onnxruntime.SessionOptions"
+                f"{name} does not take {value!r}", where="session_options", hint="see onnxruntime.SessionOptions"
             ) from error
     for name, size in sizes.items():
         made.add_free_dimension_override_by_name(name, size)

@@ -53,8 +53,8 @@ class Models:
         if isinstance(session_options, onnxruntime.SessionOptions):
             _require_nothing_else(free_dims, manifest, self.provider)
         elif not isinstance(self._session_options, Mapping):
-            cure = "pass a mapping of attributes of onnxruntime.SessionOptions"
-            raise SpecError(f"{type(session_options).__name__} is no mapping", where="session_options", cure=cure)
+            hint = "pass a mapping of attributes of onnxruntime.SessionOptions"
+            raise SpecError(f"{type(session_options).__name__} is no mapping", where="session_options", hint=hint)
         elif not cuda_graph and self._session_options.get("enable_cpu_mem_arena", True):
             shared = options.one_arena(self.provider, self._provider_options)
             self._session_options = {**shared, **self._session_options}
@@ -98,7 +98,7 @@ class Models:
                 raise CallError(
                     f"{NAMES[name]} is {sizes[name]}, and this UNet was loaded for {size}",
                     where="free_dims",
-                    cure="load it without free_dims, or once more for these sizes",
+                    hint="load it without free_dims, or once more for these sizes",
                 )
         inputs = {spec.name: self._input(spec, model, given, sizes) for spec in self.manifest.session_inputs(model)}
         outputs = {spec.name: self._empty(spec, sizes) for spec in self.manifest.session_outputs(model)}
@@ -184,13 +184,13 @@ class Models:
             raise SavedError(
                 f"ONNX Runtime refuses the model: {error}",
                 where=str(path),
-                cure=f"check provider_options and session_options; if they are right, {AGAIN}",
+                hint=f"check provider_options and session_options; if they are right, {AGAIN}",
             ) from error
         if self.provider not in session.get_providers():
             raise ExtraError(
                 f"{self.provider} does not start here",
                 where="provider",
-                cure=f"check the device, its driver and libraries, or pass provider={CPU!r}",
+                hint=f"check the device, its driver and libraries, or pass provider={CPU!r}",
             )
         inputs = {each.name: (each.type, each.shape) for each in session.get_inputs()}
         wanted = {spec.name: (_ORT[self.manifest.dtype_of(spec)], spec) for spec in self.manifest.session_inputs(model)}
@@ -203,7 +203,7 @@ class Models:
             or not all(_agree(shape, given[name]) for name, shape in outputs.items())
         ):
             raise SavedError(
-                "the model's inputs are not those of the manifest, or its outputs", where=str(path), cure=AGAIN
+                "the model's inputs are not those of the manifest, or its outputs", where=str(path), hint=AGAIN
             )
         return session
 
@@ -217,17 +217,17 @@ def _agree(shape: list[int | str], spec: Input) -> bool:
 
 def _by_definition(manifest: Manifest, provider: str) -> bool:
     """Whether ONNX Runtime's own operators have no kernels here, so that models are not opened as they are on disk."""
-    return manifest.artefact == "cuda" and provider != CUDA
+    return manifest.target == "cuda" and provider != CUDA
 
 
 def _require_nothing_else(free_dims: Any, manifest: Manifest, provider: str) -> None:
     """Options that are the caller's own are not added to."""
-    needs = "free_dims" if free_dims else "a cuda artefact on another provider"
+    needs = "free_dims" if free_dims else "a cuda target on another provider"
     if free_dims or _by_definition(manifest, provider):
         raise SpecError(
             f"{needs} and a SessionOptions do not go together",
             where="session_options",
-            cure="pass a mapping of its attributes, such as {'intra_op_num_threads': 4}",
+            hint="pass a mapping of its attributes, such as {'intra_op_num_threads': 4}",
         )
 
 
@@ -235,8 +235,8 @@ def _by_symbol(sizes: Mapping[str, int]) -> dict[str, int]:
     symbols = {name: symbol for symbol, name in NAMES.items()}
     for name in sizes:
         if name not in symbols:
-            cure = did_you_mean(name, symbols) or f"one of {', '.join(symbols)}"
-            raise SpecError(f"no size {name!r}", where="free_dims", cure=cure)
+            hint = did_you_mean(name, symbols) or f"one of {', '.join(symbols)}"
+            raise SpecError(f"no size {name!r}", where="free_dims", hint=hint)
     return {symbols[name]: size for name, size in sizes.items()}
 
 
@@ -244,6 +244,6 @@ def _provider(name: str | None, available: list[str]) -> str:
     if name is None:
         return CUDA if CUDA in available and torch.cuda.is_available() else CPU
     if name not in available:
-        cure = f"{did_you_mean(name, available, 1)} available: {', '.join(available)}".strip()
-        raise SpecError(f"ONNX Runtime has no provider {name!r}", where="provider", cure=cure)
+        hint = f"{did_you_mean(name, available, 1)} available: {', '.join(available)}".strip()
+        raise SpecError(f"ONNX Runtime has no provider {name!r}", where="provider", hint=hint)
     return name

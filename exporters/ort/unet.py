@@ -129,14 +129,14 @@ class ORTUNet(UNetCall):
         """
         for wish in (*args, kwargs.get("device"), kwargs.get("dtype")):
             if isinstance(wish, torch.dtype) and wish != self.dtype:
-                raise ModeError(f"the model is exported in {self.dtype}", cure=f"export unet.to({wish})")
+                raise ModeError(f"the model is exported in {self.dtype}", hint=f"export unet.to({wish})")
             if isinstance(wish, str | int | torch.device) and not isinstance(wish, bool):
                 device = torch.device(wish)
                 if (device.type, device.index or 0) != (self.device.type, self.device.index or 0):
                     provider = CUDA if device.type == "cuda" else CPU
                     raise ModeError(
                         f"an ONNX Runtime session cannot move from {self.device} to {device}",
-                        cure=f"ORTUNet.from_pretrained(directory, provider={provider!r})",
+                        hint=f"ORTUNet.from_pretrained(directory, provider={provider!r})",
                     )
         return self
 
@@ -146,8 +146,8 @@ class ORTUNet(UNetCall):
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(UNet2DConditionModel, name):
-            cure = "do it on the source UNet, then call sdgraph.apply and export again"
-            raise ModeError(f"an exported UNet has no {name}", where="ORTUNet", cure=cure)
+            hint = "do it on the source UNet, then call sdgraph.apply and export again"
+            raise ModeError(f"an exported UNet has no {name}", where="ORTUNet", hint=hint)
         raise AttributeError(f"'ORTUNet' object has no attribute {name!r}")
 
     def __repr__(self) -> str:

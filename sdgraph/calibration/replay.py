@@ -21,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Made:
+class RecordedCall:
     """A call that computed everything."""
 
     flat: Mapping[str, Tensor]
@@ -33,7 +33,7 @@ class _Enough(Exception):
     """What was to be seen of a generation has been seen."""
 
 
-class Rehearsal(GraphUNet):
+class ReplayUNet(GraphUNet):
     """A UNet that computes everything once and remembers it; then it plays the generation again, by heart up to some
     call, with sites inherited for some calls and computing all from then on.
 
@@ -45,7 +45,7 @@ class Rehearsal(GraphUNet):
     def __init__(self, graph: Graph, generate: Callable[[GraphUNet], Tensor]) -> None:
         super().__init__(graph)
         self.generate = generate
-        self.made: list[Made] = []
+        self.made: list[RecordedCall] = []
         self.play = self._record
         self.final = generate(self)
 
@@ -58,7 +58,7 @@ class Rehearsal(GraphUNet):
 
     def _record(self, flat: Mapping[str, Tensor]) -> Tensor:
         output, values = self._step(flat, frozenset(), no_value)
-        self.made.append(Made(dict(flat), output, values))
+        self.made.append(RecordedCall(dict(flat), output, values))
         return output
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ def distances(a: Tensor, b: Tensor, samples: int) -> Array:
     return found
 
 
-class Kept:
+class MeasurementCache:
     """Measurements in a folder, named by what they are of and by the latents that the undisturbed pipeline makes:
     those depend on the weights, prompts, scheduler and steps alike."""
 

@@ -32,7 +32,7 @@ from ..runtime.apply import apply
 from ..runtime.pipelines import with_unet
 from ..runtime.unet import GraphUNet
 from ..schedules import Explicit, Uniform
-from .replay import Array, Kept, Rehearsal, distances
+from .replay import Array, MeasurementCache, ReplayUNet, distances
 
 TRUSTED = 2.0  # a prediction within this factor is as good as they are
 State = tuple[int, ...]  # the last refreshes, as many as a forecast goes through; the newest last
@@ -40,7 +40,7 @@ Choice = Mapping[int, tuple[float, tuple[int, ...]]]  # by the number of refresh
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found.
 
     Args:
@@ -99,7 +99,7 @@ def search(
     folder: str | Path | None = None,
     progress: bool = True,
     **call: Any,
-) -> Found:
+) -> SearchResult:
     """Give each candidate the schedule with which all together cost the least quality within a budget.
 
     Args:
@@ -121,13 +121,13 @@ def search(
         ScheduleError: the budget is not to be had; with the least that is.
     """
     if not candidates or not prompts:
-        raise SpecError("nothing to search: no candidates or no prompts", where="search", cure="give some of each")
+        raise SpecError("nothing to search: no candidates or no prompts", where="search", hint="give some of each")
     if not 0 < budget <= 1:
-        raise SpecError(f"the budget is {budget}", where="search", cure="a share of all, above 0 and at most 1")
+        raise SpecError(f"the budget is {budget}", where="search", hint="a share of all, above 0 and at most 1")
     if "output_type" in call:
-        raise SpecError("output_type is not yours to set", where="search", cure="leave it out: latents are compared")
+        raise SpecError("output_type is not yours to set", where="search", hint="leave it out: latents are compared")
     if getattr(pipe, "unet", None) is None:
-        raise SourceError(f"{type(pipe).__name__} has no UNet", where="search", cure="a pipeline with one")
+        raise SourceError(f"{type(pipe).__name__} has no UNet", where="search", hint="a pipeline with one")
     source = apply(pipe.unet, ())
     inheriting, groups = source, []
     for one in candidates:
@@ -135,7 +135,7 @@ def search(
         inheriting = apply(inheriting, one, verify=False)
         groups.append(frozenset(inheriting.graph.sites) - before)
         if not groups[-1] or not {"schedule", "forecast"} <= {field.name for field in fields(one)}:
-            raise SpecError(f"{one} has no sites to give a schedule", where="candidates", cure="InheritFeatures passes")
+            raise SpecError(f"{one} has no sites to give a schedule", where="candidates", hint="InheritFeatures passes")
 
     def generate(unet: GraphUNet) -> Tensor:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -143,20 +143,20 @@ def search(
             found = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
         return found.images  # type: ignore[no-any-return]
 
-    rehearsal = Rehearsal(inheriting.graph.copy(), generate)
-    T = len(rehearsal.made)
+    replay = ReplayUNet(inheriting.graph.copy(), generate)
+    T = len(replay.made)
     ways = [_stretches(T, reach, 1 + one.forecast) for one in candidates]  # type: ignore[attr-defined]
-    kept = Kept(Path(folder) if folder else None, rehearsal.final)
+    kept = MeasurementCache(Path(folder) if folder else None, replay.final)
     with tqdm(total=probes + sum(map(len, ways)), desc="search", unit="run", disable=not progress) as bar:
         names = [str(replace(one, schedule=Uniform(1))) for one in candidates]  # type: ignore[call-arg]
         all_sites: frozenset[str] = frozenset().union(*groups)
-        weights = kept(f"{probes} probes: {', '.join(names)}", partial(rehearsal.weights, all_sites, probes))
+        weights = kept(f"{probes} probes: {', '.join(names)}", partial(replay.weights, all_sites, probes))
         bar.update(probes)
         weighted: list[dict[State, Array]] = []
         for name, group, stretches in zip(names, groups, ways, strict=True):
             weighted.append({})
             for state, ends in stretches.items():
-                measure = partial(rehearsal.errors, state, group, ends[-1], ends[-1])
+                measure = partial(replay.errors, state, group, ends[-1], ends[-1])
                 found = kept(f"{name}: {state} to {ends[-1]}", measure)
                 weighted[-1][state] = found * weights[ends[0] : ends[-1] + 1]
                 bar.update()
@@ -177,7 +177,7 @@ def search(
     if (least := macs([min(choice) for choice in choices])) > most:
         raise ScheduleError(
             f"a budget of {budget:.3g} is not to be had: these candidates leave {least / everything:.3g} at the least",
-            where="search", cure="a larger budget or reach, or other candidates",
+            where="search", hint="a larger budget or reach, or other candidates",
         )  # fmt: skip
     counts = _share(choices, macs, most)
     chosen = [choice[count][1] for choice, count in zip(choices, counts, strict=True)]
@@ -189,11 +189,11 @@ def search(
         )
     )
     result = apply(source, passes, verify=False)
-    measured = distances(generate(result), rehearsal.final, len(prompts))
+    measured = distances(generate(result), replay.final, len(prompts))
     terms = [each for errors, plan in zip(weighted, chosen, strict=True) for each in _errors(errors, plan, T)]
     predicted = _joint(np.array(terms))
-    timetable = result.graph.timetable(rehearsal.timesteps)
-    return Found(passes, timetable, _typical(predicted), _typical(measured), len(prompts))
+    timetable = result.graph.timetable(replay.timesteps)
+    return SearchResult(passes, timetable, _typical(predicted), _typical(measured), len(prompts))
 
 
 def _typical(errors: Array) -> float:

@@ -71,7 +71,7 @@ def check_outputs(chosen: argparse.Namespace) -> None:
         if path is None or chosen.overwrite or not path.exists():
             continue
         if path.is_file() or any(path.iterdir()):
-            raise SpecError(f"{path} is there already", where=f"--{option}", cure="--overwrite, or another name")
+            raise SpecError(f"{path} is there already", where=f"--{option}", hint="--overwrite, or another name")
 
 
 def write_json(path: Path, plain: Any) -> None:

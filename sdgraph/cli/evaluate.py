@@ -49,8 +49,8 @@ def run(chosen: argparse.Namespace) -> None:
     bounds = dict(chosen.require), dict(chosen.at_most)
     for name in (*bounds[0], *bounds[1]):
         if name not in FIGURES:
-            cure = did_you_mean(name, FIGURES) or f"there are {', '.join(FIGURES)}"
-            raise SpecError(f"no figure {name!r} is measured", where="--require, --at-most", cure=cure)
+            hint = did_you_mean(name, FIGURES) or f"there are {', '.join(FIGURES)}"
+            raise SpecError(f"no figure {name!r} is measured", where="--require, --at-most", hint=hint)
     prompts = read_prompts(chosen.prompts)
     change = _change(chosen.change, chosen.dtype)
     pipe = load_pipeline(chosen.pipeline, chosen.dtype, chosen.device)
@@ -76,5 +76,5 @@ def _change(text: str, dtype: str) -> Any:
     if folder.is_dir():
         return load_unet(text, dtype)
     if re.fullmatch(r"[\w.~-]*/[\w./-]*", text):
-        raise SpecError(f"there is no folder {text}", where="CHANGE", cure="the folder of a UNet, or passes")
+        raise SpecError(f"there is no folder {text}", where="CHANGE", hint="the folder of a UNet, or passes")
     return parse(text)

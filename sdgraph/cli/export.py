@@ -23,7 +23,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--passes", default="", help="such as \"PruneBlocks('bk-sdm-base'), InheritFeatures.deep_cache(3)\""
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to be made")
-    parser.add_argument("--artefact", default="portable", choices=("portable", "cuda"), help="cuda: fused operators")
+    parser.add_argument("--target", default="portable", choices=("portable", "cuda"), help="cuda: fused operators")
     parser.add_argument("--layout", default="variants", choices=("variants", "single"), help="single: one file")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16"))
     parser.add_argument("--calls", type=positive, default=50, help="of the UNet per generation (default: %(default)s)")
@@ -40,5 +40,5 @@ def run(chosen: argparse.Namespace) -> None:
     unet = apply(load_unet(chosen.model, chosen.dtype), passes)
     if unet.graph.passes:
         print(unet.report)
-    options = {name: getattr(chosen, name) for name in ("artefact", "layout", "calls", "inputs", "overwrite")}
+    options = {name: getattr(chosen, name) for name in ("target", "layout", "calls", "inputs", "overwrite")}
     print(export(unet, chosen.out, **options))

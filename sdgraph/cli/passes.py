@@ -33,8 +33,8 @@ def run(chosen: argparse.Namespace) -> None:
     elif chosen.name in points:
         print(_whole(points[chosen.name]))
     else:
-        cure = did_you_mean(chosen.name, points) or f"there are {', '.join(sorted(points))}"
-        raise SpecError(f"no pass is named {chosen.name!r}", cure=cure)
+        hint = did_you_mean(chosen.name, points) or f"there are {', '.join(sorted(points))}"
+        raise SpecError(f"no pass is named {chosen.name!r}", hint=hint)
 
 
 def _brief(point: importlib.metadata.EntryPoint) -> str:
@@ -53,8 +53,8 @@ def _whole(point: importlib.metadata.EntryPoint) -> str:
     try:
         one = point.load()
     except Exception as error:
-        cure = f"mend or remove {_package(point)}"
-        raise SpecError(f"{point.name} cannot be loaded: {error}", where=point.value, cure=cure) from error
+        hint = f"mend or remove {_package(point)}"
+        raise SpecError(f"{point.name} cannot be loaded: {error}", where=point.value, hint=hint) from error
     parts = ["\n".join([_title(point), *_facts(one)]), inspect.getdoc(one) or ""]
     for name, preset in presets(one).items():
         parts.append(f"{point.name}.{name}({_options(preset)})\n{textwrap.indent(inspect.getdoc(preset) or '', '  ')}")

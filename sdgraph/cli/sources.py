@@ -25,10 +25,10 @@ def folder_of(source: str) -> Path | None:
     if path.is_dir():
         return path
     if path.exists():
-        raise SpecError(f"{source} is a file", cure="give a folder, or the name of a model on the hub: OWNER/NAME")
+        raise SpecError(f"{source} is a file", hint="give a folder, or the name of a model on the hub: OWNER/NAME")
     named = re.fullmatch(r"(\w[\w.-]*)/[\w.-]+", source)
     if named is None or Path(named[1]).exists():
-        raise SpecError(f"there is no folder {source}", cure="check the path; models on the hub are named OWNER/NAME")
+        raise SpecError(f"there is no folder {source}", hint="check the path; models on the hub are named OWNER/NAME")
     return None
 
 
@@ -40,7 +40,7 @@ def exported(source: str) -> Path:
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        raise SpecError(f"there is no folder {source}", cure="the folder that `sdgraph export` wrote")
+        raise SpecError(f"there is no folder {source}", hint="the folder that `sdgraph export` wrote")
     return folder
 
 
@@ -55,7 +55,7 @@ def load_pipeline(source: str, dtype: str, device: str) -> Any:
     if folder is not None and not (folder / "model_index.json").is_file():
         raise SpecError(
             f"there is no pipeline in {source}",
-            cure="a folder with model_index.json, as save_pretrained writes it",
+            hint="a folder with model_index.json, as save_pretrained writes it",
         )
     pipe = _load(DiffusionPipeline.from_pretrained, source, folder or source, torch_dtype=getattr(torch, dtype))
     pipe.to(device)
@@ -79,10 +79,10 @@ def load_unet(source: str, dtype: str) -> Any:
     if (folder / "model.onnx").is_file():
         raise SpecError(
             f"{source} is exported already",
-            cure="give the model that it was exported from; `sdgraph inspect` says what was done to it",
+            hint="give the model that it was exported from; `sdgraph inspect` says what was done to it",
         )
     if not (folder / "config.json").is_file():
-        raise SpecError(f"there is neither a pipeline nor a UNet in {source}", cure="a folder with config.json")
+        raise SpecError(f"there is neither a pipeline nor a UNet in {source}", hint="a folder with config.json")
     if (folder / "sdgraph.json").is_file():
         return _load(GraphUNet.from_pretrained, source, folder, torch_dtype=wanted)
     return _load(UNet2DConditionModel.from_pretrained, source, folder, torch_dtype=wanted)
@@ -98,11 +98,11 @@ def _load(read: Callable[..., Any], source: str, *args: Any, **options: Any) -> 
         reason = str(error).strip().partition("\n")[0]
         if Path(source).expanduser().exists():
             raise SourceError(
-                f"{source} cannot be loaded: {reason}", cure="mend the folder, or save it again"
+                f"{source} cannot be loaded: {reason}", hint="mend the folder, or save it again"
             ) from error
         raise SourceError(
             f"there is no folder {source}, and the hub gives no such model: {reason}",
-            cure="check the name, and that the hub can be reached (HF_HUB_OFFLINE is not set)",
+            hint="check the name, and that the hub can be reached (HF_HUB_OFFLINE is not set)",
         ) from error
 
 
@@ -112,14 +112,14 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         SpecError: there is no such file, it is no text, or there is no prompt in it.
     """
-    cure = "a text file with one prompt per line"
+    hint = "a text file with one prompt per line"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise SpecError(f"there is no file {path}", where="--prompts", cure=cure) from error
+        raise SpecError(f"there is no file {path}", where="--prompts", hint=hint) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} cannot be read: {error}", where="--prompts", cure=cure) from error
+        raise SpecError(f"{path} cannot be read: {error}", where="--prompts", hint=hint) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise SpecError(f"there are no prompts in {path}", where="--prompts", cure=cure)
+        raise SpecError(f"there are no prompts in {path}", where="--prompts", hint=hint)
     return prompts

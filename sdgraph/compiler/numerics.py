@@ -19,7 +19,7 @@ from ..ir.guards import raised
 from ..ir.inputs import Input
 from ..ir.nodes import scope
 from ..ir.sites import Step, step
-from ..ir.specialize import without
+from ..ir.specialize import drop_inputs
 
 Call = dict[str, torch.Tensor]
 
@@ -107,7 +107,7 @@ def play(graph: Graph, calls: Sequence[Mapping[str, torch.Tensor]], stale: Colle
 
 
 def _runnable(graph: Graph, flat: Mapping[str, torch.Tensor], stale: Collection[str]) -> tuple[fx.GraphModule, Step]:
-    made = step(without(graph.fx, {i.name for i in graph.inputs if i.name not in flat}), stale)
+    made = step(drop_inputs(graph.fx, {i.name for i in graph.inputs if i.name not in flat}), stale)
     return fx.GraphModule(graph.weights, made.nodes), made
 
 

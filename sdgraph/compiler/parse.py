@@ -21,7 +21,7 @@ def parse(text: str) -> tuple[Pass, ...]:
         tree = ast.parse(f"({text},)" if text.strip() else "()", mode="eval").body
     except SyntaxError as error:
         raise SpecError(
-            f"cannot read the spec {text!r}: {error.msg}", cure="write calls: \"CleanUp(), PruneBlocks('bk-sdm-base')\""
+            f"cannot read the spec {text!r}: {error.msg}", hint="write calls: \"CleanUp(), PruneBlocks('bk-sdm-base')\""
         ) from error
     assert isinstance(tree, ast.Tuple)
     return tuple(_as_pass(value_of(item, text, Pass), text) for item in tree.elts)
@@ -53,7 +53,7 @@ def _as_pass(value: Any, text: str) -> Pass:
 
 def _not_a_pass(value: Any, text: str = "") -> SpecError:
     if isinstance(value, type) and issubclass(value, Spec):
-        cure = f"construct it: {value.__name__}(...)"
+        hint = f"construct it: {value.__name__}(...)"
     else:
-        cure = "pass objects of sdgraph.Pass or text specs"
-    return SpecError(f"{value!r} is not a pass", where=text, cure=cure)
+        hint = "pass objects of sdgraph.Pass or text specs"
+    return SpecError(f"{value!r} is not a pass", where=text, hint=hint)

@@ -145,7 +145,7 @@ class _Pattern:
             raise SpecError(
                 f"the pattern of {name} returns {what}",
                 where=f"{name}.pattern",
-                cure="return one value that an operation gives; to replace several, write a Pass with run",
+                hint="return one value that an operation gives; to replace several, write a Pass with run",
             )
         self.root: fx.Node = result.node
         unused = [str(n.target) for n in self.graph.nodes if n.op == "placeholder" and not n.users]
@@ -153,7 +153,7 @@ class _Pattern:
             raise SpecError(
                 f"the pattern of {name} does not use its parameter {unused[0]!r}",
                 where=f"{name}.pattern",
-                cure="use it, or leave it out of pattern, check and replace",
+                hint="use it, or leave it out of pattern, check and replace",
             )
 
 

@@ -30,11 +30,11 @@ def check_order(done: tuple[Applied, ...], passes: Iterable[Pass]) -> None:
             name = type(inner).__name__
             for needed in inner.requires:
                 if needed not in earlier:
-                    raise OrderError(f"{name} needs {needed} before it", where=str(one), cure=f"put {needed} first")
+                    raise OrderError(f"{name} needs {needed} before it", where=str(one), hint=f"put {needed} first")
             for other, reason in inner.not_after.items():
                 if other in earlier:
                     raise OrderError(
-                        f"{name} cannot come after {other}: {reason}", where=str(one), cure=f"put {name} first"
+                        f"{name} cannot come after {other}: {reason}", where=str(one), hint=f"put {name} first"
                     )
             earlier.append(name)
         earlier.append(type(one).__name__)
@@ -56,7 +56,7 @@ def run_pass(
         raise SpecError(
             f"the contract of {type(one).__name__} is {one.contract!r}",
             where=type(one).__name__,
-            cure="annotate it as no option: contract: ClassVar[Contract] = Contract.EXACT",
+            hint="annotate it as no option: contract: ClassVar[Contract] = Contract.EXACT",
         )
     # Tensors made in inference mode do not count their edits.
     versions = [(name, p, p._version) for name, p in graph.parameters().items() if not p.is_inference()]
@@ -67,14 +67,14 @@ def run_pass(
         raise NoChangeError(
             f"{one} changed nothing",
             where=f"nearest misses: {closest}" if closest else "",
-            cure="drop it, or set may_change_nothing = True on the pass",
+            hint="drop it, or set may_change_nothing = True on the pass",
         )
     touched = [name for name, p, version in versions if p._version != version]
     if touched:
         raise ContractError(
             f"{one} edited weights in place, which the source UNet shares",
             where=", ".join(touched[:3]),
-            cure="give the graph new tensors (add_tensor, add_parameter)",
+            hint="give the graph new tensors (add_tensor, add_parameter)",
         )
     difference = _verify(one, graph, after) if verify else None
     applied = Applied(one, decisions.finish())
@@ -135,11 +135,11 @@ def _failed(one: Pass, error: Exception, graph: Graph) -> PassError:
     """The error for one that the pass's code raised."""
     where, said = place(error, one, graph), f"{type(error).__name__}: {error}"
     if graph.device.type != "meta" or "meta" not in said.lower():
-        return PassError(f"{one} failed: {said}", where=where, cure="the graph is unchanged; mend the pass")
+        return PassError(f"{one} failed: {said}", where=where, hint="the graph is unchanged; mend the pass")
     return DecisionError(
         f"{one} needs the numbers of weights, and here are only their shapes: {said.splitlines()[0]}",
         where=where,
-        cure="to decide by numbers: rank = graph.decide(path, code, weight), or by_weights = True on a Rewrite; "
+        hint="to decide by numbers: rank = graph.decide(path, code, weight), or by_weights = True on a Rewrite; "
         "to fill new weights: make them on the device of the old ones (device=weight.device)",
     )
 
@@ -167,14 +167,14 @@ def _edited_by_each(one: Chain, graph: Graph, decisions: Decisions) -> tuple[Gra
     else:
         if one.repeat > 1:
             raise PassError(
-                f"{one} still changes the graph after {one.repeat} rounds", cure="raise repeat, or break the cycle"
+                f"{one} still changes the graph after {one.repeat} rounds", hint="raise repeat, or break the cycle"
             )
     return graph, Findings(tuple(edits), tuple(misses)), tuple(reports)
 
 
 def _settle(one: Pass, before: Graph, after: Graph) -> None:
     """Dead code out, values anew, and the invariants that hold after every pass."""
-    after.sweep()
+    after.eliminate_dead_code()
     after.propagate()
     after.fx.lint()
     if after.dims is not before.dims:  # the pass requires sizes: compare at those
@@ -182,14 +182,14 @@ def _settle(one: Pass, before: Graph, after: Graph) -> None:
         before.probe_at(after.dims.symbols)
     names = [[n.name for n in g.fx.nodes if n.op == "placeholder"] for g in (before, after)]
     if names[0] != names[1]:
-        raise ContractError(f"{one} changed the inputs", where=str(set(names[0]) ^ set(names[1])), cure="keep them")
+        raise ContractError(f"{one} changed the inputs", where=str(set(names[0]) ^ set(names[1])), hint="keep them")
     for key in ("val", "probe"):
         was, now = before.output.meta[key], after.output.meta[key]
         if was.shape != now.shape or was.dtype != now.dtype:
             raise ContractError(
                 f"{one} changed the output from {before.shape(before.output)} to {after.shape(after.output)}",
                 where=after.output.name,
-                cure="keep its shape and dtype",
+                hint="keep its shape and dtype",
             )
 
 
@@ -233,7 +233,7 @@ def _compare(
     raise ContractError(
         f"{one} promises {one.contract} but its output differs by {differences[number]:.3g}",
         where=where,
-        cure="mend the pass, or declare what it does: Contract.CLOSE(...) or Contract.APPROXIMATE",
+        hint="mend the pass, or declare what it does: Contract.CLOSE(...) or Contract.APPROXIMATE",
     )
 
 

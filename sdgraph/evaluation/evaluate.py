@@ -134,7 +134,7 @@ class Evaluation:
             if name not in known:
                 raise SpecError(
                     f"no figure {name!r} was measured", where=self.after,
-                    cure=did_you_mean(name, known) or f"there are {', '.join(known)}",
+                    hint=did_you_mean(name, known) or f"there are {', '.join(known)}",
                 )  # fmt: skip
         missed = [
             f"{_TITLES.get(name, name)} {side} {bound:g}{' dB' * (name == 'psnr')}: {known[name]:.4g}"
@@ -143,7 +143,7 @@ class Evaluation:
             if not (known[name] >= bound if side == "below" else known[name] <= bound)
         ]
         if missed:
-            raise QualityError("; ".join(missed), where=self.after, cure="weaker passes, or fine-tune after them")
+            raise QualityError("; ".join(missed), where=self.after, hint="weaker passes, or fine-tune after them")
         return self
 
 
@@ -190,15 +190,15 @@ def evaluate(
     runs = tuple(product(prompts, seeds))
     if not runs:
         raise SpecError(
-            "nothing to compare: no prompts or no seeds", where="evaluate", cure="give at least one of each"
+            "nothing to compare: no prompts or no seeds", where="evaluate", hint="give at least one of each"
         )
     if "output_type" in call:
-        raise SpecError("output_type is not yours to set", where="evaluate", cure="leave it out: images are compared")
+        raise SpecError("output_type is not yours to set", where="evaluate", hint="leave it out: images are compared")
     for name in perceptual:
         if name not in PERCEPTUAL:
             raise SpecError(
                 f"unknown measure {name!r}", where="perceptual",
-                cure=did_you_mean(name, PERCEPTUAL) or f"there are {', '.join(PERCEPTUAL)}",
+                hint=did_you_mean(name, PERCEPTUAL) or f"there are {', '.join(PERCEPTUAL)}",
             )  # fmt: skip
     first, second = _sides(before, after, pipe)
     parts = [runs[i : i + batch] for i in range(0, len(runs), batch)]
@@ -219,7 +219,7 @@ def evaluate(
     if a.shape != b.shape:
         raise QualityError(
             f"the images are of two sizes: {a.shape[1:]} before, {b.shape[1:]} after", where=second.name,
-            cure="give height and width",
+            hint="give height and width",
         )  # fmt: skip
     texts = tuple(prompt for prompt, _ in runs)
     largest = np.abs(a - b).max((1, 2, 3))
@@ -264,12 +264,12 @@ class _Side:
         if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[0] != len(part):
             raise QualityError(
                 f"the pipeline gives no image per prompt but {type(found).__name__}", where=self.name,
-                cure="evaluate compares pipelines that make one image per prompt",
+                hint="evaluate compares pipelines that make one image per prompt",
             )  # fmt: skip
         if not np.isfinite(images).all():
             raise QualityError(
                 f"images that are not finite: {[prompt for prompt, _ in part]}", where=self.name,
-                cure="float16 may have overflowed: run it in float32 or bfloat16",
+                hint="float16 may have overflowed: run it in float32 or bfloat16",
             )  # fmt: skip
         return images
 
@@ -286,7 +286,7 @@ def _sides(before: Any, after: Any, pipe: DiffusionPipeline | None) -> tuple[_Si
             raise SourceError(
                 f"{type(before).__name__} is no diffusers pipeline",
                 where="before",
-                cure="give the pipeline as pipe=...",
+                hint="give the pipeline as pipe=...",
             )
         pipe = before
     first = _side(before, pipe, "before")
@@ -301,7 +301,7 @@ def _side(one: Any, pipe: DiffusionPipeline, where: str, base: Any = None) -> _S
     if unet is None:
         raise SourceError(
             f"{type(pipe).__name__} has no UNet, only {', '.join(pipe.components)}", where=where,
-            cure="compare two whole pipelines",
+            hint="compare two whole pipelines",
         )  # fmt: skip
     if isinstance(one, str | Pass | list | tuple):
         passes = as_passes(one)
@@ -311,7 +311,7 @@ def _side(one: Any, pipe: DiffusionPipeline, where: str, base: Any = None) -> _S
         return _Side(": ".join([type(one).__name__, ", ".join(map(str, done))][: 1 + bool(done)]), pipe, one)
     raise SourceError(
         f"{type(one).__name__} is neither a pipeline nor a UNet nor passes", where=where,
-        cure="a diffusers pipeline, a UNet or passes",
+        hint="a diffusers pipeline, a UNet or passes",
     )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def time_tensor(timestep: Any, device: torch.device, name: str = "timestep") -> 
         return timestep[None].to(device) if timestep.ndim == 0 else timestep
     if isinstance(timestep, bool) or not isinstance(timestep, int | float | np.integer):
         raise CallError(
-            f"{name} is a {type(timestep).__name__}", where=f"argument {name}", cure="pass a number or a tensor"
+            f"{name} is a {type(timestep).__name__}", where=f"argument {name}", hint="pass a number or a tensor"
         )
     double = torch.float32 if device.type in ("mps", "npu") else torch.float64
     integer = torch.int32 if device.type in ("mps", "npu") else torch.int64
@@ -82,7 +82,7 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
     given = {name: value for name, value in call.items() if value is not None}
     for name in given:
         if name not in ARGUMENTS:
-            raise CallError(f"unknown argument {name!r}", where="call", cure=f"known: {', '.join(ARGUMENTS)}")
+            raise CallError(f"unknown argument {name!r}", where="call", hint=f"known: {', '.join(ARGUMENTS)}")
     _check_containers(given)
     _as_adapter(given)
     _check_cross_attention(given.pop("cross_attention_kwargs", None))
@@ -97,14 +97,14 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
         if value is None:
             if not spec.optional:
                 raise CallError(
-                    f"{_place(spec.place)} is missing", where="call", cure="this UNet's configuration requires it"
+                    f"{_place(spec.place)} is missing", where="call", hint="this UNet's configuration requires it"
                 )
             continue
         if spec.kind == "time":
             value = time_tensor(value, flat["sample"].device, _place(spec.place))
         if not isinstance(value, torch.Tensor):
             raise CallError(
-                f"{_place(spec.place)} is a {type(value).__name__}, not a tensor", where="call", cure="pass a tensor"
+                f"{_place(spec.place)} is a {type(value).__name__}, not a tensor", where="call", hint="pass a tensor"
             )
         if spec.fitting and spec.shape is not None and not _fits(value, spec.shape, flat["sample"]):
             continue
@@ -125,7 +125,7 @@ def _check_containers(given: dict[str, Any]) -> None:
         if name in given and not isinstance(given[name], kind):
             wanted = "dict" if kind is Mapping else "list or tuple of tensors"
             raise CallError(
-                f"{name} is a {type(given[name]).__name__}", where=f"argument {name}", cure=f"pass a {wanted}"
+                f"{name} is a {type(given[name]).__name__}", where=f"argument {name}", hint=f"pass a {wanted}"
             )
 
 
@@ -148,7 +148,7 @@ def _as_adapter(given: dict[str, Any]) -> None:
         raise CallError(
             "ControlNet residuals come in two parts and only one was given",
             where="down_block_additional_residuals, mid_block_additional_residual",
-            cure="pass both",
+            hint="pass both",
         )
 
 
@@ -156,26 +156,26 @@ def _check_cross_attention(kwargs: Mapping[str, Any] | None) -> None:
     for key, value in (kwargs or {}).items():
         if key == "scale" and value == 1.0:
             continue
-        cure = (
+        hint = (
             "the graph is fixed when traced: fuse LoRA at the scale you want, set IP-Adapter scales, then apply again"
         )
-        raise CallError(f"cross_attention_kwargs[{key!r}] is not covered", where="argument", cure=cure)
+        raise CallError(f"cross_attention_kwargs[{key!r}] is not covered", where="argument", hint=hint)
 
 
 def _refuse_rest(given: Mapping[str, Any], inputs: Sequence[Input]) -> None:
     covered = {str(spec.place[0]) for spec in inputs}
     for name, value in given.items():
         if name not in covered:
-            cure = (
+            hint = (
                 f"trace with it: sdgraph.apply(unet, passes, inputs=({name!r},))"
                 if name == "encoder_attention_mask"
                 else "this UNet's configuration has no such input"
             )
             if name == "attention_mask":
-                cure = "a self-attention mask has one length and a UNet has several; diffusers cannot apply it either"
+                hint = "a self-attention mask has one length and a UNet has several; diffusers cannot apply it either"
             if name == "added_cond_kwargs" and all(v is None for v in value.values()):
                 continue
-            raise CallError(f"{name} is not covered by this graph", where=f"argument {name}", cure=cure)
+            raise CallError(f"{name} is not covered by this graph", where=f"argument {name}", hint=hint)
         if name in LISTS:
             count = sum(spec.place[0] == name for spec in inputs)
             short_is_fine = name == "down_intrablock_additional_residuals"
@@ -183,7 +183,7 @@ def _refuse_rest(given: Mapping[str, Any], inputs: Sequence[Input]) -> None:
                 raise CallError(
                     f"{name} has {len(value)} tensors, the UNet this graph comes from takes {count}",
                     where=f"argument {name}",
-                    cure="use a ControlNet or adapter made for the source UNet",
+                    hint="use a ControlNet or adapter made for the source UNet",
                 )
         if name == "added_cond_kwargs":
             lists: dict[Any, int] = {}
@@ -192,7 +192,7 @@ def _refuse_rest(given: Mapping[str, Any], inputs: Sequence[Input]) -> None:
                 raise CallError(
                     f"added_cond_kwargs[{key!r}] is not covered by this graph",
                     where="argument added_cond_kwargs",
-                    cure=f"this UNet's configuration reads {sorted(map(str, keys))}",
+                    hint=f"this UNet's configuration reads {sorted(map(str, keys))}",
                 )
             for spec in inputs:
                 if spec.place[0] == name and len(spec.place) == 3:
@@ -202,7 +202,7 @@ def _refuse_rest(given: Mapping[str, Any], inputs: Sequence[Input]) -> None:
                     raise CallError(
                         f"added_cond_kwargs[{key!r}] must be a list of {count} tensors, one per IP-Adapter",
                         where="argument added_cond_kwargs",
-                        cure="pass a list",
+                        hint="pass a list",
                     )
 
 

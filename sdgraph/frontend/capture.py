@@ -35,7 +35,7 @@ def trace(unet: UNet2DConditionModel, *, inputs: Collection[str] = (), processor
         inputs: further inputs to trace with: "encoder_attention_mask".
         processors: classes of attention processors unknown to sdgraph that are pure functions of their tensors.
     Raises:
-        SourceError: the model cannot be traced faithfully; with the cure.
+        SourceError: the model cannot be traced faithfully; with a hint.
         TraceError: its code does something that no size-independent graph can hold.
     """
     check_source(unet, processors)
@@ -112,7 +112,7 @@ def _capture(graph: Graph, call: Callable[..., Any], root: nn.Module | None) -> 
     for spec in graph.inputs:
         node = graph.fx.placeholder(spec.name)
         if node.name != spec.name:
-            raise SpecError(f"{spec.name!r} cannot name an input", cure="choose another name")
+            raise SpecError(f"{spec.name!r} cannot name an input", hint="choose another name")
         node.meta["nn_module_stack"] = {}
         for key, size in zip(("val", "probe"), sizes, strict=True):
             node.meta[key] = example_of(spec, size, graph.probe_dtype(key))
@@ -126,9 +126,9 @@ def _capture(graph: Graph, call: Callable[..., Any], root: nn.Module | None) -> 
         raise TraceError(
             f"the model's code failed while being traced: {type(error).__name__}: {error}",
             where=tracer.failed_at,
-            cure="check that the model runs on such inputs; if it does, this is a gap of sdgraph: please report it",
+            hint="check that the model runs on such inputs; if it does, this is a gap of sdgraph: please report it",
         ) from error
     graph.fx.output(tracer.create_arg(result))
     graph.guards += tuple(tracer.guards)
-    graph.sweep()
+    graph.eliminate_dead_code()
     return graph

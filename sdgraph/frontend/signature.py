@@ -42,7 +42,7 @@ def free_sizes(unet: UNet2DConditionModel, divisible: bool = False) -> tuple[Sym
             raise SourceError(
                 f"projection_class_embeddings_input_dim {total} does not hold two time ids of {step} features",
                 where="config",
-                cure="it is the width of text_embeds plus that of all embedded time_ids",
+                hint="it is the width of text_embeds plus that of all embedded time_ids",
             )
         nominal, generic = (6, 5) if total > 6 * step else (2, 1)
         symbols += [Symbol("T", total - nominal * step, total - generic * step), Symbol("N", nominal, generic)]
@@ -90,7 +90,7 @@ def unet_inputs(unet: UNet2DConditionModel, extra: Collection[str] = ()) -> tupl
     config = config_of(unet)
     for name in extra:
         if name != "encoder_attention_mask":
-            raise SourceError(f"unknown input {name!r}", cure="inputs may hold 'encoder_attention_mask'")
+            raise SourceError(f"unknown input {name!r}", hint="inputs may hold 'encoder_attention_mask'")
     cross = config["cross_attention_dim"]
     hidden = config.get("encoder_hid_dim_type")
     if hidden == "text_proj" or (hidden and getattr(unet, "text_encoder_hid_proj", None) is not None):
@@ -171,12 +171,12 @@ def _added_inputs(unet: UNet2DConditionModel) -> list[Input]:
         ]
     elif kind not in (None, "text"):
         raise SourceError(
-            f"addition_embed_type {kind!r} is not covered", where="config", cure="covered: text, text_time"
+            f"addition_embed_type {kind!r} is not covered", where="config", hint="covered: text, text_time"
         )
     hidden = config_of(unet).get("encoder_hid_dim_type")
     if hidden not in (None, "text_proj", "ip_image_proj"):
         raise SourceError(
-            f"encoder_hid_dim_type {hidden!r} is not covered", where="config", cure="covered: text_proj, ip_image_proj"
+            f"encoder_hid_dim_type {hidden!r} is not covered", where="config", hint="covered: text_proj, ip_image_proj"
         )
     for i, (width, tokens) in enumerate(_ip_layers(unet)):
         shape = ("B", f"I{i}", f"S{i}", width) if tokens else ("B", f"I{i}", width)
@@ -202,7 +202,7 @@ def _ip_layers(unet: UNet2DConditionModel) -> list[tuple[int, bool]]:
             raise SourceError(
                 f"IP-Adapter projection {type(layer).__name__} is not covered",
                 where=f"encoder_hid_proj.image_projection_layers.{i}",
-                cure="covered: the base, plus, full-face and FaceID IP-Adapters; FaceID Plus keeps state between calls",
+                hint="covered: the base, plus, full-face and FaceID IP-Adapters; FaceID Plus keeps state between calls",
             )
     return layers
 

@@ -49,27 +49,27 @@ def check_source(unet: Any, trusted: Collection[type] = ()) -> None:
     """Refuse a model that a graph could not stand in for.
 
     Raises:
-        SourceError: naming the module path and the cure.
+        SourceError: naming the module path and a hint.
     """
     if isinstance(getattr(unet, "graph", None), GraphState):
         raise SourceError(
-            f"got {type(unet).__name__}, which is traced already", cure="sdgraph.apply(unet, passes) goes on from it"
+            f"got {type(unet).__name__}, which is traced already", hint="sdgraph.apply(unet, passes) goes on from it"
         )
     if not isinstance(unet, UNet2DConditionModel):
         hint = "pass pipe.unet, not the pipeline" if hasattr(unet, "unet") else "pass a diffusers UNet2DConditionModel"
-        raise SourceError(f"expected a UNet2DConditionModel, got {type(unet).__name__}", cure=hint)
+        raise SourceError(f"expected a UNet2DConditionModel, got {type(unet).__name__}", hint=hint)
     dtypes = set()
     for path, parameter in unet.named_parameters():
         if parameter.device.type == "meta":
             raise SourceError(
                 "the UNet has parameters on the meta device, so it has no weights",
                 where=path,
-                cure="load the weights first (from_pretrained, or to_empty + load_state_dict); with CPU offload "
+                hint="load the weights first (from_pretrained, or to_empty + load_state_dict); with CPU offload "
                 "hooks, call pipe.remove_all_hooks() before apply",
             )
         dtypes.add(parameter.dtype)
     if len(dtypes) > 1:
-        raise SourceError(f"the UNet mixes dtypes {sorted(map(str, dtypes))}", cure="call unet.to(dtype) first")
+        raise SourceError(f"the UNet mixes dtypes {sorted(map(str, dtypes))}", hint="call unet.to(dtype) first")
     check_modules(unet, trusted)
 
 
@@ -77,7 +77,7 @@ def check_modules(unet: UNet2DConditionModel, trusted: Collection[type] = ()) ->
     """Refuse modules, settings of modules and attention processors that a graph could not stand in for.
 
     Raises:
-        SourceError: naming the module path and the cure.
+        SourceError: naming the module path and a hint.
     """
     for path, module in unet.named_modules():
         _check_module(path or "(the UNet itself)", module)
@@ -86,7 +86,7 @@ def check_modules(unet: UNet2DConditionModel, trusted: Collection[type] = ()) ->
             raise SourceError(
                 f"attention processor {type(processor).__name__} may keep state between calls",
                 where=path,
-                cure="unet.set_default_attn_processor(), or, if it is a pure function of its tensors, "
+                hint="unet.set_default_attn_processor(), or, if it is a pure function of its tensors, "
                 f"sdgraph.apply(..., processors=({type(processor).__name__},))",
             )
 
@@ -95,32 +95,32 @@ def _check_module(path: str, module: nn.Module) -> None:
     if type(module).__name__ in UNCOVERED:
         reason = UNCOVERED[type(module).__name__]
         raise SourceError(
-            f"{type(module).__name__} is not covered: {reason}", where=path, cure="use a UNet without such modules"
+            f"{type(module).__name__} is not covered: {reason}", where=path, hint="use a UNet without such modules"
         )
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or hasattr(module, "_hf_hook"):
         raise SourceError(
             "the module has forward hooks or a replaced forward, which a trace would freeze or lose",
             where=path,
-            cure="remove them (pipe.remove_all_hooks(), DeepCache's disable(), tomesd.remove_patch ...), apply, then "
+            hint="remove them (pipe.remove_all_hooks(), DeepCache's disable(), tomesd.remove_patch ...), apply, then "
             "add them to the result",
         )
     if getattr(module, "gradient_checkpointing", False):
         raise SourceError(
-            "gradient checkpointing is on", where=path, cure="call unet.disable_gradient_checkpointing() first"
+            "gradient checkpointing is on", where=path, hint="call unet.disable_gradient_checkpointing() first"
         )
     if getattr(module, "_chunk_size", None) is not None:
-        raise SourceError("feed-forward chunking is on", where=path, cure="call unet.disable_forward_chunking() first")
+        raise SourceError("feed-forward chunking is on", where=path, hint="call unet.disable_forward_chunking() first")
     if isinstance(module, nn.Dropout) and module.training and module.p > 0:
         raise SourceError(
             "the UNet is in training mode with active dropout, so it is not one function",
             where=path,
-            cure="call unet.eval() first; the result has train() of its own",
+            hint="call unet.eval() first; the result has train() of its own",
         )
     if hasattr(module, "lora_A") and (not getattr(module, "merged", False) or module.disable_adapters):
         raise SourceError(
             "LoRA is loaded but not fused",
             where=path,
-            cure="call pipe.fuse_lora(lora_scale=...) first, or pipe.unload_lora_weights() and load it into the result",
+            hint="call pipe.fuse_lora(lora_scale=...) first, or pipe.unload_lora_weights() and load it into the result",
         )
 
 

@@ -34,9 +34,9 @@ def attach(pipe: Any) -> Attachment:
     generations = getattr(getattr(unet, "_orig_mod", unet), "generations", None)
     if not isinstance(generations, Generations):
         found = "no unet" if unet is None else f"a {type(unet).__name__} as its unet"
-        raise ModeError(f"the pipeline has {found}", where="attach", cure="pipe.unet = sdgraph.apply(pipe.unet, ...)")
+        raise ModeError(f"the pipeline has {found}", where="attach", hint="pipe.unet = sdgraph.apply(pipe.unet, ...)")
     if not hasattr(pipe, "scheduler"):
-        raise ModeError("the pipeline has no scheduler", where="attach", cure="use `with unet.expecting(timesteps)`")
+        raise ModeError("the pipeline has no scheduler", where="attach", hint="use `with unet.expecting(timesteps)`")
     return Attachment(pipe, generations)
 
 

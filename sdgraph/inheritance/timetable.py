@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ScheduleError
-from ..ir.sites import Site, needed
+from ..ir.sites import Site, live_nodes
 from ..ir.sites import sites as nodes_of_sites
 from ..ir.state import GraphState
 from ..schedules import Run
@@ -138,7 +138,7 @@ def timetable(graph: GraphState, run: Run) -> Timetable:
 
     def refreshed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
         if stale not in kinds:
-            seen = needed(graph.fx, stale)
+            seen = live_nodes(graph.fx, stale)
             live = [name for name, node in nodes.items() if node in seen]
             kinds[stale] = Variant(
                 (),
@@ -167,7 +167,7 @@ def played(
     """
     timesteps = run.timesteps or tuple(float(left) for left in range(run.calls or 0, 0, -1))
     if not timesteps:
-        raise ScheduleError("a generation without calls", where="timetable", cure="a number of calls, or timesteps")
+        raise ScheduleError("a generation without calls", where="timetable", hint="a number of calls, or timesteps")
     generation = Generation((), (), None, run, 0, timesteps[0])
     for timestep in timesteps:
         generation.timestep = timestep

@@ -59,7 +59,7 @@ class Decisions:
             raise DecisionError(
                 f"the pass asks for a decision {about!r}, and {there}",
                 where=about,
-                cure="it is another version of the pass: install the one that was saved, or apply it again",
+                hint="it is another version of the pass: install the one that was saved, or apply it again",
             )
         self.made.append(decision)
         return copy.deepcopy(decision.value)
@@ -74,7 +74,7 @@ class Decisions:
             raise DecisionError(
                 f"the pass did not ask for the decision {self._left[0].about!r}, which is recorded",
                 where=self._left[0].about,
-                cure="it is another version of the pass: install the one that was saved, or apply it again",
+                hint="it is another version of the pass: install the one that was saved, or apply it again",
             )
         return tuple(self.made)
 
@@ -87,5 +87,5 @@ def _plain(about: str, value: Any) -> Any:
         raise DecisionError(
             f"the decision {about!r} is a {type(value).__name__} that cannot be recorded: {error}",
             where=about,
-            cure="decide by numbers, text, lists and dicts of them: tensor.item(), tensor.tolist()",
+            hint="decide by numbers, text, lists and dicts of them: tensor.item(), tensor.tolist()",
         ) from error

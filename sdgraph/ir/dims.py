@@ -119,8 +119,8 @@ def _value(tree: ast.expr, sizes: Mapping[str, int]) -> Number:
 
 
 def _no_size(expression: object, reason: str) -> SpecError:
-    cure = "numbers, sizes of the call, ceil(...), + - * / // % and one comparison"
-    return SpecError(f"{str(expression)[:80]!r} is no size ({reason})", where="size expression", cure=cure)
+    hint = "numbers, sizes of the call, ceil(...), + - * / // % and one comparison"
+    return SpecError(f"{str(expression)[:80]!r} is no size ({reason})", where="size expression", hint=hint)
 
 
 class Dims:

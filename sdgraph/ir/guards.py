@@ -37,26 +37,26 @@ def check_condition(condition: str, known: Collection[str]) -> None:
     Raises:
         SpecError: naming what it may not hold.
     """
-    cure = "compare two sizes once, as in 'H % 2 == 0': names of sizes, whole numbers, + - * // %"
+    hint = "compare two sizes once, as in 'H % 2 == 0': names of sizes, whole numbers, + - * // %"
     try:
         tree = ast.parse(condition, mode="eval").body
     except (SyntaxError, ValueError) as error:
-        raise SpecError(f"cannot read the condition {condition!r}: {error}", where="require", cure=cure) from error
+        raise SpecError(f"cannot read the condition {condition!r}: {error}", where="require", hint=hint) from error
     if not isinstance(tree, ast.Compare) or len(tree.ops) != 1 or not isinstance(tree.ops[0], COMPARISONS):
-        raise SpecError(f"{condition!r} is no comparison", where="require", cure=cure)
+        raise SpecError(f"{condition!r} is no comparison", where="require", hint=hint)
     stack: list[ast.expr] = [tree.left, *tree.comparators]
     while stack:
         part = stack.pop()
         if isinstance(part, ast.BinOp) and isinstance(part.op, OPERATORS):
             stack += [part.left, part.right]
             if isinstance(part.op, ast.FloorDiv | ast.Mod) and not getattr(part.right, "value", 0):
-                raise SpecError(f"{ast.unparse(part)!r} may divide by 0", where=condition, cure="divide by a number")
+                raise SpecError(f"{ast.unparse(part)!r} may divide by 0", where=condition, hint="divide by a number")
         elif isinstance(part, ast.Name):
             if part.id not in known:
                 near = did_you_mean(part.id, known) or f"sizes of this UNet's calls: {', '.join(known)}"
-                raise SpecError(f"there is no size {part.id!r} in a call", where=condition, cure=near)
+                raise SpecError(f"there is no size {part.id!r} in a call", where=condition, hint=near)
         elif not isinstance(part, ast.Constant) or type(part.value) is not int:
-            raise SpecError(f"{ast.unparse(part)!r} may not be in a condition", where=condition, cure=cure)
+            raise SpecError(f"{ast.unparse(part)!r} may not be in a condition", where=condition, hint=hint)
 
 
 def sizes_in(guard: Guard) -> set[str]:
@@ -91,7 +91,7 @@ def raised(
             raise EditError(
                 f"no sizes from {at} to {REACH} above satisfy {' and '.join(map(_said, guards))}",
                 where=broken.where,
-                cure="require less",
+                hint="require less",
             )
         found = trial  # larger than before, so this ends
     return found
@@ -116,7 +116,7 @@ def probing(guards: Iterable[Guard], symbols: Sequence[Symbol], levels: int) -> 
             raise EditError(
                 f"{_said(guard)} does not hold at the model's own size, {at}",
                 where=guard.where,
-                cure="require what this size satisfies; `sample_size` of the configuration says it",
+                hint="require what this size satisfies; `sample_size` of the configuration says it",
             )
 
     def differs(sizes: Mapping[str, int]) -> bool:
@@ -160,7 +160,7 @@ def check_call(
             raise CallError(
                 f"{spec.name} is on {value.device}, {first} is on {flat[first].device}",
                 where=f"input {spec.name}",
-                cure=f"move it: .to('{flat[first].device}')",
+                hint=f"move it: .to('{flat[first].device}')",
             )
         _check_dtype(spec, value, dtype)
         if spec.shape is not None:
@@ -171,7 +171,7 @@ def check_call(
             raise CallError(
                 f"this graph is for calls where {guard.condition} is {guard.outcome}; here {values}",
                 where=guard.where,
-                cure="use sizes on that side, or the source UNet",
+                hint="use sizes on that side, or the source UNet",
             )
     return sizes
 
@@ -180,16 +180,16 @@ def _check_dtype(spec: Input, value: torch.Tensor, dtype: torch.dtype) -> None:
     where, device = f"input {spec.name}", value.device.type
     casting = torch.is_autocast_enabled(device)
     if spec.kind == "index" and (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool):
-        raise CallError(f"{spec.name} is {value.dtype}", where=where, cure="pass integers")
+        raise CallError(f"{spec.name} is {value.dtype}", where=where, hint="pass integers")
     if spec.kind == "float" and not (value.dtype == dtype or (casting and value.is_floating_point())):
         raise CallError(
-            f"{spec.name} is {value.dtype}, the UNet is {dtype}", where=where, cure=f"cast it: .to({dtype})"
+            f"{spec.name} is {value.dtype}, the UNet is {dtype}", where=where, hint=f"cast it: .to({dtype})"
         )
     if casting and spec.place[0] == "down_intrablock_additional_residuals":
         cast = torch.get_autocast_dtype(device)  # diffusers adds these in place, so without promotion
         if value.dtype != cast:
             raise CallError(
-                f"{spec.name} is {value.dtype}, autocast computes in {cast}", where=where, cure=f"cast it: .to({cast})"
+                f"{spec.name} is {value.dtype}, autocast computes in {cast}", where=where, hint=f"cast it: .to({cast})"
             )
 
 
@@ -210,5 +210,5 @@ def _match(spec: Input, dims: tuple[int | str, ...], shape: tuple[int, ...], siz
         raise CallError(
             f"{spec.name} has shape {shape}, expected ({', '.join(map(str, wanted))})",
             where=f"input {spec.name}",
-            cure="batch, height and width must agree over all inputs of a call",
+            hint="batch, height and width must agree over all inputs of a call",
         )

@@ -26,8 +26,8 @@ def matching(patterns: str | Iterable[str], known: Sequence[str], check: Callabl
         regex = re.compile("|".join(map(_regex, choices)))
         matches = [path for path in known if regex.fullmatch(path)]
         if not matches:
-            cure = did_you_mean(pattern, known) or "print(graph) lists the paths"
-            raise PathError(f"no module matches {pattern!r}", where=pattern, cure=cure)
+            hint = did_you_mean(pattern, known) or "print(graph) lists the paths"
+            raise PathError(f"no module matches {pattern!r}", where=pattern, hint=hint)
         found.update(matches)
     return sorted(found, key=known.index)
 

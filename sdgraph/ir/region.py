@@ -58,7 +58,7 @@ class Region:
         """Its only output."""
         if len(self.outputs) != 1:
             raise EditError(
-                f"the region has {len(self.outputs)} outputs", where=self.path, cure="take a smaller region"
+                f"the region has {len(self.outputs)} outputs", where=self.path, hint="take a smaller region"
             )
         return self.outputs[0]
 
@@ -133,7 +133,7 @@ class Region:
         raise ShapeError(
             f"without {self.path!r} its output {self.graph.shape(output)} would be replaced by {found}",
             where=self.path,
-            cure="remove what changes the channels along with it, or only parts of it",
+            hint="remove what changes the channels along with it, or only parts of it",
         )
 
     def _residual(self, output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -159,10 +159,10 @@ def region_at(graph: GraphState, path: str) -> Region:
     gone = next((p for p in (path, *above(path)) if p in graph.removed), None)
     if gone is not None:
         raise PathError(
-            f"{path!r} is no longer in the graph", where=gone, cure=f"it was removed by {graph.removed[gone]}"
+            f"{path!r} is no longer in the graph", where=gone, hint=f"it was removed by {graph.removed[gone]}"
         )
-    cure = did_you_mean(path, graph.paths()) or "print(graph) lists the paths"
-    raise PathError(f"no module {path!r} in the graph", where=path, cure=cure)
+    hint = did_you_mean(path, graph.paths()) or "print(graph) lists the paths"
+    raise PathError(f"no module {path!r} in the graph", where=path, hint=hint)
 
 
 def regions_of(graph: GraphState) -> dict[str, Region]:

@@ -41,7 +41,7 @@ class Site:
     def __post_init__(self) -> None:
         if self.forecast not in (0, 1, 2):
             raise ScheduleError(
-                f"no forecast of order {self.forecast!r}", where=str(self.schedule), cure="0 (the last value), 1 or 2"
+                f"no forecast of order {self.forecast!r}", where=str(self.schedule), hint="0 (the last value), 1 or 2"
             )
 
 
@@ -70,7 +70,7 @@ def _holds_tensors(node: fx.Node) -> bool:
     return any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, tuple | list) else (value,)))
 
 
-def needed(nodes: fx.Graph, stale: Collection[str] = ()) -> set[fx.Node]:
+def live_nodes(nodes: fx.Graph, stale: Collection[str] = ()) -> set[fx.Node]:
     """What a call at which the sites `stale` are inherited comes by on its way from the output back to the inputs: the
     nodes it computes, and the stale sites at which it stops."""
     seen, stack = set(), [nodes.output_node()]

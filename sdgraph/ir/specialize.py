@@ -25,7 +25,7 @@ def per_call(value: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     return value[:1] if torch.compiler.is_exporting() or timestep.shape[0] == 1 else value
 
 
-def without(nodes: fx.Graph, absent: Collection[str]) -> fx.Graph:
+def drop_inputs(nodes: fx.Graph, absent: Collection[str]) -> fx.Graph:
     """The graph for calls that leave out the optional inputs `absent`.
 
     What would be computed from an absent input alone is absent; adding it leaves the other side; an absent attention
@@ -58,7 +58,7 @@ def without(nodes: fx.Graph, absent: Collection[str]) -> fx.Graph:
             raise EditError(
                 f"{node.name} cannot be computed without {', '.join(n.name for n in gone if n.op == 'placeholder')}",
                 where=next(reversed(node.meta.get("nn_module_stack", {"": 0})), ""),
-                cure="an optional input may only be added to something, or mask attention",
+                hint="an optional input may only be added to something, or mask attention",
             )
         gone.add(node)
     for node in reversed(list(made.nodes)):

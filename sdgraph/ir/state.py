@@ -18,7 +18,7 @@ from .dims import Dims, Symbol
 from .guards import Guard, raised
 from .inputs import Input, example_of
 from .nodes import called, residual_like, scope, values
-from .sites import Site, changing_nodes, needed, sites
+from .sites import Site, changing_nodes, live_nodes, sites
 from .weights import Shares, Weights, meta_like, on_meta
 
 SIGNS: Mapping[Any, str] = {
@@ -94,7 +94,7 @@ class GraphState:
             if node.op == "placeholder" and node.name == name:
                 return node
         names = [i.name for i in self.inputs]
-        raise PathError(f"no input {name!r}", cure=did_you_mean(name, names) or f"inputs: {', '.join(names)}")
+        raise PathError(f"no input {name!r}", hint=did_you_mean(name, names) or f"inputs: {', '.join(names)}")
 
     def resolved_inputs(self) -> tuple[Input, ...]:
         """The inputs with the shapes of residuals filled in: that of what they are added to, None if that is gone, and
@@ -156,7 +156,7 @@ class GraphState:
                 raise ShapeError(
                     f"{called(node)} cannot take {shapes or 'its arguments'}: {reason}",
                     where=f"{scope(node) or '(top level)'}, node {node.name}",
-                    cure="the shapes on both sides must agree at every size of the call",
+                    hint="the shapes on both sides must agree at every size of the call",
                 ) from error
         nominal, generic = values(node)
         if isinstance(nominal, int | float) and not isinstance(nominal, bool):
@@ -227,14 +227,14 @@ class GraphState:
         """The leaf module at a path."""
         found = self.weights.get(path)
         if not isinstance(found, nn.Module):
-            raise PathError(f"no leaf module {path!r}", cure=did_you_mean(path, self.paths()))
+            raise PathError(f"no leaf module {path!r}", hint=did_you_mean(path, self.paths()))
         return found
 
     def tensor(self, name: str) -> torch.Tensor:
         """The parameter or buffer of a name."""
         found = self.weights.get(name)
         if not isinstance(found, torch.Tensor):
-            raise PathError(f"no tensor {name!r}", cure=did_you_mean(name, self.parameters()))
+            raise PathError(f"no tensor {name!r}", hint=did_you_mean(name, self.parameters()))
         return found
 
     def add_module(self, path: str, module: nn.Module, shares: Shares | None = None) -> None:
@@ -274,7 +274,7 @@ class GraphState:
 
     def step_macs(self, stale: Collection[str] = ()) -> int:
         """Multiply-accumulates of a call at which the sites `stale` are inherited, at the nominal sizes."""
-        return sum(self.macs_of(node) for node in needed(self.fx, stale))
+        return sum(self.macs_of(node) for node in live_nodes(self.fx, stale))
 
     def allowed(self, **sizes: int) -> dict[str, int]:
         """Sizes of a call, made as little larger as the graph requires: `allowed(B=2, H=9, W=8)`.
@@ -299,7 +299,7 @@ class GraphState:
         if self.frozen:
             raise EditError(
                 "the graph belongs to a GraphUNet, which has compiled calls from it",
-                cure="edit a copy, and build another: graph = unet.graph.copy(); ...; sdgraph.GraphUNet(graph)",
+                hint="edit a copy, and build another: graph = unet.graph.copy(); ...; sdgraph.GraphUNet(graph)",
             )
 
     def details(self) -> tuple[object, ...]:

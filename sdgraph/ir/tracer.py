@@ -34,7 +34,7 @@ from .weights import Shares
 # Decisions in diffusers' code whose two branches give the same values, by function and source line. The trace takes
 # the branch of the generic (odd) sizes. If diffusers changes such a line the decision becomes a guard again, and calls
 # on its other side are refused instead of answered wrongly.
-NEUTRAL: Mapping[tuple[str, str], str] = {
+EQUIVALENT_BRANCHES: Mapping[tuple[str, str], str] = {
     (
         "UNet2DConditionModel.forward",
         "if dim % default_overall_up_factor != 0:",
@@ -390,7 +390,7 @@ class Tracer(fx.proxy.TracerBase):
         """The outcome of a decision, recorded as a guard unless both branches are known to give the same values."""
         nominal, generic = outcomes
         function, line, place = _calling_line()
-        if (function, line) in NEUTRAL:
+        if (function, line) in EQUIVALENT_BRANCHES:
             return bool(generic)
         if nominal != generic:
             raise self.error(
@@ -406,8 +406,8 @@ class Tracer(fx.proxy.TracerBase):
             self.guards[Guard(condition, bool(generic), f"{place}: {line}")] = None
         return bool(generic)
 
-    def error(self, what: str, cure: str) -> TraceError:
-        return TraceError(what, where=next(reversed(self.module_stack), "") or "(top level)", cure=cure)
+    def error(self, what: str, hint: str) -> TraceError:
+        return TraceError(what, where=next(reversed(self.module_stack), "") or "(top level)", hint=hint)
 
     # -- modules and parameters -----------------------------------------------------------------------------------
 

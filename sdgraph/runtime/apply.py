@@ -86,7 +86,7 @@ def _check_trace(unet: UNet2DConditionModel, graph: Graph) -> str:
             raise ContractError(
                 f"the trace differs from the UNet by {figure:.3g}",
                 where=f"trace, called with {', '.join(f'{n} {tuple(v.shape)}' for n, v in flat.items())}",
-                cure="this is a defect of sdgraph or state inside the UNet; please report it with the config",
+                hint="this is a defect of sdgraph or state inside the UNet; please report it with the config",
             )
         noises.append(noise)
         figures.append(figure)

@@ -1,4 +1,4 @@
-"""What a `UNet2DConditionModel` has beside its call: each of it does the same here, or is refused with the cure.
+"""What a `UNet2DConditionModel` has beside its call: each of it does the same here, or is refused with a hint.
 
 Settings of the source (attention processors, fused projections, FreeU, IP-Adapters) are made on it, and the graph is
 traced anew, see `again`. LoRA layers are put around the graph's own leaves, which have the source's names.
@@ -265,7 +265,7 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         return ModeError(
             "the adapter is for a layer that a pass has rewritten, or that is not one call of the graph",
             where=path,
-            cure="load and fuse it in the source UNet (pipe.fuse_lora()), then call sdgraph.apply again",
+            hint="load and fuse it in the source UNet (pipe.fuse_lora()), then call sdgraph.apply again",
         )
 
     # -- loading and moving --------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             raise ModeError(
                 "a graph calls its leaves, so blocks would never be brought in",
                 where="enable_group_offload",
-                cure="offload_type='leaf_level'",
+                hint="offload_type='leaf_level'",
             )
         super().enable_group_offload(onload_device, *args, **options)
         self.changed()
@@ -305,7 +305,7 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
     # -- gradient checkpointing ----------------------------------------------------------------------------------
 
     def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        raise ModeError("a traced UNet has no gradient checkpointing", cure="train in smaller batches")
+        raise ModeError("a traced UNet has no gradient checkpointing", hint="train in smaller batches")
 
     def disable_gradient_checkpointing(self) -> None:
         """Changes nothing: there is none."""
@@ -314,9 +314,9 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 PASSES = "sdgraph_passes"
 
 
-def _refusal(name: str, cure: str) -> Any:
+def _refusal(name: str, hint: str) -> Any:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise ModeError(f"a traced UNet has no {name}", where="GraphUNet", cure=cure)
+        raise ModeError(f"a traced UNet has no {name}", where="GraphUNet", hint=hint)
 
     refuse.__name__ = name
     return refuse

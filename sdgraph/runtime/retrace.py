@@ -35,7 +35,7 @@ def again(graph: Graph, change: Callable[[UNet2DConditionModel], Any]) -> Graph:
         ModeError: the graph is more than its source and passes, or needs weights that it no longer has.
     """
     if graph.source is None or not alike(_replayed(graph, graph.source), graph):
-        raise ModeError("the graph has edits outside of passes, which would be lost", where="GraphUNet", cure=_AGAIN)
+        raise ModeError("the graph has edits outside of passes, which would be lost", where="GraphUNet", hint=_AGAIN)
     source = nn.Module.to(copy.deepcopy(graph.source), graph.dtype)
     _fill(source, graph.weights)
     change(source)
@@ -48,7 +48,7 @@ def again(graph: Graph, change: Callable[[UNet2DConditionModel], Any]) -> Graph:
         if isinstance(held, torch.Tensor) and held.shape == tensor.shape:
             _set(made.weights, name, held)  # the very object: an optimizer may hold it
         elif tensor.is_meta:
-            raise ModeError("this needs a weight that a pass took out of the graph", where=name, cure=_AGAIN)
+            raise ModeError("this needs a weight that a pass took out of the graph", where=name, hint=_AGAIN)
         elif weight is not None:
             tensor.data = tensor.data.to(weight.device)  # it was not in the graph when that was moved
     made.source = skeleton(source, made.weights)

@@ -212,7 +212,7 @@ def _check_can_come_back(graph: Graph, config: dict[str, Any], inputs: list[str]
         raise ModeError(
             f"it could not be loaded again, which runs the passes on the shapes of weights alone; {error.what}",
             where=error.where,
-            cure=error.cure,
+            hint=error.hint,
         ) from error
     except Exception as error:
         same, reason = False, error
@@ -220,7 +220,7 @@ def _check_can_come_back(graph: Graph, config: dict[str, Any], inputs: list[str]
         raise ModeError(
             f"the graph cannot be rebuilt from its configuration and passes{f': {reason}' if reason else ''}",
             where="save_pretrained",
-            cure="IP-Adapter layers, custom attention processors and edits outside of passes are not part of a recipe: "
+            hint="IP-Adapter layers, custom attention processors and edits outside of passes are not part of a recipe: "
             "save the source UNet and the adapter, and apply again after loading",
         ) from reason
 
@@ -247,15 +247,15 @@ def load(
     _only_defaults(options, "from_pretrained")
     folder = Path(directory) / (subfolder or "")
     if not folder.is_dir():
-        raise SavedError(f"no folder {str(folder)!r}", where="from_pretrained", cure="pass a folder of save_pretrained")
+        raise SavedError(f"no folder {str(folder)!r}", where="from_pretrained", hint="pass a folder of save_pretrained")
     recipe = _read_recipe(folder)
     if variant is not None and f".{variant}." not in recipe.weights:
         raise SavedError(
-            f"there is no variant {variant!r}, only {recipe.weights}", where=str(folder), cure="leave variant out"
+            f"there is no variant {variant!r}, only {recipe.weights}", where=str(folder), hint="leave variant out"
         )
     for file, digest in recipe.files.items():
         if sha256(folder / file) != digest:
-            raise SavedError("the file is not the one that was saved", where=str(folder / file), cure=AGAIN)
+            raise SavedError("the file is not the one that was saved", where=str(folder / file), hint=AGAIN)
     config = read_config(folder / CONFIG, AGAIN)
     try:
         graph = _rebuild(config, _passes(recipe.passes), recipe.inputs, getattr(torch, recipe.dtype), recipe.settings)
@@ -265,14 +265,14 @@ def load(
         raise SavedError(
             f"the configuration and passes do not give a graph: {str(error)[:1000]}",
             where=str(folder / RECIPE),
-            cure=f"{passes}{AGAIN}",
+            hint=f"{passes}{AGAIN}",
         ) from error
     if structure(graph) != recipe.structure:
         raise SavedError(
             f"the recipe gives another graph here than with sdgraph {recipe.sdgraph}, diffusers "
             f"{recipe.diffusers}, torch {recipe.torch}",
             where=str(folder / RECIPE),
-            cure="use those versions, or apply the passes again to the source UNet",
+            hint="use those versions, or apply the passes again to the source UNet",
         )
     _load_weights(graph, folder / recipe.weights, recipe.files)
     beside = {k: v for k, v in config.items() if not k.startswith("_") and k not in graph.config}
@@ -344,12 +344,12 @@ def _load_weights(graph: Graph, path: Path, known: Mapping[str, str]) -> None:
         shards = [path.parent / file for file in sorted(set(index.weight_map.values()))]
         for shard in shards:
             if shard.name not in known or shard.parent != path.parent:
-                raise SavedError("the index names a file without a checksum", where=str(shard), cure=AGAIN)
+                raise SavedError("the index names a file without a checksum", where=str(shard), hint=AGAIN)
     try:
         # Cloned, because kernels round differently on tensors that are not aligned as PyTorch allocates them.
         tensors = {n: tensor.clone() for shard in shards for n, tensor in safetensors.torch.load_file(shard).items()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise SavedError(f"cannot read the weights: {error}", where=str(path), cure=AGAIN) from error
+        raise SavedError(f"cannot read the weights: {error}", where=str(path), hint=AGAIN) from error
     wanted = {**dict(graph.weights.named_buffers()), **graph.weights.state_dict()}
     for name in wanted.keys() - tensors.keys():
         twin = next((k for k, v in wanted.items() if v is wanted[name] and k in tensors), None)
@@ -357,7 +357,7 @@ def _load_weights(graph: Graph, path: Path, known: Mapping[str, str]) -> None:
             tensors[name] = tensors[twin]
     wrong = sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if wanted[n].shape != tensors[n].shape]
     if wrong:
-        raise SavedError(f"the weights do not fit the graph, first at {wrong[0]!r}", where=str(path), cure=AGAIN)
+        raise SavedError(f"the weights do not fit the graph, first at {wrong[0]!r}", where=str(path), hint=AGAIN)
     kept = graph.weights.state_dict().keys()
     graph.weights.load_state_dict({name: tensors[name] for name in kept}, assign=True)
     for name in tensors.keys() - kept:  # buffers that no state_dict holds
@@ -383,18 +383,18 @@ def _read_recipe(folder: Path) -> Recipe:
         raise SavedError(
             "this is an exported directory, not a saved UNet",
             where=str(folder),
-            cure="export or load the UNet that it was made of; this one is run by sdgraph.exporters.ort.ORTUNet, and "
+            hint="export or load the UNet that it was made of; this one is run by sdgraph.exporters.ort.ORTUNet, and "
             "`sdgraph inspect` says what it holds",
         )
     check_format(plain, FORMAT, path, AGAIN)
     recipe = as_kind(plain, Recipe, path, AGAIN)
     for file in (recipe.weights, CONFIG):
         if file not in recipe.files:
-            raise SavedError(f"the recipe has no checksum of {file!r}", where=f"{path}, field files", cure=AGAIN)
+            raise SavedError(f"the recipe has no checksum of {file!r}", where=f"{path}, field files", hint=AGAIN)
     for file in recipe.files:
         require_inside(folder / file, AGAIN)
         if not (folder / file).is_file():
-            raise SavedError("the file is missing", where=str(folder / file), cure=AGAIN)
+            raise SavedError("the file is missing", where=str(folder / file), hint=AGAIN)
     return recipe
 
 
@@ -404,7 +404,7 @@ def _check_target(target: Path) -> None:
         foreign = [n for n in foreign if n not in (RECIPE, CONFIG) and not n.startswith("diffusion_pytorch_model.")]
         if foreign:
             raise SavedError(
-                f"the folder holds other files: {', '.join(foreign[:3])}", where=str(target), cure="choose another"
+                f"the folder holds other files: {', '.join(foreign[:3])}", where=str(target), hint="choose another"
             )
 
 
@@ -412,5 +412,5 @@ def _only_defaults(options: dict[str, Any], call: str) -> None:
     for name, value in options.items():
         if value not in (None, False):
             raise SavedError(
-                f"{call} does not support {name}={value!r}", where=call, cure=CURES.get(name, "leave it out")
+                f"{call} does not support {name}={value!r}", where=call, hint=CURES.get(name, "leave it out")
             )

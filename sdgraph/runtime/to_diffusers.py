@@ -20,7 +20,7 @@ from ..errors import ModeError, SdgraphError
 from ..frontend.capture import capture
 from ..graph import Graph
 from ..ir.nodes import scope
-from ..ir.specialize import without
+from ..ir.specialize import drop_inputs
 
 PER_LEVEL = (
     "block_out_channels",
@@ -101,7 +101,7 @@ def _match(graph: Graph, other: Graph) -> dict[str, str]:
     Raises:
         ModeError: at the first pair of nodes that differ.
     """
-    ours, theirs = (without(g.fx, {i.name for i in g.inputs if i.shape is None}) for g in (graph, other))
+    ours, theirs = (drop_inputs(g.fx, {i.name for i in g.inputs if i.shape is None}) for g in (graph, other))
     names: dict[str, str] = {}
     pairs: dict[fx.Node, fx.Node] = {}
     outputs = [next(n for n in reversed(nodes.nodes) if n.op == "output") for nodes in (ours, theirs)]
@@ -141,5 +141,5 @@ def _none(reason: str, at: fx.Node | None = None) -> ModeError:
     return ModeError(
         f"no plain diffusers UNet computes this graph: {reason}",
         where=scope(at) if at is not None else "",
-        cure="keep the GraphUNet (save_pretrained works on it), or remove the passes that diffusers has no block for",
+        hint="keep the GraphUNet (save_pretrained works on it), or remove the passes that diffusers has no block for",
     )

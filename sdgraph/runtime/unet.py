@@ -20,7 +20,7 @@ from ..inheritance.generation import Generations, apart
 from ..ir.guards import check_call
 from ..ir.inputs import Input
 from ..ir.sites import step
-from ..ir.specialize import per_call, without
+from ..ir.specialize import drop_inputs, per_call
 from .dropin import PASSES, DropIn, as_lists, follow_settings
 from .serialization import load, plain_passes, save
 from .to_diffusers import to_diffusers
@@ -116,7 +116,7 @@ class GraphUNet(DropIn):
             raise CallError(
                 "this graph has parts that depend on the timestep alone, and is exported for one timestep per call",
                 where="argument timestep",
-                cure="export it with a timestep of shape (1,)",
+                hint="export it with a timestep of shape (1,)",
             )
         return self._step(flat, frozenset(), no_value)[0]
 
@@ -153,7 +153,7 @@ class GraphUNet(DropIn):
                 raise PathError(
                     f"there is no value of a site {site!r}",
                     where="inherited",
-                    cure=did_you_mean(site, known) or f"values are given of {', '.join(known) or 'none'}",
+                    hint=did_you_mean(site, known) or f"values are given of {', '.join(known) or 'none'}",
                 )
         flat = flatten(call, self.call_inputs())
         self._accept(flat)
@@ -187,7 +187,7 @@ class GraphUNet(DropIn):
         if key not in self._variants:
             absent = {i.name for i in self.graph.inputs} - given
             self._check_offload()
-            made = step(without(self.graph.fx, absent), inherited)
+            made = step(drop_inputs(self.graph.fx, absent), inherited)
             self._variants[key] = fx.GraphModule(self, made.nodes, class_name="UNet")
             self._variants[key].meta |= {"takes": made.takes, "gives": made.gives}
             if self._compile is not None:
@@ -217,7 +217,7 @@ class GraphUNet(DropIn):
                     raise ModeError(
                         "this weight is read outside of any module, which sequential CPU offloading does not serve",
                         where=str(node.target),
-                        cure="use pipe.enable_model_cpu_offload() instead of enable_sequential_cpu_offload()",
+                        hint="use pipe.enable_model_cpu_offload() instead of enable_sequential_cpu_offload()",
                     )
 
     @property
@@ -351,7 +351,7 @@ class GraphUNet(DropIn):
             if value is None or isinstance(value, bool | int | float | str):
                 return value  # a setting, or that the source has no such module
             raise ModeError(
-                f"a traced UNet has no {name}", where="GraphUNet", cure="it was removed, or is no module of the graph"
+                f"a traced UNet has no {name}", where="GraphUNet", hint="it was removed, or is no module of the graph"
             ) from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphUNet:
@@ -360,7 +360,7 @@ class GraphUNet(DropIn):
         return twin.train(True) if self.training else twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ModeError("a GraphUNet is not pickled", cure="use save_pretrained(directory) and from_pretrained")
+        raise ModeError("a GraphUNet is not pickled", hint="use save_pretrained(directory) and from_pretrained")
 
 
 def differentiated(tensors: Iterable[torch.Tensor]) -> bool:
@@ -395,6 +395,6 @@ def _one_device(unet: GraphUNet, device_map: Any, max_memory: Any) -> Any:
         raise SavedError(
             f"the device map puts the UNet on {', '.join(devices)}, and a graph runs on one device",
             where="from_pretrained",
-            cure="name one device, or offload the loaded pipeline (pipe.enable_model_cpu_offload())",
+            hint="name one device, or offload the loaded pipeline (pipe.enable_model_cpu_offload())",
         )
     return next(iter(device_map.values()))

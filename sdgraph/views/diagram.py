@@ -163,7 +163,7 @@ class _Plan:
         self.old = _Units(before) if before is not None else self.after
         self.boxes = {path: self._box(path) for path in self._paths()}
         if not any(BLOCK.match(path) for path in self.boxes):
-            raise PathError("the graph has no down_blocks, mid_block or up_blocks to draw", cure="draw a traced UNet")
+            raise PathError("the graph has no down_blocks, mid_block or up_blocks to draw", hint="draw a traced UNet")
         self.skips = [(s, "kept" if s in self.old.skips else "inserted") for s in self.after.skips]
         self.skips += [(s, "removed") for s in self.old.skips if s not in self.after.skips]
         self.news = self._news()

@@ -35,7 +35,7 @@ def paper(path: str | os.PathLike[str]) -> Iterator[Figure]:
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise SpecError(
-            f"cannot draw a {suffix or 'file without suffix'}", where=str(path), cure="name it .svg or .png"
+            f"cannot draw a {suffix or 'file without suffix'}", where=str(path), hint="name it .svg or .png"
         )
     matplotlib = imported("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
