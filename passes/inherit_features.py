@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from sdgraph import Chain, Contract, Findings, Graph, Pass, Region, Site
+from sdgraph import Chain, Contract, Findings, Graph, Pass, Region
 from sdgraph.errors import EditError, SpecError, did_you_mean
+from sdgraph.forecasts import Forecast, Polynomial, as_forecast
 from sdgraph.schedules import Explicit, Gate, Range, Schedule, Uniform, Warm
 
 PARTS = ("auto", "branch", "value", "entry")
@@ -34,7 +35,8 @@ class InheritFeatures(Pass):
             "branch": its residual branch, which is then added to what is fresh.
             "auto": the branch of resnets, attentions and units, else the value.
             "entry": the main flow into an up layer, before the skip is concatenated to it.
-        forecast: what an inherited value is: the last one (0), or the line (1) or parabola (2) through the last ones.
+        forecast: what an inherited value is: the last one (0), the line (1) or parabola (2) through the last ones, or a
+            forecast of `sdgraph.forecasts`, such as `Polynomial(1, damping=0.5)`.
     Raises:
         PathError: a site that is not in the graph.
         EditError: a site within another one, without such a part, or whose inheritance leaves nothing out.
@@ -44,7 +46,7 @@ class InheritFeatures(Pass):
     sites: str | tuple[str, ...] = ()
     schedule: Schedule = EVERY_OTHER
     part: str = "auto"
-    forecast: int = 0
+    forecast: int | Forecast = 0
 
     def __post_init__(self) -> None:
         sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
@@ -54,7 +56,7 @@ class InheritFeatures(Pass):
             raise SpecError(f"{self.schedule!r} is no schedule", where="InheritFeatures", hint="such as Uniform(3)")
         if self.part not in PARTS:
             raise SpecError(f"no part {self.part!r}", where="InheritFeatures", hint=f"one of {', '.join(PARTS)}")
-        Site(self.schedule, self.forecast)
+        as_forecast(self.forecast)
         object.__setattr__(self, "sites", self.sites if isinstance(self.sites, str) else sites)
 
     @classmethod
@@ -68,6 +70,17 @@ class InheritFeatures(Pass):
         """
         block, layer = divmod(branch, 3)
         return cls(f"up_blocks.{-1 - block}.resnets.{-1 - layer}", Uniform(interval), part="entry")
+
+    @classmethod
+    def damped(cls, interval: int = 2, branch: int = 0, damping: float = 0.5) -> InheritFeatures:
+        """DeepCache's site with a forecast, damped: what wins at 15 to 30 steps of DPM-Solver++ 2M Karras.
+
+        Args:
+            interval: every how many calls everything is computed.
+            branch: as of `deep_cache`.
+            damping: of the line through the last two refreshes: 0 repeats the last one, 1 is the line.
+        """
+        return replace(cls.deep_cache(interval, branch), forecast=Polynomial(1, damping))
 
     @classmethod
     def faster_diffusion(

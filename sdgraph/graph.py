@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from .errors import EditError, ModeError, PathError, ShapeError, did_you_mean
+from .forecasts import Forecast, as_forecast
 from .inheritance.timetable import Timetable, timetable
 from .ir.guards import Guard, check_condition, probing
 from .ir.nodes import scope, values
 from .ir.paths import above, matching
 from .ir.region import Region, region_at, regions_of
-from .ir.sites import Site, inherit, sites
+from .ir.sites import Site, bypass, inherit, sites
 from .ir.state import GraphState
 from .ir.tracer import Tracer, tracing
 from .ir.weights import Shares, Weights
@@ -173,25 +174,48 @@ class Graph(GraphState):
         self._leave(region)
         return new  # type: ignore[no-any-return]
 
-    def bypass(self, region: Region | str) -> None:
-        """Take a region out, so that the main flow goes past it.
+    def bypass(self, region: Region | str, schedule: Schedule | None = None) -> tuple[str, ...]:
+        """Take a region out, so that the main flow goes past it; with a schedule, only at the calls it does not name.
 
         The value that takes an output's place is, in this order: the other side of the residual addition it only feeds
         (attention and feed-forward units); the main flow before the concatenation that feeds it, if the channels agree
         (an up layer goes together with its skip); the region's main input, if the channels agree; a resnet's own 1x1
         shortcut. Shapes are checked by `propagate`, so that several regions can go together.
 
+        Args:
+            region: a region, or its path.
+            schedule: the calls at which the region is computed; at the others it is bypassed.
+        Returns:
+            the names of the new sites, one for each output of the region; without a schedule there are none.
         Raises:
-            EditError: the region has sites of feature inheritance.
+            EditError: the region has sites already.
             ShapeError: nothing fits; with the two shapes.
         """
         self._check_editable()
         region = self.region(region) if isinstance(region, str) else region
         self._keep_sites(region)
+        names: list[str] = []
         for output in region.outputs:
             old, new = region.stand_in(output)
-            old.replace_all_uses_with(new)
-        self._leave(region)
+            if schedule is None:
+                old.replace_all_uses_with(new)
+            else:
+                names.append(f"{region.path}[{len(names)}]" if names else region.path)
+                self._bypass_by_call(old, new, names[-1], schedule)
+        if schedule is None:
+            self._leave(region)
+        return tuple(names)
+
+    def _bypass_by_call(self, value: torch.fx.Node, instead: torch.fx.Node, name: str, schedule: Schedule) -> None:
+        if name in sites(self.fx):
+            raise EditError(f"there is a site {name!r} already", where=scope(value), hint="bypass another module")
+        self._same_shape(value, instead, name)
+        with self.fx.inserting_after(value):
+            node = self.fx.call_function(bypass, (value, instead, name))
+        node.meta["nn_module_stack"] = dict(value.meta.get("nn_module_stack", {}))
+        self.infer(node)
+        value.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+        self._sites[name] = Site(schedule, bypassed=True)
 
     def rewire(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         """Let every user of `old` take `new`, which must have the same shape at every size."""
@@ -219,7 +243,7 @@ class Graph(GraphState):
         return node
 
     def inherit(
-        self, node: torch.fx.Node, name: str, schedule: Schedule, forecast: int = 0, path: str = ""
+        self, node: torch.fx.Node, name: str, schedule: Schedule, forecast: Forecast | int = 0, path: str = ""
     ) -> torch.fx.Node:
         """Let calls take over the value of `node` from earlier ones, under the name `name`, except those at which
         `schedule` refreshes it; see `sdgraph.Site`.
@@ -240,7 +264,7 @@ class Graph(GraphState):
         made.meta["nn_module_stack"] = self._stack(path) if path else dict(node.meta.get("nn_module_stack", {}))
         self.infer(made)
         node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
-        self._sites[name] = Site(schedule, forecast)
+        self._sites[name] = Site(schedule, as_forecast(forecast))
         return made
 
     def reschedule(self, name: str, schedule: Schedule) -> None:
@@ -250,11 +274,11 @@ class Graph(GraphState):
             raise PathError(f"no site {name!r}", hint=did_you_mean(name, self.sites) or f"sites: {list(self.sites)}")
         self._sites[name] = replace(self._sites[name], schedule=schedule)
 
-    def timetable(self, calls: int | Sequence[float] | torch.Tensor) -> Timetable:
-        """What each call of a generation refreshes, inherits and costs.
+    def timetable(self, calls: Any) -> Timetable:
+        """Return what each call of a generation computes, inherits, forecasts and bypasses, and what it costs.
 
         Args:
-            calls: how many, or their timesteps: `scheduler.timesteps`.
+            calls: a diffusers scheduler after `set_timesteps`, the timesteps of the calls, or their number.
         Raises:
             ScheduleError: a schedule does not fit.
         """

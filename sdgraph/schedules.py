@@ -6,13 +6,13 @@ always refreshes. Schedules are specs: they print as text, parse back, and are s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .errors import ScheduleError
+from .solvers import is_random, lambdas_of, name_of
 from .spec import Spec
 
 
@@ -23,18 +23,34 @@ class Run:
     Args:
         calls: how many calls it will make; None if nobody said.
         timesteps: of those calls, in order; None if nobody said.
+        lambdas: log(alpha / sigma) at those calls; None if nobody knows.
+        solver: what makes the calls, as text; empty if nobody said.
+        random: the solver adds random numbers between calls.
     """
 
     calls: int | None = None
     timesteps: tuple[float, ...] | None = None
+    lambdas: tuple[float, ...] | None = None
+    solver: str = ""
+    random: bool = False
 
     @classmethod
-    def of(cls, calls: int | Iterable[float]) -> Run:
-        """From a number of calls, or from their timesteps."""
+    def of(cls, calls: Any, of: slice = slice(None)) -> Run:
+        """The run of a number of calls, of their timesteps, or of a diffusers scheduler.
+
+        Args:
+            calls: a scheduler whose `set_timesteps` has been called says the most: noise levels and solver as well.
+            of: the part of a scheduler's timesteps that is run.
+        """
         if isinstance(calls, int):
             return cls(calls)
-        timesteps = tuple(map(float, calls))
-        return cls(len(timesteps), timesteps)
+        if not hasattr(calls, "timesteps"):
+            timesteps = tuple(map(float, calls))
+            return cls(len(timesteps), timesteps)
+        timesteps = tuple(map(float, calls.timesteps))
+        lambdas = lambdas_of(calls, timesteps)
+        part = None if lambdas is None else lambdas[of]
+        return cls(len(timesteps[of]), timesteps[of], part, name_of(calls), is_random(calls))
 
 
 @dataclass(frozen=True)
@@ -251,3 +267,38 @@ class Warm(Schedule):
         if call < self.first or (self.last and call >= _known(run.calls, self) - self.last):
             return True
         return self.then.refreshes(call, timestep, run)
+
+
+@dataclass(frozen=True)
+class Drift(Schedule):
+    """Refresh as often as the features drift: a refresh compares what was expected of a site with what it is.
+
+    The relative error (L2) of the value that the site would have inherited is measured at each refresh; it is one
+    number that the host reads from the device, and costs nothing else. Above `bound` the gap to the next refresh
+    becomes a call shorter, below half of it a call longer. Sites with the same schedule refresh together, by the
+    largest of their errors. The rule is that of the hold-out test of ComfyUI-Spectrum-SDXL-Proper, made gradual.
+
+    Args:
+        bound: the relative error that is borne.
+        least, most: the fewest and the most calls from a refresh to the next; it begins with the fewest.
+    """
+
+    bound: float = 0.1
+    least: int = 1
+    most: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, least=self.least, most=self.most)
+        if self.most < self.least:
+            raise ScheduleError(f"most is {self.most}", where=str(self), hint=f"at least {self.least}, which least is")
+        if not 0 < self.bound < 10:
+            raise ScheduleError(f"bound is {self.bound!r}", where=str(self), hint="a relative error, such as 0.1")
+
+    def next_gap(self, gap: int, error: float) -> int:
+        """Calls from a refresh to the next, after one at which the error was measured."""
+        if error != error or error > self.bound:  # a nan says nothing good
+            return max(gap - 1, self.least)
+        return min(gap + 1, self.most) if error < self.bound / 2 else gap
+
+    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+        return call % self.least == 0  # where nothing is measured, such as in a timetable

@@ -741,7 +741,7 @@ def test_a_timetable_says_what_calls_do(
     planned = {call: (v.refreshed, v.inherited) for v in table.variants for call in v.calls}
     assert ran == [planned[call] for call in range(8)]
     assert table.bound == 8 * unet.graph.macs / table.macs > 1
-    assert "8 calls: ■ refreshed □ inherited · not needed" in str(table)
+    assert "8 calls: ■ computed □ inherited · not needed" in str(table)
     assert json.loads(json.dumps(table.as_dict()))["refreshes"]["up_blocks.3.resnets.1"] == [0, 3, 6]
     table.picture(tmp_path / "table.svg")
     assert "up_blocks.3.resnets.1" in (tmp_path / "table.svg").read_text()

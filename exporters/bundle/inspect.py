@@ -52,12 +52,15 @@ def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
         lines.append(f"at most {calls * first.macs / total:.2f} times as fast as computing everything")
     if first.file == REFRESH:
         lines.append(f"{MODEL} is {REFRESH} with one output, for other tools")
-    schedules: dict[tuple[str, int], list[str]] = {}
+    schedules: dict[tuple[str, str], list[str]] = {}
     for value in manifest.values:
-        schedules.setdefault((value.schedule, value.forecast), []).append(value.site)
+        otherwise = (
+            "bypassed" if value.bypassed else f"forecast {value.forecast}" if value.forecast else "the last value"
+        )
+        schedules.setdefault((value.schedule, otherwise), []).append(value.site)
     if schedules:
-        rows = [("inherited", "schedule", "forecast")]
-        rows += [(several(sites), schedule, str(order)) for (schedule, order), sites in schedules.items()]
+        rows = [("site", "computed at", "otherwise")]
+        rows += [(several(sites), schedule, otherwise) for (schedule, otherwise), sites in schedules.items()]
         lines += ["", columns(rows)]
     rows = [("input", "shape", "dtype")]
     for spec in manifest.model_inputs:

@@ -19,6 +19,7 @@ from msgspec import Meta
 from sdgraph import Graph, GraphUNet, __version__
 from sdgraph.atomic import sha256
 from sdgraph.errors import CallError, ExportError, SavedError, SdgraphError
+from sdgraph.forecasts import Forecast, Polynomial, as_forecast
 from sdgraph.frontend.call import ARGUMENTS
 from sdgraph.ir.dims import evaluate
 from sdgraph.ir.guards import Guard, check_call
@@ -59,16 +60,18 @@ class Value:
     Args:
         site: its name.
         schedule: as text.
-        forecast: order of it.
+        forecast: its order, or the forecast as text.
         shape: each dimension a number or an expression in the call's sizes.
         invariant: it depends on conditioning alone, see `sdgraph.Site`.
+        bypassed: another value of the call takes its place, and nothing is kept.
     """
 
     site: str
     schedule: str
-    forecast: Order
+    forecast: Order | str
     shape: tuple[int | str, ...]
     invariant: bool = False
+    bypassed: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,21 @@ class Model:
         takes: sites whose values are inputs, `inherited.SITE`, after those of the call.
         gives: sites whose values are outputs, `refreshed.SITE`, after the noise prediction.
         macs: multiply-accumulates, at the nominal sizes.
+        bypassed: sites whose place another value takes.
+        computed: sites that other models bypass, and this one computes.
     """
 
     file: FileName
     takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
     macs: Count = 0
+    bypassed: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
+
+    @property
+    def stale(self) -> frozenset[str]:
+        """The sites that are not computed."""
+        return frozenset((*self.takes, *self.bypassed))
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,12 @@ class Manifest:
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        return {each.site: Site(_schedule(each.schedule), each.forecast, each.invariant) for each in self.values}
+        return {each.site: _site(each) for each in self.values}
+
+    @cached_property
+    def kept(self) -> tuple[Value, ...]:
+        """The values that one call hands to later ones."""
+        return tuple(value for value in self.values if not value.bypassed)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int | str, ...]]:
@@ -154,9 +171,9 @@ class Manifest:
         Each site that it meets it takes if stale and computes if not, so there is one at most; else the one that
         computes the least of those that inherit nothing else.
         """
-        able = [each for each in self.models if stale.issuperset(each.takes)]
+        able = [each for each in self.models if stale >= each.stale]
         for each in able:
-            if stale.isdisjoint(each.gives):
+            if stale.isdisjoint((*each.gives, *each.computed)):
                 return each, True
         return min(able, key=lambda each: each.macs), False
 
@@ -164,14 +181,14 @@ class Manifest:
         """All inputs of the file of a model, in its order."""
         if self.layout == "variants":
             return self.inputs_of(model)
-        values = (self._port("inherited", site) for site in self.sites)
+        values = (self._port("inherited", value.site) for value in self.kept)
         return (*self.model_inputs, Input(CHOICE, (), (), "index"), *values)
 
     def session_outputs(self, model: Model) -> tuple[Input, ...]:
         """All outputs of the file of a model, in its order."""
         if self.layout == "variants":
             return self.outputs_of(model)
-        return (Input(OUTPUT, (), self.output), *(self._port("refreshed", site) for site in self.sites))
+        return (Input(OUTPUT, (), self.output), *(self._port("refreshed", value.site) for value in self.kept))
 
     def inputs_of(self, model: Model) -> tuple[Input, ...]:
         """All inputs of a model, in its order."""
@@ -223,13 +240,13 @@ class Manifest:
         Raises:
             ValueError, SdgraphError: they are not.
         """
-        if not self.models or self.models[0].takes:
+        if not self.models or self.models[0].stale:
             raise ValueError("models: the first does not compute everything")
         sites = self.sites  # their schedules are read, if only to see that they can be
         if len(sites) < len(self.values):
             raise ValueError("values: a site is there twice")
         for i, model in enumerate(self.models):
-            for site in (*model.takes, *model.gives):
+            for site in (*model.takes, *model.gives, *model.bypassed, *model.computed):
                 _known(site, sites, f"models[{i}]")
             for site in model.takes:
                 _known(site, self.models[0].gives, f"models[{i}].takes")
@@ -353,11 +370,15 @@ def _models(graph: Graph, calls: Any) -> tuple[Model, ...]:
     """One for each kind of call; the first call of a generation refreshes all that it needs."""
     if not graph.sites:
         return (Model(MODEL, macs=graph.macs),)
-    found: dict[tuple[tuple[str, ...], tuple[str, ...]], Model] = {}
+    found: dict[tuple[tuple[str, ...], ...], Model] = {}
+    may_go = {name for name, site in graph.sites.items() if site.bypassed}
     timesteps = np.linspace(999, 0, calls).tolist() if isinstance(calls, int) else calls
     for kind in graph.timetable(timesteps).variants:  # two may differ in what neither needs
         name = f"inherit_{len(found)}.onnx" if found else REFRESH
-        found.setdefault((kind.inherited, kind.refreshed), Model(name, kind.inherited, kind.refreshed, kind.macs))
+        given = tuple(site for site in kind.refreshed if site not in may_go)
+        computed = tuple(site for site in kind.refreshed if site in may_go)
+        key = kind.inherited, kind.refreshed, kind.bypassed
+        found.setdefault(key, Model(name, kind.inherited, given, kind.macs, kind.bypassed, computed))
     return tuple(found.values())
 
 
@@ -370,18 +391,23 @@ def _kept(graph: Graph, name: str, site: Site, dtype: torch.dtype) -> Value:
             where=name,
             hint="choose another site",
         )
-    return Value(name, str(site.schedule), cast(Order, site.forecast), shape, site.invariant)
+    plain = site.forecast == Polynomial(order) if (order := site.forecast.memory - 1) <= 2 else False
+    forecast = cast(Order, order) if plain else str(site.forecast)
+    return Value(name, str(site.schedule), forecast, shape, site.invariant, site.bypassed)
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _schedule(text: str) -> Schedule:
-    found = read(text)
-    if not isinstance(found, Schedule):
-        raise TypeError(f"{text!r} is no schedule")
-    return found
+def _site(value: Value) -> Site:
+    schedule = read(value.schedule, Schedule)
+    forecast = read(value.forecast, Forecast) if isinstance(value.forecast, str) else as_forecast(value.forecast)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"{value.schedule!r} is no schedule")
+    if not isinstance(forecast, Forecast):
+        raise TypeError(f"{value.forecast!r} is no forecast")
+    return Site(schedule, forecast, value.invariant, value.bypassed)
 
 
 def _known(name: str | int, among: Container[Any], place: str) -> None:

@@ -159,7 +159,7 @@ def _export(
         weights = Weights(folder / DATA)
         example = example_call(unet, manifest)
         for model in manifest.models:
-            module = lowered.variant(frozenset(manifest.given), frozenset(model.takes))
+            module = lowered.variant(frozenset(manifest.given), model.stale)
             inputs, outputs = manifest.inputs_of(model), manifest.outputs_of(model)
             with stage("capture", model.file):
                 program = translate.capture(module, with_values(unet, manifest, model, example), inputs)
@@ -256,7 +256,7 @@ def _compare(
     found = []
     manifest = loaded.manifest
     for name, model in zip(names, manifest.models, strict=True):
-        module = unet.variant(frozenset(manifest.given), frozenset(model.takes))
+        module = unet.variant(frozenset(manifest.given), model.stale)
         for call in parity.calls(unet, manifest):
             with stage("check", name):
                 given = with_values(unet, manifest, model, call)

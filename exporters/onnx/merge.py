@@ -40,7 +40,7 @@ def merge(models: Sequence[onnx.ModelProto], manifest: Manifest) -> onnx.ModelPr
     first = models[0].graph
     values = [
         helper.make_tensor_value_info(f"inherited.{value.site}", kind, [_dim(d) for d in value.shape])
-        for value in manifest.values
+        for value in manifest.kept
     ]
     results = [first.output[0], *(_renamed(each, "refreshed") for each in values)]
     choice = helper.make_tensor_value_info(CHOICE, INT64, [])
@@ -76,11 +76,11 @@ def _branch(
         copied.output[:] = [names[name] for name in node.output]
         nodes.append(copied)
     model = manifest.models[number]
-    for value in manifest.values:
+    for value in manifest.kept:
         if value.site not in model.gives:
             passed = f"{number}/refreshed.{value.site}"
             nodes.append(helper.make_node("Identity", [f"inherited.{value.site}"], [passed]))
-    outputs = [graph.output[0].name, *(f"refreshed.{value.site}" for value in manifest.values)]
+    outputs = [graph.output[0].name, *(f"refreshed.{value.site}" for value in manifest.kept)]
     kind = graph.output[0].type.tensor_type.elem_type
     results = [helper.make_tensor_value_info(f"{number}/{name}", kind, None) for name in outputs]
     return helper.make_graph(nodes, f"model{number}", [], results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..forecasts import weighted
 from ..graph import Graph
-from ..inheritance.forecast import forecast
 from ..runtime.unet import GraphUNet, no_value
+from ..schedules import Run
+from ..solvers import lambdas_of, name_of
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -40,14 +42,19 @@ class ReplayUNet(GraphUNet):
     Args:
         graph: with sites.
         generate: a generation with a UNet, always from the same noise; returns the final latents.
+        scheduler: of the pipeline that generates, for forecasts along noise levels.
     """
 
-    def __init__(self, graph: Graph, generate: Callable[[GraphUNet], Tensor]) -> None:
+    def __init__(self, graph: Graph, generate: Callable[[GraphUNet], Tensor], scheduler: Any = None) -> None:
         super().__init__(graph)
         self.generate = generate
         self.made: list[RecordedCall] = []
         self.play = self._record
         self.final = generate(self)
+        self.calls = Run.of(self.timesteps)
+        if scheduler is not None:
+            lambdas = lambdas_of(scheduler, self.timesteps)
+            self.calls = replace(self.calls, lambdas=lambdas, solver=name_of(scheduler))
 
     @property
     def timesteps(self) -> tuple[float, ...]:
@@ -90,7 +97,8 @@ class ReplayUNet(GraphUNet):
             return self._step(flat, stale, value)[0]
 
         def value(site: str) -> Tensor:
-            return forecast([(i, self.made[i].values[site]) for i in refreshes], number)
+            weights = self._sites[site].forecast.weights(refreshes, number, self.calls)
+            return weighted([self.made[i].values[site] for i in refreshes], weights)
 
         self.play = play
         with contextlib.suppress(_Enough):

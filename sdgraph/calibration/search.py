@@ -27,6 +27,7 @@ from tqdm import tqdm
 from ..compiler.base import Pass
 from ..compiler.chain import Chain
 from ..errors import ScheduleError, SourceError, SpecError
+from ..forecasts import as_forecast
 from ..inheritance.timetable import Timetable
 from ..runtime.apply import apply
 from ..runtime.pipelines import with_unet
@@ -143,9 +144,9 @@ def search(
             found = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
         return found.images  # type: ignore[no-any-return]
 
-    replay = ReplayUNet(inheriting.graph.copy(), generate)
+    replay = ReplayUNet(inheriting.graph.copy(), generate, pipe.scheduler)
     T = len(replay.made)
-    ways = [_stretches(T, reach, 1 + one.forecast) for one in candidates]  # type: ignore[attr-defined]
+    ways = [_stretches(T, reach, as_forecast(one.forecast).memory) for one in candidates]  # type: ignore[attr-defined]
     kept = MeasurementCache(Path(folder) if folder else None, replay.final)
     with tqdm(total=probes + sum(map(len, ways)), desc="search", unit="run", disable=not progress) as bar:
         names = [str(replace(one, schedule=Uniform(1))) for one in candidates]  # type: ignore[call-arg]

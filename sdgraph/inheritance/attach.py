@@ -99,7 +99,7 @@ class Attachment:
         """A run begins at the timestep `first`; image-to-image leaves out some, and SDXL's `denoising_end` others."""
         all_of_them = len(self._values)
         self._first, self._end = first, all_of_them if count is None else min(first + count, all_of_them)
-        self._run = Run(self._end - first, tuple(self._values[first : self._end]))
+        self._run = Run.of(self._pipe().scheduler, slice(first, self._end))  # type: ignore[union-attr]
 
     def detach(self) -> None:
         """Calls are counted as they come again."""

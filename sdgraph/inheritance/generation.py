@@ -18,9 +18,9 @@ from typing import Protocol
 
 import torch
 
+from ..forecasts import Forecast, weighted
 from ..ir.sites import Site
-from ..schedules import Run
-from .forecast import forecast
+from ..schedules import Drift, Run, Schedule
 from .lineage import Lineage
 
 log = logging.getLogger("sdgraph")
@@ -103,6 +103,7 @@ class Generation:
         lineage: its last latents and predictions, where nothing vouches for the order.
         values: of the refreshed sites, each with the number of the call that made it, newest last.
         missed: sites that were due at calls that did not need them; they are refreshed when next needed.
+        gaps: calls from one refresh to the next, of the schedules that follow the drift of features.
     """
 
     signature: tuple[object, ...]
@@ -116,6 +117,7 @@ class Generation:
     lineage: Lineage = field(default_factory=Lineage)
     values: dict[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
     missed: set[str] = field(default_factory=set)
+    gaps: dict[Drift, int] = field(default_factory=dict)
 
     def continues(
         self,
@@ -161,26 +163,48 @@ class Generation:
         return frozenset(
             name
             for name, site in sites.items()
-            if name in self.values
-            and name not in self.missed
-            and not site.schedule.refreshes(self.number, self.timestep, self.run)
+            if (site.bypassed or (name in self.values and name not in self.missed))
+            and not self._refreshes(name, site.schedule)
         )
 
-    def inherited(self, name: str) -> torch.Tensor:
+    def _refreshes(self, name: str, schedule: Schedule) -> bool:
+        if isinstance(schedule, Drift):
+            return self.number - self.values[name][-1][0] >= self.gaps.get(schedule, schedule.least)
+        return schedule.refreshes(self.number, self.timestep, self.run)
+
+    def inherited(self, name: str, forecast: Forecast) -> torch.Tensor:
         """The value of a stale site at the call under way."""
-        return forecast(self.values[name], self.number)
+        known = self.values[name]
+        weights = forecast.weights([number for number, _ in known], self.number, self.run)
+        return weighted([value for _, value in known], weights)
 
     def keep(self, refreshed: Mapping[str, torch.Tensor], sites: Mapping[str, Site], stale: Collection[str]) -> None:
         """Take note of what the call under way refreshed."""
+        self._adapt(refreshed, sites)
         for name, value in refreshed.items():
             if self.shared and not sites[name].invariant:
                 continue
-            self.values[name] = [*self.values.get(name, ()), (self.number, value)][-1 - sites[name].forecast :]
-        self.missed = {name for name in sites if name not in refreshed and name not in stale}
+            self.values[name] = [*self.values.get(name, ()), (self.number, value)][-sites[name].forecast.memory :]
+        self.missed = {n for n, site in sites.items() if n not in refreshed and n not in stale and not site.bypassed}
+
+    def _adapt(self, refreshed: Mapping[str, torch.Tensor], sites: Mapping[str, Site]) -> None:
+        """Widen or narrow the gaps of drift schedules, by how far forecasts are off at the call under way."""
+        drifts: dict[Drift, list[torch.Tensor]] = {}
+        for name, fresh in refreshed.items():
+            schedule = sites[name].schedule
+            if isinstance(schedule, Drift) and name in self.values and not fresh.is_meta:
+                expected = self.inherited(name, sites[name].forecast)
+                drift = (fresh - expected).float().norm() / fresh.float().norm().clamp_min(1e-12)
+                drifts.setdefault(schedule, []).append(drift)
+        for schedule, found in drifts.items():  # one number read from the device for each schedule
+            gap = self.gaps.get(schedule, schedule.least)
+            self.gaps[schedule] = schedule.next_gap(gap, float(torch.stack(found).max()))
 
     def take_over(self, before: Generation, sites: Mapping[str, Site]) -> None:
         """Take the values that depend on conditioning alone from an earlier generation with the same conditioning."""
-        self.values = {n: values for n, values in before.values.items() if sites[n].invariant and not sites[n].forecast}
+        self.values = {
+            n: values for n, values in before.values.items() if sites[n].invariant and sites[n].forecast.memory == 1
+        }
 
     def advance(self) -> None:
         """The call under way is done; after the last one of a run of known length nothing is kept."""
@@ -216,7 +240,8 @@ class Generations:
         """
         with self.call(flat, constant, sites) as generation:
             stale = generation.stale(sites)
-            output, refreshed = step(flat, stale, generation.inherited)
+            self._say_doubts(generation.run, sites)
+            output, refreshed = step(flat, stale, lambda name: generation.inherited(name, sites[name].forecast))
             generation.keep(apart(refreshed, (*flat.values(), output)), sites, stale)
             if generation.loop is None and not generation.shared:
                 generation.lineage.add(flat["sample"], output)
@@ -278,6 +303,12 @@ class Generations:
             self._known.pop(key, None)
             raise
         generation.advance()
+
+    def _say_doubts(self, run: Run, sites: Mapping[str, Site]) -> None:
+        """Warn where forecasts are others than the passes say."""
+        for forecast in {site.forecast for site in sites.values()}:
+            if doubt := forecast.doubt(run):
+                self.say(doubt)
 
     def _moment(self, timestep: torch.Tensor) -> Moment | None:
         """Where a call stands; None if its samples stand at different places."""

@@ -1,8 +1,10 @@
-"""Feature inheritance: one node, and the straight-line graphs that follow from it.
+"""Sites: places of a graph that are not computed at every call, and the straight-line graphs that follow from them.
 
 `inherit(value, site)` marks a value that a call may take over from an earlier one. At a call that refreshes the site
-the value is computed and kept; at any other, what was kept takes its place, and whatever only fed it is not computed at
-all. That is decided before anything runs: each set of sites that are not refreshed gives one graph without branches.
+the value is computed and kept; at any other, what was kept takes its place. `bypass(value, instead, site)` marks a
+value whose place another value of the same call takes, at calls that do not refresh the site. Whatever only fed a value
+that is not used is not computed at all. That is decided before anything runs: each set of stale sites, those that are
+not refreshed, gives one graph without branches.
 """
 
 from __future__ import annotations
@@ -14,40 +16,52 @@ import torch
 from torch import fx
 
 from ..errors import ScheduleError
-from ..schedules import Schedule
+from ..forecasts import REPEAT, Forecast, as_forecast
+from ..schedules import Drift, Schedule
 from .inputs import Input
 from .specialize import copy_nodes
 
 
 def inherit(value: torch.Tensor, site: str) -> torch.Tensor:
-    """`value`, which later calls may inherit under the name `site`."""
+    """Return `value`, which later calls may inherit under the name `site`."""
+    return value
+
+
+def bypass(value: torch.Tensor, instead: torch.Tensor, site: str) -> torch.Tensor:
+    """Return `value`; at calls at which `site` is stale `instead`, a tensor of the same shape, takes its place."""
     return value
 
 
 @dataclass(frozen=True)
 class Site:
-    """A value that calls may inherit.
+    """A value that is not computed at every call.
 
     Args:
         schedule: the calls at which it is computed anew.
-        forecast: at the others it is the polynomial of this order through its last refreshes; 0 repeats the last one.
+        forecast: what it is at the others, from its last refreshes: a forecast, or its order (0 repeats the last one).
         invariant: it depends on conditioning alone, so that all generations with the same conditioning may share it.
+        bypassed: at the other calls another value of the same call takes its place, so that nothing is kept.
     """
 
     schedule: Schedule
-    forecast: int = 0
+    forecast: Forecast = REPEAT
     invariant: bool = False
+    bypassed: bool = False
 
     def __post_init__(self) -> None:
-        if self.forecast not in (0, 1, 2):
+        object.__setattr__(self, "forecast", as_forecast(self.forecast))
+        drifts = [inner for inner in self.schedule.specs() if isinstance(inner, Drift)]
+        if drifts and (self.bypassed or drifts != [self.schedule]):
             raise ScheduleError(
-                f"no forecast of order {self.forecast!r}", where=str(self.schedule), hint="0 (the last value), 1 or 2"
+                "Drift measures what a site inherits, so it is the whole schedule of a site that does",
+                where=str(self.schedule),
+                hint="Drift(...) alone, in InheritFeatures",
             )
 
 
 def sites(nodes: fx.Graph) -> dict[str, fx.Node]:
-    """The `inherit` nodes of a graph, by site, in graph order."""
-    return {str(node.args[1]): node for node in nodes.nodes if node.target is inherit}
+    """The nodes of the sites of a graph, by name, in graph order."""
+    return {str(node.args[-1]): node for node in nodes.nodes if node.target in (inherit, bypass)}
 
 
 def changing_nodes(nodes: fx.Graph, inputs: Iterable[Input]) -> set[fx.Node]:
@@ -78,7 +92,9 @@ def live_nodes(nodes: fx.Graph, stale: Collection[str] = ()) -> set[fx.Node]:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            if not (node.target is inherit and node.args[1] in stale):
+            if node.target is bypass:
+                stack.append(node.all_input_nodes[node.args[-1] in stale])
+            elif not (node.target is inherit and node.args[-1] in stale):
                 stack += node.all_input_nodes
     return seen
 
@@ -101,10 +117,10 @@ class Step:
 
 
 def step(nodes: fx.Graph, stale: Collection[str] = ()) -> Step:
-    """The graph for calls at which the sites `stale` are inherited.
+    """Return the graph for a call at which the sites in `stale` are inherited or bypassed.
 
-    The others are refreshed if the output needs them: what only feeds stale sites is not computed, taken or given.
-    Without any sites the graph returns its output as it is.
+    Every other site that the output depends on is computed, and its value is returned; nodes that only feed values that
+    are not used are removed. A graph without sites returns its output as it is.
     """
     made = copy_nodes(nodes)
     if not sites(made):
@@ -112,7 +128,10 @@ def step(nodes: fx.Graph, stale: Collection[str] = ()) -> Step:
     given = [node for node in made.nodes if node.op == "placeholder"]
     arguments: dict[str, fx.Node] = {}
     for site, node in sites(made).items():
-        if site in stale:
+        if node.target is bypass:
+            node.replace_all_uses_with(node.args[site in stale])  # type: ignore[arg-type]
+            made.erase_node(node)
+        elif site in stale:
             with made.inserting_after([*given, *arguments.values()][-1]):
                 arguments[site] = value = made.placeholder(f"inherited_{len(arguments)}")
             value.meta = {key: node.meta[key] for key in ("val", "probe", "nn_module_stack") if key in node.meta}

@@ -81,12 +81,16 @@ class UNetCall:
         result = self.whole(flat) if torch.compiler.is_exporting() else self.run(flat)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
 
-    def expecting(self, calls: int | Sequence[float] | torch.Tensor) -> AbstractContextManager[None]:
-        """A context in which generations that begin make that many calls, or one for each timestep, in this thread.
+    def expecting(self, calls: Any) -> AbstractContextManager[None]:
+        """Return a context that tells what calls the generations that begin in it, in this thread, will make.
 
-        Schedules that depend on the number of calls or their timesteps need it:
-        `with unet.expecting(scheduler.timesteps): ...`, after `scheduler.set_timesteps(steps)`, in a loop of one's
-        own. With a pipeline, `sdgraph.attach(pipe)` sees to it.
+        Loops of one's own need it for schedules that depend on the number of calls or their timesteps, and for
+        forecasts along noise levels. With a pipeline, `sdgraph.attach(pipe)` sees to it.
+
+        Args:
+            calls: a diffusers scheduler after `set_timesteps`, the timesteps of the calls, or their number.
+        Example:
+            `scheduler.set_timesteps(20)`, then `with unet.expecting(scheduler): ...`
         """
         return self.generations.expecting(Run.of(calls))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..forecasts import REPEAT
 from ..ir.inputs import Input
 from ..ir.nodes import called, values
 from ..ir.region import region_at
@@ -96,8 +97,8 @@ def _inherited(graph: GraphState) -> list[str]:
     """Sites by schedule, and what a call costs that inherits them."""
     groups: dict[str, list[str]] = {}
     for name, site in graph.sites.items():
-        forecast = f", forecast {site.forecast}" if site.forecast else ""
-        groups.setdefault(f"{site.schedule}{forecast}", []).append(name)
+        forecast = f", forecast {site.forecast}" if site.forecast != REPEAT else ""
+        groups.setdefault(f"{site.schedule}{forecast}{', bypassed' * site.bypassed}", []).append(name)
     return [
         f"  {schedule}: {several(names)}; without: {graph.step_macs(names) / graph.macs:.1%} of the MACs"
         for schedule, names in groups.items()

@@ -1,0 +1,56 @@
+"""`Bypass`: leave modules out at some calls of a generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph.errors import EditError, SpecError
+from sdgraph.schedules import Schedule, Uniform
+
+EVERY_OTHER = Uniform(2)
+
+
+@dataclass(frozen=True)
+class Bypass(Pass):
+    """Leave modules out at the calls that a schedule does not name: what goes into a module takes its place.
+
+    Nothing is kept between calls, so that it serves random solvers and any order of calls. The value that takes the
+    place is the one that `Graph.bypass` finds; a schedule by timestep (`sdgraph.schedules.Range`) is what ALTER calls a
+    temporal mask of layers (Yang et al., 2025).
+
+    Args:
+        sites: a module path or pattern, or several, see `sdgraph.Graph.matching`.
+        schedule: the calls at which they are computed.
+    Raises:
+        PathError: a site that is not in the graph.
+        EditError: a site within another one.
+        ShapeError: nothing that goes into a site has the shape of what comes out.
+    Example:
+        `sdgraph.apply(unet, passes=[Bypass("mid_block", Uniform(2))])`
+    """
+
+    contract: ClassVar[Contract] = Contract.APPROXIMATE
+    sites: str | tuple[str, ...] = ()
+    schedule: Schedule = EVERY_OTHER
+
+    def __post_init__(self) -> None:
+        names = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise SpecError(f"sites are module paths, got {self.sites!r}", where="Bypass", hint="pass some")
+        if not isinstance(self.schedule, Schedule):
+            raise SpecError(f"{self.schedule!r} is no schedule", where="Bypass", hint="such as Uniform(2)")
+
+    def run(self, graph: Graph) -> Findings:
+        paths = graph.matching(self.sites)
+        for path in paths:
+            outer = next((other for other in (*paths, *graph.sites) if path.startswith(f"{other}.")), None)
+            if outer is not None:
+                raise EditError(f"the site {path} is within the site {outer}", where=path, hint="name one of them")
+        edits = []
+        for path in reversed(paths):  # the latest first: a value that takes another's place is one of the source
+            names = graph.bypass(path, self.schedule)
+            left = graph.step_macs(names) / graph.step_macs()
+            edits.append(f"{path} is bypassed: {left:.1%} of the multiply-accumulates are left without it")
+        return Findings(edits=tuple(reversed(edits)))
