@@ -11,6 +11,7 @@ from ..errors import ContractError, DecisionError, NoChangeError, OrderError, Pa
 from ..graph import Graph
 from ..ir.decisions import Applied, Decision, Decisions
 from ..ir.guards import Guard
+from ..ir.structure import fingerprint
 from .base import Findings, Pass
 from .chain import Chain
 from .numerics import Call, first_difference, generations, largest_difference, play
@@ -248,21 +249,6 @@ def _blame(one: Chain, graph: Graph) -> None:
 def size(graph: Graph) -> Size:
     """Nodes, parameters and MACs of a graph."""
     return Size(len(graph.fx.nodes), sum(p.numel() for p in graph.parameters().values()), graph.macs)
-
-
-def fingerprint(graph: Graph) -> tuple[object, ...]:
-    """What makes two graphs the same: their operations, how they are joined, the modules and tensors they hold, what
-    calls may inherit, and which calls they are for."""
-    nodes = tuple(
-        (n.op, n.target if n.op != "call_function" else id(n.target), repr(n.args), repr(n.kwargs))
-        for n in graph.fx.nodes
-    )
-    held = {**dict(graph.weights.named_parameters(remove_duplicate=False)), **dict(graph.weights.named_buffers())}
-    # The storage, for on the meta device there are no addresses to tell tensors apart by.
-    tensors = tuple(
-        (name, t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.dtype) for name, t in held.items()
-    )
-    return nodes, tensors, graph.details()
 
 
 def _flat(one: Pass) -> list[Pass]:
