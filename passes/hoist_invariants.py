@@ -47,16 +47,8 @@ class HoistInvariants(Pass):
 
 def _costly(graph: Graph, node: fx.Node) -> fx.Node | None:
     """The nearest node with multiply-accumulates that a value comes from, past which nothing is kept already."""
-    seen, stack = {node}, [node]
-    while stack:
-        one = stack.pop()
-        if one.target is inherit:
-            continue
-        if graph.macs_of(one):
-            return one
-        stack += [source for source in one.all_input_nodes if source not in seen]
-        seen.update(one.all_input_nodes)
-    return None
+    sources = graph.ancestors(node, stop=lambda source: source.target is inherit)
+    return next((source for source in sources if graph.macs_of(source)), None)
 
 
 def _free_name(graph: Graph, node: fx.Node) -> str:

@@ -13,7 +13,8 @@ from torch import nn
 from .errors import EditError, ModeError, PathError, ShapeError, did_you_mean
 from .inheritance.timetable import Timetable, timetable
 from .ir.guards import Guard, check_condition, probing
-from .ir.nodes import scope, values
+from .ir.liveness import eliminate_dead_code
+from .ir.nodes import scope, values, weights_read
 from .ir.paths import above, matching
 from .ir.region import Region, region_at, regions_of
 from .ir.sites import Site, inherit, sites
@@ -304,9 +305,7 @@ class Graph(GraphState):
     def eliminate_dead_code(self) -> None:
         """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""
         self._check_editable()
-        for node in reversed(self.fx.nodes):
-            if not node.users and node.op not in ("placeholder", "output"):
-                self.fx.erase_node(node)
+        eliminate_dead_code(self.fx)
         self._drop_unused_weights()
 
     sweep = eliminate_dead_code  # its former name, for passes that were written with it
@@ -329,7 +328,7 @@ class Graph(GraphState):
         """A graph of its own over the same weights' storage."""
         self.check_no_adapters()
         weights, shares = Weights(), Shares()
-        for path in {str(n.target): None for n in self.fx.nodes if n.op in ("call_module", "get_attr")}:
+        for path in weights_read(self.fx.nodes):
             held = self.weights.get(path)
             weights.put(path, shares.module(held) if isinstance(held, nn.Module) else shares.tensor(held))
         nodes = torch.fx.Graph()
@@ -368,7 +367,7 @@ class Graph(GraphState):
                     node.meta["nn_module_stack"] = dict(source.meta.get("nn_module_stack", {}))
 
     def _drop_unused_weights(self) -> None:
-        used = {str(n.target) for n in self.fx.nodes if n.op in ("call_module", "get_attr")}
+        used = weights_read(self.fx.nodes)
         for path, module in self.weights.named_modules():
             if isinstance(module, nn.Conv2d) and path not in used:
                 self.dropped.setdefault(path, Shares().module(module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ def called(node: fx.Node) -> str:
     if node.op == "call_function":
         return str(getattr(node.target, "__name__", node.target))
     return str(node.target)
+
+
+def weights_read(nodes: Iterable[fx.Node]) -> dict[str, None]:
+    """Paths of the leaf modules that nodes call and names of the tensors that they read, in order and once each."""
+    return {str(node.target): None for node in nodes if node.op in ("call_module", "get_attr")}
 
 
 def residual_like(residual: fx.Node, value: fx.Node) -> None:

@@ -12,7 +12,8 @@ from torch import fx
 
 from ..errors import EditError, PathError, ShapeError, did_you_mean
 from .cost import written
-from .nodes import values
+from .liveness import ancestors
+from .nodes import values, weights_read
 from .paths import above
 from .state import GraphState
 
@@ -97,11 +98,9 @@ class Region:
     @cached_property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Its parameters by full name."""
-        targets = {str(n.target) for n in self.nodes if n.op in ("call_module", "get_attr")}
+        read = weights_read(self.nodes)
         return {
-            name: p
-            for name, p in self.graph.parameters().items()
-            if name in targets or name.rpartition(".")[0] in targets
+            name: p for name, p in self.graph.parameters().items() if name in read or name.rpartition(".")[0] in read
         }
 
     @property
@@ -144,7 +143,7 @@ class Region:
         others = [a for a in users[0].args if a is not output]
         if len(others) != 1 or not isinstance(others[0], fx.Node):
             return None
-        return (users[0], others[0]) if _depends(output, others[0]) else None
+        return (users[0], others[0]) if others[0] in ancestors(output) else None
 
 
 def region_at(graph: GraphState, path: str) -> Region:
@@ -172,18 +171,6 @@ def regions_of(graph: GraphState) -> dict[str, Region]:
         for path in node.meta.get("nn_module_stack", {}):
             found.setdefault(path, []).append(node)
     return {path: Region(graph, path, tuple(nodes)) for path, nodes in found.items()}
-
-
-def _depends(node: fx.Node, on: fx.Node) -> bool:
-    seen, stack = {node}, [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source is on:
-                return True
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return False
 
 
 def _channels(node: fx.Node) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from torch import fx
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import EditError
+from .liveness import eliminate_dead_code
 
 
 def per_call(value: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -61,9 +62,7 @@ def drop_inputs(nodes: fx.Graph, absent: Collection[str]) -> fx.Graph:
                 hint="an optional input may only be added to something, or mask attention",
             )
         gone.add(node)
-    for node in reversed(list(made.nodes)):
-        if not node.users and (node.op not in ("placeholder", "output") or node in gone):
-            made.erase_node(node)
+    eliminate_dead_code(made, unneeded=gone)
     return made
 
 

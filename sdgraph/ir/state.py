@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from .decisions import Applied, Decisions
 from .dims import Dims, Symbol
 from .guards import Guard, raised
 from .inputs import Input, example_of
+from .liveness import ancestors
 from .nodes import called, residual_like, scope, values
 from .sites import Site, changing_nodes, live_nodes, sites
 from .weights import Shares, Weights, meta_like, on_meta
@@ -311,6 +312,16 @@ class GraphState:
     def changing_nodes(self) -> set[torch.fx.Node]:
         """The nodes whose tensors depend on inputs that change from call to call of a generation."""
         return changing_nodes(self.fx, self.inputs)
+
+    def ancestors(
+        self, node: torch.fx.Node, stop: Callable[[torch.fx.Node], bool] = lambda _: False
+    ) -> Iterator[torch.fx.Node]:
+        """The node and all nodes that its value is computed from, depth first.
+
+        Args:
+            stop: says of a node that its own inputs are not followed.
+        """
+        return ancestors(node, stop)
 
     def macs_of(self, node: torch.fx.Node) -> int:
         """Multiply-accumulates of a node at the nominal sizes."""

@@ -7,7 +7,7 @@ casting the result leaves the source alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -45,12 +45,12 @@ class Weights(nn.Module):
         else:
             holder.register_buffer(name, value, persistent)
 
-    def keep_only(self, paths: set[str]) -> None:
+    def keep_only(self, paths: Collection[str]) -> None:
         """Drop every leaf and tensor not in `paths`, and the modules left empty."""
         _drop_unused(self, "", paths)
 
 
-def _drop_unused(module: nn.Module, path: str, keep: set[str]) -> bool:
+def _drop_unused(module: nn.Module, path: str, keep: Collection[str]) -> bool:
     if path in keep:
         return True
     dotted = f"{path}." if path else ""

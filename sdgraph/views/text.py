@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ..ir.inputs import Input
-from ..ir.nodes import called, values
+from ..ir.nodes import called, values, weights_read
 from ..ir.region import region_at
 from ..ir.state import GraphState
 
@@ -400,7 +400,7 @@ class _Sheet:
 
     def _targets(self, inside: list[fx.Node]) -> set[str]:
         reads = {n for node in inside for n in node.all_input_nodes if n.op == "get_attr"}
-        return {str(n.target) for n in (*inside, *reads) if n.op in ("call_module", "get_attr")}
+        return set(weights_read((*inside, *reads)))
 
     def _residual(self, node: fx.Node) -> tuple[fx.Node, str] | None:
         """For an addition of an optional residual: the other side, and the argument the residual comes in."""

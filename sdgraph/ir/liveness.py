@@ -1,0 +1,34 @@
+"""What a value is computed from, and the removal of what nothing is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+from torch import fx
+
+
+def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool] = lambda _: False) -> Iterator[fx.Node]:
+    """The node and all nodes that its value is computed from, depth first.
+
+    Args:
+        stop: says of a node that its own inputs are not followed.
+    """
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        yield current
+        if not stop(current):
+            stack += [source for source in current.all_input_nodes if source not in seen]
+            seen.update(current.all_input_nodes)
+
+
+def eliminate_dead_code(nodes: fx.Graph, unneeded: Collection[fx.Node] = ()) -> None:
+    """Remove the nodes that nothing uses.
+
+    Args:
+        unneeded: inputs that are removed too where nothing uses them; all others stay.
+    """
+    for node in reversed(nodes.nodes):
+        stays = node.op == "output" or (node.op == "placeholder" and node not in unneeded)
+        if not node.users and not stays:
+            nodes.erase_node(node)
