@@ -80,7 +80,8 @@ class MECondConv(Pass):
         embedding = time_embedding(graph)
         if self.routing == "timestep" and embedding is None:
             raise EditError("no layer takes a time embedding", where="MECondConv", hint="routing='input'")
-        pool = list(graph.dropped.items()) if self.donors == "pruned" else []
+        removed_convs = [(r.path, r.module) for r in graph.removals if isinstance(r.module, nn.Conv2d)]
+        pool = removed_convs if self.donors == "pruned" else []
         if self.donors == "pruned" and not pool:
             raise EditError(
                 "no convolutions were pruned from this graph", where="MECondConv",

@@ -59,7 +59,6 @@ class PruneBlocks(Pass):
             paths = _outermost(graph.matching(self.blocks))
         for path in paths:
             graph.bypass(path)
-            graph.removed[path] = str(self)
         return Findings(edits=tuple(f"removed {path}" for path in paths))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from .errors import EditError, ModeError, PathError, ShapeError, did_you_mean
 from .inheritance.timetable import Timetable, timetable
+from .ir.edits import Removed
 from .ir.guards import Guard, check_condition, probing
 from .ir.liveness import eliminate_dead_code
 from .ir.nodes import scope, values, weights_read
@@ -132,7 +133,7 @@ class Graph(GraphState):
             for name, held in reversed(tracer.displaced.items()):
                 if held is not None:
                     self._put(name, held)
-            self._drop_unused_weights()
+            self.weights.keep_only(weights_read(self.fx.nodes))
             raise
         self.guards = tuple(dict.fromkeys((*self.guards, *tracer.guards)))
         return made
@@ -192,6 +193,7 @@ class Graph(GraphState):
         for output in region.outputs:
             old, new = region.stand_in(output)
             old.replace_all_uses_with(new)
+        self.removals += (Removed(region.path, self._editor),)
         self._leave(region)
 
     def rewire(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
@@ -306,7 +308,14 @@ class Graph(GraphState):
         """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""
         self._check_editable()
         eliminate_dead_code(self.fx)
-        self._drop_unused_weights()
+        used = weights_read(self.fx.nodes)
+        recorded = {removed.path for removed in self.removals if removed.module is not None}
+        self.removals += tuple(
+            Removed(path, self._editor, Shares().module(module))
+            for path, module in self.weights.leaves()
+            if path not in used and path not in recorded
+        )
+        self.weights.keep_only(used)
 
     sweep = eliminate_dead_code  # its former name, for passes that were written with it
 
@@ -342,8 +351,6 @@ class Graph(GraphState):
             weights=weights,
             frozen=False,
             classes=dict(self.classes),
-            removed=dict(self.removed),
-            dropped=dict(self.dropped),
             _sites=dict(self._sites),
             _meta=dict(self._meta),
         )
@@ -365,13 +372,6 @@ class Graph(GraphState):
                 source = node.all_input_nodes[0]
                 if source not in region.nodes:
                     node.meta["nn_module_stack"] = dict(source.meta.get("nn_module_stack", {}))
-
-    def _drop_unused_weights(self) -> None:
-        used = weights_read(self.fx.nodes)
-        for path, module in self.weights.named_modules():
-            if isinstance(module, nn.Conv2d) and path not in used:
-                self.dropped.setdefault(path, Shares().module(module))
-        self.weights.keep_only(used)
 
     def _first_operation(self) -> torch.fx.Node:
         return next(n for n in self.nodes if n.op != "placeholder")

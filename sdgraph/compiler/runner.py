@@ -112,7 +112,7 @@ def _edited(one: Pass, graph: Graph, decisions: Decisions) -> tuple[Graph, Findi
     if isinstance(one, Chain):
         return _edited_by_each(one, graph, decisions)
     work = graph.copy()
-    work._decisions = decisions
+    work._decisions, work._editor = decisions, str(one)
     try:
         findings = one.run(work)
         work.guards = tuple(g if g in graph.guards else _named(g, one) for g in work.guards)
@@ -123,7 +123,7 @@ def _edited(one: Pass, graph: Graph, decisions: Decisions) -> tuple[Graph, Findi
         raise
     except Exception as error:
         raise _failed(one, error, work) from error
-    work._decisions = Decisions()
+    work._decisions, work._editor = Decisions(), ""
     return work, findings or Findings(), ()
 
 

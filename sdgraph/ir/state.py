@@ -15,6 +15,7 @@ from ..errors import EditError, PathError, SdgraphError, ShapeError, did_you_mea
 from .cost import count_macs
 from .decisions import Applied, Decisions
 from .dims import Dims, Symbol
+from .edits import Removed
 from .guards import Guard, raised
 from .inputs import Input, example_of
 from .liveness import ancestors
@@ -52,10 +53,9 @@ class GraphState:
         guards: what a call must satisfy for the graph to hold.
         classes: class name of every source module, by path.
         passes: what has been applied, and what it decided.
-        removed: module paths that are gone, with the spec of the pass that removed each.
+        removals: the modules that edits took out, in order; leaf modules until a `GraphUNet` runs the graph.
         frozen: it belongs to a `GraphUNet` and is not edited any more; a copy can be.
         source: the UNet it was traced from, without the numbers; see `sdgraph.runtime.retrace`.
-        dropped: convolutions that passes of this `apply` removed, by the path they had: material for later passes.
     """
 
     fx: torch.fx.Graph
@@ -68,12 +68,12 @@ class GraphState:
     guards: tuple[Guard, ...] = ()
     classes: dict[str, str] = field(default_factory=dict)
     passes: tuple[Applied, ...] = ()
-    removed: dict[str, str] = field(default_factory=dict)
+    removals: tuple[Removed, ...] = ()
     frozen: bool = False
     source: Any = field(default=None, repr=False)
-    dropped: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _decisions: Decisions = field(default_factory=Decisions, repr=False)
+    _editor: str = field(default="", repr=False)  # the pass that is running, as text
     _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -88,6 +88,15 @@ class GraphState:
         value = self.fx.output_node().args[0]
         assert isinstance(value, torch.fx.Node)
         return value
+
+    @property
+    def removed(self) -> dict[str, str]:
+        """Paths of the regions that edits took out, each with the pass that did so."""
+        return {r.path: r.by or "an edit outside of passes" for r in self.removals if r.module is None}
+
+    def forget_removed_modules(self) -> None:
+        """Free the weights of the leaf modules that edits took out; the record of removed regions stays."""
+        self.removals = tuple(r for r in self.removals if r.module is None)
 
     def input(self, name: str) -> torch.fx.Node:
         """The placeholder of an input."""

@@ -7,7 +7,7 @@ casting the result leaves the source alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -45,9 +45,21 @@ class Weights(nn.Module):
         else:
             holder.register_buffer(name, value, persistent)
 
+    def leaves(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that have been put here, with their paths."""
+        return _leaves(self, "")
+
     def keep_only(self, paths: Collection[str]) -> None:
         """Drop every leaf and tensor not in `paths`, and the modules left empty."""
         _drop_unused(self, "", paths)
+
+
+def _leaves(holder: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in holder._modules.items():
+        if child is not None and type(child) is nn.Module:
+            yield from _leaves(child, f"{prefix}{name}.")
+        elif child is not None:
+            yield prefix + name, child
 
 
 def _drop_unused(module: nn.Module, path: str, keep: Collection[str]) -> bool:
