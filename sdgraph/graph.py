@@ -86,9 +86,7 @@ class Graph(GraphState):
                 for key in ("val", "probe"):
                     node.meta[key] = node.meta[key].to(self.probe_dtype(key))
         self._meta.clear()
-        for node in self.fx.nodes:
-            node.meta.pop("asked", None)
-        self.propagate()
+        self.propagate(anew=True)
 
     def insert(
         self,

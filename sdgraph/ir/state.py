@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,26 +10,18 @@ import networkx as nx
 import torch
 from torch import nn
 
-from ..errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
+from ..errors import EditError, PathError, did_you_mean
 from .cost import count_macs
 from .decisions import Applied, Decisions
 from .dims import Dims, Symbol
 from .edits import Removed
+from .evaluation import evaluate, infer, propagate
 from .guards import Guard, raised
 from .inputs import Input, example_of
 from .liveness import ancestors
-from .nodes import called, residual_like, scope, values
+from .nodes import scope, values
 from .sites import Site, changing_nodes, live_nodes, sites
-from .weights import Shares, Weights, meta_like, on_meta
-
-SIGNS: Mapping[Any, str] = {
-    operator.add: "+",
-    operator.sub: "-",
-    operator.mul: "*",
-    operator.floordiv: "//",
-    operator.truediv: "/",
-    operator.mod: "%",
-}
+from .weights import Shares, Weights
 
 
 @dataclass
@@ -153,47 +144,7 @@ class GraphState:
         Raises:
             ShapeError: the operation does not accept its inputs; nothing is stored.
         """
-        node.meta.pop("macs", None)
-        node.meta["asked"] = _evaluated(node)
-        for key in ("val", "probe"):
-            try:
-                node.meta[key] = self._evaluate(node, key)
-            except SdgraphError:
-                raise
-            except Exception as error:
-                shapes = ", ".join(f"{n.name}: {self.shape(n)}" for n in node.all_input_nodes)
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise ShapeError(
-                    f"{called(node)} cannot take {shapes or 'its arguments'}: {reason}",
-                    where=f"{scope(node) or '(top level)'}, node {node.name}",
-                    hint="the shapes on both sides must agree at every size of the call",
-                ) from error
-        nominal, generic = values(node)
-        if isinstance(nominal, int | float) and not isinstance(nominal, bool):
-            node.meta["size"] = self._size(node, nominal, generic)
-
-    def _evaluate(self, node: torch.fx.Node, key: str) -> Any:
-        args = torch.fx.map_arg(node.args, lambda n: n.meta[key])
-        kwargs = torch.fx.map_arg(node.kwargs, lambda n: n.meta[key])
-        with torch.no_grad():
-            if node.op == "call_module":
-                return self._meta_module(str(node.target), key).forward(*args, **kwargs)
-            if node.op == "call_function":
-                return node.target(*args, **kwargs)  # type: ignore[operator]
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            if node.op == "get_attr":
-                return meta_like(self.tensor(str(node.target)), self.probe_dtype(key))
-        raise EditError(f"a {node.op} node cannot be evaluated", where=node.name)
-
-    def _size(self, node: torch.fx.Node, nominal: Any, generic: Any) -> str | None:
-        """A number in the call's symbols: sizes are recognised, arithmetic is composed."""
-        if node.op == "call_method":
-            return self.dims.name(nominal, generic)
-        sides = [a.meta.get("size") if isinstance(a, torch.fx.Node) else repr(a) for a in node.args]
-        if node.target not in SIGNS or None in sides:
-            return None
-        return f"({sides[0]} {SIGNS[node.target]} {sides[1]})"
+        infer(self, node)
 
     def probe_dtype(self, key: str) -> torch.dtype:
         """Floating dtype of an evaluation: the source's, or, for the probe, another one."""
@@ -201,37 +152,15 @@ class GraphState:
             return self.dtype
         return torch.float16 if self.dtype is not torch.float16 else torch.float32
 
-    def _meta_module(self, path: str, key: str) -> nn.Module:
-        if (path, key) not in self._meta:
-            self._meta[path, key] = on_meta(self.module(path), self.probe_dtype(key))
-        return self._meta[path, key]
-
-    def propagate(self) -> None:
+    def propagate(self, anew: bool = False) -> None:
         """Evaluate what edits have touched: new and rewired nodes, and whatever their new values reach.
 
+        Args:
+            anew: evaluate all nodes.
         Raises:
             ShapeError: at the first node whose inputs do not fit.
         """
-        changed: set[torch.fx.Node] = set()
-        residuals = {i.name for i in self.inputs if i.shape is None}
-        shaped: set[torch.fx.Node] = set()
-        for node in self.fx.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
-            for arg in node.all_input_nodes:
-                if arg.op == "placeholder" and arg.name in residuals and arg not in shaped:
-                    # anew, for what it is added to may have changed
-                    other = next(n for n in node.all_input_nodes if n is not arg)
-                    shaped.add(arg)
-                    if arg.meta["val"] is None or _signature(arg) != _signature(other):
-                        changed.add(arg)
-                    residual_like(arg, other)
-            if node.meta.get("asked") == _evaluated(node) and changed.isdisjoint(node.all_input_nodes):
-                continue
-            before = _signature(node) if "val" in node.meta else None
-            self.infer(node)
-            if before != _signature(node):
-                changed.add(node)
+        propagate(self, anew)
 
     def module(self, path: str) -> nn.Module:
         """The leaf module at a path."""
@@ -266,7 +195,7 @@ class GraphState:
             if self._meta.pop((path, key), None) is not None:
                 for node in self.fx.nodes:
                     if node.target == path:
-                        node.meta.pop("asked", None)
+                        node.meta.pop("evaluated", None)
 
     def free_name(self, stem: str) -> str:
         """A name no weight has: the stem, or the stem with a number."""
@@ -300,10 +229,9 @@ class GraphState:
         sizes = {symbol.name: symbol.generic for symbol in symbols}
         specs = {spec.name: spec for spec in self.inputs}
         for node in self.fx.nodes:
-            node.meta.pop("asked", None)
             if node.op == "placeholder" and specs[node.name].shape is not None:
                 node.meta["probe"] = example_of(specs[node.name], sizes, self.probe_dtype("probe"))
-        self.propagate()
+        self.propagate(anew=True)
 
     def _check_editable(self) -> None:
         if self.frozen:
@@ -336,19 +264,5 @@ class GraphState:
         """Multiply-accumulates of a node at the nominal sizes."""
         if "macs" not in node.meta:
             module = self.module(str(node.target)) if node.op == "call_module" else None
-            node.meta["macs"] = count_macs(node, module, lambda: self._evaluate(node, "val"))
+            node.meta["macs"] = count_macs(node, module, lambda: evaluate(self, node, "val"))
         return int(node.meta["macs"])
-
-
-def _evaluated(node: torch.fx.Node) -> tuple[Any, ...]:
-    """What is evaluated: as long as this and the inputs' values stay, so does the value."""
-    return node.op, node.target, repr(node.args), repr(node.kwargs)
-
-
-def _signature(node: torch.fx.Node) -> list[Any]:
-    """What a node's two values look like from outside."""
-    flat: list[Any] = []
-    for value in values(node):
-        for item in value if isinstance(value, tuple | list) else (value,):
-            flat.append((item.shape, item.dtype) if isinstance(item, torch.Tensor) else item)
-    return flat
