@@ -14,13 +14,14 @@ from .errors import EditError, ModeError, PathError, ShapeError, did_you_mean
 from .inheritance.timetable import Timetable, timetable
 from .ir.edits import Removed
 from .ir.guards import Guard, check_condition, probing
+from .ir.interception import tracing
 from .ir.liveness import eliminate_dead_code
 from .ir.nodes import scope, values, weights_read
 from .ir.paths import above, matching
 from .ir.region import Region, region_at, regions_of
 from .ir.sites import Site, inherit, sites
 from .ir.state import GraphState
-from .ir.tracer import Tracer, tracing
+from .ir.tracer import Tracer
 from .ir.weights import Shares, Weights
 from .schedules import Run, Schedule
 from .views.diagram import picture
