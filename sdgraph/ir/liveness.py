@@ -8,10 +8,10 @@ from torch import fx
 
 
 def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool] = lambda _: False) -> Iterator[fx.Node]:
-    """The node and all nodes that its value is computed from, depth first.
+    """Yield a node and all nodes that its value is computed from, depth first.
 
     Args:
-        stop: says of a node that its own inputs are not followed.
+        stop: returns whether the inputs of a node are left out.
     """
     seen, stack = {node}, [node]
     while stack:
@@ -26,7 +26,7 @@ def eliminate_dead_code(nodes: fx.Graph, unneeded: Collection[fx.Node] = ()) -> 
     """Remove the nodes that nothing uses.
 
     Args:
-        unneeded: inputs that are removed too where nothing uses them; all others stay.
+        unneeded: inputs that may be removed too; all other inputs stay.
     """
     for node in reversed(nodes.nodes):
         stays = node.op == "output" or (node.op == "placeholder" and node not in unneeded)

@@ -72,6 +72,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def copy_nodes(nodes: fx.Graph) -> fx.Graph:
     """The same nodes, with their names and meta, in a graph of their own."""
-    made = fx.Graph()
-    made.output(made.graph_copy(nodes, {}))
-    return made
+    copied = fx.Graph()
+    output = copied.output(copied.graph_copy(nodes, {}))
+    output.meta = dict(nodes.output_node().meta)
+    return copied

@@ -7,7 +7,7 @@ casting the result leaves the source alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -48,6 +48,14 @@ class Weights(nn.Module):
     def leaves(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules that have been put here, with their paths."""
         return _leaves(self, "")
+
+    def sharing(self, paths: Iterable[str]) -> Weights:
+        """A tree of its own with what is at `paths`, over the same storage."""
+        own, shares = Weights(), Shares()
+        for path in paths:
+            held = self.get(path)
+            own.put(path, shares.module(held) if isinstance(held, nn.Module) else shares.tensor(held))
+        return own
 
     def keep_only(self, paths: Collection[str]) -> None:
         """Drop every leaf and tensor not in `paths`, and the modules left empty."""
