@@ -1,4 +1,4 @@
-"""Which line of the traced code takes a decision, and the decisions of diffusers that do not matter."""
+"""Decisions of the traced code: the line that takes one, and those of diffusers that do not change values."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ EQUIVALENT_BRANCHES: Mapping[tuple[str, str], str] = {
 
 
 def calling_line(inside: Collection[str]) -> tuple[str, str, str]:
-    """Function, source line and place of the traced code that called.
+    """Return the function, the source line and the place of the traced code that is running.
 
     Args:
-        inside: names of the modules of the tracer, whose frames are passed over.
+        inside: names of the tracer's own modules, whose frames are skipped.
     """
     frame = sys._getframe(1)
     while frame.f_globals.get("__name__") in inside or frame.f_code.co_filename.endswith("enum.py"):

@@ -51,7 +51,10 @@ def _earliest_place(graph: GraphState, args: Sequence[Any]) -> fx.Node:
     """The first operation before which all arguments exist."""
     order = {node: i for i, node in enumerate(graph.fx.nodes)}
     nodes = [a for a in args if isinstance(a, fx.Node) and a.op != "placeholder"]
-    return max(nodes, key=lambda n: order[n]).next if nodes else first_operation(graph)
+    if not nodes:
+        return first_operation(graph)
+    last = max(nodes, key=lambda n: order[n])
+    return last.next
 
 
 def first_operation(graph: GraphState) -> fx.Node:

@@ -1,4 +1,4 @@
-"""While code is traced: its calls of modules, its parameters and the tensors that it makes go to the tracer."""
+"""Interception: while code is traced, its calls of modules, reads of weights and new tensors go to the tracer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOCK = threading.RLock()  # what `tracing` patches is global, so traces take tu
 
 @contextlib.contextmanager
 def tracing(tracer: Tracer) -> Iterator[None]:
-    """Module calls, parameters and tensor constructors go to the tracer while this is open, in this thread only."""
+    """Send module calls, reads of weights and tensor constructors of this thread to the tracer."""
     thread = threading.get_ident()
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -31,10 +31,10 @@ def tracing(tracer: Tracer) -> Iterator[None]:
         return tracer.call_module(module, args, kwargs)
 
     def attribute(module: nn.Module, name: str) -> Any:
-        found = originals[nn.Module, "__getattr__"](module, name)
-        if isinstance(found, torch.Tensor) and threading.get_ident() == thread:
-            return tracer.read(found)
-        return found
+        value = originals[nn.Module, "__getattr__"](module, name)
+        if isinstance(value, torch.Tensor) and threading.get_ident() == thread:
+            return tracer.read(value)
+        return value
 
     def factory(original: Callable[..., Any]) -> Callable[..., Any]:
         def build(*args: Any, **kwargs: Any) -> Any:

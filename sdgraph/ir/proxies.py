@@ -1,4 +1,4 @@
-"""What stands for tensors, sizes, dtypes and devices while code is traced."""
+"""Proxies, which stand for tensors, sizes, dtypes and devices while code is traced."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def edited(tensor: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
-    """A new tensor: `tensor` after `tensor[key] = value`."""
+    """Return a copy of `tensor` after `tensor[key] = value`."""
     if has_torch_function((tensor, value)):
         return handle_torch_function(edited, (tensor, value), tensor, key, value)
-    made = tensor.clone()
-    made[key] = value
-    return made
+    copied = tensor.clone()
+    copied[key] = value
+    return copied
 
 
 class TensorProxy(fx.Proxy):
-    """Stands for a tensor while code is traced."""
+    """Stands for a tensor."""
 
     tracer: Tracer
 
@@ -101,7 +101,7 @@ class TensorProxy(fx.Proxy):
         self._become(self.tracer.create_proxy("call_function", edited, (self, key, value), {}).node)
 
     def _become(self, node: fx.Node) -> None:
-        """Stand for the edited tensor from now on; views of the old one would show the edit in eager code."""
+        """Stand for the edited tensor from now on. Views of the old tensor are outdated: eager code would edit them."""
         self.tracer.outdated |= self.tracer.sharing_memory(self.node) - {node}
         self.node = node
 
@@ -117,7 +117,7 @@ class TensorProxy(fx.Proxy):
 
 
 class _ShapeToCome:
-    """Shape of an optional residual before it is used: it becomes the shape it is compared with."""
+    """The shape of an optional residual before its first use; it becomes the shape that it is compared with."""
 
     def __init__(self, proxy: TensorProxy) -> None:
         self.proxy = proxy

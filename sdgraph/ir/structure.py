@@ -1,4 +1,4 @@
-"""When two graphs are the same: their operations and joints, what those do not show, and the tensors they hold."""
+"""Equality of graphs: of their operations, of what operations do not show, and of the tensors that they hold."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .state import GraphState
 
 
 def structure(graph: GraphState) -> str:
-    """SHA-256 of the operations of a graph and how they are joined, whatever the nodes are called.
+    """Return the SHA-256 of the operations of a graph and their arguments, regardless of the names of nodes.
 
-    Saved folders hold it, so the text that is hashed must not change.
+    Saved folders contain this digest, so the text that is hashed must not change.
     """
     number: dict[fx.Node, int] = {}
     digest = hashlib.sha256()
@@ -26,16 +26,19 @@ def structure(graph: GraphState) -> str:
 
 
 def alike(graph: GraphState, other: GraphState) -> bool:
-    """Whether two graphs are the same but for their weights and the names of their nodes."""
+    """Return whether two graphs are equal except for their weights and the names of their nodes."""
     return structure(graph) == structure(other) and graph.details() == other.details()
 
 
 def fingerprint(graph: GraphState) -> tuple[Hashable, ...]:
-    """Equal for two graphs of one process that are alike, call the same functions and hold the same tensors."""
-    # By identity, for different functions may have one name, which is all that `structure` knows of them.
+    """Return a value that is equal for graphs that are alike, call the same functions and hold the same tensors.
+
+    It is valid within one process.
+    """
+    # By identity, because `structure` knows functions by name only, and different functions may share a name.
     functions = tuple(id(node.target) for node in graph.fx.nodes if node.op == "call_function")
     held = {**dict(graph.weights.named_parameters(remove_duplicate=False)), **dict(graph.weights.named_buffers())}
-    # By storage, for tensors on the meta device have no addresses.
+    # By storage, because tensors on the meta device have no addresses.
     tensors = tuple(
         (name, t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.dtype) for name, t in held.items()
     )

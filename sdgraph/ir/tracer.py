@@ -1,9 +1,9 @@
 """From PyTorch code to graph nodes.
 
 Ordinary code runs once with proxies for its tensors. Each operation becomes a node of one flat `torch.fx` graph and is
-evaluated twice on the meta device, at the nominal and at the generic sizes (see `dims`). What moves between the two
-stays symbolic: `x.shape` gives plain numbers for fixed dimensions and proxies for the others. What the code decides
-with a size is recorded as a `Guard`; a decision that comes out differently at the two sizes is refused.
+evaluated twice on the meta device, at the nominal and at the generic sizes (see `dims`). Sizes that differ between the
+two stay symbolic: `x.shape` gives plain numbers for fixed dimensions and proxies for the others. A decision that the
+code takes by a size is recorded as a `Guard`; a decision with different outcomes at the two sizes is refused.
 
 `torch.fx.symbolic_trace` cannot do this ("Proxy object cannot be iterated"), and fake tensors with symbolic shapes
 take ten times as long for the same graph.
@@ -34,7 +34,7 @@ OWN_MODULES = (__name__, proxies.__name__, branches.__name__)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """PyTorch's own modules are leaves of the graph; everything else is traced through."""
+    """Whether a module is a leaf of the graph, as PyTorch's own are; the code of any other module is traced."""
     ours = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
     return ours and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
@@ -43,9 +43,10 @@ class Tracer(fx.proxy.TracerBase):
     """Appends the operations of running code to a graph.
 
     Args:
-        graph: receives nodes and parameters, and holds the evaluation.
-        root: the module whose code runs; its parameters keep the names they have in it, behind `prefix`.
-        leaving: nodes that will be removed, whose weights may be displaced.
+        graph: the graph that receives nodes and weights.
+        root: the module whose code runs. Its weights keep the names that they have in it, behind `prefix`.
+        prefix: the path of `root` in the graph.
+        leaving: nodes that will be removed, so that new weights may take the names of their weights.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Tracer(fx.proxy.TracerBase):
         self.guards: dict[Guard, None] = {}
         self.failed_at = ""  # innermost module in which an exception was raised
         self.shares = Shares()
-        self.displaced: dict[str, Any] = {}  # what this tracer has put in the place of, by name
+        self.displaced: dict[str, Any] = {}  # weights that this tracer has replaced, by name
         self._staying = set(graph.fx.nodes).difference(leaving)
         self._once: dict[Any, Any] = {}
         self.outdated: set[fx.Node] = set()  # values from before an edit in place that eager code would show in them
@@ -79,7 +80,7 @@ class Tracer(fx.proxy.TracerBase):
     # -- what fx calls ------------------------------------------------------------------------------------------
 
     def proxy(self, node: fx.Node) -> Any:
-        """The proxy for a node, by what it evaluates to; tuples become tuples of proxies."""
+        """Return the proxy for a node by the kind of its value; a tuple becomes a tuple of proxies."""
         val = node.meta["val"]
         if val is None or isinstance(val, torch.Tensor):
             return TensorProxy(node, self)
@@ -97,7 +98,7 @@ class Tracer(fx.proxy.TracerBase):
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **more: Any
     ) -> Any:
-        """One operation: a node with its scope and its two values."""
+        """Append an operation: a node with its scope and its two values."""
         if target in IN_PLACE or (kind == "call_method" and target.endswith("_") and not target.endswith("__")):
             raise self.error(f"{target} edits a tensor in place", "use the form that returns a new tensor")
         if kind == "call_method" and target in READS:
@@ -135,17 +136,17 @@ class Tracer(fx.proxy.TracerBase):
             return self._tensor(a)
         return super().create_arg(a)
 
-    # -- what the proxies ask -----------------------------------------------------------------------------------
+    # -- what proxies call ---------------------------------------------------------------------------------------
 
     def once(self, kind: str, target: Any, node: fx.Node, *args: Any) -> Any:
-        """The same question about the same value is one node."""
+        """Return the proxy of an operation on a node, which is appended the first time only."""
         key = (target, node, *args)
         if key not in self._once:
             self._once[key] = self.create_proxy(kind, target, (fx.Proxy(node, self), *args), {})
         return self._once[key]
 
     def sharing_memory(self, node: fx.Node) -> set[fx.Node]:
-        """The node, its views, and what it is a view of, as far as it is known here."""
+        """Return the nodes whose values share memory with that of a node, and the node itself."""
         storages = {v.untyped_storage()._cdata for v in values(node) if isinstance(v, torch.Tensor)}
         return {
             other
@@ -160,13 +161,18 @@ class Tracer(fx.proxy.TracerBase):
         }
 
     def expression(self, size: Any) -> str:
-        """A size in the symbols of the call."""
+        """Return a size as an expression in the symbols of the call; "?" if there is none."""
         if not isinstance(size, fx.Proxy):
             return repr(size)
         return str(size.node.meta.get("size") or "?")
 
     def decide(self, condition: str, outcomes: Probe | tuple[bool, bool]) -> bool:
-        """The outcome of a decision, recorded as a guard unless both branches are known to give the same values."""
+        """Return the outcome of a decision, and record it as a guard unless both branches give the same values.
+
+        Args:
+            condition: the decision as an expression in the call's sizes; empty if it is about a dtype or a device.
+            outcomes: at the nominal and at the generic sizes.
+        """
         nominal, generic = outcomes
         function, line, place = calling_line(OWN_MODULES)
         if (function, line) in EQUIVALENT_BRANCHES:
@@ -181,7 +187,7 @@ class Tracer(fx.proxy.TracerBase):
                 f"{function} decides on a size that has no expression in the call's sizes: {line} ({place})",
                 "decide on the shape of an input instead",
             )
-        if condition:  # dtypes and devices need no guard: both came out the same
+        if condition:  # dtypes and devices need no guard: both outcomes are the same
             self.guards[Guard(condition, bool(generic), f"{place}: {line}")] = None
         return bool(generic)
 
@@ -191,7 +197,7 @@ class Tracer(fx.proxy.TracerBase):
     # -- modules and parameters -----------------------------------------------------------------------------------
 
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A leaf becomes one node, any other module is traced through, in its own scope."""
+        """Append a node for a leaf; run the code of any other module, in its own scope."""
         path = self._paths.get(id(module))
         if path is None:
             raise self.error(
@@ -217,7 +223,7 @@ class Tracer(fx.proxy.TracerBase):
             self.module_stack = outer
 
     def read(self, tensor: torch.Tensor) -> Any:
-        """The proxy of a parameter or buffer of what is traced, so that its dtype and values follow the weights."""
+        """Return the proxy of a parameter or buffer of the traced code; any other tensor is returned as it is."""
         return self.proxy(self._tensor(tensor)) if id(tensor) in self._tensors else tensor
 
     def _tensor(self, tensor: torch.Tensor) -> fx.Node:
@@ -235,7 +241,7 @@ class Tracer(fx.proxy.TracerBase):
         return self._once[key].node  # type: ignore[no-any-return]
 
     def _displace(self, name: str) -> None:
-        """Make room for a new weight. What had its name must be on the way out, and is kept in case of failure."""
+        """Make room for a new weight. The old one of its name must have no users that stay; it is kept to restore."""
         for node in self._staying:
             if str(node.target) in (name, name.rpartition(".")[0]):
                 raise self.error(f"{node.name} still uses the weights at {name!r}", "register the new ones elsewhere")
@@ -249,6 +255,6 @@ class Tracer(fx.proxy.TracerBase):
 
 
 def _versions(node: fx.Node) -> list[int]:
-    """How often each tensor that a node reads has been edited in place."""
+    """Return how often each tensor that a node reads has been edited in place."""
     read = [v for n in node.all_input_nodes for v in values(n) if isinstance(v, torch.Tensor)]
     return [v._version for v in read if not v.is_inference()]
