@@ -61,7 +61,10 @@ class Pattern:
 
 
 class Match:
-    """One attempt to match a pattern, from its result backwards."""
+    """An attempt to match a pattern.
+
+    `bound` holds the values of the pattern's parameters, `taken` the nodes that matched operations, result first.
+    """
 
     def __init__(self, graph: Graph, pattern: Pattern) -> None:
         self.graph, self.pattern = graph, pattern
@@ -69,10 +72,15 @@ class Match:
         self.taken: list[fx.Node] = []
 
     def arguments(self) -> list[Any]:
+        """The values of the pattern's parameters, in order."""
         return [self.bound[name] for name in self.pattern.names]
 
     def at(self, node: fx.Node) -> None:
-        """Match with `node` as the result, or raise NoMatch; `taken` is empty if not even the result fits."""
+        """Match the pattern with `node` as its result.
+
+        Raises:
+            NoMatch: the pattern does not match; `taken` is empty if not even the result does.
+        """
         self._node(self.pattern.root, node)
         inside = set(self.taken)
         for inner in self.taken:
@@ -80,84 +88,84 @@ class Match:
             if inner is not node and outside:
                 raise NoMatch(f"{inner.name} is used elsewhere too, by {', '.join(outside[:3])}")
 
-    def _value(self, wanted: Any, found: Any) -> None:
+    def _value(self, wanted: Any, actual: Any) -> None:
         if isinstance(wanted, fx.Node):
-            self._node(wanted, found)
+            self._node(wanted, actual)
         elif isinstance(wanted, tuple | list):
-            if not isinstance(found, tuple | list) or len(found) != len(wanted):
-                raise NoMatch(f"expected {len(wanted)} values, found {found}")
-            for w, f in zip(wanted, found, strict=True):
-                self._value(w, f)
-        elif wanted != found or isinstance(found, fx.Node):
-            raise NoMatch(f"expected {wanted!r}, found {found}")
+            if not isinstance(actual, tuple | list) or len(actual) != len(wanted):
+                raise NoMatch(f"expected {len(wanted)} values, found {actual}")
+            for wanted_item, actual_item in zip(wanted, actual, strict=True):
+                self._value(wanted_item, actual_item)
+        elif wanted != actual or isinstance(actual, fx.Node):
+            raise NoMatch(f"expected {wanted!r}, found {actual}")
 
-    def _node(self, wanted: fx.Node, found: Any) -> None:
+    def _node(self, wanted: fx.Node, actual: Any) -> None:
         if wanted.op == "placeholder":
-            self._bind(str(wanted.target), found)
+            self._bind(str(wanted.target), actual)
             return
-        if not isinstance(found, fx.Node):
-            raise NoMatch(f"expected a value of {called(wanted)}, found the constant {found!r}")
+        if not isinstance(actual, fx.Node):
+            raise NoMatch(f"expected a value of {called(wanted)}, found the constant {actual!r}")
         args, kwargs = arguments_of(wanted)
-        found_args, found_kwargs = arguments_of(found)
+        actual_args, actual_kwargs = arguments_of(actual)
         if wanted.op == "call_method" and wanted.target == "__call__":
             name = str(wanted.args[0])
             cls = self.pattern.classes.get(name, nn.Module)
-            module = self.graph.module(str(found.target)) if found.op == "call_module" else None
+            module = self.graph.module(str(actual.target)) if actual.op == "call_module" else None
             if not isinstance(module, cls):
-                raise NoMatch(f"expected a {cls.__name__}, found {called(found)}")
-            self.taken.append(found)
+                raise NoMatch(f"expected a {cls.__name__}, found {called(actual)}")
+            self.taken.append(actual)
             self._bind(name, module)
             args = args[1:]
         else:
-            kind, target, found_args, found_kwargs = self._spelled(wanted, found, found_args, found_kwargs)
+            kind, target, actual_args, actual_kwargs = self._spelled(wanted, actual, actual_args, actual_kwargs)
             if wanted.op != kind or SAME.get(wanted.target, wanted.target) != SAME.get(target, target):
-                raise NoMatch(f"expected {called(wanted)}, found {called(found)}{self._hint(wanted, found)}")
-            self.taken.append(found)
-        if len(args) != len(found_args) or set(kwargs) != set(found_kwargs):
-            raise NoMatch(f"{called(found)} is called with other arguments: {found.args} {found.kwargs}")
+                raise NoMatch(f"expected {called(wanted)}, found {called(actual)}{self._hint(wanted, actual)}")
+            self.taken.append(actual)
+        if len(args) != len(actual_args) or set(kwargs) != set(actual_kwargs):
+            raise NoMatch(f"{called(actual)} is called with other arguments: {actual.args} {actual.kwargs}")
         commutes = SAME.get(wanted.target, wanted.target) in COMMUTE
-        self._either(args, [found_args, found_args[::-1]] if commutes else [found_args])
+        self._either(args, [actual_args, actual_args[::-1]] if commutes else [actual_args])
         for key, value in kwargs.items():
-            self._value(value, found_kwargs[key])
+            self._value(value, actual_kwargs[key])
 
     def _spelled(
-        self, wanted: fx.Node, found: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, wanted: fx.Node, actual: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
-        """Kind, target and arguments of a node: for a module, where a function is wanted, as a call of that."""
-        if wanted.op == "call_function" and found.op == "call_module":
-            function = as_function(self.graph.module(str(found.target)), found)
+        """Return kind, target and arguments of a node; a module is spelled as a function if one is wanted."""
+        if wanted.op == "call_function" and actual.op == "call_module":
+            function = as_function(self.graph.module(str(actual.target)), actual)
             if function is not None and not any(isinstance(v, torch.Tensor) for v in function[2].values()):
                 return "call_function", *function
-        return found.op, found.target, args, kwargs
+        return actual.op, actual.target, args, kwargs
 
-    def _hint(self, wanted: fx.Node, found: fx.Node) -> str:
-        if wanted.op != "call_function" or found.op != "call_module":
+    def _hint(self, wanted: fx.Node, actual: fx.Node) -> str:
+        if wanted.op != "call_function" or actual.op != "call_module":
             return ""
-        module = self.graph.module(str(found.target))
-        function = as_function(module, found)
+        module = self.graph.module(str(actual.target))
+        function = as_function(module, actual)
         if function is None or function[0] is not wanted.target:
             return f", a {type(module).__name__}"
         return f", {needs_annotation(module)}"
 
     def _either(self, args: tuple[Any, ...], orders: list[tuple[Any, ...]]) -> None:
-        """Match arguments in one of several orders."""
+        """Match arguments in any of several orders."""
         start = dict(self.bound), list(self.taken)
         failures: list[tuple[list[fx.Node], NoMatch]] = []
         for order in orders:
             try:
-                for w, f in zip(args, order, strict=True):
-                    self._value(w, f)
+                for wanted, actual in zip(args, order, strict=True):
+                    self._value(wanted, actual)
                 return
             except NoMatch as failure:
                 failures.append((self.taken, failure))
                 self.bound, self.taken = dict(start[0]), list(start[1])
-        self.taken, furthest = max(failures, key=lambda f: len(f[0]))  # that order tells the reason
+        self.taken, furthest = max(failures, key=lambda f: len(f[0]))  # this order gives the reason
         raise furthest
 
-    def _bind(self, name: str, found: Any) -> None:
-        if name in self.bound and self.bound[name] is not found and self.bound[name] != found:
-            raise NoMatch(f"{name} would be both {self.bound[name]} and {found}")
-        self.bound[name] = found
+    def _bind(self, name: str, actual: Any) -> None:
+        if name in self.bound and self.bound[name] is not actual and self.bound[name] != actual:
+            raise NoMatch(f"{name} would be both {self.bound[name]} and {actual}")
+        self.bound[name] = actual
 
 
 def needs_annotation(module: nn.Module) -> str:

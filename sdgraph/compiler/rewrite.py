@@ -19,12 +19,12 @@ from .spelling import as_function
 
 @dataclass(frozen=True)
 class Example:
-    """Code a rewrite applies to, or, with `changes=False`, code it must leave alone. Documentation and test at once.
+    """Code that a rewrite applies to or must leave alone. It is documentation and test at once.
 
     Args:
         code: a function or an `nn.Module` of tensors.
-        shapes: the shape of each of its arguments; sizes may be "B", "H", "W", "L".
-        changes: whether the rewrite applies.
+        shapes: the shapes of its arguments by name; sizes may be "B", "H", "W", "L".
+        changes: whether the rewrite applies to the code.
     """
 
     code: Callable[..., Any]
@@ -44,11 +44,11 @@ class Rewrite(Pass):
                                 their shapes), constants, or modules.
         replace(self, x, ...)   PyTorch code for what takes the place of the match.
 
-    Places where more than the last operation matched, or where `check` declined, are reported as near-misses.
+    Places where at least the last operation matched are reported as near misses, with the reason.
 
     Class attributes:
-        by_weights: `check` reads the numbers of weights. What it says is then recorded; see `Graph.decide`.
-        examples: code that it applies to, and code that it must leave alone.
+        by_weights: whether `check` reads the values of weights. Its results are then recorded; see `Graph.decide`.
+        examples: code that the rewrite applies to, and code that it must leave alone.
     """
 
     by_weights: ClassVar[bool] = False
@@ -77,18 +77,18 @@ class Rewrite(Pass):
                     where = f"{scope(node) or '(top level)'}, node {node.name}"
                     misses.append(NearMiss(where, refused, len(match.taken)))
                 continue
-            made = graph.insert(self.replace, *match.arguments(), before=node.next, path=scope(node))
-            graph.rewire(node, made)
-            edits.append(f"{scope(node) or '(top level)'}: {node.name} -> {made.name}")
-            for gone in match.taken:  # from the result backwards, so that users go first
-                if not gone.users:
-                    graph.erase(gone)
+            replacement = graph.insert(self.replace, *match.arguments(), before=node.next, path=scope(node))
+            graph.rewire(node, replacement)
+            edits.append(f"{scope(node) or '(top level)'}: {node.name} -> {replacement.name}")
+            for replaced in match.taken:  # from the result backwards, so that users go first
+                if not replaced.users:
+                    graph.erase(replaced)
         if not edits:
             misses += _other_spelling(graph, pattern)
         return Findings(tuple(edits), tuple(sorted(misses, key=lambda m: -m.matched)))
 
     def _refused(self, match: Match, node: fx.Node) -> str | None:
-        """Why it does not apply with `node` as the result; None if it does."""
+        """Return why the rewrite does not apply with `node` as the result; None if it does."""
         try:
             match.at(node)
         except NoMatch as miss:
@@ -101,7 +101,7 @@ class Rewrite(Pass):
         return None if verdict is True else str(verdict)
 
     def _verdict(self, match: Match) -> bool | str:
-        """What `check` says: true, or why not."""
+        """Return true if `check` accepts the match, and its reason otherwise."""
         try:
             self.check(*match.arguments())
         except NoMatch as miss:
@@ -110,15 +110,15 @@ class Rewrite(Pass):
 
 
 def _other_spelling(graph: Graph, pattern: Pattern) -> list[NearMiss]:
-    """Modules that compute what the pattern ends with, but cannot be matched as a function, for they have weights."""
-    found: dict[type[nn.Module], list[fx.Node]] = {}
+    """Return modules that compute what the pattern ends with, but do not match because they have weights."""
+    nodes_by_class: dict[type[nn.Module], list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module" and pattern.root.op == "call_function":
             module = graph.module(str(node.target))
             function = as_function(module, node)
             if function is not None and function[0] is pattern.root.target:
-                found.setdefault(type(module), []).append(node)
+                nodes_by_class.setdefault(type(module), []).append(node)
     return [
         NearMiss(str(nodes[0].target), f"{len(nodes)} of these: {needs_annotation(graph.module(str(nodes[0].target)))}")
-        for nodes in found.values()
+        for nodes in nodes_by_class.values()
     ]

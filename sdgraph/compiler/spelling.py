@@ -1,4 +1,4 @@
-"""One call in its different spellings: operators and functions, arguments by place and by name, modules."""
+"""The different spellings of a call: operators and functions, positional and named arguments, modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAME: Mapping[Any, Any] = {
 
 
 class _Called:
-    """Stands for a tensor, and answers any function of PyTorch with what was called."""
+    """Stands for a tensor. A PyTorch function that is called with it returns itself and its arguments."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -29,9 +29,10 @@ class _Called:
 
 
 def as_function(module: nn.Module, node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    """The function that a leaf module is nothing but a call of, with the arguments of `node`, by name.
+    """Return the function whose call is all that a leaf module does, and its arguments for `node`, by name.
 
-    None if it is more than that, or depends on the mode, as dropout does.
+    Returns:
+        Function, positional and named arguments; None if the module does more, or depends on the mode as dropout does.
     """
     if len(node.args) != 1 or node.kwargs:
         return None
@@ -47,7 +48,7 @@ def as_function(module: nn.Module, node: fx.Node) -> tuple[Any, tuple[Any, ...],
 
 
 def arguments_of(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, by name and without those that are the defaults, where the signature is known."""
+    """Return the arguments of a call; by name and without defaults if the signature is known."""
     if node.op == "call_function" and node.target not in SAME and node.target not in SAME.values():
         bound = _bound(node.target, node.args, node.kwargs)
         if bound is not None:
@@ -56,7 +57,7 @@ def arguments_of(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _bound(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Arguments by name, without those that are the defaults; None if no signature of the function fits."""
+    """Return arguments by name, without defaults; None if no signature of the function fits."""
     for signature in _signatures(target):
         try:
             bound = signature.bind(*args, **kwargs)
@@ -71,8 +72,8 @@ def _bound(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
 @functools.cache
 def _signatures(target: Any) -> tuple[inspect.Signature, ...]:
     try:
-        found = [inspect.signature(target)]
+        signatures = [inspect.signature(target)]
     except (TypeError, ValueError):
-        found = get_signature_for_torch_op(target) or []
+        signatures = get_signature_for_torch_op(target) or []
     loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return tuple(s for s in found if not any(p.kind in loose for p in s.parameters.values()))
+    return tuple(s for s in signatures if not any(p.kind in loose for p in s.parameters.values()))

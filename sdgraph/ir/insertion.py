@@ -54,7 +54,7 @@ def _earliest_place(graph: GraphState, args: Sequence[Any]) -> fx.Node:
     if not nodes:
         return first_operation(graph)
     last = max(nodes, key=lambda n: order[n])
-    return last.next
+    return last.next  # type: ignore[no-any-return]
 
 
 def first_operation(graph: GraphState) -> fx.Node:
