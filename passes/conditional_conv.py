@@ -1,4 +1,4 @@
-"""Conditional convolutions: a kernel that is mixed from those of experts at each call."""
+"""Conditional convolutions, whose kernels are mixed from the kernels of experts at every call."""
 
 from __future__ import annotations
 
@@ -14,43 +14,59 @@ from sdgraph import per_call
 
 
 class Mixture(nn.Module):
-    """What experts add to the kernel and the bias of a convolution.
+    """The sum of experts that is added to the kernel and the bias of a convolution.
 
     Args:
-        convs: the convolution itself, which is expert 0, and the others; it is used again for those that lack.
-        experts: how many, E.
+        convs: the convolution itself, which is expert 0, and other experts. Missing experts are copies of it.
+        experts: the number of experts, E.
     """
 
     def __init__(self, convs: Sequence[Any], experts: int) -> None:
         super().__init__()
         first = convs[0]
         others = [*convs[1:], *[first] * (experts - len(convs))]
-        self.weight = nn.Parameter(torch.stack([one.weight.detach().to(first.weight).flatten() for one in others]))
+        self.weight = nn.Parameter(torch.stack([conv.weight.detach().to(first.weight).flatten() for conv in others]))
         self.bias = (
             None
             if first.bias is None
-            else nn.Parameter(torch.stack([one.bias.detach().to(first.bias) for one in others]))
+            else nn.Parameter(torch.stack([conv.bias.detach().to(first.bias) for conv in others]))
         )
 
     def forward(self, gates: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(B, E), (O, I / groups, h, w) and (O) to (B, O, I / groups, h, w) and (B, O)."""
+        """Return the sums for the kernel and for the bias.
+
+        Args:
+            gates: (B, E).
+            weight, bias: of the convolution, (O, I / groups, h, w) and (O).
+        Returns:
+            (B, O, I / groups, h, w) and (B, O).
+        """
         kernels = summed(gates, weight, self.weight)
         return kernels, None if bias is None or self.bias is None else summed(gates, bias, self.bias)
 
 
 def summed(gates: Tensor, first: Tensor, others: Tensor) -> Tensor:
-    """The sum of experts for each row of gates: (B, E), the shape of an expert, and (E - 1, its size), to (B, ...)."""
+    """Return the sum of experts for every row of gates.
+
+    Args:
+        gates: (B, E).
+        first: the first expert, of any shape.
+        others: the other experts, flattened: (E - 1, size of an expert).
+    Returns:
+        (B, *shape of an expert).
+    """
     return (gates[:, :1] * first.flatten() + gates[:, 1:] @ others).reshape(-1, *first.shape)
 
 
 class ConditionalConv2d(nn.Module):
-    """A convolution to whose kernel and bias a sum of experts' is added, with gates computed at each call.
+    """A convolution with a sum of experts added to its kernel and bias, whose gates are computed at every call.
 
-    The sum is zero at first, in every precision, so that the kernel is the convolution's own, bit for bit.
+    Initially the sum is zero in every precision, so that the kernel is the convolution's own, bit for bit.
 
     Args:
         convs, experts: see `Mixture`.
-        width: features that are routed by.
+        width: the number of features that the gates are computed from.
+        gate, temperature: see `MECondConv`.
     """
 
     def __init__(self, convs: Sequence[Any], experts: int, width: int, gate: str, temperature: float) -> None:
@@ -68,7 +84,14 @@ class ConditionalConv2d(nn.Module):
         self.options = (first.stride, first.padding, first.dilation, first.groups)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None, timestep: Tensor | None = None) -> Tensor:
-        """(B, I, H, W) to (B, O, H', W')."""
+        """Return the convolution of `x`.
+
+        Args:
+            x: (B, I, H, W).
+            embedding, timestep: (B, D), and (1,) or (B,), for gates by timestep; by default they depend on `x`.
+        Returns:
+            (B, O, H', W').
+        """
         if embedding is not None and timestep is not None:
             gates = self._gates(F.silu(per_call(embedding, timestep)))
             kernels, biases = self.mix(gates, self.weight, self.bias)
@@ -92,17 +115,19 @@ def convolve(
     dilation: Any,
     groups: int,
 ) -> Tensor:
-    """Convolution with a kernel to which others are added: one for all samples, or one for each sample.
+    """Return a convolution with kernels added to its own: one for all samples, or one for every sample.
 
-    Those for each sample are convolved with alone, and the results added: a convolution with more groups rounds
-    otherwise, and where it convolves with zeros that must not be seen.
+    Kernels for every sample are convolved with separately, and the results are added. A convolution with more groups
+    rounds differently, and this must not show where the added kernels are zero.
 
     Args:
         x: (B, I, H, W).
         weight, bias: (O, I / groups, h, w) and (O).
-        kernels, biases: what is added, (1 or B, O, I / groups, h, w) and (1 or B, O).
+        kernels, biases: the added kernels and biases, (1 or B, O, I / groups, h, w) and (1 or B, O).
+    Returns:
+        (B, O, H', W').
     """
-    given = tuple(one for one in (x, weight, bias, kernels, biases) if one is not None)
+    given = tuple(tensor for tensor in (x, weight, bias, kernels, biases) if tensor is not None)
     if has_torch_function(given):
         return handle_torch_function(
             convolve, given, x, weight, bias, kernels, biases, stride, padding, dilation, groups
@@ -117,11 +142,13 @@ def convolve(
 def by_sample(
     x: Tensor, kernels: Tensor, biases: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    """Convolution with a kernel for each sample, as a convolution with more groups.
+    """Return the convolution with a kernel for every sample, computed as one convolution with more groups.
 
     Args:
         x: (B, I, H, W).
         kernels, biases: (B, O, I / groups, h, w) and (B, O).
+    Returns:
+        (B, O, H', W').
     """
     B = x.shape[0]
     flat = None if biases is None else biases.flatten()
@@ -141,15 +168,17 @@ def conditional_conv2d(
     dilation: Any,
     groups: int,
 ) -> Tensor:
-    """Convolution with a kernel for each sample: `weight`, and the sum of experts, of which it is the first.
+    """Return the convolution with a kernel for every sample: `weight` and the sum of experts.
 
     Args:
         x: (B, I, H, W).
-        gates: of the experts, (B, E).
-        weight, bias: (O, I / groups, h, w) and (O).
-        others, biases: (E - 1, O * I / groups * h * w) and (E - 1, O).
+        gates: (B, E).
+        weight, bias: the first expert, (O, I / groups, h, w) and (O).
+        others, biases: the other experts, (E - 1, O * I / groups * h * w) and (E - 1, O).
+    Returns:
+        (B, O, H', W').
     """
-    given = tuple(one for one in (x, gates, weight, bias, others, biases) if one is not None)
+    given = tuple(tensor for tensor in (x, gates, weight, bias, others, biases) if tensor is not None)
     if has_torch_function(given):
         return handle_torch_function(
             conditional_conv2d, given, x, gates, weight, bias, others, biases, stride, padding, dilation, groups
@@ -158,11 +187,11 @@ def conditional_conv2d(
         kernels = weight + summed(gates, weight, others)
         mixed = None if bias is None or biases is None else bias + summed(gates, bias, biases)
         return by_sample(x, kernels, mixed, stride, padding, dilation, groups)
-    # ONNX fixes the number of groups in the graph, so there every expert is convolved with
+    # ONNX fixes the number of groups in the graph, so exported graphs convolve with every expert.
     count, channels = len(others), len(weight)
 
-    def within_groups(each: Tensor) -> Tensor:
-        return each.reshape(count, groups, -1, *each.shape[2:]).transpose(0, 1).flatten(0, 2)
+    def within_groups(experts: Tensor) -> Tensor:
+        return experts.reshape(count, groups, -1, *experts.shape[2:]).transpose(0, 1).flatten(0, 2)
 
     flat = None if biases is None else within_groups(biases)
     kernels = within_groups(others.reshape(count, *weight.shape))

@@ -54,12 +54,13 @@ def _earliest_place(graph: GraphState, args: Sequence[Any]) -> fx.Node:
     if not nodes:
         return first_operation(graph)
     last = max(nodes, key=lambda n: order[n])
-    return last.next  # type: ignore[no-any-return]
+    return last.next
 
 
 def first_operation(graph: GraphState) -> fx.Node:
     """The first node that is no input."""
-    return next(n for n in graph.fx.nodes if n.op != "placeholder")
+    first: fx.Node = next(n for n in graph.fx.nodes if n.op != "placeholder")
+    return first
 
 
 def module_stack(graph: GraphState, path: str) -> dict[str, Any]:
