@@ -1,4 +1,4 @@
-"""`CleanUp`: remove what computes nothing. EXACT."""
+"""`CleanUp`: remove operations without effect."""
 
 from __future__ import annotations
 
@@ -103,16 +103,20 @@ class RemoveMultiplicationByOne(Rewrite):
 
 
 def _only_a_number(x: fx.Node, operations: Collection[Any]) -> None:
-    """Decline where one of `operations` with one changes the type, or the layout in memory."""
+    """Decline a place where an operation with the number 1 changes the type, or the layout in memory.
+
+    Args:
+        operations: the operations that are looked for among the users of `x`.
+    """
     results = [user for user in x.users if user.target in operations and 1 in user.args]
     for key in ("val", "probe"):
-        was = x.meta[key]
-        if not isinstance(was, torch.Tensor):
+        value = x.meta[key]
+        if not isinstance(value, torch.Tensor):
             raise NoMatch("it is no tensor")
-        for now in (result.meta[key] for result in results):
-            if was.dtype != now.dtype:
-                raise NoMatch(f"it turns {was.dtype} into {now.dtype}")
-            if key == "probe" and was.stride() != now.stride():  # where no size is 1, so that strides mean something
+        for result in (node.meta[key] for node in results):
+            if value.dtype != result.dtype:
+                raise NoMatch(f"it turns {value.dtype} into {result.dtype}")
+            if key == "probe" and value.stride() != result.stride():  # no size is 1 there, so strides are meaningful
                 raise NoMatch("it copies a view, as later operations may need")
 
 
@@ -157,7 +161,7 @@ class RemoveKeywordCast(RemoveCast):
 class CleanUp(Fixpoint):
     """Remove dead dropout, identities, divisions and multiplications by one, casts and copies without effect.
 
-    EXACT: every bit of every output stays, for all sizes and dtypes. A UNet with nothing to remove is fine.
+    Every bit of every output stays the same, for all sizes and dtypes. A UNet with nothing to remove is no error.
     """
 
     passes: tuple[Pass, ...] = (

@@ -17,26 +17,28 @@ VARIANTS = ("joint", "gated")
 
 @dataclass(frozen=True)
 class GRIAttention(Pass):
-    """Let each query of a self-attention see its own window, and the rest of the map pooled.
+    """Replace self-attention by attention to the query's own window and to the pooled rest of the map.
 
-    A-SDM names global-regional interactive attention; the form of it here is ours, for its papers' bodies were not at
-    hand. Each query attends, in one softmax, to the keys of its window (regional) and to the mean keys of all cells
-    outside of it (global), to whose logits the logarithm of the cell's size is added: every position counts once. The
-    source's weights are used as they are. With `pool=1`, or a window as large as the map, it is full attention.
+    A query attends, in one softmax, to the keys of its window (regional) and to the mean keys of all cells outside of
+    it (global). The logarithm of the cell's size is added to the logit of a cell, so that every position counts once.
+    The source's weights are used as they are. With `pool=1`, or a window as large as the map, it is full attention.
 
     Args:
-        window: side of a window, in tokens.
-        pool: side of a cell; divides the window.
-        levels: resolutions at which attention is replaced, 0 is that of the latents, 1 half of it.
-        shift: how far the windows of every second layer are moved, in tokens, so that their borders differ. A multiple
-            of `pool`, less than `window`.
-        variant: "joint" is as above. "gated" adds a parameter of each head, `<path>.interaction.balance`, to the logits
-            of the cells: that sums what comes of the window and what comes of the cells with the gates
+        window: the side of a window, in tokens.
+        pool: the side of a cell, in tokens; it divides the window.
+        levels: the resolutions at which attention is replaced; 0 is that of the latents, 1 half of it.
+        shift: the offset of the windows in every second layer, in tokens, so that their borders differ: a multiple of
+            `pool`, less than `window`.
+        variant: "joint" is described above. "gated" adds a parameter of every head, `<path>.interaction.balance`, to
+            the logits of the cells. This sums the results of the window and of the cells with the gates
             σ(n - f - balance) and σ(f - n + balance), where n and f are the logarithms of their sums of exponentials.
-            It starts at 0, where both variants are the same, and training moves it.
+            The parameter is 0 initially, where both variants are the same, and training changes it.
     Raises:
-        SpecError: sizes that do not go together.
-        EditError: a level without self-attention.
+        SpecError: the sizes do not fit together.
+        EditError: there is no self-attention at a level.
+    Source:
+        A-SDM names global-regional interactive attention. This form of it is ours, because the bodies of its papers
+        were not available.
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
@@ -64,8 +66,8 @@ class GRIAttention(Pass):
             raise SpecError(f"levels are {self.levels!r}", where="GRIAttention", hint="such as (0,) or (0, 1)")
 
     def run(self, graph: Graph) -> Findings:
-        found = self_attentions(graph)
-        known = sorted({level for _, _, level in found})
+        attentions = self_attentions(graph)
+        known = sorted({level for _, _, level in attentions})
         for level in self.levels:
             if level not in known:
                 raise EditError(
@@ -74,7 +76,7 @@ class GRIAttention(Pass):
         edits: list[str] = []
         misses: list[NearMiss] = []
         device = next(graph.weights.parameters()).device
-        for attention, tokens, level in found:
+        for attention, tokens, level in attentions:
             path = list(attention.meta["nn_module_stack"])[-1]
             if level not in self.levels:
                 continue
@@ -85,20 +87,20 @@ class GRIAttention(Pass):
             before = graph.step_macs()
             shift = self.shift if len(edits) % 2 else 0
             module = GlobalRegional(attention, self.window, self.pool, shift, self.variant, device)
-            made = graph.insert(module, *attention.args[:3], tokens, before=attention, path=f"{path}.interaction")
-            graph.rewire(attention, made)
+            output = graph.insert(module, *attention.args[:3], tokens, before=attention, path=f"{path}.interaction")
+            graph.rewire(attention, output)
             graph.eliminate_dead_code()
             edits.append(f"{path}: {graph.step_macs() / before:.1%} of the multiply-accumulates are left")
         return Findings(edits=tuple(edits), near_misses=tuple(misses))
 
 
 class GlobalRegional(nn.Module):
-    """What takes the place of a fused attention.
+    """The module that replaces a fused attention.
 
     Args:
-        attention: that node, whose first argument has heads in its second dimension.
+        attention: the node of the attention, whose first argument has heads in its second dimension.
         window, pool, shift, variant: see `GRIAttention`.
-        device: of its parameter, if it has one.
+        device: the device of its parameter, if it has one.
     """
 
     def __init__(
@@ -118,8 +120,8 @@ class GlobalRegional(nn.Module):
 
 
 def self_attentions(graph: Graph) -> list[tuple[fx.Node, fx.Node, int]]:
-    """Each fused self-attention of a transformer, the map its tokens come from, and its level."""
-    found = []
+    """Return the fused self-attentions of transformers, with the maps that their tokens come from and their levels."""
+    attentions = []
     outer = graph.input("sample").meta["val"].shape[-1]
     for node in graph.nodes:
         if node.target is not F.scaled_dot_product_attention:
@@ -134,21 +136,21 @@ def self_attentions(graph: Graph) -> list[tuple[fx.Node, fx.Node, int]]:
         tokens = graph.region(transformer).main_input
         if tokens is not None and tokens.meta["val"].ndim == 4:
             level = round(torch.log2(torch.tensor(outer / tokens.meta["val"].shape[-1])).item())
-            found.append((node, tokens, level))
-    return found
+            attentions.append((node, tokens, level))
+    return attentions
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, height: Any, width: Any, window: int, pool: int, shift: int = 0,
     scale: float | None = None, balance: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Global-regional attention.
+    """Return global-regional attention.
 
     Args:
         q, k, v: (B, heads, height·width, d), row by row.
         window, pool, shift: see `GRIAttention`.
-        scale: of the logits; 1/√d by default.
-        balance: (heads,) added to the logits of the cells.
+        scale: the factor of the logits; 1/√d by default.
+        balance: (heads,), added to the logits of the cells.
     Returns:
         (B, heads, height·width, d).
     """

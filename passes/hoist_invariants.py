@@ -1,4 +1,4 @@
-"""`HoistInvariants`: compute once per generation what is the same at all its calls."""
+"""`HoistInvariants`: compute values that are the same at all calls of a generation once."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ ONCE = Once()
 
 @dataclass(frozen=True)
 class HoistInvariants(Pass):
-    """Loop-invariant code motion over the calls of a generation: keys and values of the text, most of all.
+    """Move loop-invariant code out of the calls of a generation: above all, the keys and values of the text.
 
-    Whatever has costs and depends on nothing but weights and conditioning (the text, SDXL's sizes, IP-Adapter's
-    images, class labels) is computed at the first call of a generation and kept. It is found by following the inputs
-    that change from call to call; the numbers stay bit for bit the same.
+    Values that cost multiply-accumulates and depend on nothing but weights and conditioning (the text, SDXL's sizes,
+    IP-Adapter's images, class labels) are computed at the first call of a generation and kept. They are the values that
+    do not depend on the inputs that change from call to call. All results stay the same bit for bit.
     """
 
     contract: ClassVar[Contract] = Contract.EXACT
 
     def run(self, graph: Graph) -> Findings:
         changing = graph.changing_nodes()
-        found = [
+        invariants = [
             node
             for node in graph.nodes
             if node.op.startswith("call_")
@@ -36,7 +36,7 @@ class HoistInvariants(Pass):
             and any(user in changing or user.op == "output" for user in node.users)
         ]
         edits = []
-        for node in found:
+        for node in invariants:
             source = _costly(graph, node)
             if source is not None:
                 name = _free_name(graph, source)
@@ -46,17 +46,9 @@ class HoistInvariants(Pass):
 
 
 def _costly(graph: Graph, node: fx.Node) -> fx.Node | None:
-    """The nearest node with multiply-accumulates that a value comes from, past which nothing is kept already."""
-    seen, stack = {node}, [node]
-    while stack:
-        one = stack.pop()
-        if one.target is inherit:
-            continue
-        if graph.macs_of(one):
-            return one
-        stack += [source for source in one.all_input_nodes if source not in seen]
-        seen.update(one.all_input_nodes)
-    return None
+    """Return a node with multiply-accumulates that a value is computed from; None if it is kept or costs nothing."""
+    sources = graph.ancestors(node, stop=lambda source: source.target is inherit)
+    return next((source for source in sources if graph.macs_of(source)), None)
 
 
 def _free_name(graph: Graph, node: fx.Node) -> str:

@@ -18,22 +18,24 @@ PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
 class PruneBlocks(Pass):
     """Remove blocks, by preset or by module path.
 
-    Presets are BK-SDM's (Kim et al., 2023, arXiv 2305.15798), on any UNet with two layers per block: `bk-sdm-base`
-    keeps the first layer of every down block and the first and last of every up block; `bk-sdm-small` also drops the
-    mid block; `bk-sdm-tiny` also drops the innermost level. The weights that stay are the source's, as BK-SDM
-    initialises its students; quality needs distillation afterwards.
+    Presets fit any UNet with two layers per block. `bk-sdm-base` keeps the first layer of every down block and the
+    first and last layers of every up block; `bk-sdm-small` also removes the mid block; `bk-sdm-tiny` also removes the
+    innermost level. The remaining weights are those of the source, as BK-SDM initializes its students; good images need
+    distillation afterwards.
 
-    A list removes any regions: resnets, attentions, transformer blocks, units (`...attn1`, `...ff`), the mid block,
-    whole levels. Patterns such as `up_blocks.*.attentions.-1` are those of `sdgraph.Graph.matching`. What takes the
-    place of a region is told in `sdgraph.Graph.bypass`; in short, the flow goes past it, an up layer goes together with
-    its skip connection, and a resnet that changes the channels leaves its 1x1 shortcut. ControlNet and adapter
-    residuals of skips that stay go where they went before.
+    A list of paths removes any regions: resnets, attentions, transformer blocks, units (`...attn1`, `...ff`), the mid
+    block, whole levels. Patterns such as `up_blocks.*.attentions.-1` are those of `sdgraph.Graph.matching`. The main
+    flow goes past a removed region as `sdgraph.Graph.bypass` describes: an up layer is removed together with its skip
+    connection, and of a resnet that changes the channels the 1x1 shortcut stays. ControlNet and adapter residuals of
+    the remaining skips are added where they were before.
 
     Args:
-        blocks: a preset, a path, or paths.
+        blocks: a preset, a path, or several paths.
     Raises:
-        PathError: an unknown path (with the nearest ones), or one that is pruned already.
-        ShapeError: what remains does not fit together; with the two shapes and where.
+        PathError: a path is unknown (the error names the nearest ones), or was removed before.
+        ShapeError: the remaining parts do not fit together; the error names the place and the two shapes.
+    Source:
+        The presets are BK-SDM's: Kim et al., 2023, arXiv 2305.15798.
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
@@ -59,12 +61,11 @@ class PruneBlocks(Pass):
             paths = _outermost(graph.matching(self.blocks))
         for path in paths:
             graph.bypass(path)
-            graph.removed[path] = str(self)
         return Findings(edits=tuple(f"removed {path}" for path in paths))
 
 
 def _outermost(paths: list[str]) -> list[str]:
-    """The latest in the graph first, and none that lies inside another."""
+    """Return the paths that lie in no other path, last in the graph first."""
     return [p for p in reversed(paths) if not any(p.startswith(f"{other}.") for other in paths)]
 
 
@@ -102,12 +103,12 @@ def _preset(graph: Graph, preset: str) -> Iterator[str]:
 
 
 def _layer(present: set[str], block: str, index: int) -> list[str]:
-    """Paths of the attention, where there is one, and the resnet of one layer."""
+    """Return the paths of the attention, if there is one, and the resnet of a layer."""
     return [p for p in (f"{block}.attentions.{index}", f"{block}.resnets.{index}") if p in present]
 
 
 def _layers(graph: Graph, side: str) -> list[list[str]]:
-    """Paths of the resnets of each level."""
+    """Return the paths of the resnets of every level."""
     levels: dict[str, list[str]] = {}
     for path in graph.paths():
         if fnmatch.fnmatchcase(path, f"{side}.*.resnets.*") and path.count(".") == 3:

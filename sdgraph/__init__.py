@@ -7,9 +7,10 @@ from . import errors
 from .calibration.search import search
 from .compiler.base import Findings, Pass
 from .compiler.chain import Chain, Fixpoint
+from .compiler.matching import NoMatch
 from .compiler.parse import parse
 from .compiler.report import NearMiss, PassReport, Report
-from .compiler.rewrite import Example, NoMatch, Rewrite
+from .compiler.rewrite import Example, Rewrite
 from .contract import Contract
 from .errors import SdgraphError
 from .evaluation.evaluate import Evaluation, evaluate

@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import EditError, ModeError, PathError, ShapeError, did_you_mean
+from .errors import EditError, ModeError, PathError, did_you_mean
 from .forecasts import Forecast, as_forecast
 from .inheritance.timetable import Timetable, timetable
+from .ir.edits import Removed
 from .ir.guards import Guard, check_condition, probing
-from .ir.nodes import scope, values
-from .ir.paths import above, matching
+from .ir.insertion import check_same_shape, first_operation, insert, module_stack
+from .ir.liveness import eliminate_dead_code
+from .ir.nodes import scope, weights_read
+from .ir.paths import matching
 from .ir.region import Region, region_at, regions_of
 from .ir.sites import Site, bypass, inherit, sites
+from .ir.specialize import copy_nodes
 from .ir.state import GraphState
-from .ir.tracer import Tracer, tracing
-from .ir.weights import Shares, Weights
+from .ir.weights import Shares
 from .schedules import Run, Schedule
 from .views.diagram import picture
 from .views.text import text
@@ -30,51 +33,61 @@ class Graph(GraphState):
     """A traced model that passes read and edit.
 
     It has the fields of `sdgraph.ir.state.GraphState`: `fx` (the nodes), `weights`, `inputs`, `dims`, `config`,
-    `guards`, `passes` and more.
+    `guards`, `passes`, `removals` and more.
     """
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     def region(self, path: str) -> Region:
-        """The nodes under a module path.
+        """Return the nodes under a module path.
 
         Raises:
-            PathError: naming the nearest paths, or the pass that removed it.
+            PathError: there are none; the error names the nearest paths, or the pass that removed the region.
         """
         return region_at(self, path)
 
     def regions(self) -> dict[str, Region]:
-        """All regions by path, in graph order, outer before inner."""
+        """Return all regions by path, in graph order, outer before inner."""
         return regions_of(self)
 
     def matching(self, patterns: str | Iterable[str]) -> list[str]:
-        """Paths of the regions that patterns name, in graph order.
+        """Return the paths of the regions that patterns name, in graph order.
 
-        `*` stands for anything within a name, `**` for anything; a negative number counts from the last of its
-        siblings that are there; `{a,b}` is either: `up_blocks.-1.{resnets,attentions}.*`.
+        `*` stands for any text without a dot and `**` for any text. A negative number counts from the last sibling that
+        is in the graph. `{a,b}` stands for `a` or `b`.
 
         Raises:
-            PathError: a pattern that names nothing; with the nearest paths.
+            PathError: a pattern names nothing; the error names the nearest paths.
+        Example:
+            `graph.matching("up_blocks.-1.{resnets,attentions}.*")`
         """
         return matching(patterns, self.paths(), self.region)
 
     def __str__(self) -> str:
-
         return text(self)
 
     def text(self, depth: int = 3, within: str = "") -> str:
-        """Readable form: one line per region down to `depth` levels of nesting (2: blocks, 3: layers, 4: units), or
-        the single operations of the region `within`."""
+        """Return the graph as text, one line per region.
 
+        Args:
+            depth: levels of nesting that are shown: 2 shows blocks, 3 layers, 4 units.
+            within: the path of a region whose single operations are shown instead.
+        Raises:
+            PathError: there is no region `within`.
+        """
         return text(self, depth, within)
 
     def picture(self, path: str | os.PathLike[str], before: Graph | None = None) -> None:
-        """Draw the UNet to an SVG or PNG file; with `before`, what was removed and what was changed since is marked."""
+        """Draw the UNet to a file.
 
+        Args:
+            path: the file, `.svg` or `.png`.
+            before: an earlier graph; what was removed, changed or inserted since is marked.
+        """
         picture(self, path, before)
 
     def follow_weights(self) -> None:
-        """Take over the dtype and device that the weights have been moved to since the trace."""
+        """Adopt the dtype and device that the weights have been moved to since the trace."""
         self._check_editable()
         weight = next(iter(self.parameters().values()), None)
         if weight is None or (weight.dtype, weight.device) == (self.dtype, self.device):
@@ -85,9 +98,9 @@ class Graph(GraphState):
                 for key in ("val", "probe"):
                     node.meta[key] = node.meta[key].to(self.probe_dtype(key))
         self._meta.clear()
-        for node in self.fx.nodes:
-            node.meta.pop("asked", None)
-        self.propagate()
+        self.propagate(anew=True)
+
+    # -- editing -------------------------------------------------------------------------------------------------
 
     def insert(
         self,
@@ -101,95 +114,80 @@ class Graph(GraphState):
 
         Args:
             code: a function, or a module, which is registered at `path` with its parameters.
-            args: its arguments: nodes of the graph stand for their values, anything else is passed as it is.
-            before: the node the new ones come before; by default the earliest place where all arguments exist.
-            path: the scope of the new nodes; for a module, also where it is registered.
-            leaving: nodes that will be removed, so that new weights may take the names of theirs.
+            args: the arguments of `code`. A node of the graph stands for its value; anything else is passed as it is.
+            before: the node that the new nodes come before; by default the earliest place where all arguments exist.
+            path: the scope of the new nodes; for a module, also the path at which it is registered.
+            leaving: nodes that will be removed, so that new weights may take the names of their weights.
         Returns:
-            the node (or tuple of nodes) of what the code returns.
+            The node of the value that the code returns, or a tuple of nodes.
         Raises:
+            EditError: a module is inserted without a path.
             TraceError, ShapeError: the code cannot be traced; the graph is unchanged.
         """
         self._check_editable()
-        given = [a for a in args if isinstance(a, torch.fx.Node)]
-        if isinstance(code, nn.Module) and not path:
-            raise EditError("a module is inserted without a path", hint="pass path=, where it is registered")
-        order = {node: i for i, node in enumerate(self.fx.nodes)}
-        anchor = before
-        if anchor is None:
-            last = max((n for n in given), key=lambda n: order[n], default=None)
-            anchor = last.next if last is not None and last.op != "placeholder" else self._first_operation()
-        tracer = Tracer(self, code if isinstance(code, nn.Module) else None, prefix=path, leaving=leaving)
-        tracer.module_stack = self._stack(path.rpartition(".")[0] if isinstance(code, nn.Module) else path)
-        known = set(self.fx.nodes)
-        try:
-            with self.fx.inserting_before(anchor), tracing(tracer):
-                result = code(*[tracer.proxy(a) if isinstance(a, torch.fx.Node) else a for a in args])
-                made = tracer.create_arg(result)
-        except BaseException:
-            for node in reversed([n for n in self.fx.nodes if n not in known]):
-                self.fx.erase_node(node)
-            for name, held in reversed(tracer.displaced.items()):
-                if held is not None:
-                    self._put(name, held)
-            self._drop_unused_weights()
-            raise
-        self.guards = tuple(dict.fromkeys((*self.guards, *tracer.guards)))
-        return made
+        return insert(self, code, args, before, path, leaving)
 
     def insert_after(
         self, node: torch.fx.Node, code: Callable[..., Any] | nn.Module, *args: Any, path: str = ""
     ) -> torch.fx.Node:
-        """Trace `code(node, *args)` in, and let every earlier user of `node` take its result.
+        """Trace `code(node, *args)` into the graph and give its result to every earlier user of `node`.
 
         Returns:
-            the new value.
+            The node of the result.
         Raises:
-            ShapeError: it does not have the shape and dtype of `node`.
+            ShapeError: the result does not have the shape and dtype of `node`.
         """
         users = list(node.users)
-        made = self.insert(code, node, *args, path=path or scope(node))
-        self._same_shape(node, made, path or scope(node))
+        result = self.insert(code, node, *args, path=path or scope(node))
+        check_same_shape(self, node, result, path or scope(node))
         for user in users:
-            user.replace_input_with(node, made)
-        return made  # type: ignore[no-any-return]
+            user.replace_input_with(node, result)
+        return result  # type: ignore[no-any-return]
 
     def replace(self, region: Region | str, code: Callable[..., Any] | nn.Module) -> torch.fx.Node:
-        """Put PyTorch code in the place of a region with one output.
+        """Replace a region that has one output by PyTorch code.
 
         Args:
-            code: called with the region's tensor inputs, in graph order (`region.inputs`).
+            region: the region, or its path.
+            code: a function or module, which is called with the region's tensor inputs in graph order
+                (`region.inputs`).
         Returns:
-            the new output.
+            The node of the new output.
         Raises:
             EditError: the region has several outputs, or sites of feature inheritance.
-            ShapeError: the new value does not have the old one's shape.
+            ShapeError: the new output does not have the shape and dtype of the old one.
         """
         region = self.region(region) if isinstance(region, str) else region
         self._keep_sites(region)
         old = region.output
         new = self.insert(code, *region.inputs, before=old.next, path=region.path, leaving=region.nodes)
-        self._same_shape(old, new, region.path)
+        check_same_shape(self, old, new, region.path)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self._leave(region)
         return new  # type: ignore[no-any-return]
 
     def bypass(self, region: Region | str, schedule: Schedule | None = None) -> tuple[str, ...]:
-        """Take a region out, so that the main flow goes past it; with a schedule, only at the calls it does not name.
+        """Remove a region, so that the main flow goes past it; with a schedule, only at the calls it does not name.
 
-        The value that takes an output's place is, in this order: the other side of the residual addition it only feeds
-        (attention and feed-forward units); the main flow before the concatenation that feeds it, if the channels agree
-        (an up layer goes together with its skip); the region's main input, if the channels agree; a resnet's own 1x1
-        shortcut. Shapes are checked by `propagate`, so that several regions can go together.
+        An output of the region is replaced by the first of these values that fits:
+
+        1. the other side of the residual addition that is its only user (attention and feed-forward units);
+        2. the main flow before the concatenation that feeds the region, if the channels agree (an up layer is removed
+           together with its skip connection);
+        3. the region's main input, if the channels agree;
+        4. the result of a resnet's own 1x1 shortcut.
+
+        Shapes are checked by `propagate`, so that several regions can be removed together. The removal is recorded in
+        `removals`.
 
         Args:
-            region: a region, or its path.
-            schedule: the calls at which the region is computed; at the others it is bypassed.
+            region: the region, or its path.
+            schedule: the calls at which the region is computed; at the others it is bypassed. By default it is removed.
         Returns:
             the names of the new sites, one for each output of the region; without a schedule there are none.
         Raises:
             EditError: the region has sites already.
-            ShapeError: nothing fits; with the two shapes.
+            ShapeError: no value fits; the error names the two shapes.
         """
         self._check_editable()
         region = self.region(region) if isinstance(region, str) else region
@@ -203,28 +201,37 @@ class Graph(GraphState):
                 names.append(f"{region.path}[{len(names)}]" if names else region.path)
                 self._bypass_by_call(old, new, names[-1], schedule)
         if schedule is None:
+            self.removals += (Removed(region.path, self._editor),)
             self._leave(region)
         return tuple(names)
 
     def _bypass_by_call(self, value: torch.fx.Node, instead: torch.fx.Node, name: str, schedule: Schedule) -> None:
         if name in sites(self.fx):
             raise EditError(f"there is a site {name!r} already", where=scope(value), hint="bypass another module")
-        self._same_shape(value, instead, name)
+        check_same_shape(self, value, instead, name)
         with self.fx.inserting_after(value):
-            node = self.fx.call_function(bypass, (value, instead, name))
-        node.meta["nn_module_stack"] = dict(value.meta.get("nn_module_stack", {}))
-        self.infer(node)
-        value.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+            site = self.fx.call_function(bypass, (value, instead, name))
+        site.meta["nn_module_stack"] = dict(value.meta.get("nn_module_stack", {}))
+        self.infer(site)
+        value.replace_all_uses_with(site, delete_user_cb=lambda user: user is not site)
         self._sites[name] = Site(schedule, bypassed=True)
 
     def rewire(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
-        """Let every user of `old` take `new`, which must have the same shape at every size."""
+        """Give `new` to every user of `old`.
+
+        Raises:
+            ShapeError: the two do not have the same shape and dtype at every size.
+        """
         self._check_editable()
-        self._same_shape(old, new, scope(old))
+        check_same_shape(self, old, new, scope(old))
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def erase(self, node: torch.fx.Node) -> None:
-        """Remove a node nobody uses."""
+        """Remove a node that has no users.
+
+        Raises:
+            EditError: the node has users.
+        """
         self._check_editable()
         if node.users:
             names = ", ".join(n.name for n in node.users)
@@ -232,43 +239,62 @@ class Graph(GraphState):
         self.fx.erase_node(node)
 
     def add_parameter(self, name: str, tensor: torch.Tensor, before: torch.fx.Node | None = None) -> torch.fx.Node:
-        """A new trainable parameter, and the node that reads it."""
+        """Add a trainable parameter.
+
+        Args:
+            name: its name among the weights.
+            tensor: its initial value; the storage is shared.
+            before: the node that the new node comes before; by default the first operation.
+        Returns:
+            The node that reads the parameter.
+        Raises:
+            EditError: there is a weight of this name.
+        """
         if self.weights.get(name) is not None:
             raise EditError(f"there is a weight {name!r} already", hint="choose another name")
         self.add_tensor(name, nn.Parameter(tensor))
-        with self.fx.inserting_before(before or self._first_operation()):
+        with self.fx.inserting_before(before or first_operation(self)):
             node = self.fx.get_attr(name)
-        node.meta["nn_module_stack"] = self._stack(name.rpartition(".")[0])
+        node.meta["nn_module_stack"] = module_stack(self, name.rpartition(".")[0])
         self.infer(node)
         return node
 
     def inherit(
         self, node: torch.fx.Node, name: str, schedule: Schedule, forecast: Forecast | int = 0, path: str = ""
     ) -> torch.fx.Node:
-        """Let calls take over the value of `node` from earlier ones, under the name `name`, except those at which
-        `schedule` refreshes it; see `sdgraph.Site`.
+        """Make the value of `node` a site: calls at which `schedule` does not refresh it inherit it from earlier calls.
 
         Args:
-            path: the scope of the new node; by default that of the value.
+            node: the node of the value, a tensor.
+            name: the name of the site.
+            schedule: the calls at which the value is computed.
+            forecast: the order of the polynomial that inherited values follow; see `sdgraph.Site`.
+            path: the scope of the new node; by default the scope of `node`.
         Returns:
-            the node that all earlier users of `node` now take.
+            The node that now stands for the value; all earlier users of `node` use it.
+        Raises:
+            EditError: there is a site of this name, or the value is no tensor.
         """
         self._check_editable()
         if name in sites(self.fx):
             raise EditError(f"there is a site {name!r} already", where=scope(node), hint="name it otherwise")
         if not isinstance(node.meta["val"], torch.Tensor):
             raise EditError(f"{node.name} is no tensor", where=scope(node), hint="inherit a tensor")
-        after = node if node.op != "placeholder" else self._first_operation().prev
+        after = node if node.op != "placeholder" else first_operation(self).prev
         with self.fx.inserting_after(after):
-            made = self.fx.call_function(inherit, (node, name))
-        made.meta["nn_module_stack"] = self._stack(path) if path else dict(node.meta.get("nn_module_stack", {}))
-        self.infer(made)
-        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+            site = self.fx.call_function(inherit, (node, name))
+        site.meta["nn_module_stack"] = module_stack(self, path) if path else dict(node.meta.get("nn_module_stack", {}))
+        self.infer(site)
+        node.replace_all_uses_with(site, delete_user_cb=lambda user: user is not site)
         self._sites[name] = Site(schedule, as_forecast(forecast))
-        return made
+        return site
 
     def reschedule(self, name: str, schedule: Schedule) -> None:
-        """Give a site another schedule."""
+        """Give a site another schedule.
+
+        Raises:
+            PathError: there is no site of this name.
+        """
         self._check_editable()
         if name not in self.sites:
             raise PathError(f"no site {name!r}", hint=did_you_mean(name, self.sites) or f"sites: {list(self.sites)}")
@@ -280,23 +306,25 @@ class Graph(GraphState):
         Args:
             calls: a diffusers scheduler after `set_timesteps`, the timesteps of the calls, or their number.
         Raises:
-            ScheduleError: a schedule does not fit.
+            ScheduleError: a schedule does not fit the calls.
         """
-
         return timetable(self, Run.of(calls))
 
     def require(self, condition: str, because: str = "") -> None:
-        """Serve only calls whose sizes satisfy a condition; others are refused, here and in what is exported.
+        """Refuse calls whose sizes do not satisfy a condition, here and in exported models.
 
-        Call it before inserting code that needs it: the sizes at which the graph is evaluated are moved to such ones.
+        Call this before inserting code that needs the condition: the sizes at which the graph is evaluated are moved
+        to sizes that satisfy it.
 
         Args:
             condition: a comparison of sizes of the call: batch `B`, height `H` and width `W` of the latents, length
-                `L` of the text; such as `H % 2 == 0`.
-            because: the reason, for those whose call is refused.
+                `L` of the text.
+            because: the reason, which the error for a refused call gives.
         Raises:
-            SpecError: it is no comparison of sizes.
-            EditError: it contradicts what the graph requires already, or the model's own size.
+            SpecError: the condition is no comparison of sizes.
+            EditError: the condition contradicts an earlier one, or the model's own size.
+        Example:
+            `graph.require("H % 2 == 0", "the windows are two rows high")`
         """
         names = [symbol.name for symbol in self.dims.symbols]
         check_condition(condition, names)
@@ -309,37 +337,45 @@ class Graph(GraphState):
             self.probe_at(symbols)
 
     def decide(self, about: str, code: Callable[..., Any], *args: Any) -> Any:
-        """What `code(*args)` says, recorded with the pass: for what a pass decides by the numbers of weights.
+        """Return the result of `code(*args)` and record it with the pass.
 
-        A saved UNet is loaded by running its passes again on the shapes of weights; there the recorded answer is given
-        instead. Weights that are made of weights need no decision: PyTorch works out their shapes, and their numbers
-        are saved.
+        A pass calls this for every decision that depends on the values of weights. A saved UNet is loaded by running
+        its passes again on the shapes of weights alone, and then the recorded result is returned instead. New weights
+        that are computed from old ones need no decision, because their values are saved.
 
         Args:
             about: what is decided, such as a module path; the report names it.
-            code: returns numbers, text, or lists and dicts of them: `tensor.item()`, `tensor.tolist()`.
+            code: returns numbers, text, or lists and dicts of them (`tensor.item()`, `tensor.tolist()`).
         Returns:
-            what it returned, as it comes back from a file: tuples are lists.
+            The result as it comes back from a file: tuples are lists.
         Raises:
-            DecisionError: it cannot be recorded; or what was recorded is about something else.
+            DecisionError: the result cannot be recorded, or the recorded decision is about something else.
         """
         return self._decisions.decide(str(about), lambda: code(*args))
 
     def eliminate_dead_code(self) -> None:
-        """Remove what no longer reaches the output: nodes (inputs stay), then modules and tensors."""
-        self._check_editable()
-        for node in reversed(self.fx.nodes):
-            if not node.users and node.op not in ("placeholder", "output"):
-                self.fx.erase_node(node)
-        self._drop_unused_weights()
+        """Remove nodes that the output does not depend on, except inputs, and then unused weights.
 
-    sweep = eliminate_dead_code  # its former name, for passes that were written with it
+        Leaf modules that go are recorded in `removals`.
+        """
+        self._check_editable()
+        eliminate_dead_code(self.fx)
+        used = weights_read(self.fx.nodes)
+        recorded = {removed.path for removed in self.removals if removed.module is not None}
+        self.removals += tuple(
+            Removed(path, self._editor, Shares().module(module))
+            for path, module in self.weights.leaves()
+            if path not in used and path not in recorded
+        )
+        self.weights.keep_only(used)
+
+    sweep = eliminate_dead_code  # the former name, which passes may still use
 
     def check_no_adapters(self) -> None:
-        """Refuse what would leave out LoRA layers, which are around the leaves of the graph and no part of it.
+        """Refuse a graph whose leaves are wrapped by LoRA layers, which are not part of the graph and would be lost.
 
         Raises:
-            ModeError: there are some.
+            ModeError: there are LoRA layers.
         """
         for path, module in self.weights.named_modules():
             if hasattr(module, "lora_A"):
@@ -350,31 +386,24 @@ class Graph(GraphState):
                 )
 
     def copy(self) -> Graph:
-        """A graph of its own over the same weights' storage."""
+        """Return a separate graph that shares the storage of the weights; it can be edited.
+
+        Raises:
+            ModeError: there are LoRA layers.
+        """
         self.check_no_adapters()
-        weights, shares = Weights(), Shares()
-        for path in {str(n.target): None for n in self.fx.nodes if n.op in ("call_module", "get_attr")}:
-            held = self.weights.get(path)
-            weights.put(path, shares.module(held) if isinstance(held, nn.Module) else shares.tensor(held))
-        nodes = torch.fx.Graph()
-        done: dict[torch.fx.Node, torch.fx.Node] = {}
-        result = nodes.graph_copy(self.fx, done)
-        output = nodes.output(result)
-        output.meta = dict(self.fx.output_node().meta)
         return replace(
             self,
-            fx=nodes,
-            weights=weights,
+            fx=copy_nodes(self.fx),
+            weights=self.weights.sharing(weights_read(self.fx.nodes)),
             frozen=False,
             classes=dict(self.classes),
-            removed=dict(self.removed),
-            dropped=dict(self.dropped),
             _sites=dict(self._sites),
             _meta=dict(self._meta),
         )
 
     def _keep_sites(self, region: Region) -> None:
-        """Sites would vanish with their region, and nobody would know."""
+        """Refuse a region with sites, which would vanish with it unnoticed."""
         for name, node in sites(self.fx).items():
             if node in region.nodes:
                 raise EditError(
@@ -383,41 +412,10 @@ class Graph(GraphState):
                 )  # fmt: skip
 
     def _leave(self, region: Region) -> None:
-        """Sweep; what stays of a region that is gone, because others asked for the same size, goes to its source."""
+        """Remove a region that nothing uses. Sizes read in it that others use stay, in the scope of their source."""
         self.eliminate_dead_code()
         for node in region.nodes:
             if not node._erased and not isinstance(node.meta["val"], torch.Tensor) and len(node.all_input_nodes) == 1:
                 source = node.all_input_nodes[0]
                 if source not in region.nodes:
                     node.meta["nn_module_stack"] = dict(source.meta.get("nn_module_stack", {}))
-
-    def _drop_unused_weights(self) -> None:
-        used = {str(n.target) for n in self.fx.nodes if n.op in ("call_module", "get_attr")}
-        for path, module in self.weights.named_modules():
-            if isinstance(module, nn.Conv2d) and path not in used:
-                self.dropped.setdefault(path, Shares().module(module))
-        self.weights.keep_only(used)
-
-    def _first_operation(self) -> torch.fx.Node:
-        return next(n for n in self.nodes if n.op != "placeholder")
-
-    def _stack(self, path: str) -> dict[str, Any]:
-        """The module stack of a path: that of a node already there, or one made from its parts."""
-        for node in self.fx.nodes:
-            stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
-            if path in stack:
-                return {p: stack[p] for p in list(stack)[: list(stack).index(path) + 1]}
-        holders = [p for p in reversed(list(above(path))) if p in self.classes]
-        return {p: (p, self.classes.get(p, "")) for p in (*holders, path) if p}
-
-    def _same_shape(self, old: torch.fx.Node, new: Any, path: str) -> None:
-        if not isinstance(new, torch.fx.Node) or not isinstance(new.meta["val"], torch.Tensor):
-            raise EditError("the code must return one tensor", where=path, hint="return the new value alone")
-        for before, after in zip(values(old), values(new), strict=True):
-            if before.shape != after.shape or before.dtype != after.dtype:
-                one, two = f"{self.shape(new)} {after.dtype}", f"{self.shape(old)} {before.dtype}"
-                raise ShapeError(
-                    f"the new value is {one}, the old one is {two}",
-                    where=path,
-                    hint="return a tensor of the old shape and dtype, at every size and model dtype",
-                )

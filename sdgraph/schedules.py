@@ -83,10 +83,10 @@ def _known(value: Any, schedule: Schedule) -> Any:
     return value
 
 
-def _at_least(schedule: Schedule, least: int, **options: int) -> None:
+def _at_least(schedule: Schedule, bound: int, /, **options: int) -> None:
     for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ScheduleError(f"{name} is {value!r}", where=str(schedule), hint=f"a whole number of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+            raise ScheduleError(f"{name} is {value!r}", where=str(schedule), hint=f"a whole number of at least {bound}")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import EditError, PathError, SpecError
 from sdgraph.passes import InheritFeatures, MECondConv, PruneBlocks
-from sdgraph.passes.me_cond_conv import ConditionalConv2d, Mixture, conditional_conv2d, convolve
+from sdgraph.passes.conditional_conv import ConditionalConv2d, Mixture, conditional_conv2d, convolve
 from sdgraph.schedules import Uniform
 
 from .models import answer, build, call_of

@@ -20,7 +20,6 @@ from torch import nn
 
 import sdgraph
 from sdgraph import Chain, Contract, Findings, Fixpoint, Graph, GraphUNet, Pass
-from sdgraph.compiler.runner import fingerprint
 from sdgraph.errors import (
     CallError,
     ContractError,
@@ -36,6 +35,7 @@ from sdgraph.errors import (
     SpecError,
 )
 from sdgraph.exporters import onnx, ort
+from sdgraph.ir.structure import fingerprint
 
 from .models import answer, build, call_of
 

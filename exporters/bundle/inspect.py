@@ -11,8 +11,7 @@ import torch
 from sdgraph.inheritance.timetable import played, ranges
 from sdgraph.schedules import Run
 from sdgraph.untrusted import read_config
-from sdgraph.views.format import columns
-from sdgraph.views.text import cost, count, several
+from sdgraph.views.format import columns, cost, count, several
 
 from .manifest import AGAIN, CONFIG, DATA, MODEL, REFRESH, REPORT, Manifest, Model
 from .untrusted import check_model

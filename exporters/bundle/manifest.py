@@ -361,9 +361,7 @@ def _one_timestep(graph: Graph) -> None:
     timestep = graph.input("timestep")
     for key in ("val", "probe"):
         timestep.meta[key] = timestep.meta[key].new_empty(1)
-    for node in graph.nodes:
-        node.meta.pop("asked", None)  # all that hangs on it is evaluated anew
-    graph.propagate()
+    graph.propagate(anew=True)
 
 
 def _models(graph: Graph, calls: Any) -> tuple[Model, ...]:

@@ -1,4 +1,4 @@
-"""What a pass is, and passes made of passes."""
+"""What a pass is, and what it reports."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .report import NearMiss
 class Pass(Spec):
     """A transformation of a graph. Subclass it as a frozen dataclass; fields are its options.
 
-    A pass edits the graph it is given and nothing else; the runner hands it a copy, checks what comes out against
+    A pass edits the graph that it is given and nothing else. The runner gives it a copy, checks the edited copy against
     `contract`, and drops the copy if anything fails.
 
     Class attributes:
-        contract: what it promises about the numbers.
-        may_change_nothing: a run without effect is fine; otherwise it is an error.
+        contract: what the pass promises about the numbers.
+        may_change_nothing: whether a run may have no effect; otherwise that is an error.
         requires: names of passes that must have run before.
-        not_after: names of passes it must not follow, each with the reason.
+        not_after: names of passes that must not have run before, with the reasons.
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
@@ -34,18 +34,23 @@ class Pass(Spec):
     def run(self, graph: Graph) -> Findings | None:
         """Edit the graph; docs/writing-a-pass.md shows how.
 
-        What it decides by the numbers of weights it asks by `graph.decide`, and sizes that it needs it states by
-        `graph.require`.
+        Decisions that depend on the values of weights go through `graph.decide`, and conditions on the sizes of calls
+        through `graph.require`.
 
         Returns:
-            what the report should tell, or None.
+            The findings for the report, or None.
         """
         raise NotImplementedError(f"{type(self).__name__}.run")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a pass tells about its run: its edits, one line each, and where it almost applied."""
+    """What a pass reports about its run.
+
+    Args:
+        edits: its edits, a line of text for each.
+        near_misses: places where it almost applied.
+    """
 
     edits: tuple[str, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()

@@ -11,11 +11,11 @@ from .parse import as_passes
 
 @dataclass(frozen=True)
 class Chain(Pass):
-    """Passes in order, as one: it promises what the weakest of them promises, and fails as a whole.
+    """A pass that runs other passes in order. Its contract is the weakest of theirs, and it fails as a whole.
 
     Args:
-        passes: the passes; one that changes nothing is fine as long as another changes something.
-        repeat: run them again until nothing changes any more, this many times at most.
+        passes: the passes. Some may change nothing as long as another changes something.
+        repeat: the largest number of rounds; rounds end when nothing changes any more.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -35,6 +35,6 @@ class Chain(Pass):
 
 @dataclass(frozen=True)
 class Fixpoint(Chain):
-    """Passes run in order, again and again until nothing changes; more than `repeat` rounds is an error."""
+    """A chain that repeats its passes until nothing changes. More than `repeat` rounds are an error."""
 
     repeat: int = 10

@@ -1,7 +1,7 @@
-"""Running graphs on random inputs, to compare what they compute.
+"""Comparison of graphs: they are run on random inputs.
 
-Graphs are tried on generations: calls with the same conditioning, of which the later ones inherit what the first one
-computed. So what sites keep is compared as well as what is computed at once.
+The inputs are those of generations: calls with the same conditioning, in which later calls inherit values of the first.
+So the values that sites keep are compared too.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ Call = dict[str, torch.Tensor]
 
 
 def example(graph: Graph, seed: int = 0, optional: bool = False, **sizes: int) -> Call:
-    """Random inputs of a call, small by default, on the device of the weights.
+    """Return random inputs of a call, on the device of the weights.
 
     Args:
-        optional: also the inputs that a call may leave out.
-        sizes: sizes of the call by symbol, e.g. `B=2, H=8, W=16, L=5`; made larger where the graph requires it.
+        seed: of the random numbers.
+        optional: whether inputs are included that a call may leave out.
+        sizes: sizes of the call by symbol, such as `B=2, H=8, W=16, L=5`; small by default, and enlarged as far as the
+            graph requires.
     """
     known = _sizes([graph])[0]
     known |= raised(graph.guards, known | sizes)
@@ -54,11 +56,12 @@ def _random(graph: Graph, spec: Input, shape: Sequence[int], generator: torch.Ge
 
 
 def generations(graph: Graph, *others: Graph) -> tuple[list[Call], list[Call]]:
-    """Random calls of two generations: one call, and two at another, odd size with the optional inputs.
+    """Return random calls of two generations: one of a single call, and one of two calls.
+
+    The two calls have another, odd size and the optional inputs.
 
     Args:
-        others: graphs that are to take them, too. A residual that is added to something of another shape there is left
-            out.
+        others: graphs that must accept the calls too. A residual that has another shape in one of them is left out.
     """
     even, odd = _sizes([graph, *others])
     inputs = [set(g.resolved_inputs()) for g in (graph, *others)]
@@ -74,7 +77,7 @@ def generations(graph: Graph, *others: Graph) -> tuple[list[Call], list[Call]]:
 
 
 def _sizes(graphs: Sequence[Graph]) -> tuple[dict[str, int], dict[str, int]]:
-    """Two sets of sizes of a call that the guards of all graphs accept; odd ones where they may be."""
+    """Return two sets of sizes that the guards of all graphs accept; those of the second are odd if they may be."""
     unit = 2 ** max(len(graphs[0].config.get("down_block_types", ())) - 1, 0)
     nominal = {s.name: s.nominal for s in graphs[0].dims.symbols}
     guards = tuple(dict.fromkeys(guard for graph in graphs for guard in graph.guards))
@@ -84,41 +87,41 @@ def _sizes(graphs: Sequence[Graph]) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def run(graph: Graph, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The output of a graph for flat inputs, without gradients."""
+    """Return the output of a graph for flat inputs, without gradients."""
     return play(graph, [flat])[0]
 
 
 def play(graph: Graph, calls: Sequence[Mapping[str, torch.Tensor]], stale: Collection[str] = ()) -> list[torch.Tensor]:
-    """The outputs of the calls of a generation, without gradients.
+    """Return the outputs of the calls of a generation, without gradients.
 
     Args:
-        calls: flat inputs of each call. The first call refreshes all sites.
-        stale: sites that the other calls inherit from it.
+        calls: the flat inputs of every call. The first call refreshes all sites.
+        stale: the sites that the other calls inherit from it.
     """
     outputs, values = [], dict[str, torch.Tensor]()
     with torch.no_grad():
         for number, flat in enumerate(calls):
-            module, made = _runnable(graph, flat, stale if number else ())
-            result = module(*_arguments(graph, flat, made, values))
-            output, *refreshed = result if made.returns_tuple else (result,)
-            values |= zip(made.gives, refreshed, strict=True)
+            module, variant = _runnable(graph, flat, stale if number else ())
+            result = module(*_arguments(graph, flat, variant, values))
+            output, *refreshed = result if variant.returns_tuple else (result,)
+            values |= zip(variant.gives, refreshed, strict=True)
             outputs.append(output)
     return outputs
 
 
 def _runnable(graph: Graph, flat: Mapping[str, torch.Tensor], stale: Collection[str]) -> tuple[fx.GraphModule, Step]:
-    made = step(drop_inputs(graph.fx, {i.name for i in graph.inputs if i.name not in flat}), stale)
-    return fx.GraphModule(graph.weights, made.nodes), made
+    variant = step(drop_inputs(graph.fx, {i.name for i in graph.inputs if i.name not in flat}), stale)
+    return fx.GraphModule(graph.weights, variant.nodes), variant
 
 
 def _arguments(
-    graph: Graph, flat: Mapping[str, torch.Tensor], made: Step, values: Mapping[str, torch.Tensor]
+    graph: Graph, flat: Mapping[str, torch.Tensor], variant: Step, values: Mapping[str, torch.Tensor]
 ) -> list[torch.Tensor]:
-    return [*(flat[i.name] for i in graph.inputs if i.name in flat), *(values[site] for site in made.takes)]
+    return [*(flat[i.name] for i in graph.inputs if i.name in flat), *(values[site] for site in variant.takes)]
 
 
 def largest_difference(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Largest absolute difference, computed in float64; nan where a shape differs."""
+    """Return the largest absolute difference, computed in float64; nan if the shapes differ."""
     if before.shape != after.shape:
         return float("nan")
     return float((before.double() - after.double()).abs().max()) if before.numel() else 0.0
@@ -137,22 +140,22 @@ class _Recorder(fx.Interpreter):
 
 
 def first_difference(before: Graph, after: Graph, flat: Mapping[str, torch.Tensor]) -> str:
-    """Name, scope and difference of the first node of `after` that does not compute what it did in `before`."""
+    """Return name, scope and difference of the first node whose value in `after` is not its value in `before`."""
     recorded = []
     for graph in (before, after):
-        module, made = _runnable(graph, flat, ())
-        recorder = _Recorder(module, made.nodes)
+        module, variant = _runnable(graph, flat, ())
+        recorder = _Recorder(module, variant.nodes)
         with torch.no_grad():
-            recorder.run(*_arguments(graph, flat, made, {}))
-        recorded.append((made.nodes, recorder.seen))
-    (_, was), (nodes, now) = recorded
+            recorder.run(*_arguments(graph, flat, variant, {}))
+        recorded.append((variant.nodes, recorder.seen))
+    (_, old_values), (nodes, new_values) = recorded
     for node in nodes.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        old, new = was.get(node.name), now[node.name]
+        old, new = old_values.get(node.name), new_values[node.name]
         if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and not Contract.EXACT.holds(old, new):
             figure = largest_difference(old, new)
-            sources = ", ".join(n.name for n in node.all_input_nodes if n.name not in was)
-            made_from = f", computed from the new {sources}" if sources else ""
-            return f"{scope(node) or '(top level)'}, node {node.name} (largest difference {figure:.3g}{made_from})"
+            sources = ", ".join(n.name for n in node.all_input_nodes if n.name not in old_values)
+            origin = f", computed from the new {sources}" if sources else ""
+            return f"{scope(node) or '(top level)'}, node {node.name} (largest difference {figure:.3g}{origin})"
     return "the output, through new nodes only"

@@ -1,4 +1,4 @@
-"""Passes from text, and from whatever else `apply` takes."""
+"""Passes from text, and from the other arguments that `apply` accepts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from .base import Pass
 
 
 def parse(text: str) -> tuple[Pass, ...]:
-    """Passes from text: one or more calls separated by commas, such as `"CleanUp, PruneBlocks('bk-sdm-base')"`.
+    """Return the passes that a text names, as calls separated by commas.
 
     Raises:
-        SpecError: at what was not understood, with the nearest known name.
+        SpecError: a part of the text is not understood; the error gives the nearest known name.
+    Example:
+        `parse("CleanUp, PruneBlocks('bk-sdm-base')")`
     """
     try:
         tree = ast.parse(f"({text},)" if text.strip() else "()", mode="eval").body
@@ -28,10 +30,10 @@ def parse(text: str) -> tuple[Pass, ...]:
 
 
 def as_passes(passes: Any) -> tuple[Pass, ...]:
-    """Passes from what `apply` takes: a pass, a spec, or an iterable of both.
+    """Return the passes in an argument of `apply`: a pass, a text, or an iterable of both.
 
     Raises:
-        SpecError: something else is among them.
+        SpecError: the argument is or contains something else.
     """
     if isinstance(passes, str):
         return parse(passes)
@@ -39,10 +41,10 @@ def as_passes(passes: Any) -> tuple[Pass, ...]:
         return (passes,)
     if isinstance(passes, type) or not isinstance(passes, Iterable):
         raise _not_a_pass(passes)
-    found: list[Pass] = []
+    parsed: list[Pass] = []
     for item in passes:
-        found += parse(item) if isinstance(item, str) else [_as_pass(item, "")]
-    return tuple(found)
+        parsed += parse(item) if isinstance(item, str) else [_as_pass(item, "")]
+    return tuple(parsed)
 
 
 def _as_pass(value: Any, text: str) -> Pass:

@@ -1,4 +1,4 @@
-"""Where in its own code a pass failed, and what it was working on."""
+"""The place in a pass's own code where it failed, and the nodes that it was working on."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..ir.region import Region
 from .base import Pass
 
 
-def place(error: BaseException, one: Pass, graph: Graph) -> str:
-    """The line of the pass's code that an error came through last, and the regions and nodes in its local variables.
+def place(error: BaseException, failed: Pass, graph: Graph) -> str:
+    """Return the last line of the pass's code that an error came through, and its regions and nodes there.
 
     Args:
-        graph: that the pass was editing.
+        graph: the graph that the pass was editing.
     Returns:
-        such as `thin.py:31, with region = mid_block, node = add_3 of mid_block.resnets.0`; empty if the error did not
-        come through code of the pass.
+        Text such as `thin.py:31, with region = mid_block, node = add_3 of mid_block.resnets.0`; empty if the error did
+        not come through code of the pass.
     """
-    packages = {_package(cls.__module__) for cls in type(one).__mro__ if not _is_core(cls.__module__)}
+    packages = {_package(cls.__module__) for cls in type(failed).__mro__ if not _is_core(cls.__module__)}
     own = [(frame, line) for frame, line in _frames(error) if _package(frame.f_globals.get("__name__", "")) in packages]
     if not own:
         return ""
@@ -32,7 +32,7 @@ def place(error: BaseException, one: Pass, graph: Graph) -> str:
 
 
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
-    """The frames that an error came through, with their lines, outermost first."""
+    """Yield the frames that an error came through, with their lines, outermost first."""
     step = error.__traceback__
     while step is not None:
         yield step.tb_frame, step.tb_lineno
@@ -44,18 +44,18 @@ def _is_core(module: str) -> bool:
 
 
 def _package(module: str) -> str:
-    """What a module is distributed in; the passes that come with sdgraph are their own."""
+    """Return the package of a module; `sdgraph.passes` and `sdgraph.exporters` count as packages of their own."""
     names = module.split(".")
     return ".".join(names[:2]) if names[:2] in (["sdgraph", "passes"], ["sdgraph", "exporters"]) else names[0]
 
 
 def _working_on(frames: list[FrameType], graph: Graph) -> str:
-    """The regions, nodes and paths in the local variables of the innermost frame that has some."""
+    """Return the regions, nodes and paths in the local variables of the innermost frame that has such."""
     for frame in reversed(frames):
-        found = {name: _named(value, graph) for name, value in frame.f_locals.items()}
-        told = [f"{name} = {what}" for name, what in found.items() if what]
-        if told:
-            return f", with {', '.join(told[:3])}"
+        named = {name: _named(value, graph) for name, value in frame.f_locals.items()}
+        words = [f"{name} = {value}" for name, value in named.items() if value]
+        if words:
+            return f", with {', '.join(words[:3])}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What happened to a graph, pass by pass."""
+"""Reports: what passes did to a graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..views.format import columns
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a graph: nodes, parameters, and multiply-accumulates of one call at the nominal sizes."""
+    """The size of a graph: nodes, parameters, and multiply-accumulates of a call at the nominal sizes."""
 
     nodes: int
     parameters: int
@@ -20,7 +20,13 @@ class Size:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A place where a rewrite almost applied, and why it did not."""
+    """A place where a pass almost applied.
+
+    Args:
+        where: the module path and node.
+        reason: why the pass did not apply.
+        matched: the number of operations that matched, by which near misses are ranked.
+    """
 
     where: str
     reason: str
@@ -29,19 +35,19 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class PassReport:
-    """One pass: what it promised, what it did, what it measured.
+    """The report of a pass.
 
     Args:
         spec: the pass as text.
-        contract: its numeric contract.
-        before: sizes of the graph.
-        after: the same, of the new graph.
-        difference: largest absolute difference of the output on random inputs; None if not verified.
-        seconds: wall time, verification included.
-        edits: what it says it did, one line each.
-        near_misses: where it almost applied, best first.
-        children: reports of the passes inside it.
-        decisions: what it decided by the numbers of weights, in order.
+        contract: its numeric contract as text.
+        before: the size of the graph before.
+        after: the size of the graph after.
+        difference: the largest absolute difference of the output on random inputs; None if it was not verified.
+        seconds: wall time in seconds, including verification.
+        edits: the edits of the pass, a line of text for each.
+        near_misses: places where the pass almost applied, best first.
+        children: the reports of the passes inside this one.
+        decisions: decisions that depended on the values of weights, in order.
     """
 
     spec: str
@@ -58,7 +64,12 @@ class PassReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All passes of an `apply`, in order. Prints as a table; `as_dict()` is plain data."""
+    """The report of an `apply`. It prints as a table.
+
+    Args:
+        passes: the reports of the passes, in order.
+        notes: further lines of text.
+    """
 
     passes: tuple[PassReport, ...]
     notes: tuple[str, ...] = field(default=())
@@ -72,6 +83,7 @@ class Report:
         return "\n".join([columns(rows), *decided, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
         from dataclasses import asdict
 
         return asdict(self)

@@ -14,7 +14,8 @@ from ..errors import SdgraphError, ShapeError, SpecError, TraceError
 from ..graph import Graph
 from ..ir.dims import Dims, Symbol
 from ..ir.inputs import Dim, Input, example_of
-from ..ir.tracer import Tracer, tracing
+from ..ir.interception import tracing
+from ..ir.tracer import Tracer
 from ..ir.weights import Weights, skeleton
 from .call import unflatten
 from .signature import call_guards, config_of, free_sizes, unet_inputs

@@ -16,7 +16,7 @@ from ..ir.sites import sites as nodes_of_sites
 from ..ir.state import GraphState
 from ..schedules import Drift, Run
 from ..views.figure import paper
-from ..views.text import cost, count, several
+from ..views.format import cost, count, several
 from .generation import Generation
 
 REFRESHED, INHERITED, FORECAST, BYPASSED, UNNEEDED = "■", "□", "◪", "○", "·"

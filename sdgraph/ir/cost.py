@@ -1,4 +1,4 @@
-"""What a node costs at the nominal sizes."""
+"""The cost of a node at the nominal sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-# Views and element-wise operations: known to multiply no matrices, and most of a graph, so not worth counting.
+# Views and element-wise operations multiply no matrices and are most of a graph, so the counter is not run on them.
 VIEWS = {"view", "transpose", "permute", "unsqueeze", "reshape", "expand", "chunk", "flatten", "contiguous"}
 ELEMENTWISE = {
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.getitem, getattr),
@@ -19,10 +19,10 @@ ELEMENTWISE = {
 
 
 def count_macs(node: fx.Node, module: nn.Module | None, run: Callable[[], object]) -> int:
-    """Multiply-accumulates of convolutions and matrix products, as PyTorch's own counter sees them.
+    """Return the multiply-accumulates of convolutions and matrix products in a node, as PyTorch counts them.
 
     Args:
-        module: that the node calls.
+        module: the module that the node calls, if it calls one.
         run: evaluates the node at the nominal sizes.
     """
     if not isinstance(node.meta.get("val"), torch.Tensor) or not node.op.startswith("call_"):
@@ -37,7 +37,7 @@ def count_macs(node: fx.Node, module: nn.Module | None, run: Callable[[], object
 
 
 def written(node: fx.Node) -> int:
-    """Bytes of the tensor a node makes; views count as nothing."""
+    """Return the bytes of the tensor that a node writes; views write none."""
     val = node.meta.get("val")
     if not isinstance(val, torch.Tensor) or node.op in ("placeholder", "get_attr") or node.target in VIEWS:
         return 0

@@ -1,6 +1,7 @@
-"""What passes decide by the numbers of weights: recorded when they run, given back where they run again without them.
+"""Decisions that passes take by the values of weights. They are recorded, and returned when the passes run again.
 
-A saved UNet is its configuration, its passes and its weights. Loading runs the passes again, on shapes alone.
+A saved UNet is its configuration, its passes and its weights. Loading it runs the passes again on the shapes of weights
+alone, where such decisions cannot be taken.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from ..spec import Spec
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided, such as a rank, and about what, such as a module path."""
+    """A decision of a pass.
+
+    Args:
+        about: what was decided, such as a module path.
+        value: the result, such as a rank.
+    """
 
     about: str
     value: Any
@@ -28,7 +34,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Applied:
-    """A pass that a graph went through, and what it decided there, in order. Prints as the pass."""
+    """A pass that was applied to a graph, with its decisions in order. It prints as the pass."""
 
     one: Spec
     decisions: tuple[Decision, ...] = ()
@@ -41,15 +47,15 @@ class Decisions:
     """The decisions of one run of a pass.
 
     Args:
-        recorded: those of an earlier run, which are given back in their order; by default the pass decides.
+        recorded: the decisions of an earlier run, which are returned in their order; by default the pass decides.
     """
 
     def __init__(self, recorded: Iterable[Decision] | None = None) -> None:
-        self.made: list[Decision] = []
+        self._taken: list[Decision] = []
         self._left = None if recorded is None else list(recorded)
 
     def decide(self, about: str, code: Callable[[], Any]) -> Any:
-        """See `Graph.decide`."""
+        """Return the result of `code`, or the recorded one; see `Graph.decide`."""
         if self._left is None:
             decision = Decision(about, _plain(about, code()))
         elif self._left and self._left[0].about == about:
@@ -61,14 +67,14 @@ class Decisions:
                 where=about,
                 hint="it is another version of the pass: install the one that was saved, or apply it again",
             )
-        self.made.append(decision)
+        self._taken.append(decision)
         return copy.deepcopy(decision.value)
 
     def finish(self) -> tuple[Decision, ...]:
-        """All decisions.
+        """Return all decisions of the run.
 
         Raises:
-            DecisionError: some that are recorded were not asked for.
+            DecisionError: the pass did not ask for all recorded decisions.
         """
         if self._left:
             raise DecisionError(
@@ -76,11 +82,11 @@ class Decisions:
                 where=self._left[0].about,
                 hint="it is another version of the pass: install the one that was saved, or apply it again",
             )
-        return tuple(self.made)
+        return tuple(self._taken)
 
 
 def _plain(about: str, value: Any) -> Any:
-    """The value as it will come back from a file."""
+    """Return a value as it comes back from a file."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:

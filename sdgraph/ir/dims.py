@@ -1,8 +1,8 @@
-"""Sizes: which dimensions of a value move with the call, and how.
+"""Sizes: which dimensions of a value depend on the call, and how.
 
-Every value of a graph is known at two calls: the *nominal* one (batch 1, the model's own sample size), which costs are
-quoted for, and the *generic* one, whose sizes are odd and pairwise different. A dimension is dynamic exactly where the
-two differ; its name is the expression in the call's own symbols (`B`, `H`, `W`, `L` ...) that gives both.
+Every value of a graph is known at two calls: the *nominal* call (batch 1, the model's own sample size), for which costs
+are quoted, and the *generic* call, whose sizes are odd and pairwise different. A dimension is dynamic if its sizes at
+the two calls differ. Its name is the expression in the call's symbols (`B`, `H`, `W`, `L` ...) that gives both sizes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Probe = tuple[int, int]  # (nominal, generic)
 
 @dataclass(frozen=True)
 class Symbol:
-    """One free size of a call, with its two probe values."""
+    """A free size of a call, with its values at the nominal and at the generic call."""
 
     name: str
     nominal: int
@@ -53,10 +53,11 @@ _COMPARISONS: Mapping[type[ast.AST], Callable[[Any, Any], bool]] = {
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> Any:
-    """Value of an expression of this module, such as `ceil(H/8)*ceil(W/8)`, for given sizes.
+    """Return the value of an expression, such as `ceil(H/8)*ceil(W/8)`, for given sizes.
 
     Raises:
-        SpecError: it is none, or a number in it or of it is out of bounds: expressions come from files too.
+        SpecError: the text is no such expression, or a number in it or its value is out of bounds. Expressions may come
+            from files that are not trusted.
     """
     try:
         return _value(_parsed(expression), sizes)
@@ -66,7 +67,7 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> Any:
 
 @functools.lru_cache(4096)
 def _parsed(expression: str) -> ast.expr:
-    """The tree of an expression, checked."""
+    """Return the checked syntax tree of an expression."""
     if not isinstance(expression, str) or len(expression) > LONGEST:
         raise _no_size(expression, f"a text of at most {LONGEST} characters is expected")
     try:
@@ -78,7 +79,7 @@ def _parsed(expression: str) -> ast.expr:
 
 
 def _check(tree: ast.expr, expression: str, level: int) -> None:
-    """Refuse all but numbers, names, `ceil(...)`, arithmetic and comparisons."""
+    """Refuse everything but numbers, names, `ceil(...)`, arithmetic and comparisons."""
     if level > DEEPEST:
         raise _no_size(expression, f"nested more than {DEEPEST} deep")
     parts: list[ast.expr] = []
@@ -106,16 +107,16 @@ def _value(tree: ast.expr, sizes: Mapping[str, int]) -> Number:
         case ast.Name(id=name):
             return sizes[name]
         case ast.BinOp(left=left, op=op, right=right):
-            found = _ARITHMETIC[type(op)](_value(left, sizes), _value(right, sizes))
+            number = _ARITHMETIC[type(op)](_value(left, sizes), _value(right, sizes))
         case ast.Compare(left=left, ops=[op], comparators=[right]):
             return _COMPARISONS[type(op)](_value(left, sizes), _value(right, sizes))
         case ast.Call(args=[inner]):
-            found = math.ceil(_value(inner, sizes))
+            number = math.ceil(_value(inner, sizes))
         case _:
             raise AssertionError(ast.dump(tree))
-    if not abs(found) <= LARGEST:
+    if not abs(number) <= LARGEST:
         raise ArithmeticError(f"more than {LARGEST}")
-    return found  # type: ignore[no-any-return]
+    return number  # type: ignore[no-any-return]
 
 
 def _no_size(expression: object, reason: str) -> SpecError:
@@ -127,8 +128,9 @@ class Dims:
     """Names dimensions by the symbols of a call.
 
     Args:
-        symbols: the free sizes; those named in `spatial` are also tried divided by powers of two, rounded up
-            (what a strided convolution makes of them), and multiplied with one another (tokens of an attention).
+        symbols: the free sizes.
+        spatial: names of the sizes that are also divided by powers of two and rounded up, as strided convolutions do,
+            and multiplied with each other, as the number of tokens of an attention is.
     """
 
     def __init__(self, symbols: tuple[Symbol, ...], spatial: tuple[str, ...] = ("H", "W")) -> None:
@@ -157,16 +159,16 @@ class Dims:
         self._names = names
 
     def name(self, nominal: int, generic: int) -> str | None:
-        """Expression of a dynamic dimension, the digits of a static one, None where no expression is known."""
+        """Return the expression of a dynamic dimension, the digits of a static one, or None if none is known."""
         return str(nominal) if nominal == generic else self._names.get((nominal, generic))
 
     def expressions(self, nominal: Any, generic: Any) -> tuple[int | str, ...]:
-        """The shape of a value: numbers where it is fixed, expressions where it moves, "?" where none is known."""
+        """Return the shape of a value: numbers for static dimensions, expressions for dynamic ones, "?" if unknown."""
         pairs = zip(nominal.shape, generic.shape, strict=True)
         return tuple(n if n == g else self.name(n, g) or "?" for n, g in pairs)
 
     def shape(self, nominal: Any, generic: Any) -> str:
-        """Readable shape of a value, e.g. `B×320×H/2×W/2`."""
+        """Return the shape of a value as text, such as `B×320×H/2×W/2`."""
         parts = []
         for n, g in zip(nominal.shape, generic.shape, strict=True):
             name = self.name(n, g) or f"({n}|{g})"

@@ -1,4 +1,4 @@
-"""Which calls a graph is for: the guards that it was traced under or that passes set, and the check of a call."""
+"""Guards: the conditions on sizes under which a graph was traced or that passes require, and the check of a call."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from .inputs import Input
 
 COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
-REACH = 64  # how far above a size one is looked for that satisfies a condition
+REACH = 64  # how far above a size the search for one that satisfies a condition goes
 
 
 @dataclass(frozen=True)
 class Guard:
-    """A decision the traced code took: `condition` must keep evaluating to `outcome` at every call."""
+    """A condition on the sizes of a call, which must evaluate to `outcome` at every call.
+
+    Args:
+        condition: an expression in the call's sizes.
+        outcome: its value in the trace.
+        where: the code or the pass that the condition comes from.
+    """
 
     condition: str
     outcome: bool
@@ -30,12 +36,12 @@ class Guard:
 
 
 def check_condition(condition: str, known: Collection[str]) -> None:
-    """Refuse what is no comparison of sizes, as `H % 2 == 0`.
+    """Refuse a text that is no comparison of sizes, such as `H % 2 == 0`.
 
     Args:
         known: the names of the sizes of a call.
     Raises:
-        SpecError: naming what it may not hold.
+        SpecError: the text is no such comparison; the error names the part that is not allowed.
     """
     hint = "compare two sizes once, as in 'H % 2 == 0': names of sizes, whole numbers, + - * // %"
     try:
@@ -60,31 +66,33 @@ def check_condition(condition: str, known: Collection[str]) -> None:
 
 
 def sizes_in(guard: Guard) -> set[str]:
-    """Names of the sizes that a guard is about."""
+    """Return the names of the sizes in a guard."""
     return set(re.findall(r"[A-Z]\d*", guard.condition))
 
 
 def satisfied(guard: Guard, sizes: Mapping[str, int]) -> bool:
-    """Whether sizes satisfy a guard; true if it is about sizes that are not among them."""
+    """Return whether sizes satisfy a guard. A guard with other sizes than these is satisfied."""
     return not sizes_in(guard) <= set(sizes) or bool(evaluate(guard.condition, sizes)) == guard.outcome
 
 
 def raised(
     guards: Iterable[Guard], sizes: Mapping[str, int], fits: Callable[[Mapping[str, int]], bool] = lambda sizes: True
 ) -> dict[str, int]:
-    """The sizes, each made as little larger as it takes to satisfy the guards.
+    """Return the sizes, enlarged as little as the guards require.
 
     Args:
-        fits: what larger sizes must satisfy besides.
+        fits: a further condition on enlarged sizes.
     Raises:
-        EditError: there are none up to `REACH` above.
+        EditError: no sizes up to `REACH` above satisfy the guards.
     """
-    found, guards = dict(sizes), tuple(guards)
-    while any(not satisfied(guard, found) for guard in guards):
-        broken = next(guard for guard in guards if not satisfied(guard, found))
+    enlarged, guards = dict(sizes), tuple(guards)
+    while any(not satisfied(guard, enlarged) for guard in guards):
+        broken = next(guard for guard in guards if not satisfied(guard, enlarged))
         names = sorted(sizes_in(broken))
-        room = [range(found[name], sizes[name] + REACH + 1) for name in names]
-        trials = (found | dict(zip(names, values, strict=True)) for values in sorted(itertools.product(*room), key=sum))
+        room = [range(enlarged[name], sizes[name] + REACH + 1) for name in names]
+        trials = (
+            enlarged | dict(zip(names, values, strict=True)) for values in sorted(itertools.product(*room), key=sum)
+        )
         trial = next((trial for trial in trials if satisfied(broken, trial) and fits(trial)), None)
         if trial is None:
             at = ", ".join(f"{name}={sizes[name]}" for name in names)
@@ -93,8 +101,8 @@ def raised(
                 where=broken.where,
                 hint="require less",
             )
-        found = trial  # larger than before, so this ends
-    return found
+        enlarged = trial  # larger than before, so this ends
+    return enlarged
 
 
 def _said(guard: Guard) -> str:
@@ -102,12 +110,12 @@ def _said(guard: Guard) -> str:
 
 
 def probing(guards: Iterable[Guard], symbols: Sequence[Symbol], levels: int) -> tuple[Symbol, ...]:
-    """The free sizes with generic values that satisfy guards, and still differ from the nominal ones at every level.
+    """Return the free sizes with generic values that satisfy the guards and differ from the nominal ones everywhere.
 
     Args:
         levels: how often the UNet halves height and width.
     Raises:
-        EditError: there are none, or the nominal sizes do not satisfy the guards.
+        EditError: there are no such values, or the nominal sizes do not satisfy the guards.
     """
     nominal = {s.name: s.nominal for s in symbols}
     for guard in guards:
@@ -128,27 +136,27 @@ def probing(guards: Iterable[Guard], symbols: Sequence[Symbol], levels: int) -> 
         )
 
     generic = {s.name: s.generic for s in symbols}
-    try:  # sizes that also differ from one another, or a value of one would be named by the other
-        found = raised(guards, generic, lambda sizes: differs(sizes) and sizes["H"] != sizes["W"])
+    try:  # height and width should differ too, or dimensions of one would be named by the other
+        chosen = raised(guards, generic, lambda sizes: differs(sizes) and sizes["H"] != sizes["W"])
     except EditError:
-        found = raised(guards, generic, differs)
-    return tuple(Symbol(s.name, s.nominal, found[s.name]) for s in symbols)
+        chosen = raised(guards, generic, differs)
+    return tuple(Symbol(s.name, s.nominal, chosen[s.name]) for s in symbols)
 
 
 def check_call(
     inputs: Sequence[Input], guards: Iterable[Guard], flat: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, int]:
-    """Refuse flat inputs that are not covered.
+    """Refuse a call that a graph does not cover.
 
     Args:
-        inputs: all inputs with their shapes; None is the shape of a residual whose place was pruned away.
-        guards: what must hold for the sizes.
-        flat: the call, as `sdgraph.frontend.call.flatten` gives it.
-        dtype: of the model.
+        inputs: all inputs with their shapes; None is the shape of a residual whose place was removed.
+        guards: the conditions on the sizes.
+        flat: the flat inputs, as `sdgraph.frontend.call.flatten` returns them.
+        dtype: the dtype of the model.
     Returns:
-        the sizes of the call by symbol.
+        The sizes of the call by symbol.
     Raises:
-        CallError: naming the input, what it is and what it should be.
+        CallError: an input is not covered; the error says what it is and what it should be.
     """
     sizes: dict[str, int] = {}
     first = next(iter(flat), "")
@@ -194,7 +202,7 @@ def _check_dtype(spec: Input, value: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def _match(spec: Input, dims: tuple[int | str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    """Compare a shape with what it should be, learning the free sizes from their first use."""
+    """Compare a shape with the expected one. Free sizes are taken from the first dimension that they occur in."""
     wanted: list[int | str] = []
     for i, dim in enumerate(dims):
         have = shape[i] if i < len(shape) else None

@@ -12,18 +12,18 @@ Dim = int | str
 
 @dataclass(frozen=True)
 class Input:
-    """One flat tensor of a call.
+    """A flat tensor of a call.
 
     Args:
         name: its name in the graph and in exported models.
-        place: where it sits in the diffusers call: `(argument,)`, `(argument, key)` or `(argument, index, ...)`.
-        shape: one entry per dimension: a number, or an expression in the call's sizes. None where the shape is that
-            of the value it is added to (ControlNet and adapter residuals), known once traced.
+        place: its place in the diffusers call: `(argument,)`, `(argument, key)` or `(argument, index, ...)`.
+        shape: an entry for every dimension, a number or an expression in the call's sizes. None for a residual of a
+            ControlNet or adapter, which has the shape of the value that it is added to.
         kind: "float" (the model's dtype), "index" (integer), "time" (numbers of any dtype; scalars are accepted), or
             "mask" (numbers of any dtype, or booleans).
         optional: a call may leave it out.
         broadcast: the batch dimension may be 1 whatever the batch is.
-        fitting: it is left out of a call where it has another shape, as diffusers does with what a T2I-Adapter gives
+        fitting: it is ignored in a call where it has another shape, as diffusers ignores tensors of a T2I-Adapter
             beyond the down blocks.
     """
 
@@ -37,7 +37,7 @@ class Input:
 
     @property
     def conditioning(self) -> bool:
-        """Whether pipelines give the same tensor to every call of a generation."""
+        """Whether pipelines pass the same tensor to every call of a generation."""
         return self.place[0] in CONDITIONING
 
 
@@ -51,11 +51,11 @@ CONDITIONING = (
 
 
 def example_of(spec: Input, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor | None:
-    """A value of an input on the meta device; None for a residual, whose shape is that of what it is added to.
+    """Return a value of an input on the meta device; None for a residual, whose shape is not known yet.
 
     Args:
-        sizes: of the call, by symbol.
-        dtype: of the model.
+        sizes: the sizes of the call by symbol.
+        dtype: the dtype of the model.
     """
     if spec.shape is None:
         return None

@@ -1,4 +1,4 @@
-"""Module paths: which ones a pattern names."""
+"""Module paths and patterns of them."""
 
 from __future__ import annotations
 
@@ -9,41 +9,43 @@ from ..errors import PathError, did_you_mean
 
 
 def matching(patterns: str | Iterable[str], known: Sequence[str], check: Callable[[str], object]) -> list[str]:
-    """The paths that patterns name, in the order in which they are known; see `sdgraph.Graph.matching`.
+    """Return the paths that patterns name, in the order of `known`; see `sdgraph.Graph.matching`.
 
     Args:
-        check: called with each path that is spelled out; raises an error if there is no such path.
+        check: called with every path that is spelled out; raises an error if there is no such path.
     Raises:
-        PathError: a pattern that names nothing; with the nearest paths.
+        PathError: a pattern names nothing; the error names the nearest paths.
     """
-    found: set[str] = set()
+    named: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         choices = [counted for choice in _expanded(pattern) for counted in _counted(choice, known)]
         if len(choices) == 1 and "*" not in choices[0]:
             check(choices[0])
-            found.add(choices[0])
+            named.add(choices[0])
             continue
         regex = re.compile("|".join(map(_regex, choices)))
         matches = [path for path in known if regex.fullmatch(path)]
         if not matches:
             hint = did_you_mean(pattern, known) or "print(graph) lists the paths"
             raise PathError(f"no module matches {pattern!r}", where=pattern, hint=hint)
-        found.update(matches)
-    return sorted(found, key=known.index)
+        named.update(matches)
+    return sorted(named, key=known.index)
 
 
 def above(path: str) -> Iterator[str]:
-    """The paths of the modules that hold a module, from the inside out."""
+    """Yield the paths of the modules that contain a module, from the inside out."""
     while "." in path:
         path = path.rpartition(".")[0]
         yield path
 
 
 def _expanded(pattern: str) -> list[str]:
-    """The pattern for each choice of what its braces hold."""
+    """Return the patterns that a pattern with braces stands for."""
     before, brace, rest = pattern.partition("{")
+    if not brace:
+        return [pattern]
     inner, _, after = rest.partition("}")
-    return [each for choice in inner.split(",") for each in _expanded(before + choice + after)] if brace else [pattern]
+    return [expanded for choice in inner.split(",") for expanded in _expanded(before + choice + after)]
 
 
 def _regex(pattern: str) -> str:
@@ -52,8 +54,10 @@ def _regex(pattern: str) -> str:
 
 
 def _counted(pattern: str, known: Sequence[str]) -> list[str]:
-    """The pattern with its first negative number, and then the others, replaced: one for each parent that it names, for
-    each may have another last child. As it is where there are too few siblings."""
+    """Return the pattern with its negative numbers replaced, once for every parent, because last children differ.
+
+    A pattern that counts beyond the first sibling is returned as it is.
+    """
     names = pattern.split(".")
     at = next((i for i, name in enumerate(names) if re.fullmatch(r"-\d+", name)), None)
     if at is None:
@@ -70,4 +74,4 @@ def _counted(pattern: str, known: Sequence[str]) -> list[str]:
         for holder, numbers in children.items()
         if -int(names[at]) <= len(numbers)
     ]
-    return [full for one in counted for full in _counted(one, known)] or [pattern]
+    return [full for partial in counted for full in _counted(partial, known)] or [pattern]

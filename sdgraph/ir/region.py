@@ -12,19 +12,20 @@ from torch import fx
 
 from ..errors import EditError, PathError, ShapeError, did_you_mean
 from .cost import written
-from .nodes import values
+from .liveness import ancestors
+from .nodes import values, weights_read
 from .paths import above
 from .state import GraphState
 
 
 @dataclass(frozen=True)
 class Region:
-    """What a module path covers in a graph.
+    """The nodes of a graph under one module path.
 
     Args:
-        graph: the graph it is in.
-        path: module path, e.g. `down_blocks.0.resnets.1`.
-        nodes: its nodes, in graph order.
+        graph: the graph.
+        path: the module path, such as `down_blocks.0.resnets.1`.
+        nodes: the nodes, in graph order.
     """
 
     graph: GraphState
@@ -33,19 +34,19 @@ class Region:
 
     @property
     def source_class(self) -> str:
-        """Class name of the source module."""
+        """The class name of the source module."""
         return self.graph.classes.get(self.path, "")
 
     @cached_property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """Tensors from outside that it reads, in graph order."""
+        """The tensors from outside that the region reads, in graph order."""
         inside = set(self.nodes)
         read = {n for node in self.nodes for n in node.all_input_nodes if n not in inside}
         return tuple(n for n in self.graph.fx.nodes if n in read and isinstance(n.meta["val"], torch.Tensor))
 
     @cached_property
     def outputs(self) -> tuple[fx.Node, ...]:
-        """Its tensors that are read outside, in graph order."""
+        """The tensors of the region that are read outside, in graph order."""
         inside = set(self.nodes)
         return tuple(
             n
@@ -55,7 +56,11 @@ class Region:
 
     @property
     def output(self) -> fx.Node:
-        """Its only output."""
+        """The only output.
+
+        Raises:
+            EditError: the region has another number of outputs.
+        """
         if len(self.outputs) != 1:
             raise EditError(
                 f"the region has {len(self.outputs)} outputs", where=self.path, hint="take a smaller region"
@@ -64,15 +69,17 @@ class Region:
 
     @cached_property
     def main_input(self) -> fx.Node | None:
-        """The hidden state it works on: of its inputs with the rank of its last output, the one computed last."""
+        """The hidden state: the last computed of the inputs that have the rank of the last output."""
         rank = self.outputs[-1].meta["val"].ndim
-        found = [n for n in self.inputs if n.meta["val"].ndim == rank]
-        return found[-1] if found else None
+        candidates = [n for n in self.inputs if n.meta["val"].ndim == rank]
+        return candidates[-1] if candidates else None
 
     @property
     def branch(self) -> fx.Node | None:
-        """What it adds to the main flow, if that is how it ends; its last addition may be inside (a resnet)
-        or outside (a unit)."""
+        """The value that the region adds to the main flow, None if it does not end in such an addition.
+
+        The addition may be inside the region (a resnet) or outside (an attention or feed-forward unit).
+        """
         if len(self.outputs) != 1:
             return None
         last = self.output
@@ -91,17 +98,15 @@ class Region:
 
     @property
     def _shortcut(self) -> fx.Node | None:
-        """A resnet's own 1x1 convolution, past everything else."""
+        """The 1x1 convolution of a resnet that bypasses its other layers."""
         return next((n for n in self.nodes if n.target == f"{self.path}.conv_shortcut"), None)
 
     @cached_property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Its parameters by full name."""
-        targets = {str(n.target) for n in self.nodes if n.op in ("call_module", "get_attr")}
+        """The parameters by full name."""
+        read = weights_read(self.nodes)
         return {
-            name: p
-            for name, p in self.graph.parameters().items()
-            if name in targets or name.rpartition(".")[0] in targets
+            name: p for name, p in self.graph.parameters().items() if name in read or name.rpartition(".")[0] in read
         }
 
     @property
@@ -111,11 +116,17 @@ class Region:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its parameters plus what it writes at the nominal sizes."""
+        """Bytes of the parameters, and of the tensors that are written at the nominal sizes."""
         return sum(p.numel() * p.element_size() for p in self.parameters.values()) + sum(map(written, self.nodes))
 
     def stand_in(self, output: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """What to rewire when the region goes: (a value, the one that takes its place). See `Graph.bypass`."""
+        """Return the value that is replaced when the region is removed, and the value that replaces it.
+
+        See `Graph.bypass`.
+
+        Raises:
+            ShapeError: no value has the right shape.
+        """
         residual = self._residual(output)
         if residual is not None:
             return residual
@@ -129,64 +140,51 @@ class Region:
                 return output, entry
         if self._shortcut is not None:
             return next(iter(self._shortcut.users)), self._shortcut
-        found = self.graph.shape(entry) if entry is not None else "nothing"
+        stand_in = self.graph.shape(entry) if entry is not None else "nothing"
         raise ShapeError(
-            f"without {self.path!r} its output {self.graph.shape(output)} would be replaced by {found}",
+            f"without {self.path!r} its output {self.graph.shape(output)} would be replaced by {stand_in}",
             where=self.path,
             hint="remove what changes the channels along with it, or only parts of it",
         )
 
     def _residual(self, output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """The addition that joins a residual branch to what it came from, and that other side."""
+        """Return the addition that joins a residual branch to the main flow, and the value on its other side."""
         users = list(output.users)
         if len(users) != 1 or users[0] in self.nodes or users[0].target is not operator.add:
             return None
         others = [a for a in users[0].args if a is not output]
         if len(others) != 1 or not isinstance(others[0], fx.Node):
             return None
-        return (users[0], others[0]) if _depends(output, others[0]) else None
+        return (users[0], others[0]) if others[0] in ancestors(output) else None
 
 
 def region_at(graph: GraphState, path: str) -> Region:
-    """The nodes under a module path.
+    """Return the region at a module path.
 
     Raises:
-        PathError: naming the nearest paths, or the pass that removed it.
+        PathError: there is none; the error names the nearest paths, or the pass that removed the region.
     """
     nodes = [n for n in graph.fx.nodes if path in n.meta.get("nn_module_stack", {})]
     if nodes:
         return Region(graph, path, tuple(nodes))
-    gone = next((p for p in (path, *above(path)) if p in graph.removed), None)
-    if gone is not None:
-        raise PathError(
-            f"{path!r} is no longer in the graph", where=gone, hint=f"it was removed by {graph.removed[gone]}"
-        )
+    removed = graph.removed
+    outer = next((p for p in (path, *above(path)) if p in removed), None)
+    if outer is not None:
+        raise PathError(f"{path!r} is no longer in the graph", where=outer, hint=f"it was removed by {removed[outer]}")
     hint = did_you_mean(path, graph.paths()) or "print(graph) lists the paths"
     raise PathError(f"no module {path!r} in the graph", where=path, hint=hint)
 
 
 def regions_of(graph: GraphState) -> dict[str, Region]:
-    """All regions by path, in graph order, outer before inner."""
-    found: dict[str, list[fx.Node]] = {}
+    """Return all regions by path, in graph order, outer before inner."""
+    nodes_by_path: dict[str, list[fx.Node]] = {}
     for node in graph.fx.nodes:
         for path in node.meta.get("nn_module_stack", {}):
-            found.setdefault(path, []).append(node)
-    return {path: Region(graph, path, tuple(nodes)) for path, nodes in found.items()}
-
-
-def _depends(node: fx.Node, on: fx.Node) -> bool:
-    seen, stack = {node}, [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source is on:
-                return True
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return False
+            nodes_by_path.setdefault(path, []).append(node)
+    return {path: Region(graph, path, tuple(nodes)) for path, nodes in nodes_by_path.items()}
 
 
 def _channels(node: fx.Node) -> tuple[int, ...]:
-    """Rank and channel count: dimension 1 of a map, the last one of tokens."""
+    """Return the rank and the number of channels: dimension 1 of a map, the last dimension of tokens."""
     val, _ = values(node)
     return val.ndim, val.shape[1 if val.ndim == 4 else -1]

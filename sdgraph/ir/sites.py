@@ -19,6 +19,7 @@ from ..errors import ScheduleError
 from ..forecasts import REPEAT, Forecast, as_forecast
 from ..schedules import Drift, Schedule
 from .inputs import Input
+from .liveness import ancestors, eliminate_dead_code
 from .specialize import copy_nodes
 
 
@@ -87,16 +88,13 @@ def _holds_tensors(node: fx.Node) -> bool:
 def live_nodes(nodes: fx.Graph, stale: Collection[str] = ()) -> set[fx.Node]:
     """What a call at which the sites `stale` are inherited comes by on its way from the output back to the inputs: the
     nodes it computes, and the stale sites at which it stops."""
-    seen, stack = set(), [nodes.output_node()]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            if node.target is bypass:
-                stack.append(node.all_input_nodes[node.args[-1] in stale])
-            elif not (node.target is inherit and node.args[-1] in stale):
-                stack += node.all_input_nodes
-    return seen
+
+    def inputs(node: fx.Node) -> list[fx.Node]:
+        if node.target is bypass:
+            return [node.all_input_nodes[node.args[-1] in stale]]
+        return [] if node.target is inherit and node.args[-1] in stale else node.all_input_nodes
+
+    return set(ancestors(nodes.output_node(), inputs))
 
 
 @dataclass(frozen=True)
@@ -137,9 +135,7 @@ def step(nodes: fx.Graph, stale: Collection[str] = ()) -> Step:
             value.meta = {key: node.meta[key] for key in ("val", "probe", "nn_module_stack") if key in node.meta}
             node.replace_all_uses_with(value)
             made.erase_node(node)
-    for node in reversed(list(made.nodes)):
-        if not node.users and node.op != "output" and node not in given:
-            made.erase_node(node)
+    eliminate_dead_code(made, unneeded=arguments.values())
     results: dict[str, fx.Node] = {}
     for site, node in sites(made).items():
         results[site] = value = node.all_input_nodes[0]

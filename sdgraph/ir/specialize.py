@@ -1,4 +1,4 @@
-"""Specialising: a straight-line graph for one kind of call, over the same weights."""
+"""Specialization: graphs for one kind of call, over the same weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from torch import fx
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import EditError
+from .liveness import eliminate_dead_code
 
 
 def per_call(value: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """`value`, (B, ...), for the call: its first row if all samples have one timestep, else all rows.
+    """Return the first row of `value` if all samples of the call have one timestep, and all rows otherwise.
 
-    For what depends on the timestep alone. Exported graphs take one timestep per call.
+    It is for values that depend on the timestep alone. An exported graph has one timestep per call.
 
     Args:
-        timestep: as the call gave it: (1,) or (B,).
+        value: (B, ...).
+        timestep: the input of the call, (1,) or (B,).
+    Returns:
+        (1, ...) or (B, ...).
     """
     if has_torch_function((value, timestep)):
         return handle_torch_function(per_call, (value, timestep), value, timestep)
@@ -26,16 +30,16 @@ def per_call(value: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
 
 
 def drop_inputs(nodes: fx.Graph, absent: Collection[str]) -> fx.Graph:
-    """The graph for calls that leave out the optional inputs `absent`.
+    """Return the graph for calls that leave out the optional inputs `absent`.
 
-    What would be computed from an absent input alone is absent; adding it leaves the other side; an absent attention
-    mask is none.
+    A value that is computed from absent values alone is absent too. The sum of an absent and a present value is the
+    present value. Attention with an absent mask has no mask.
 
     Raises:
-        EditError: something else is computed from an absent input and from one that is there.
+        EditError: another operation has both absent and present tensors as inputs.
     """
-    made, gone = copy_nodes(nodes), set()
-    for node in list(made.nodes):
+    specialized, gone = copy_nodes(nodes), set()
+    for node in list(specialized.nodes):
         if node.op == "placeholder":
             if node.name in absent:
                 gone.add(node)
@@ -49,8 +53,8 @@ def drop_inputs(nodes: fx.Graph, absent: Collection[str]) -> fx.Graph:
             node.update_kwarg("attn_mask", None)
             continue
         elif node.target is torch.baddbmm and len(present) == 2 and node.args[0] in gone:
-            with made.inserting_before(node):  # diffusers' own spelling of no mask: a tensor that beta=0 ignores
-                nothing = made.call_method("new_empty", (present[0], ()))
+            with specialized.inserting_before(node):  # diffusers' spelling of no mask: a tensor that beta=0 ignores
+                nothing = specialized.call_method("new_empty", (present[0], ()))
             node.update_arg(0, nothing)
             node.update_kwarg("beta", 0)
             continue
@@ -61,10 +65,8 @@ def drop_inputs(nodes: fx.Graph, absent: Collection[str]) -> fx.Graph:
                 hint="an optional input may only be added to something, or mask attention",
             )
         gone.add(node)
-    for node in reversed(list(made.nodes)):
-        if not node.users and (node.op not in ("placeholder", "output") or node in gone):
-            made.erase_node(node)
-    return made
+    eliminate_dead_code(specialized, unneeded=gone)
+    return specialized
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -72,7 +74,8 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def copy_nodes(nodes: fx.Graph) -> fx.Graph:
-    """The same nodes, with their names and meta, in a graph of their own."""
-    made = fx.Graph()
-    made.output(made.graph_copy(nodes, {}))
-    return made
+    """Return a new graph with copies of the nodes, with their names and meta."""
+    copied = fx.Graph()
+    output = copied.output(copied.graph_copy(nodes, {}))
+    output.meta = dict(nodes.output_node().meta)
+    return copied

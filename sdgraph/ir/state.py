@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,34 +10,28 @@ import networkx as nx
 import torch
 from torch import nn
 
-from ..errors import EditError, PathError, SdgraphError, ShapeError, did_you_mean
+from ..errors import EditError, PathError, did_you_mean
 from .cost import count_macs
 from .decisions import Applied, Decisions
 from .dims import Dims, Symbol
+from .edits import Removed
+from .evaluation import evaluate, infer, propagate
 from .guards import Guard, raised
 from .inputs import Input, example_of
-from .nodes import called, residual_like, scope, values
+from .liveness import ancestors
+from .nodes import scope, values
 from .sites import Site, changing_nodes, live_nodes, sites
-from .weights import Shares, Weights, meta_like, on_meta
-
-SIGNS: Mapping[Any, str] = {
-    operator.add: "+",
-    operator.sub: "-",
-    operator.mul: "*",
-    operator.floordiv: "//",
-    operator.truediv: "/",
-    operator.mod: "%",
-}
+from .weights import Shares, Weights
 
 
 @dataclass
 class GraphState:
     """The state of a graph: its nodes and their values, weights, sizes and sites. `sdgraph.Graph` adds editing.
 
-    Leaves are PyTorch's own modules (`call_module`), everything else is functions and methods. Each node carries
-    `meta["nn_module_stack"]` (the source modules it belongs to) and its value on the meta device at two calls:
-    `meta["val"]` at the nominal sizes and in the source's dtype, `meta["probe"]` at the generic sizes and in another
-    dtype. What is the same in both is fixed; what moves must stay symbolic.
+    PyTorch's own modules are leaves, which nodes call (`call_module`); all other nodes call functions and methods. A
+    node's `meta["nn_module_stack"]` names the source modules that it belongs to. Its value is known on the meta device
+    at two calls: `meta["val"]` at the nominal sizes and in the source's dtype, `meta["probe"]` at the generic sizes and
+    in another dtype. What is equal in both is fixed; what differs depends on the call.
 
     Args:
         fx: the nodes.
@@ -48,13 +41,13 @@ class GraphState:
         dtype: of the source's parameters.
         device: of the source's parameters.
         config: the source's configuration.
-        guards: what a call must satisfy for the graph to hold.
-        classes: class name of every source module, by path.
-        passes: what has been applied, and what it decided.
-        removed: module paths that are gone, with the spec of the pass that removed each.
-        frozen: it belongs to a `GraphUNet` and is not edited any more; a copy can be.
-        source: the UNet it was traced from, without the numbers; see `sdgraph.runtime.retrace`.
-        dropped: convolutions that passes of this `apply` removed, by the path they had: material for later passes.
+        guards: the conditions that the sizes of a call must satisfy.
+        classes: the class name of every source module, by path.
+        passes: the passes that were applied, with their decisions.
+        removals: the modules that edits removed, in order; leaf modules are among them until a `GraphUNet` runs the
+            graph.
+        frozen: whether the graph belongs to a `GraphUNet`, so that only a copy of it can be edited.
+        source: the UNet that was traced, without the values of its weights; see `sdgraph.runtime.retrace`.
     """
 
     fx: torch.fx.Graph
@@ -67,29 +60,43 @@ class GraphState:
     guards: tuple[Guard, ...] = ()
     classes: dict[str, str] = field(default_factory=dict)
     passes: tuple[Applied, ...] = ()
-    removed: dict[str, str] = field(default_factory=dict)
+    removals: tuple[Removed, ...] = ()
     frozen: bool = False
     source: Any = field(default=None, repr=False)
-    dropped: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _decisions: Decisions = field(default_factory=Decisions, repr=False)
+    _editor: str = field(default="", repr=False)  # the pass that is running, as text
     _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     @property
     def nodes(self) -> list[torch.fx.Node]:
+        """The nodes, in graph order."""
         return list(self.fx.nodes)
 
     @property
     def output(self) -> torch.fx.Node:
-        """The value the graph returns."""
+        """The node of the value that the graph returns."""
         value = self.fx.output_node().args[0]
         assert isinstance(value, torch.fx.Node)
         return value
 
+    @property
+    def removed(self) -> dict[str, str]:
+        """Paths of the regions that edits removed, each with the pass that removed it."""
+        return {r.path: r.by or "an edit outside of passes" for r in self.removals if r.module is None}
+
+    def forget_removed_modules(self) -> None:
+        """Free the weights of removed leaf modules. The record of removed regions stays."""
+        self.removals = tuple(r for r in self.removals if r.module is None)
+
     def input(self, name: str) -> torch.fx.Node:
-        """The placeholder of an input."""
+        """Return the placeholder of an input.
+
+        Raises:
+            PathError: there is no input of this name.
+        """
         for node in self.nodes:
             if node.op == "placeholder" and node.name == name:
                 return node
@@ -97,8 +104,11 @@ class GraphState:
         raise PathError(f"no input {name!r}", hint=did_you_mean(name, names) or f"inputs: {', '.join(names)}")
 
     def resolved_inputs(self) -> tuple[Input, ...]:
-        """The inputs with the shapes of residuals filled in: that of what they are added to, None if that is gone, and
-        "?" for a size that is no known expression of the call's."""
+        """Return the inputs with the shapes of residuals filled in.
+
+        A residual has the shape of the value that it is added to, and None if that value was removed. A size that has
+        no expression in the call's sizes is "?".
+        """
         resolved = []
         for spec in self.inputs:
             node = self.input(spec.name)
@@ -108,20 +118,20 @@ class GraphState:
         return tuple(resolved)
 
     def paths(self) -> list[str]:
-        """Paths of all regions, in graph order."""
+        """Return the paths of all regions, in graph order."""
         return list(dict.fromkeys(p for n in self.fx.nodes for p in n.meta.get("nn_module_stack", {})))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters by name."""
+        """Return the parameters by name."""
         return dict(self.weights.named_parameters())
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one call at the nominal sizes (batch 1), products of attention included."""
+        """Multiply-accumulates of one call at the nominal sizes (batch 1), including the products of attention."""
         return sum(self.macs_of(node) for node in self.fx.nodes)
 
     def to_networkx(self) -> nx.DiGraph[str]:
-        """Nodes by name with `op`, `target`, `scope` and `macs`; an edge from each value to each user."""
+        """Return a graph of node names with `op`, `target`, `scope` and `macs`; edges go from a value to its users."""
         net: nx.DiGraph[str] = nx.DiGraph()
         for node in self.fx.nodes:
             net.add_node(node.name, op=node.op, target=str(node.target), scope=scope(node), macs=self.macs_of(node))
@@ -129,7 +139,7 @@ class GraphState:
         return net
 
     def shape(self, node: torch.fx.Node) -> str:
-        """Readable shape of a node's value in the call's symbols, e.g. `B×320×H/2×W/2`."""
+        """Return the shape of a node's value as text, such as `B×320×H/2×W/2`."""
         nominal, generic = values(node)
         if isinstance(nominal, torch.Tensor):
             return self.dims.shape(nominal, generic)
@@ -138,128 +148,82 @@ class GraphState:
         return "" if nominal is None else str(node.meta.get("size", nominal))
 
     def infer(self, node: torch.fx.Node) -> None:
-        """Evaluate a node at both sizes, into its meta.
+        """Evaluate a node at both calls and store its values in its `meta`.
 
         Raises:
-            ShapeError: the operation does not accept its inputs; nothing is stored.
+            ShapeError: the operation does not accept its inputs.
         """
-        node.meta.pop("macs", None)
-        node.meta["asked"] = _evaluated(node)
-        for key in ("val", "probe"):
-            try:
-                node.meta[key] = self._evaluate(node, key)
-            except SdgraphError:
-                raise
-            except Exception as error:
-                shapes = ", ".join(f"{n.name}: {self.shape(n)}" for n in node.all_input_nodes)
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise ShapeError(
-                    f"{called(node)} cannot take {shapes or 'its arguments'}: {reason}",
-                    where=f"{scope(node) or '(top level)'}, node {node.name}",
-                    hint="the shapes on both sides must agree at every size of the call",
-                ) from error
-        nominal, generic = values(node)
-        if isinstance(nominal, int | float) and not isinstance(nominal, bool):
-            node.meta["size"] = self._size(node, nominal, generic)
-
-    def _evaluate(self, node: torch.fx.Node, key: str) -> Any:
-        args = torch.fx.map_arg(node.args, lambda n: n.meta[key])
-        kwargs = torch.fx.map_arg(node.kwargs, lambda n: n.meta[key])
-        with torch.no_grad():
-            if node.op == "call_module":
-                return self._meta_module(str(node.target), key).forward(*args, **kwargs)
-            if node.op == "call_function":
-                return node.target(*args, **kwargs)  # type: ignore[operator]
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            if node.op == "get_attr":
-                return meta_like(self.tensor(str(node.target)), self.probe_dtype(key))
-        raise EditError(f"a {node.op} node cannot be evaluated", where=node.name)
-
-    def _size(self, node: torch.fx.Node, nominal: Any, generic: Any) -> str | None:
-        """A number in the call's symbols: sizes are recognised, arithmetic is composed."""
-        if node.op == "call_method":
-            return self.dims.name(nominal, generic)
-        sides = [a.meta.get("size") if isinstance(a, torch.fx.Node) else repr(a) for a in node.args]
-        if node.target not in SIGNS or None in sides:
-            return None
-        return f"({sides[0]} {SIGNS[node.target]} {sides[1]})"
+        infer(self, node)
 
     def probe_dtype(self, key: str) -> torch.dtype:
-        """Floating dtype of an evaluation: the source's, or, for the probe, another one."""
+        """Return the floating dtype of an evaluation: the source's for "val", another one for "probe"."""
         if key == "val":
             return self.dtype
         return torch.float16 if self.dtype is not torch.float16 else torch.float32
 
-    def _meta_module(self, path: str, key: str) -> nn.Module:
-        if (path, key) not in self._meta:
-            self._meta[path, key] = on_meta(self.module(path), self.probe_dtype(key))
-        return self._meta[path, key]
+    def propagate(self, anew: bool = False) -> None:
+        """Evaluate new and rewired nodes, and the nodes that depend on values that have changed.
 
-    def propagate(self) -> None:
-        """Evaluate what edits have touched: new and rewired nodes, and whatever their new values reach.
-
+        Args:
+            anew: evaluate all nodes.
         Raises:
-            ShapeError: at the first node whose inputs do not fit.
+            ShapeError: an operation does not accept its inputs; the error names the first such node.
         """
-        changed: set[torch.fx.Node] = set()
-        residuals = {i.name for i in self.inputs if i.shape is None}
-        shaped: set[torch.fx.Node] = set()
-        for node in self.fx.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
-            for arg in node.all_input_nodes:
-                if arg.op == "placeholder" and arg.name in residuals and arg not in shaped:
-                    # anew, for what it is added to may have changed
-                    other = next(n for n in node.all_input_nodes if n is not arg)
-                    shaped.add(arg)
-                    if arg.meta["val"] is None or _signature(arg) != _signature(other):
-                        changed.add(arg)
-                    residual_like(arg, other)
-            if node.meta.get("asked") == _evaluated(node) and changed.isdisjoint(node.all_input_nodes):
-                continue
-            before = _signature(node) if "val" in node.meta else None
-            self.infer(node)
-            if before != _signature(node):
-                changed.add(node)
+        propagate(self, anew)
 
     def module(self, path: str) -> nn.Module:
-        """The leaf module at a path."""
-        found = self.weights.get(path)
-        if not isinstance(found, nn.Module):
+        """Return the leaf module at a path.
+
+        Raises:
+            PathError: there is none; the error names the nearest paths.
+        """
+        module = self.weights.get(path)
+        if not isinstance(module, nn.Module):
             raise PathError(f"no leaf module {path!r}", hint=did_you_mean(path, self.paths()))
-        return found
+        return module
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The parameter or buffer of a name."""
-        found = self.weights.get(name)
-        if not isinstance(found, torch.Tensor):
+        """Return the parameter or buffer of a name.
+
+        Raises:
+            PathError: there is none; the error names the nearest names.
+        """
+        tensor = self.weights.get(name)
+        if not isinstance(tensor, torch.Tensor):
             raise PathError(f"no tensor {name!r}", hint=did_you_mean(name, self.parameters()))
-        return found
+        return tensor
 
     def add_module(self, path: str, module: nn.Module, shares: Shares | None = None) -> None:
-        """Put a module at a path, replacing what is there: one of its own over the same weights. Those tied to weights
-        added with the same `shares` stay tied."""
+        """Put a copy of a leaf module at a path, over the same storage, in the place of what is there.
+
+        Args:
+            shares: weights that are added with the same `shares` stay tied.
+        """
         self._put(path, (shares or Shares()).module(module))
 
     def add_tensor(
         self, name: str, tensor: torch.Tensor, shares: Shares | None = None, persistent: bool = True
     ) -> None:
-        """Put a parameter or buffer at a name, over the same storage; a buffer may be left out of `state_dict`."""
+        """Put a parameter or buffer at a name, over the same storage.
+
+        Args:
+            shares: weights that are added with the same `shares` stay tied.
+            persistent: whether a buffer is in `state_dict`.
+        """
         self._put(name, (shares or Shares()).tensor(tensor), persistent)
 
     def _put(self, path: str, value: nn.Module | torch.Tensor, persistent: bool = True) -> None:
-        """Set a weight, and forget what was known of the one before."""
+        """Set a weight, and forget the values that were computed with the one before."""
         self._check_editable()
         self.weights.put(path, value, persistent)
         for key in ("val", "probe"):
             if self._meta.pop((path, key), None) is not None:
                 for node in self.fx.nodes:
                     if node.target == path:
-                        node.meta.pop("asked", None)
+                        node.meta.pop("evaluated", None)
 
     def free_name(self, stem: str) -> str:
-        """A name no weight has: the stem, or the stem with a number."""
+        """Return a name that no weight has: the stem, or the stem with a number."""
         name, count = stem, 0
         while self.weights.get(name) is not None:
             count += 1
@@ -273,27 +237,28 @@ class GraphState:
         return {n: replace(self._sites[n], invariant=node not in changing) for n, node in sites(self.fx).items()}
 
     def step_macs(self, stale: Collection[str] = ()) -> int:
-        """Multiply-accumulates of a call at which the sites `stale` are inherited, at the nominal sizes."""
+        """Return the multiply-accumulates of a call that inherits the sites in `stale`, at the nominal sizes."""
         return sum(self.macs_of(node) for node in live_nodes(self.fx, stale))
 
     def allowed(self, **sizes: int) -> dict[str, int]:
-        """Sizes of a call, made as little larger as the graph requires: `allowed(B=2, H=9, W=8)`.
+        """Return the sizes of a call, enlarged as little as the graph requires.
 
         Raises:
-            EditError: there are none nearby.
+            EditError: no sizes nearby satisfy the guards.
+        Example:
+            `graph.allowed(B=2, H=9, W=8)`
         """
         return raised(self.guards, sizes)
 
     def probe_at(self, symbols: tuple[Symbol, ...]) -> None:
-        """Evaluate the graph at other generic sizes."""
+        """Evaluate the graph at the generic sizes of other symbols."""
         self.dims = Dims(symbols)
         sizes = {symbol.name: symbol.generic for symbol in symbols}
         specs = {spec.name: spec for spec in self.inputs}
         for node in self.fx.nodes:
-            node.meta.pop("asked", None)
             if node.op == "placeholder" and specs[node.name].shape is not None:
                 node.meta["probe"] = example_of(specs[node.name], sizes, self.probe_dtype("probe"))
-        self.propagate()
+        self.propagate(anew=True)
 
     def _check_editable(self) -> None:
         if self.frozen:
@@ -303,32 +268,28 @@ class GraphState:
             )
 
     def details(self) -> tuple[object, ...]:
-        """What the operations of the graph do not show: its modules' kinds and options, its sites and its guards."""
+        """Return what operations do not show: the classes and options of modules, the sites and the guards."""
         paths = dict.fromkeys(str(node.target) for node in self.fx.nodes if node.op == "call_module")
         modules = tuple((path, type(self.module(path)), self.module(path).extra_repr()) for path in paths)
         return modules, tuple(self.sites.items()), self.guards
 
     def changing_nodes(self) -> set[torch.fx.Node]:
-        """The nodes whose tensors depend on inputs that change from call to call of a generation."""
+        """Return the nodes whose tensors depend on inputs that change from call to call of a generation."""
         return changing_nodes(self.fx, self.inputs)
 
+    def ancestors(
+        self, node: torch.fx.Node, stop: Callable[[torch.fx.Node], bool] = lambda _: False
+    ) -> Iterator[torch.fx.Node]:
+        """Yield a node and all nodes that its value is computed from, depth first.
+
+        Args:
+            stop: returns whether the inputs of a node are left out.
+        """
+        return ancestors(node, lambda source: [] if stop(source) else source.all_input_nodes)
+
     def macs_of(self, node: torch.fx.Node) -> int:
-        """Multiply-accumulates of a node at the nominal sizes."""
+        """Return the multiply-accumulates of a node at the nominal sizes."""
         if "macs" not in node.meta:
             module = self.module(str(node.target)) if node.op == "call_module" else None
-            node.meta["macs"] = count_macs(node, module, lambda: self._evaluate(node, "val"))
+            node.meta["macs"] = count_macs(node, module, lambda: evaluate(self, node, "val"))
         return int(node.meta["macs"])
-
-
-def _evaluated(node: torch.fx.Node) -> tuple[Any, ...]:
-    """What is evaluated: as long as this and the inputs' values stay, so does the value."""
-    return node.op, node.target, repr(node.args), repr(node.kwargs)
-
-
-def _signature(node: torch.fx.Node) -> list[Any]:
-    """What a node's two values look like from outside."""
-    flat: list[Any] = []
-    for value in values(node):
-        for item in value if isinstance(value, tuple | list) else (value,):
-            flat.append((item.shape, item.dtype) if isinstance(item, torch.Tensor) else item)
-    return flat

@@ -1,9 +1,9 @@
 """From PyTorch code to graph nodes.
 
 Ordinary code runs once with proxies for its tensors. Each operation becomes a node of one flat `torch.fx` graph and is
-evaluated twice on the meta device, at the nominal and at the generic sizes (see `dims`). What moves between the two
-stays symbolic: `x.shape` gives plain numbers for fixed dimensions and proxies for the others. What the code decides
-with a size is recorded as a `Guard`; a decision that comes out differently at the two sizes is refused.
+evaluated twice on the meta device, at the nominal and at the generic sizes (see `dims`). Sizes that differ between the
+two stay symbolic: `x.shape` gives plain numbers for fixed dimensions and proxies for the others. A decision that the
+code takes by a size is recorded as a `Guard`; a decision with different outcomes at the two sizes is refused.
 
 `torch.fx.symbolic_trace` cannot do this ("Proxy object cannot be iterated"), and fake tensors with symbolic shapes
 take ten times as long for the same graph.
@@ -11,262 +11,42 @@ take ten times as long for the same graph.
 
 from __future__ import annotations
 
-import contextlib
-import linecache
 import operator
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers.utils import torch_utils
 from torch import fx, nn
-from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import ShapeError, TraceError
+from . import branches, proxies
+from .branches import EQUIVALENT_BRANCHES, calling_line
 from .dims import Probe
 from .guards import Guard
 from .nodes import residual_like, values
+from .proxies import OpaqueProxy, SizeProxy, TensorProxy
 from .state import GraphState
 from .weights import Shares
 
-# Decisions in diffusers' code whose two branches give the same values, by function and source line. The trace takes
-# the branch of the generic (odd) sizes. If diffusers changes such a line the decision becomes a guard again, and calls
-# on its other side are refused instead of answered wrongly.
-EQUIVALENT_BRANCHES: Mapping[tuple[str, str], str] = {
-    (
-        "UNet2DConditionModel.forward",
-        "if dim % default_overall_up_factor != 0:",
-    ): "up-sampling to the size of the skip is up-sampling by two whenever the size divides",
-    ("Upsample2D.forward", "if hidden_states.shape[0] >= 64:"): "contiguous() keeps the values",
-    (
-        "Upsample2D.forward",
-        'if dtype == torch.bfloat16 and is_torch_version("<", "2.1"):',
-    ): "the cast is for PyTorch before 2.1",
-    (
-        "Upsample2D.forward",
-        "2 if output_size is None else max([f / s for f, s in zip(output_size, hidden_states.shape[-2:])])",
-    ): "only feeds the choice of a contiguous() that keeps the values",
-    (
-        "Upsample2D.forward",
-        "if hidden_states.numel() * scale_factor > pow(2, 31):",
-    ): "contiguous() keeps the values",
-}
-
-# Functions of diffusers that are one node: they branch on sizes, to no effect on values.
-WHOLE = ((torch_utils, "fourier_filter"),)
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 READS = {"item", "tolist", "numpy"}
-FACTORIES = ("arange", "empty", "zeros", "ones", "full", "linspace", "tensor")
+OWN_MODULES = (__name__, proxies.__name__, branches.__name__)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """PyTorch's own modules are leaves of the graph; everything else is traced through."""
+    """Whether a module is a leaf of the graph, as PyTorch's own are; the code of any other module is traced."""
     ours = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
     return ours and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-
-
-def edited(tensor: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
-    """A new tensor: `tensor` after `tensor[key] = value`."""
-    if has_torch_function((tensor, value)):
-        return handle_torch_function(edited, (tensor, value), tensor, key, value)
-    made = tensor.clone()
-    made[key] = value
-    return made
-
-
-class TensorProxy(fx.Proxy):
-    """Stands for a tensor while code is traced."""
-
-    tracer: Tracer
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Tensor  # code asks isinstance(x, torch.Tensor)
-
-    @property
-    def shape(self) -> Any:
-        if self.node.meta["val"] is None:
-            return _ShapeToCome(self)
-        return tuple(self.size(i) for i in range(self.ndim))
-
-    @property
-    def ndim(self) -> int:
-        return int(self.node.meta["val"].ndim)
-
-    def dim(self) -> int:
-        return self.ndim
-
-    def size(self, dim: int | None = None) -> Any:
-        if dim is None:
-            return self.shape
-        dim = range(self.ndim)[dim]
-        nominal, generic = (v.shape[dim] for v in values(self.node))
-        return nominal if nominal == generic else self.tracer.once("call_method", "size", self.node, dim)
-
-    def numel(self) -> Any:
-        count: Any = 1
-        for size in self.shape:
-            count = count * size
-        return count
-
-    @property
-    def dtype(self) -> Any:
-        return self.tracer.once("call_function", getattr, self.node, "dtype")
-
-    @property
-    def device(self) -> Any:
-        return self.tracer.once("call_function", getattr, self.node, "device")
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.tracer.owner.device.type == "cuda"
-
-    def is_floating_point(self) -> bool:
-        return bool(self.node.meta["val"].is_floating_point())
-
-    def __iadd__(self, other: Any) -> TensorProxy:
-        return self._in_place(operator.add, other)
-
-    def __imul__(self, other: Any) -> TensorProxy:
-        return self._in_place(operator.mul, other)
-
-    def __isub__(self, other: Any) -> TensorProxy:
-        return self._in_place(operator.sub, other)
-
-    def __itruediv__(self, other: Any) -> TensorProxy:
-        return self._in_place(operator.truediv, other)
-
-    def _in_place(self, op: Callable[..., Any], other: Any) -> TensorProxy:
-        # Whoever holds this very tensor sees the new value, as in eager code: diffusers adds adapter residuals to a
-        # tensor that it has already put on the list of skips.
-        self._become(self.tracer.create_proxy("call_function", op, (self, other), {}).node)
-        return self
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if any(node.op in ("placeholder", "get_attr") for node in self.tracer.sharing_memory(self.node)):
-            raise self.tracer.error(
-                "an input or a weight is edited in place", "edit a clone() of it, or use torch.where or torch.cat"
-            )
-        self._become(self.tracer.create_proxy("call_function", edited, (self, key, value), {}).node)
-
-    def _become(self, node: fx.Node) -> None:
-        """Stand for the edited tensor from now on; views of the old one would show the edit in eager code."""
-        self.tracer.outdated |= self.tracer.sharing_memory(self.node) - {node}
-        self.node = node
-
-    def __bool__(self) -> bool:
-        raise self.tracer.error("the code branches on the values of a tensor", "decide it before tracing")
-
-    def __iter__(self) -> Iterator[Any]:
-        raise self.tracer.error("a tensor is iterated over", "use unbind(dim)")
-
-    def __len__(self) -> int:
-        size: int = self.size(0)
-        return size
-
-
-class _ShapeToCome:
-    """Shape of an optional residual before it is used: it becomes the shape it is compared with."""
-
-    def __init__(self, proxy: TensorProxy) -> None:
-        self.proxy = proxy
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, tuple):
-            return NotImplemented
-        graph = self.proxy.tracer.owner
-        for key, sizes in zip(("val", "probe"), _probes(other), strict=True):
-            self.proxy.node.meta[key] = torch.empty(sizes, device="meta", dtype=graph.probe_dtype(key))
-        return True
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _probes(sizes: tuple[Any, ...]) -> tuple[list[int], list[int]]:
-    pairs = [values(s.node) if isinstance(s, fx.Proxy) else (s, s) for s in sizes]
-    return [p[0] for p in pairs], [p[1] for p in pairs]
-
-
-class SizeProxy(fx.Proxy):
-    """Stands for a number that depends on the sizes of the call."""
-
-    tracer: Tracer
-
-    def _decide(self, op: Callable[[Any, Any], Any], sign: str, other: Any) -> bool:
-        mine = values(self.node)
-        theirs = values(other.node) if isinstance(other, fx.Proxy) else (other, other)
-        outcomes = bool(op(mine[0], theirs[0])), bool(op(mine[1], theirs[1]))
-        return self.tracer.decide(f"{self.tracer.expression(self)} {sign} {self.tracer.expression(other)}", outcomes)
-
-    def __eq__(self, other: object) -> bool:
-        return self._decide(operator.eq, "==", other)
-
-    def __ne__(self, other: object) -> bool:
-        return self._decide(operator.ne, "!=", other)
-
-    def __lt__(self, other: Any) -> bool:
-        return self._decide(operator.lt, "<", other)
-
-    def __le__(self, other: Any) -> bool:
-        return self._decide(operator.le, "<=", other)
-
-    def __gt__(self, other: Any) -> bool:
-        return self._decide(operator.gt, ">", other)
-
-    def __ge__(self, other: Any) -> bool:
-        return self._decide(operator.ge, ">=", other)
-
-    def __bool__(self) -> bool:
-        return self._decide(operator.ne, "!=", 0)
-
-    __hash__ = fx.Proxy.__hash__
-
-    def __index__(self) -> int:
-        raise self.tracer.error(
-            "a size of the call is used as a plain number, which would freeze it", "keep it a tensor operation"
-        )
-
-    __int__ = __float__ = __index__
-
-
-class OpaqueProxy(fx.Proxy):
-    """Stands for a dtype or a device, which follow the weights when the model is moved."""
-
-    tracer: Tracer
-
-    def __eq__(self, other: object) -> bool:
-        mine = values(self.node)
-        if isinstance(mine[0], torch.device):
-            mine = (self.tracer.owner.device,) * 2
-        theirs = values(other.node) if isinstance(other, fx.Proxy) else (other, other)
-        outcomes = (mine[0] == theirs[0], mine[1] == theirs[1])
-        if mine[0] != mine[1] and isinstance(other, torch.dtype) and other.is_floating_point:
-            outcomes = (True, False)  # the weights may be cast to any dtype, so to this one and to others
-        return self.tracer.decide("", outcomes)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = fx.Proxy.__hash__
-
-    @property
-    def type(self) -> str:
-        return str(self.tracer.owner.device.type)
-
-    @property
-    def itemsize(self) -> int:
-        return int(self.node.meta["val"].itemsize)
 
 
 class Tracer(fx.proxy.TracerBase):
     """Appends the operations of running code to a graph.
 
     Args:
-        graph: receives nodes and parameters, and holds the evaluation.
-        root: the module whose code runs; its parameters keep the names they have in it, behind `prefix`.
-        leaving: nodes that will be removed, whose weights may be displaced.
+        graph: the graph that receives nodes and weights.
+        root: the module whose code runs. Its weights keep the names that they have in it, behind `prefix`.
+        prefix: the path of `root` in the graph.
+        leaving: nodes that will be removed, so that new weights may take the names of their weights.
     """
 
     def __init__(
@@ -279,7 +59,7 @@ class Tracer(fx.proxy.TracerBase):
         self.guards: dict[Guard, None] = {}
         self.failed_at = ""  # innermost module in which an exception was raised
         self.shares = Shares()
-        self.displaced: dict[str, Any] = {}  # what this tracer has put in the place of, by name
+        self.displaced: dict[str, Any] = {}  # weights that this tracer has replaced, by name
         self._staying = set(graph.fx.nodes).difference(leaving)
         self._once: dict[Any, Any] = {}
         self.outdated: set[fx.Node] = set()  # values from before an edit in place that eager code would show in them
@@ -300,7 +80,7 @@ class Tracer(fx.proxy.TracerBase):
     # -- what fx calls ------------------------------------------------------------------------------------------
 
     def proxy(self, node: fx.Node) -> Any:
-        """The proxy for a node, by what it evaluates to; tuples become tuples of proxies."""
+        """Return the proxy for a node by the kind of its value; a tuple becomes a tuple of proxies."""
         val = node.meta["val"]
         if val is None or isinstance(val, torch.Tensor):
             return TensorProxy(node, self)
@@ -318,7 +98,7 @@ class Tracer(fx.proxy.TracerBase):
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **more: Any
     ) -> Any:
-        """One operation: a node with its scope and its two values."""
+        """Append an operation: a node with its scope and its two values."""
         if target in IN_PLACE or (kind == "call_method" and target.endswith("_") and not target.endswith("__")):
             raise self.error(f"{target} edits a tensor in place", "use the form that returns a new tensor")
         if kind == "call_method" and target in READS:
@@ -356,17 +136,17 @@ class Tracer(fx.proxy.TracerBase):
             return self._tensor(a)
         return super().create_arg(a)
 
-    # -- what the proxies ask -----------------------------------------------------------------------------------
+    # -- what proxies call ---------------------------------------------------------------------------------------
 
     def once(self, kind: str, target: Any, node: fx.Node, *args: Any) -> Any:
-        """The same question about the same value is one node."""
+        """Return the proxy of an operation on a node, which is appended the first time only."""
         key = (target, node, *args)
         if key not in self._once:
             self._once[key] = self.create_proxy(kind, target, (fx.Proxy(node, self), *args), {})
         return self._once[key]
 
     def sharing_memory(self, node: fx.Node) -> set[fx.Node]:
-        """The node, its views, and what it is a view of, as far as it is known here."""
+        """Return the nodes whose values share memory with that of a node, and the node itself."""
         storages = {v.untyped_storage()._cdata for v in values(node) if isinstance(v, torch.Tensor)}
         return {
             other
@@ -381,15 +161,20 @@ class Tracer(fx.proxy.TracerBase):
         }
 
     def expression(self, size: Any) -> str:
-        """A size in the symbols of the call."""
+        """Return a size as an expression in the symbols of the call; "?" if there is none."""
         if not isinstance(size, fx.Proxy):
             return repr(size)
         return str(size.node.meta.get("size") or "?")
 
     def decide(self, condition: str, outcomes: Probe | tuple[bool, bool]) -> bool:
-        """The outcome of a decision, recorded as a guard unless both branches are known to give the same values."""
+        """Return the outcome of a decision, and record it as a guard unless both branches give the same values.
+
+        Args:
+            condition: the decision as an expression in the call's sizes; empty if it is about a dtype or a device.
+            outcomes: at the nominal and at the generic sizes.
+        """
         nominal, generic = outcomes
-        function, line, place = _calling_line()
+        function, line, place = calling_line(OWN_MODULES)
         if (function, line) in EQUIVALENT_BRANCHES:
             return bool(generic)
         if nominal != generic:
@@ -402,7 +187,7 @@ class Tracer(fx.proxy.TracerBase):
                 f"{function} decides on a size that has no expression in the call's sizes: {line} ({place})",
                 "decide on the shape of an input instead",
             )
-        if condition:  # dtypes and devices need no guard: both came out the same
+        if condition:  # dtypes and devices need no guard: both outcomes are the same
             self.guards[Guard(condition, bool(generic), f"{place}: {line}")] = None
         return bool(generic)
 
@@ -412,7 +197,7 @@ class Tracer(fx.proxy.TracerBase):
     # -- modules and parameters -----------------------------------------------------------------------------------
 
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A leaf becomes one node, any other module is traced through, in its own scope."""
+        """Append a node for a leaf; run the code of any other module, in its own scope."""
         path = self._paths.get(id(module))
         if path is None:
             raise self.error(
@@ -438,7 +223,7 @@ class Tracer(fx.proxy.TracerBase):
             self.module_stack = outer
 
     def read(self, tensor: torch.Tensor) -> Any:
-        """The proxy of a parameter or buffer of what is traced, so that its dtype and values follow the weights."""
+        """Return the proxy of a parameter or buffer of the traced code; any other tensor is returned as it is."""
         return self.proxy(self._tensor(tensor)) if id(tensor) in self._tensors else tensor
 
     def _tensor(self, tensor: torch.Tensor) -> fx.Node:
@@ -456,7 +241,7 @@ class Tracer(fx.proxy.TracerBase):
         return self._once[key].node  # type: ignore[no-any-return]
 
     def _displace(self, name: str) -> None:
-        """Make room for a new weight. What had its name must be on the way out, and is kept in case of failure."""
+        """Make room for a new weight. The old one of its name must have no users that stay; it is kept to restore."""
         for node in self._staying:
             if str(node.target) in (name, name.rpartition(".")[0]):
                 raise self.error(f"{node.name} still uses the weights at {name!r}", "register the new ones elsewhere")
@@ -470,73 +255,6 @@ class Tracer(fx.proxy.TracerBase):
 
 
 def _versions(node: fx.Node) -> list[int]:
-    """How often each tensor that a node reads has been edited in place."""
+    """Return how often each tensor that a node reads has been edited in place."""
     read = [v for n in node.all_input_nodes for v in values(n) if isinstance(v, torch.Tensor)]
     return [v._version for v in read if not v.is_inference()]
-
-
-def _calling_line() -> tuple[str, str, str]:
-    """Function, source line and place of the code being traced, from inside a proxy's operator."""
-    frame = sys._getframe(1)
-    while frame.f_globals.get("__name__") == __name__ or frame.f_code.co_filename.endswith("enum.py"):
-        assert frame.f_back is not None
-        frame = frame.f_back
-    while frame.f_code.co_name in ("<listcomp>", "<genexpr>"):
-        assert frame.f_back is not None
-        frame = frame.f_back
-    code = frame.f_code
-    line = linecache.getline(code.co_filename, frame.f_lineno).strip()
-    file = "/".join(code.co_filename.split("/")[-2:])
-    return code.co_qualname, line, f"{file}:{frame.f_lineno}"
-
-
-_LOCK = threading.RLock()  # what `tracing` patches is global, so traces take turns
-
-
-@contextlib.contextmanager
-def tracing(tracer: Tracer) -> Iterator[None]:
-    """Module calls, parameters and tensor constructors go to the tracer while this is open, in this thread only."""
-    thread = threading.get_ident()
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return originals[nn.Module, "__call__"](module, *args, **kwargs)
-        return tracer.call_module(module, args, kwargs)
-
-    def attribute(module: nn.Module, name: str) -> Any:
-        found = originals[nn.Module, "__getattr__"](module, name)
-        if isinstance(found, torch.Tensor) and threading.get_ident() == thread:
-            return tracer.read(found)
-        return found
-
-    def factory(original: Callable[..., Any]) -> Callable[..., Any]:
-        def build(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread and any(isinstance(a, fx.Proxy) for a in _leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", original, args, kwargs)
-            return original(*args, **kwargs)
-
-        return build
-
-    with _LOCK, torch.inference_mode(False), torch.no_grad():
-        patched: dict[tuple[Any, str], Any] = {(nn.Module, "__call__"): call, (nn.Module, "__getattr__"): attribute}
-        originals = {(holder, name): getattr(holder, name) for holder, name in patched}
-        for holder, name in (*((torch, name) for name in FACTORIES), *WHOLE):
-            originals[holder, name] = getattr(holder, name)
-            patched[holder, name] = factory(originals[holder, name])
-        try:
-            for (holder, name), value in patched.items():
-                setattr(holder, name, value)
-            yield
-        finally:
-            for (holder, name), value in originals.items():
-                setattr(holder, name, value)
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, tuple | list):
-        for item in tree:
-            yield from _leaves(item)
-    elif isinstance(tree, dict):
-        yield from _leaves(tuple(tree.values()))
-    else:
-        yield tree

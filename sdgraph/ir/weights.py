@@ -7,7 +7,7 @@ casting the result leaves the source alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from torch import nn
 
 
 class Weights(nn.Module):
-    """A tree of modules by dotted path, without code of its own."""
+    """A tree of leaf modules and tensors by dotted path. It has no code of its own."""
 
     def get(self, path: str) -> Any:
-        """The module or tensor at `path`, None if there is none."""
+        """Return the module or tensor at a path, None if there is none."""
         *above, name = path.split(".")
         holder: nn.Module | None = self
         for step in above:
@@ -29,7 +29,11 @@ class Weights(nn.Module):
         return next((kind[name] for kind in kinds if kind.get(name) is not None), None)
 
     def put(self, path: str, value: nn.Module | torch.Tensor, persistent: bool = True) -> None:
-        """Set the module, parameter or buffer at `path`, making the modules above it; `persistent` is of buffers."""
+        """Set the module, parameter or buffer at a path; modules above it are added where they are missing.
+
+        Args:
+            persistent: whether a buffer is in `state_dict`.
+        """
         *above, name = path.split(".")
         holder: nn.Module = self
         for step in above:
@@ -45,12 +49,32 @@ class Weights(nn.Module):
         else:
             holder.register_buffer(name, value, persistent)
 
-    def keep_only(self, paths: set[str]) -> None:
-        """Drop every leaf and tensor not in `paths`, and the modules left empty."""
+    def leaves(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the leaf modules with their paths."""
+        return _leaves(self, "")
+
+    def sharing(self, paths: Iterable[str]) -> Weights:
+        """Return a new tree with the modules and tensors at `paths`, over the same storage."""
+        tree, shares = Weights(), Shares()
+        for path in paths:
+            held = self.get(path)
+            tree.put(path, shares.module(held) if isinstance(held, nn.Module) else shares.tensor(held))
+        return tree
+
+    def keep_only(self, paths: Collection[str]) -> None:
+        """Remove every leaf and tensor that is not in `paths`, and the modules that are empty then."""
         _drop_unused(self, "", paths)
 
 
-def _drop_unused(module: nn.Module, path: str, keep: set[str]) -> bool:
+def _leaves(holder: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in holder._modules.items():
+        if child is not None and type(child) is nn.Module:
+            yield from _leaves(child, f"{prefix}{name}.")
+        elif child is not None:
+            yield prefix + name, child
+
+
+def _drop_unused(module: nn.Module, path: str, keep: Collection[str]) -> bool:
     if path in keep:
         return True
     dotted = f"{path}." if path else ""
@@ -64,7 +88,7 @@ def _drop_unused(module: nn.Module, path: str, keep: set[str]) -> bool:
 
 
 class Shares:
-    """Makes modules and tensors of one's own over the storage of others; what was tied stays tied."""
+    """Copies modules and tensors without their storage, which is shared; tied tensors stay tied."""
 
     def __init__(self) -> None:
         # By id; with the original, which must live as long as its id is looked up.
@@ -83,9 +107,9 @@ IMAGE_PROMPTS = (".processor.", "encoder_hid_proj.")  # in the names of an IP-Ad
 
 
 def skeleton(unet: Any, used: Weights) -> Any:
-    """A copy of a model on the meta device: its modules with their settings, without the numbers.
+    """Return a copy of a model on the meta device: its modules with their settings, without the values of weights.
 
-    Only the weights of an IP-Adapter whose scale is 0 keep theirs: no graph has them, until the scale is another one.
+    The weights of an IP-Adapter whose scale is 0 keep their values, because the graph does not have them.
 
     Args:
         used: the weights of the model's graph.
@@ -97,19 +121,19 @@ def skeleton(unet: Any, used: Weights) -> Any:
         if any(part in name for part in IMAGE_PROMPTS) and used.get(name) is None:
             memo[id(tensor)] = tensor
     with torch.inference_mode(False):
-        made = copy.deepcopy(unet, memo)
-    if any(hasattr(module, "base_layer") for module in made.modules()):  # fused LoRA is in the weights
-        made.unload_lora()
-    return made
+        copied = copy.deepcopy(unet, memo)
+    if any(hasattr(module, "base_layer") for module in copied.modules()):  # fused LoRA is in the weights
+        copied.unload_lora()
+    return copied
 
 
 def on_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module without its numbers and in a floating dtype, to compute shapes with."""
+    """Return a copy of a module on the meta device, in a floating dtype, to compute shapes with."""
     return _rebuilt(module, lambda tensor: meta_like(tensor, dtype))
 
 
 def meta_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of the same shape on the meta device, in `dtype` if it is floating."""
+    """Return a tensor of the same shape on the meta device, in `dtype` if it is floating."""
     kind = dtype if tensor.is_floating_point() else tensor.dtype
     return _like(tensor, torch.empty(tensor.shape, dtype=kind, device="meta"))
 

@@ -19,8 +19,8 @@ from ..errors import ModeError
 from ..frontend.capture import capture
 from ..frontend.source import check_modules
 from ..graph import Graph
+from ..ir.structure import alike
 from ..ir.weights import Weights, skeleton
-from .serialization import alike
 
 _AGAIN = "do it on the source UNet, then call sdgraph.apply again"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, _add_variant
 from huggingface_hub import split_torch_state_dict_into_shards
-from torch import fx
 
 from ..atomic import appearing, sha256
 from ..compiler.parse import parse
@@ -29,6 +27,7 @@ from ..frontend.capture import capture
 from ..frontend.source import make_settings, settings_of
 from ..graph import Graph
 from ..ir.decisions import Applied, Decision
+from ..ir.structure import alike, structure
 from ..untrusted import Digest, FileName, Format, as_kind, check_format, read_config, read_json, require_inside
 from ..version import __version__
 
@@ -94,7 +93,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         passes: in order, as text; with their decisions, if they made any.
         inputs: optional inputs that the UNet was traced with.
         dtype: of the weights.
-        structure: of the graph, see `structure`; loading must come to the same.
+        structure: of the graph, see `sdgraph.ir.structure`; loading must come to the same.
         files: SHA-256 of each other file, by name.
         weights: name of the file of weights, or of the index of its shards.
         settings: what was set on the source UNet beside its configuration, see `sdgraph.frontend.source`.
@@ -277,23 +276,6 @@ def load(
     _load_weights(graph, folder / recipe.weights, recipe.files)
     beside = {k: v for k, v in config.items() if not k.startswith("_") and k not in graph.config}
     return graph, beside
-
-
-def alike(graph: Graph, other: Graph) -> bool:
-    """Whether two graphs are the same but for their weights and the names of their nodes."""
-    return structure(graph) == structure(other) and graph.details() == other.details()
-
-
-def structure(graph: Graph) -> str:
-    """SHA-256 of the operations of a graph and how they are joined, whatever the nodes are called."""
-    number: dict[fx.Node, int] = {}
-    digest = hashlib.sha256()
-    for node in graph.fx.nodes:
-        number[node] = len(number)
-        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        arguments = fx.map_arg((node.args, dict(sorted(node.kwargs.items()))), lambda n: f"%{number[n]}")
-        digest.update(f"{node.op} {target} {arguments}\n".encode())
-    return digest.hexdigest()
 
 
 def plain_passes(passes: Iterable[Applied]) -> list[Any]:

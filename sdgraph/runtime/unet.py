@@ -57,7 +57,7 @@ class GraphUNet(DropIn):
         self._graph = graph
         self.take_scales()
         graph.frozen = True
-        graph.dropped.clear()  # or the weights that pruning takes out would stay in memory
+        graph.forget_removed_modules()  # or the weights that pruning takes out would stay in memory
         passes = {PASSES: plain_passes(graph.passes)} if graph.passes else {}
         self.register_to_config(**graph.config, **passes)
         self._sites = graph.sites

@@ -1,4 +1,4 @@
-"""Tables of plain text."""
+"""Tables, numbers and lists of names as plain text."""
 
 from __future__ import annotations
 
@@ -9,3 +9,32 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows as lines, in columns as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def several(names: Sequence[str]) -> str:
+    """Names in one line."""
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
+
+
+def span(names: Sequence[str]) -> str:
+    """`a_0, a_1, a_2` as `a_0…2`, and `a_0, a_2` as `a_0,2`."""
+    stem = names[0].rpartition("_")[0]
+    numbers = [name.removeprefix(f"{stem}_") for name in names]
+    if len(names) == 1 or not all(n.isdigit() for n in numbers):
+        return ", ".join(names)
+    if int(numbers[-1]) - int(numbers[0]) == len(names) - 1:
+        return f"{stem}_{numbers[0]}…{numbers[-1]}"
+    return f"{stem}_{','.join(numbers)}"
+
+
+def cost(number: int) -> str:
+    """A number of multiply-accumulates, in the unit they are quoted in."""
+    return f"{number / 1e9:.4g} GMACs" if number >= 1e7 else f"{count(number)} MACs"
+
+
+def count(number: int) -> str:
+    """A number in three digits: `860 M`."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}" if number < 999.5 * scale else f"{number / scale:.0f} {unit}"
+    return str(number)

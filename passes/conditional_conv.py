@@ -1,0 +1,201 @@
+"""Conditional convolutions, whose kernels are mixed from the kernels of experts at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from sdgraph import per_call
+
+
+class Mixture(nn.Module):
+    """The sum of experts that is added to the kernel and the bias of a convolution.
+
+    Args:
+        convs: the convolution itself, which is expert 0, and other experts. Missing experts are copies of it.
+        experts: the number of experts, E.
+    """
+
+    def __init__(self, convs: Sequence[Any], experts: int) -> None:
+        super().__init__()
+        first = convs[0]
+        others = [*convs[1:], *[first] * (experts - len(convs))]
+        self.weight = nn.Parameter(torch.stack([conv.weight.detach().to(first.weight).flatten() for conv in others]))
+        self.bias = (
+            None
+            if first.bias is None
+            else nn.Parameter(torch.stack([conv.bias.detach().to(first.bias) for conv in others]))
+        )
+
+    def forward(self, gates: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the sums for the kernel and for the bias.
+
+        Args:
+            gates: (B, E).
+            weight, bias: of the convolution, (O, I / groups, h, w) and (O).
+        Returns:
+            (B, O, I / groups, h, w) and (B, O).
+        """
+        kernels = summed(gates, weight, self.weight)
+        return kernels, None if bias is None or self.bias is None else summed(gates, bias, self.bias)
+
+
+def summed(gates: Tensor, first: Tensor, others: Tensor) -> Tensor:
+    """Return the sum of experts for every row of gates.
+
+    Args:
+        gates: (B, E).
+        first: the first expert, of any shape.
+        others: the other experts, flattened: (E - 1, size of an expert).
+    Returns:
+        (B, *shape of an expert).
+    """
+    return (gates[:, :1] * first.flatten() + gates[:, 1:] @ others).reshape(-1, *first.shape)
+
+
+class ConditionalConv2d(nn.Module):
+    """A convolution with a sum of experts added to its kernel and bias, whose gates are computed at every call.
+
+    Initially the sum is zero in every precision, so that the kernel is the convolution's own, bit for bit.
+
+    Args:
+        convs, experts: see `Mixture`.
+        width: the number of features that the gates are computed from.
+        gate, temperature: see `MECondConv`.
+    """
+
+    def __init__(self, convs: Sequence[Any], experts: int, width: int, gate: str, temperature: float) -> None:
+        super().__init__()
+        first = convs[0]
+        like = {"dtype": first.weight.dtype, "device": first.weight.device}
+        self.weight, self.bias = first.weight, first.bias
+        self.mix = Mixture(convs, experts)
+        self.routing = nn.Linear(width, experts, **like)
+        nn.init.zeros_(self.routing.weight)
+        nn.init.zeros_(self.routing.bias)
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.tensor(temperature, **like))
+        self.experts, self.gate = experts, gate
+        self.options = (first.stride, first.padding, first.dilation, first.groups)
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None, timestep: Tensor | None = None) -> Tensor:
+        """Return the convolution of `x`.
+
+        Args:
+            x: (B, I, H, W).
+            embedding, timestep: (B, D), and (1,) or (B,), for gates by timestep; by default they depend on `x`.
+        Returns:
+            (B, O, H', W').
+        """
+        if embedding is not None and timestep is not None:
+            gates = self._gates(F.silu(per_call(embedding, timestep)))
+            kernels, biases = self.mix(gates, self.weight, self.bias)
+            return convolve(x, self.weight, self.bias, kernels, biases, *self.options)
+        gates = self._gates(x.mean((2, 3)))
+        return conditional_conv2d(x, gates, self.weight, self.bias, self.mix.weight, self.mix.bias, *self.options)
+
+    def _gates(self, features: Tensor) -> Tensor:
+        z = self.routing(features) / self.temperature
+        return F.softmax(z, 1) - 1 / self.experts if self.gate == "softmax" else torch.sigmoid(z) - 0.5
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernels: Tensor,
+    biases: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    """Return a convolution with kernels added to its own: one for all samples, or one for every sample.
+
+    Kernels for every sample are convolved with separately, and the results are added. A convolution with more groups
+    rounds differently, and this must not show where the added kernels are zero.
+
+    Args:
+        x: (B, I, H, W).
+        weight, bias: (O, I / groups, h, w) and (O).
+        kernels, biases: the added kernels and biases, (1 or B, O, I / groups, h, w) and (1 or B, O).
+    Returns:
+        (B, O, H', W').
+    """
+    given = tuple(tensor for tensor in (x, weight, bias, kernels, biases) if tensor is not None)
+    if has_torch_function(given):
+        return handle_torch_function(
+            convolve, given, x, weight, bias, kernels, biases, stride, padding, dilation, groups
+        )
+    if kernels.shape[0] > 1:
+        plain = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return plain + by_sample(x, kernels, biases, stride, padding, dilation, groups)
+    mixed = None if bias is None or biases is None else bias + biases[0]
+    return F.conv2d(x, weight + kernels[0], mixed, stride, padding, dilation, groups)  # laid out as `weight` is
+
+
+def by_sample(
+    x: Tensor, kernels: Tensor, biases: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """Return the convolution with a kernel for every sample, computed as one convolution with more groups.
+
+    Args:
+        x: (B, I, H, W).
+        kernels, biases: (B, O, I / groups, h, w) and (B, O).
+    Returns:
+        (B, O, H', W').
+    """
+    B = x.shape[0]
+    flat = None if biases is None else biases.flatten()
+    out = F.conv2d(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1), flat, stride, padding, dilation, B * groups)
+    return out.reshape(B, -1, *out.shape[2:])
+
+
+def conditional_conv2d(
+    x: Tensor,
+    gates: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    others: Tensor,
+    biases: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    """Return the convolution with a kernel for every sample: `weight` and the sum of experts.
+
+    Args:
+        x: (B, I, H, W).
+        gates: (B, E).
+        weight, bias: the first expert, (O, I / groups, h, w) and (O).
+        others, biases: the other experts, (E - 1, O * I / groups * h * w) and (E - 1, O).
+    Returns:
+        (B, O, H', W').
+    """
+    given = tuple(tensor for tensor in (x, gates, weight, bias, others, biases) if tensor is not None)
+    if has_torch_function(given):
+        return handle_torch_function(
+            conditional_conv2d, given, x, gates, weight, bias, others, biases, stride, padding, dilation, groups
+        )
+    if not torch.compiler.is_exporting():
+        kernels = weight + summed(gates, weight, others)
+        mixed = None if bias is None or biases is None else bias + summed(gates, bias, biases)
+        return by_sample(x, kernels, mixed, stride, padding, dilation, groups)
+    # ONNX fixes the number of groups in the graph, so exported graphs convolve with every expert.
+    count, channels = len(others), len(weight)
+
+    def within_groups(experts: Tensor) -> Tensor:
+        return experts.reshape(count, groups, -1, *experts.shape[2:]).transpose(0, 1).flatten(0, 2)
+
+    flat = None if biases is None else within_groups(biases)
+    kernels = within_groups(others.reshape(count, *weight.shape))
+    every = F.conv2d(x, kernels, flat, stride, padding, dilation, groups)
+    every = every.reshape(-1, groups, count, channels // groups, *every.shape[2:])
+    added = (every * gates[:, None, 1:, None, None, None]).sum(2).flatten(1, 2)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups) * (1 + gates[:, :1, None, None]) + added

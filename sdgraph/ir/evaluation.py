@@ -1,0 +1,136 @@
+"""The values of nodes: computed on the meta device at the nominal and at the generic sizes, and anew after edits."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from ..errors import EditError, SdgraphError, ShapeError
+from .nodes import called, residual_like, scope, values
+from .weights import meta_like, on_meta
+
+if TYPE_CHECKING:
+    from .state import GraphState
+
+SIGNS: Mapping[Any, str] = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.floordiv: "//",
+    operator.truediv: "/",
+    operator.mod: "%",
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a node does. As long as this and the values of its inputs stay the same, so do the node's values.
+
+    The operation that the values of a node were computed by is in its `meta["evaluated"]`.
+    """
+
+    op: str
+    target: Any
+    args: str
+    kwargs: str
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Operation:
+        return cls(node.op, node.target, repr(node.args), repr(node.kwargs))
+
+
+def infer(graph: GraphState, node: fx.Node) -> None:
+    """Compute both values of a node; see `GraphState.infer`."""
+    node.meta.pop("macs", None)
+    node.meta["evaluated"] = Operation.of(node)
+    for key in ("val", "probe"):
+        try:
+            node.meta[key] = evaluate(graph, node, key)
+        except SdgraphError:
+            raise
+        except Exception as error:
+            shapes = ", ".join(f"{n.name}: {graph.shape(n)}" for n in node.all_input_nodes)
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ShapeError(
+                f"{called(node)} cannot take {shapes or 'its arguments'}: {reason}",
+                where=f"{scope(node) or '(top level)'}, node {node.name}",
+                hint="the shapes on both sides must agree at every size of the call",
+            ) from error
+    nominal, generic = values(node)
+    if isinstance(nominal, int | float) and not isinstance(nominal, bool):
+        node.meta["size"] = _size(graph, node, nominal, generic)
+
+
+def evaluate(graph: GraphState, node: fx.Node, key: str) -> Any:
+    """The value of a node, computed from the values of its inputs.
+
+    Args:
+        key: "val" for the nominal sizes, "probe" for the generic ones.
+    """
+    args = fx.map_arg(node.args, lambda n: n.meta[key])
+    kwargs = fx.map_arg(node.kwargs, lambda n: n.meta[key])
+    with torch.no_grad():
+        if node.op == "call_module":
+            return _meta_module(graph, str(node.target), key).forward(*args, **kwargs)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            return meta_like(graph.tensor(str(node.target)), graph.probe_dtype(key))
+    raise EditError(f"a {node.op} node cannot be evaluated", where=node.name)
+
+
+def propagate(graph: GraphState, anew: bool) -> None:
+    """Compute the values that edits have changed; see `GraphState.propagate`."""
+    changed: set[fx.Node] = set()
+    residuals = {i.name for i in graph.inputs if i.shape is None}
+    shaped: set[fx.Node] = set()
+    for node in graph.fx.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        for arg in node.all_input_nodes:
+            if arg.op == "placeholder" and arg.name in residuals and arg not in shaped:
+                # Shaped anew, for what it is added to may have changed.
+                other = next(n for n in node.all_input_nodes if n is not arg)
+                shaped.add(arg)
+                if arg.meta["val"] is None or _kinds(arg) != _kinds(other):
+                    changed.add(arg)
+                residual_like(arg, other)
+        current = not anew and node.meta.get("evaluated") == Operation.of(node)
+        if current and changed.isdisjoint(node.all_input_nodes):
+            continue
+        before = _kinds(node) if "val" in node.meta else None
+        infer(graph, node)
+        if before != _kinds(node):
+            changed.add(node)
+
+
+def _size(graph: GraphState, node: fx.Node, nominal: Any, generic: Any) -> str | None:
+    """A number as an expression in the call's sizes: sizes are recognised, arithmetic is composed."""
+    if node.op == "call_method":
+        return graph.dims.name(nominal, generic)
+    sides = [a.meta.get("size") if isinstance(a, fx.Node) else repr(a) for a in node.args]
+    if node.target not in SIGNS or None in sides:
+        return None
+    return f"({sides[0]} {SIGNS[node.target]} {sides[1]})"
+
+
+def _meta_module(graph: GraphState, path: str, key: str) -> nn.Module:
+    if (path, key) not in graph._meta:
+        graph._meta[path, key] = on_meta(graph.module(path), graph.probe_dtype(key))
+    return graph._meta[path, key]
+
+
+def _kinds(node: fx.Node) -> list[Any]:
+    """Shape and dtype of each tensor among a node's two values, and whatever else is among them."""
+    kinds: list[Any] = []
+    for value in values(node):
+        for item in value if isinstance(value, tuple | list) else (value,):
+            kinds.append((item.shape, item.dtype) if isinstance(item, torch.Tensor) else item)
+    return kinds

@@ -1,0 +1,209 @@
+"""Proxies, which stand for tensors, sizes, dtypes and devices while code is traced."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .nodes import values
+
+if TYPE_CHECKING:
+    from .tracer import Tracer
+
+
+def edited(tensor: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
+    """Return a copy of `tensor` after `tensor[key] = value`."""
+    if has_torch_function((tensor, value)):
+        return handle_torch_function(edited, (tensor, value), tensor, key, value)
+    copied = tensor.clone()
+    copied[key] = value
+    return copied
+
+
+class TensorProxy(fx.Proxy):
+    """Stands for a tensor."""
+
+    tracer: Tracer
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Tensor  # code asks isinstance(x, torch.Tensor)
+
+    @property
+    def shape(self) -> Any:
+        if self.node.meta["val"] is None:
+            return _ShapeToCome(self)
+        return tuple(self.size(i) for i in range(self.ndim))
+
+    @property
+    def ndim(self) -> int:
+        return int(self.node.meta["val"].ndim)
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        if dim is None:
+            return self.shape
+        dim = range(self.ndim)[dim]
+        nominal, generic = (v.shape[dim] for v in values(self.node))
+        return nominal if nominal == generic else self.tracer.once("call_method", "size", self.node, dim)
+
+    def numel(self) -> Any:
+        count: Any = 1
+        for size in self.shape:
+            count = count * size
+        return count
+
+    @property
+    def dtype(self) -> Any:
+        return self.tracer.once("call_function", getattr, self.node, "dtype")
+
+    @property
+    def device(self) -> Any:
+        return self.tracer.once("call_function", getattr, self.node, "device")
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.tracer.owner.device.type == "cuda"
+
+    def is_floating_point(self) -> bool:
+        return bool(self.node.meta["val"].is_floating_point())
+
+    def __iadd__(self, other: Any) -> TensorProxy:
+        return self._in_place(operator.add, other)
+
+    def __imul__(self, other: Any) -> TensorProxy:
+        return self._in_place(operator.mul, other)
+
+    def __isub__(self, other: Any) -> TensorProxy:
+        return self._in_place(operator.sub, other)
+
+    def __itruediv__(self, other: Any) -> TensorProxy:
+        return self._in_place(operator.truediv, other)
+
+    def _in_place(self, op: Callable[..., Any], other: Any) -> TensorProxy:
+        # Whoever holds this very tensor sees the new value, as in eager code: diffusers adds adapter residuals to a
+        # tensor that it has already put on the list of skips.
+        self._become(self.tracer.create_proxy("call_function", op, (self, other), {}).node)
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if any(node.op in ("placeholder", "get_attr") for node in self.tracer.sharing_memory(self.node)):
+            raise self.tracer.error(
+                "an input or a weight is edited in place", "edit a clone() of it, or use torch.where or torch.cat"
+            )
+        self._become(self.tracer.create_proxy("call_function", edited, (self, key, value), {}).node)
+
+    def _become(self, node: fx.Node) -> None:
+        """Stand for the edited tensor from now on. Views of the old tensor are outdated: eager code would edit them."""
+        self.tracer.outdated |= self.tracer.sharing_memory(self.node) - {node}
+        self.node = node
+
+    def __bool__(self) -> bool:
+        raise self.tracer.error("the code branches on the values of a tensor", "decide it before tracing")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise self.tracer.error("a tensor is iterated over", "use unbind(dim)")
+
+    def __len__(self) -> int:
+        size: int = self.size(0)
+        return size
+
+
+class _ShapeToCome:
+    """The shape of an optional residual before its first use; it becomes the shape that it is compared with."""
+
+    def __init__(self, proxy: TensorProxy) -> None:
+        self.proxy = proxy
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, tuple):
+            return NotImplemented
+        graph = self.proxy.tracer.owner
+        for key, sizes in zip(("val", "probe"), _probes(other), strict=True):
+            self.proxy.node.meta[key] = torch.empty(sizes, device="meta", dtype=graph.probe_dtype(key))
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _probes(sizes: tuple[Any, ...]) -> tuple[list[int], list[int]]:
+    pairs = [values(s.node) if isinstance(s, fx.Proxy) else (s, s) for s in sizes]
+    return [p[0] for p in pairs], [p[1] for p in pairs]
+
+
+class SizeProxy(fx.Proxy):
+    """Stands for a number that depends on the sizes of the call."""
+
+    tracer: Tracer
+
+    def _decide(self, op: Callable[[Any, Any], Any], sign: str, other: Any) -> bool:
+        mine = values(self.node)
+        theirs = values(other.node) if isinstance(other, fx.Proxy) else (other, other)
+        outcomes = bool(op(mine[0], theirs[0])), bool(op(mine[1], theirs[1]))
+        return self.tracer.decide(f"{self.tracer.expression(self)} {sign} {self.tracer.expression(other)}", outcomes)
+
+    def __eq__(self, other: object) -> bool:
+        return self._decide(operator.eq, "==", other)
+
+    def __ne__(self, other: object) -> bool:
+        return self._decide(operator.ne, "!=", other)
+
+    def __lt__(self, other: Any) -> bool:
+        return self._decide(operator.lt, "<", other)
+
+    def __le__(self, other: Any) -> bool:
+        return self._decide(operator.le, "<=", other)
+
+    def __gt__(self, other: Any) -> bool:
+        return self._decide(operator.gt, ">", other)
+
+    def __ge__(self, other: Any) -> bool:
+        return self._decide(operator.ge, ">=", other)
+
+    def __bool__(self) -> bool:
+        return self._decide(operator.ne, "!=", 0)
+
+    __hash__ = fx.Proxy.__hash__
+
+    def __index__(self) -> int:
+        raise self.tracer.error(
+            "a size of the call is used as a plain number, which would freeze it", "keep it a tensor operation"
+        )
+
+    __int__ = __float__ = __index__
+
+
+class OpaqueProxy(fx.Proxy):
+    """Stands for a dtype or a device, which follow the weights when the model is moved."""
+
+    tracer: Tracer
+
+    def __eq__(self, other: object) -> bool:
+        mine = values(self.node)
+        if isinstance(mine[0], torch.device):
+            mine = (self.tracer.owner.device,) * 2
+        theirs = values(other.node) if isinstance(other, fx.Proxy) else (other, other)
+        outcomes = (mine[0] == theirs[0], mine[1] == theirs[1])
+        if mine[0] != mine[1] and isinstance(other, torch.dtype) and other.is_floating_point:
+            outcomes = (True, False)  # the weights may be cast to any dtype, so to this one and to others
+        return self.tracer.decide("", outcomes)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = fx.Proxy.__hash__
+
+    @property
+    def type(self) -> str:
+        return str(self.tracer.owner.device.type)
+
+    @property
+    def itemsize(self) -> int:
+        return int(self.node.meta["val"].itemsize)
