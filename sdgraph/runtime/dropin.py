@@ -25,8 +25,8 @@ from ..frontend.capture import capture
 from ..graph import Graph
 from ..inheritance.generation import Generations
 from .interface import UNetCall
+from .recipe import read_passes
 from .retrace import again
-from .serialization import read_passes
 
 log = logging.getLogger("sdgraph")
 

@@ -22,7 +22,8 @@ from ..ir.inputs import Input
 from ..ir.sites import step
 from ..ir.specialize import drop_inputs, per_call
 from .dropin import PASSES, DropIn, as_lists, follow_settings
-from .serialization import load, plain_passes, save
+from .recipe import plain_passes
+from .serialization import load, save
 from .to_diffusers import to_diffusers
 
 
