@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..graph import Graph
 from ..inheritance.forecast import forecast
-from ..runtime.unet import GraphUNet, no_value
+from ..runtime.interface import no_value
+from ..runtime.unet import GraphUNet
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
