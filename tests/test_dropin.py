@@ -24,7 +24,8 @@ from peft.utils import get_peft_model_state_dict
 import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import CallError, ModeError, SavedError, SourceError
-from sdgraph.runtime.dropin import LORA, REFUSED
+from sdgraph.runtime.lora import LORA
+from sdgraph.runtime.refused import REFUSED
 
 from .models import answer, build, call_of, load_ip_adapter
 from .test_pipelines import PIPELINES, POOLED, PROMPT, SIZE, image, large, make, noise, plain

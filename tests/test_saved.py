@@ -31,7 +31,7 @@ from sdgraph.cli.sources import load_unet
 from sdgraph.errors import ModeError, SavedError, SdgraphError
 from sdgraph.exporters.bundle.manifest import Manifest, _digest
 from sdgraph.ir.dims import evaluate
-from sdgraph.runtime.serialization import _read_recipe
+from sdgraph.runtime.recipe import read_recipe
 from sdgraph.schedules import Uniform
 from sdgraph.spec import read
 from sdgraph.untrusted import read_config
@@ -257,7 +257,7 @@ def forged(folder: Path, name: str, data: st.DataObject, read: Callable[[], Any]
 @given(data=st.data())
 @settings(max_examples=200)
 def test_forged_recipes(saved: Path, data: st.DataObject) -> None:
-    forged(saved, "sdgraph.json", data, functools.partial(_read_recipe, saved))
+    forged(saved, "sdgraph.json", data, functools.partial(read_recipe, saved))
 
 
 @given(data=st.data())

@@ -15,8 +15,7 @@ from diffusers.configuration_utils import FrozenDict
 from sdgraph.errors import ModeError
 from sdgraph.inheritance.generation import Generations
 from sdgraph.ir.inputs import Input
-from sdgraph.runtime.interface import UNetCall
-from sdgraph.runtime.unet import no_value
+from sdgraph.runtime.interface import UNetCall, no_value
 from sdgraph.untrusted import read_config
 
 from ..bundle.extra import require_onnx

@@ -22,8 +22,9 @@ from ..errors import ScheduleError, SourceError, SpecError
 from ..forecasts import Fitted, Polynomial, weighted
 from ..graph import Graph
 from ..runtime.apply import apply
+from ..runtime.interface import no_value
 from ..runtime.pipelines import with_unet
-from ..runtime.unet import GraphUNet, no_value
+from ..runtime.unet import GraphUNet
 from ..schedules import Run, Schedule
 from .replay import Array
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..forecasts import weighted
 from ..graph import Graph
-from ..runtime.unet import GraphUNet, no_value
+from ..runtime.interface import no_value
+from ..runtime.unet import GraphUNet
 from ..schedules import Run
 from ..solvers import lambdas_of, name_of
 

@@ -101,3 +101,12 @@ class UNetCall:
     def cache_bytes(self) -> int:
         """Bytes kept between calls, of all generations that are under way."""
         return self.generations.bytes()
+
+
+def no_value(site: str) -> torch.Tensor:
+    """The value of a site at a call that inherits nothing: there is none.
+
+    Raises:
+        KeyError: always.
+    """
+    raise KeyError(site)

@@ -9,43 +9,46 @@ from typing import Any, Self
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from torch import fx, nn
-from torch.autograd.graph import register_multi_grad_hook
-from torch.utils.hooks import RemovableHandle
 
 from ..compiler.report import Report
-from ..errors import CallError, ModeError, PathError, SavedError, did_you_mean
+from ..errors import CallError, ModeError, PathError, did_you_mean
 from ..frontend.call import flatten
 from ..graph import Graph
 from ..inheritance.generation import Generations, apart
 from ..ir.guards import check_call
 from ..ir.inputs import Input
-from ..ir.sites import step
-from ..ir.specialize import drop_inputs, per_call
-from .dropin import PASSES, DropIn, as_lists, follow_settings
-from .serialization import load, plain_passes, save
+from ..ir.specialize import per_call
+from .device_map import one_device
+from .dropin import PASSES
+from .interface import no_value
+from .lora import LoraLayers
+from .ownership import Ownership
+from .recipe import plain_passes
+from .serialization import load, save
+from .settings import SourceSettings, as_lists, follow_settings
 from .to_diffusers import to_diffusers
+from .variants import Variants
 
 
-class GraphUNet(DropIn):
-    """A UNet that runs a graph: a `UNet2DConditionModel` to diffusers, anywhere one is called.
+class GraphUNet(SourceSettings, LoraLayers):
+    """A UNet that runs a graph. To diffusers it is a `UNet2DConditionModel`, wherever one is called.
 
-    Weights share storage with the source UNet until they are made its own: by `train()`, `load_state_dict()`,
-    a move to another device or dtype. The source is never changed.
+    Its weights share storage with the source UNet until it needs its own: for `train()`, `load_state_dict()`, or a move
+    to another device or dtype. The source is never changed.
 
-    Features are inherited between calls without gradients only; a call that gradients may come from, those of weights
-    or of inputs, computes everything, and says so once.
+    Features are inherited only between calls without gradients. A call that may be differentiated, with respect to
+    weights or inputs, computes everything, and a warning says so once.
 
     Args:
-        graph: the graph; it belongs to this module from now on, and is no longer edited.
-        report: what made it.
+        graph: the graph. It belongs to this module from now on, and is no longer edited.
+        report: what the passes did that made the graph.
     """
 
     def __init__(self, graph: Graph, report: Report | None = None) -> None:
-        ModelMixin.__init__(self)  # none of a UNet's own modules are made
+        ModelMixin.__init__(self)  # without UNet2DConditionModel's own, which would build its modules
         self.report = report if report is not None else Report(())
-        self._own_weights = False
-        self._before_gradients: RemovableHandle | None = None
-        self._compile: dict[str, Any] | None = None
+        self._ownership = Ownership()
+        self._variants = Variants()
         self.generations = Generations()
         self.hold(graph)
         # `requires_grad` stays as in the source: PyTorch picks the kernel of a matrix product by it, so other flags
@@ -53,7 +56,7 @@ class GraphUNet(DropIn):
         super().train(False)
 
     def hold(self, graph: Graph) -> None:
-        """Run this graph from now on; it belongs to this module."""
+        """Run this graph from now on. It belongs to this module."""
         self._graph = graph
         self.take_scales()
         graph.frozen = True
@@ -76,8 +79,8 @@ class GraphUNet(DropIn):
         self.changed()
 
     def changed(self) -> None:
-        """Modules of this one are others than before: what was made of them is made anew."""
-        self._variants: dict[tuple[frozenset[str], frozenset[str]], fx.GraphModule] = {}
+        """Drop what was derived from this module's submodules, because they have changed."""
+        self._variants.clear()
         self._accepted: set[Any] = set()
         self.reset()
 
@@ -85,7 +88,7 @@ class GraphUNet(DropIn):
 
     @property
     def graph(self) -> Graph:
-        """The graph that is run; if the scale of an IP-Adapter was set since the last call, it is traced anew here."""
+        """The graph that runs. If the scale of an IP-Adapter was set since the last call, it is traced anew here."""
         self.follow_scales()
         return self._graph
 
@@ -96,8 +99,8 @@ class GraphUNet(DropIn):
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self._accept(flat)
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if learning and not self._own_weights:
-            self._take_weights_before_gradients()
+        if learning:
+            self._ownership.take_before_gradients(self)
         if not self._sites:
             return self._step(flat, frozenset(), no_value)[0]
         if learning or differentiated(flat.values()):
@@ -121,7 +124,7 @@ class GraphUNet(DropIn):
         return self._step(flat, frozenset(), no_value)[0]
 
     def _accept(self, flat: Mapping[str, torch.Tensor]) -> None:
-        """Refuse a call that the graph does not cover; each kind of call is looked at once."""
+        """Refuse a call that the graph does not cover. Calls of the same kind are checked once."""
         casting = torch.is_autocast_enabled(flat["sample"].device.type)
         signature = (casting, *((name, v.shape, v.dtype, v.device) for name, v in flat.items()))
         if signature not in self._accepted:
@@ -131,20 +134,22 @@ class GraphUNet(DropIn):
     def step(
         self, values: Mapping[str, torch.Tensor], inherited: Collection[str] | None = None, **call: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """One call as a function: what it inherits goes in, what it refreshes comes out, nothing is kept here.
+        """Compute one call as a function: inherited values are arguments, refreshed values are returned, and nothing is
+        kept between calls.
 
-        For loops of one's own, which say at each call what is inherited:
-        `output, fresh = unet.step(values, inherited, sample=..., timestep=..., ...); values |= fresh`.
+        It serves loops that decide themselves what each call inherits.
 
         Args:
-            values: of sites, as earlier calls returned them.
-            inherited: the sites to take from `values`; by default all that are there.
+            values: values of sites, as earlier calls returned them.
+            inherited: the sites to inherit from `values`; by default all that are there.
             call: diffusers' arguments.
         Returns:
-            the noise prediction, and the values of the refreshed sites that it needed.
+            the noise prediction, and the values of the refreshed sites that it depends on.
         Raises:
-            PathError: `inherited` names what is no site, or has no value.
+            PathError: `inherited` names something that is not a site, or has no value.
             CallError: the graph does not cover the call.
+        Example:
+            `output, fresh = unet.step(values, inherited, sample=..., timestep=..., ...); values |= fresh`
         """
         stale = frozenset(values if inherited is None else inherited)
         for site in stale:
@@ -164,7 +169,11 @@ class GraphUNet(DropIn):
     def _step(
         self, flat: Mapping[str, torch.Tensor], stale: frozenset[str], value: Callable[[str], torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The output of a call at which the sites `stale` have the values that `value` says, and what it refreshed."""
+        """Return the output of a call that inherits the sites `stale`, and the values of the sites that it refreshed.
+
+        Args:
+            value: returns the value of a stale site.
+        """
         variant = self.variant(frozenset(flat), stale)
         result = variant(*flat.values(), *map(value, variant.meta["takes"]))
         if not self._sites:
@@ -173,7 +182,7 @@ class GraphUNet(DropIn):
         return output, dict(zip(variant.meta["gives"], refreshed, strict=True))
 
     def variant(self, given: frozenset[str], inherited: frozenset[str] = frozenset()) -> fx.GraphModule:
-        """The straight-line module for one kind of call, over this module's weights; built once.
+        """Return the straight-line module for one kind of call, over this module's weights. It is built once.
 
         Args:
             given: the inputs of the call.
@@ -183,42 +192,18 @@ class GraphUNet(DropIn):
             `meta["takes"]`; it returns the output and the values of the sites in `meta["gives"]`, as one tuple. If the
             graph has no sites it returns the output.
         """
-        key = given, inherited
-        if key not in self._variants:
-            absent = {i.name for i in self.graph.inputs} - given
-            self._check_offload()
-            made = step(drop_inputs(self.graph.fx, absent), inherited)
-            self._variants[key] = fx.GraphModule(self, made.nodes, class_name="UNet")
-            self._variants[key].meta |= {"takes": made.takes, "gives": made.gives}
-            if self._compile is not None:
-                self._variants[key].compile(**self._compile)
-        return self._variants[key]
+        return self._variants.of(self, self.graph, given, inherited)
 
     def compile(self, **options: Any) -> None:
         """Let `torch.compile` compile each variant when it is first run.
 
-        `torch.compile(unet)` would also trace the bookkeeping between calls, which is Python's business.
+        `torch.compile(unet)` would also trace the bookkeeping between calls, which is not for a compiler.
 
         Args:
-            options: of `torch.compile`, such as `mode="max-autotune"`; there are no graph breaks, so `fullgraph=True`
-                holds.
+            options: options of `torch.compile`, such as `mode="max-autotune"`. There are no graph breaks, so
+                `fullgraph=True` holds.
         """
-        self._compile = options
-        self._variants.clear()
-
-    def _check_offload(self) -> None:
-        # accelerate's sequential hooks bring weights in when a module is called; a parameter that the graph reads by
-        # itself belongs to no call.
-        for node in self.graph.fx.nodes:
-            if node.op == "get_attr" and any(user.target is not getattr for user in node.users):
-                path, _, name = str(node.target).rpartition(".")
-                holder = self.get_submodule(path)
-                if hasattr(holder, "_hf_hook") and getattr(holder, name).is_meta:
-                    raise ModeError(
-                        "this weight is read outside of any module, which sequential CPU offloading does not serve",
-                        where=str(node.target),
-                        hint="use pipe.enable_model_cpu_offload() instead of enable_sequential_cpu_offload()",
-                    )
+        self._variants.compile(options)
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -228,7 +213,13 @@ class GraphUNet(DropIn):
     # -- weights, modes, moves -----------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode. The weights become this module's own (one copy), so that the source stays as it is."""
+        """Set training mode. The weights become this module's own (one copy), so that the source stays as it is.
+
+        Args:
+            mode: True for training, False for evaluation.
+        Returns:
+            the module.
+        """
         if mode:
             self._take_weights()
         return super().train(mode)  # type: ignore[no-any-return]
@@ -244,22 +235,8 @@ class GraphUNet(DropIn):
         self.reset()
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def _take_weights_before_gradients(self) -> None:
-        """See to it that the weights are this module's own before they have gradients: an optimizer may follow."""
-        if self._before_gradients is not None:
-            self._before_gradients.remove()
-        learned = [p for p in self.parameters() if p.requires_grad]
-        self._before_gradients = register_multi_grad_hook(learned, lambda _: self._take_weights(), mode="any")
-
     def _take_weights(self) -> None:
-        if self._before_gradients is not None:
-            self._before_gradients.remove()
-            self._before_gradients = None
-        if not self._own_weights:
-            with torch.no_grad():
-                for tensor in (*self.parameters(), *self.buffers()):
-                    tensor.data = tensor.data.clone()
-            self._own_weights = True
+        self._ownership.take(self)
 
     to = nn.Module.to  # diffusers' own only adds a warning about layers to keep in float32, of which there are none
 
@@ -272,12 +249,11 @@ class GraphUNet(DropIn):
     # -- back and to disk ----------------------------------------------------------------------------------------
 
     def to_diffusers(self) -> UNet2DConditionModel:
-        """A plain diffusers model that computes the same, where one exists.
+        """Return a plain diffusers model that computes the same, with its own copy of the weights.
 
         Raises:
-            ModeError: none does; with the first place where they differ.
+            ModeError: no plain model computes the same. The error names the first difference.
         """
-
         self.graph.check_no_adapters()
         return to_diffusers(self.graph, self._tensors())
 
@@ -290,22 +266,22 @@ class GraphUNet(DropIn):
         max_shard_size: int | str = "10GB",
         **options: Any,
     ) -> None:
-        """Write `config.json`, `sdgraph.json` (the recipe) and the weights (safetensors); whole or not at all.
+        """Write `config.json`, `sdgraph.json` (the recipe) and the weights (safetensors), whole or not at all.
 
         Args:
-            is_main_process: other processes write nothing.
-            safe_serialization: pickle is never written, which the log says where it was asked for.
+            save_directory: the folder to write. An earlier saved UNet there is replaced.
+            is_main_process: if False, nothing is written.
+            safe_serialization: pickle is never written. If this is False, the log says so.
             variant: part of the name of the file of weights.
-            max_shard_size: of a file of weights; larger ones are split.
+            max_shard_size: largest size of a file of weights; larger ones are split.
+            options: what diffusers' pipelines pass along; only defaults are accepted.
         Raises:
-            ModeError: the graph holds what no recipe brings back (IP-Adapter layers, edits outside of passes), or
+            ModeError: the graph cannot be rebuilt from a recipe (IP-Adapter layers, edits outside of passes), or has
                 LoRA that is not fused.
             SavedError: the folder holds other files, or an option is not supported.
         """
-
         self.graph.check_no_adapters()
-        # Pipelines read this signature to find out what they may ask for.
-        asked = {"is_main_process": is_main_process, "safe_serialization": safe_serialization, **options}
+        # The arguments are spelled out because pipelines read this signature to find out what they may pass.
         save(
             self.graph,
             self._tensors(),
@@ -313,7 +289,9 @@ class GraphUNet(DropIn):
             save_directory,
             variant=variant,
             max_shard_size=max_shard_size,
-            **asked,
+            is_main_process=is_main_process,
+            safe_serialization=safe_serialization,
+            **options,
         )
 
     @classmethod
@@ -321,38 +299,26 @@ class GraphUNet(DropIn):
         """Read what `save_pretrained` wrote: trace the configuration, replay the recipe, load the weights.
 
         Args:
+            directory: the folder that was written.
             options: diffusers' `torch_dtype`, `subfolder`, `variant`, `device_map` and `max_memory`.
+        Returns:
+            the UNet, in evaluation mode.
         Raises:
-            SavedError: missing, damaged or unsafe files.
+            SavedError: files are missing, damaged or unsafe.
         """
-
         device_map, max_memory = options.pop("device_map", None), options.pop("max_memory", None)
         dtype, torch_dtype = options.pop("dtype", None), options.pop("torch_dtype", None)
         graph, beside = load(directory, **options)
         unet = cls(graph, Report((), (f"loaded from {directory}",)))
-        unet._own_weights = True
+        unet._ownership = Ownership(owned=True)
         unet.register_to_config(**beside)
         if dtype or torch_dtype:
             nn.Module.to(unet, dtype or torch_dtype)
-        return unet if device_map is None else nn.Module.to(unet, _one_device(unet, device_map, max_memory))
+        return unet if device_map is None else nn.Module.to(unet, one_device(unet, device_map, max_memory))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers by name, also those buffers that `state_dict` leaves out."""
+        """Return parameters and buffers by name, also those buffers that `state_dict` leaves out."""
         return {**dict(self.named_buffers()), **self.state_dict()}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            source = vars(self)["_graph"].source if "_graph" in vars(self) else None
-            if source is None or name not in (vars(source).keys() | source._modules.keys()):
-                raise
-            value = getattr(source, name)
-            if value is None or isinstance(value, bool | int | float | str):
-                return value  # a setting, or that the source has no such module
-            raise ModeError(
-                f"a traced UNet has no {name}", where="GraphUNet", hint="it was removed, or is no module of the graph"
-            ) from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphUNet:
         twin = GraphUNet(self.graph.copy(), self.report)
@@ -364,37 +330,10 @@ class GraphUNet(DropIn):
 
 
 def differentiated(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether derivatives may be taken with respect to one of the tensors, backward or forward."""
+    """Say whether derivatives may be taken with respect to one of the tensors, backward or forward."""
     return any(
         (torch.is_grad_enabled() and tensor.requires_grad)
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         or torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
         for tensor in tensors
     )
-
-
-def no_value(site: str) -> torch.Tensor:
-    """For calls that inherit nothing."""
-    raise KeyError(site)
-
-
-def _one_device(unet: GraphUNet, device_map: Any, max_memory: Any) -> Any:
-    """The device that a device map puts the whole UNet on.
-
-    Raises:
-        SavedError: it puts it on several.
-    """
-    if not isinstance(device_map, dict):
-        if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
-            return device_map
-        from accelerate import infer_auto_device_map
-
-        device_map = infer_auto_device_map(unet, max_memory=max_memory)
-    devices = list(dict.fromkeys(map(str, device_map.values())))
-    if len(devices) != 1 or devices == ["disk"]:
-        raise SavedError(
-            f"the device map puts the UNet on {', '.join(devices)}, and a graph runs on one device",
-            where="from_pretrained",
-            hint="name one device, or offload the loaded pipeline (pipe.enable_model_cpu_offload())",
-        )
-    return next(iter(device_map.values()))

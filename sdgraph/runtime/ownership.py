@@ -1,0 +1,42 @@
+"""Whether weights are a module's own, or share storage with the source UNet, which must stay as it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils.hooks import RemovableHandle
+
+
+class Ownership:
+    """Gives a module its own copy of shared weights, once, before anything may change them.
+
+    Args:
+        owned: the weights share storage with nothing from the beginning.
+    """
+
+    def __init__(self, owned: bool = False) -> None:
+        self.owned = owned
+        self._before_gradients: RemovableHandle | None = None
+
+    def take(self, module: nn.Module) -> None:
+        """Copy the weights of the module, unless they are its own."""
+        self._remove_hook()
+        if not self.owned:
+            with torch.no_grad():
+                for tensor in (*module.parameters(), *module.buffers()):
+                    tensor.data = tensor.data.clone()
+            self.owned = True
+
+    def take_before_gradients(self, module: nn.Module) -> None:
+        """Copy the weights as soon as one of them is about to have a gradient, because an optimizer may follow."""
+        if self.owned:
+            return
+        self._remove_hook()
+        learned = [p for p in module.parameters() if p.requires_grad]
+        self._before_gradients = register_multi_grad_hook(learned, lambda _: self.take(module), mode="any")
+
+    def _remove_hook(self) -> None:
+        if self._before_gradients is not None:
+            self._before_gradients.remove()
+            self._before_gradients = None

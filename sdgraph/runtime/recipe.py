@@ -1,0 +1,130 @@
+"""The recipe, `sdgraph.json` of a saved UNet: how its graph follows from its configuration, and which files it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+import msgspec
+
+from ..compiler.parse import parse
+from ..errors import SavedError
+from ..ir.decisions import Applied, Decision
+from ..untrusted import Digest, FileName, Format, as_kind, check_format, read_json, require_inside
+
+FORMAT = 2  # 1: without decisions, shards and settings
+RECIPE, CONFIG = "sdgraph.json", "config.json"
+AGAIN = "save the UNet again"
+
+
+class Entry(msgspec.Struct, frozen=True, rename={"text": "pass"}):
+    """A pass that made decisions by the numbers of weights.
+
+    Args:
+        text: the pass as text.
+        decisions: pairs of what was decided about, and the decision.
+    """
+
+    text: str
+    decisions: tuple[tuple[str, Any], ...]
+
+
+class Settings(TypedDict, total=False):
+    """What distinguishes a source UNet from others with the same configuration.
+
+    Keys:
+        processors: class names of the attention processors, by module path.
+        freeu: the four scales of FreeU, by module path.
+    """
+
+    processors: dict[str, str]
+    freeu: dict[str, Annotated[list[float], msgspec.Meta(min_length=4, max_length=4)]]
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The contents of `sdgraph.json`.
+
+    A field that is added needs a default, so that folders saved before still load. If a reader that does not know the
+    field would load the folder wrongly, `FORMAT` is raised too.
+
+    Args:
+        format: version of this description.
+        sdgraph, torch, diffusers: versions that wrote it.
+        passes: the passes as text, in order; an `Entry` for a pass that made decisions.
+        inputs: optional inputs that the UNet was traced with.
+        dtype: dtype of the weights.
+        structure: digest of the graph; the graph rebuilt on loading must have the same one.
+        files: SHA-256 of each other file, by name.
+        weights: name of the file of weights, or of the index of its shards.
+        settings: what was set on the source UNet besides its configuration, see `sdgraph.frontend.source`.
+    """
+
+    format: Format
+    sdgraph: str
+    torch: str
+    diffusers: str
+    passes: tuple[str | Entry, ...]
+    inputs: tuple[str, ...]
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    structure: Digest
+    files: dict[FileName, Digest]
+    weights: FileName
+    settings: Settings = {}
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Read the recipe of a saved folder, and check that the files it names are there.
+
+    Raises:
+        SavedError: the recipe or a file is missing, malformed, unsafe, or of a newer format.
+    """
+    path = folder / RECIPE
+    plain = read_json(path, "pass a folder of save_pretrained")
+    if "models" in plain and "passes" not in plain:
+        raise SavedError(
+            "this is an exported directory, not a saved UNet",
+            where=str(folder),
+            hint="export or load the UNet that it was made of; this one is run by sdgraph.exporters.ort.ORTUNet, and "
+            "`sdgraph inspect` says what it holds",
+        )
+    check_format(plain, FORMAT, path, AGAIN)
+    recipe = as_kind(plain, Recipe, path, AGAIN)
+    for file in (recipe.weights, CONFIG):
+        if file not in recipe.files:
+            raise SavedError(f"the recipe has no checksum of {file!r}", where=f"{path}, field files", hint=AGAIN)
+    for file in recipe.files:
+        require_inside(folder / file, AGAIN)
+        if not (folder / file).is_file():
+            raise SavedError("the file is missing", where=str(folder / file), hint=AGAIN)
+    return recipe
+
+
+def entry(applied: Applied) -> str | Entry:
+    """Return a pass as a recipe lists it."""
+    decisions = tuple((decision.about, decision.value) for decision in applied.decisions)
+    return Entry(str(applied), decisions) if decisions else str(applied)
+
+
+def passes_of(entries: Sequence[str | Entry]) -> list[Applied]:
+    """Return the passes that a recipe lists, the reverse of `entry`.
+
+    Raises:
+        SpecError: a pass is not known here, or does not take its options.
+    """
+    passes = []
+    for listed in entries:
+        (parsed,) = parse(listed if isinstance(listed, str) else listed.text)
+        decisions = () if isinstance(listed, str) else listed.decisions
+        passes.append(Applied(parsed, tuple(Decision(about, value) for about, value in decisions)))
+    return passes
+
+
+def plain_passes(passes: Iterable[Applied]) -> list[Any]:
+    """Return passes and their decisions as plain data, for a configuration."""
+    return [msgspec.to_builtins(entry(applied)) for applied in passes]
+
+
+def read_passes(plain: Any) -> list[Applied]:
+    """Return the passes that `plain_passes` wrote."""
+    return passes_of(msgspec.convert(plain, tuple[str | Entry, ...]))

@@ -1,0 +1,148 @@
+"""Settings of a UNet that change its computation: attention processors, fused projections, FreeU, IP-Adapters.
+
+They are made on the graph's source, and the graph is traced anew (`retrace`).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import ImageProjection
+from torch import nn
+
+from ..graph import Graph
+from .dropin import DropIn
+from .retrace import again
+
+log = logging.getLogger("sdgraph")
+
+
+class SourceSettings(DropIn):
+    """A traced UNet on which settings of its source can be made."""
+
+    def _change(self, change: Callable[[UNet2DConditionModel], Any]) -> None:
+        self.hold(again(self.graph, change))
+
+    # -- attention -----------------------------------------------------------------------------------------------
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """The processors that were traced, by module path. The scale of an IP-Adapter may be set in them."""
+        return self._graph.source.attn_processors if self._graph.source is not None else {}
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Set attention processors as in diffusers. The graph is traced anew unless nothing changes.
+
+        Args:
+            processor: a processor for all attentions, or one for each by module path.
+        Raises:
+            SourceError: a processor cannot be traced, because it may keep state between calls.
+        """
+        given = dict(processor) if isinstance(processor, dict) else dict.fromkeys(self.attn_processors, processor)
+        same = given.keys() == self.attn_processors.keys() and all(
+            type(value) is type(given[path]) and not isinstance(value, nn.Module)
+            for path, value in self.attn_processors.items()
+        )
+        without_images = self.__dict__["_modules"].get("encoder_hid_proj", self) is None  # pipelines assign it
+        if same and not without_images:
+            return
+
+        def change(source: UNet2DConditionModel) -> None:
+            if without_images:
+                source.encoder_hid_proj = None
+                source.config.encoder_hid_dim_type = None
+            source.set_attn_processor(given)
+
+        self._change(change)
+
+    def set_default_attn_processor(self) -> None:
+        """Set diffusers' default attention processors. The graph is traced anew unless nothing changes."""
+        before = {path: type(value) for path, value in self.attn_processors.items()}
+
+        def change(source: UNet2DConditionModel) -> None:
+            source.set_default_attn_processor()
+
+        plain = again(self.graph, change)
+        if {path: type(value) for path, value in plain.source.attn_processors.items()} != before:
+            self.hold(plain)
+
+    def set_attention_slice(self, slice_size: Any = "auto") -> None:
+        """Change nothing: PyTorch's fused attention keeps no matrix of attention that could be sliced."""
+        log.warning("attention slicing changes nothing in a traced UNet, whose fused attention needs no memory for it")
+
+    def fuse_qkv_projections(self) -> None:
+        """Fuse the projections of queries, keys and values as in diffusers. Weights are copied into the fused ones."""
+        if not all("Fused" in type(value).__name__ for value in self.attn_processors.values()):
+            self._change(lambda source: source.fuse_qkv_projections())
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo `fuse_qkv_projections`. Nothing changes where nothing is fused."""
+        if any("Fused" in type(value).__name__ for value in self.attn_processors.values()):
+            self._change(lambda source: source.unfuse_qkv_projections())
+
+    # -- FreeU and IP-Adapters -----------------------------------------------------------------------------------
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Enable FreeU as in diffusers.
+
+        Args:
+            s1, s2: factors of the skip connections in the first and second up block.
+            b1, b2: factors of the features in the first and second up block.
+        """
+        self._change(lambda source: source.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2))
+
+    def disable_freeu(self) -> None:
+        """Disable FreeU as in diffusers. Nothing changes where it is off."""
+        if any(getattr(block, "s1", None) is not None for block in self.graph.source.up_blocks):
+            self._change(lambda source: source.disable_freeu())
+
+    def _load_ip_adapter_weights(self, state_dicts: Any, low_cpu_mem_usage: bool = False) -> None:
+        self._change(lambda source: source._load_ip_adapter_weights(state_dicts, low_cpu_mem_usage=False))
+
+    def take_scales(self) -> None:
+        """Remember the scales of IP-Adapters, which pipelines set in the attention processors."""
+        if any(hasattr(value, "scale") for value in self.attn_processors.values()):
+            self._graph.source = copy.deepcopy(self._graph.source)  # other graphs have scales of their own
+        self._scales = self._scales_now()
+
+    def _scales_now(self) -> dict[str, list[float]]:
+        return {path: list(p.scale) for path, p in self.attn_processors.items() if hasattr(p, "scale")}
+
+    def follow_scales(self) -> None:
+        """Trace the graph anew if the scale of an IP-Adapter was set since the last call."""
+        if not self._scales or self._scales == (wanted := self._scales_now()):
+            return
+        _set_scales(self._graph.source, self._scales)
+        self._change(lambda source: _set_scales(source, wanted))
+
+
+def _set_scales(source: UNet2DConditionModel, scales: Mapping[str, list[float]]) -> None:
+    for path, processor in source.attn_processors.items():
+        if path in scales:
+            processor.scale = list(scales[path])
+
+
+def as_lists(weights: nn.Module) -> None:
+    """Make containers of blocks and layers `ModuleList`s, so that they have a length and iterate as in diffusers."""
+    for module in weights.modules():
+        names = list(module._modules)
+        if type(module) is nn.Module and names and names == [str(i) for i in range(len(names))]:
+            module.__class__ = nn.ModuleList
+
+
+def follow_settings(graph: Graph) -> None:
+    """Copy what pipelines read off a UNet's modules to the graph's: the kinds of IP-Adapters, and FreeU's scales."""
+    path = "encoder_hid_proj.image_projection_layers"
+    layers = graph.weights.get(path)
+    for i, layer in layers.named_children() if layers is not None else ():
+        if graph.classes.get(f"{path}.{i}") == "ImageProjection":
+            layer.__class__ = ImageProjection
+    for i, block in enumerate(graph.source.up_blocks if graph.source is not None else ()):
+        mine = graph.weights.get(f"up_blocks.{i}")
+        for name in ("s1", "s2", "b1", "b2"):
+            if mine is not None and hasattr(block, name):
+                setattr(mine, name, getattr(block, name))
