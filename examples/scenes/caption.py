@@ -68,9 +68,7 @@ def said(text: str) -> tuple[Said, ...]:
     check_words(text)
     sentence = _SENTENCE.fullmatch(" ".join(text.lower().split()))
     if sentence is None:
-        raise CaptionError(
-            f"{text!r} is no caption of a scene; write, for example, 'a red circle above a small blue star'"
-        )
+        raise CaptionError(f"{text!r} is no caption of a scene; an example is 'a red circle above a small blue star'")
     first, phrase, second, relation = sentence["first"], sentence["place"], sentence["second"], sentence["relation"]
     if second is None:
         return (_said(first, _MEANING.get(phrase)),)

@@ -82,6 +82,6 @@ def _kept(file: Path, shape: tuple[int, ...], dtype: type, compute: Callable[[sl
     kept = np.load(file, mmap_mode="r")
     if kept.shape != shape:
         raise ValueError(
-            f"{file} holds an array of shape {kept.shape}, not {shape}: delete the file, and it will be computed again"
+            f"{file} holds an array of shape {kept.shape}, not {shape}: delete the file to compute it again"
         )
     return kept

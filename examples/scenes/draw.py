@@ -22,7 +22,7 @@ def draw(scene: Scene) -> np.ndarray:
 
 
 def _ring(points: int, *radii: float, turn: float = -0.25) -> np.ndarray:
-    """Return corners around the origin, whose radii alternate. The first is turned by `turn` of a circle from the right."""
+    """Return corners around the origin with alternating radii. The first is `turn` of a circle from the right."""
     angle = 2 * np.pi * (np.arange(points) / points + turn)
     radius = np.resize(radii, points)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)

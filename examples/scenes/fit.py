@@ -1,7 +1,7 @@
 """The training loop: resumable, with checkpoints, averaged weights, a progress bar and a log of the loss.
 
-accelerate runs it on the CPU, on a GPU or on several. All random numbers of a step follow from (seed, step, process), so
-a resumed run equals an uninterrupted one.
+accelerate runs it on the CPU, on a GPU or on several. All random numbers of a step follow from (seed, step, process),
+so a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations

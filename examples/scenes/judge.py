@@ -50,7 +50,7 @@ def reading_loss(logits: dict[str, Tensor], truth: Tensor) -> Tensor:
 
 
 class Judge(nn.Module):
-    """The classifier: images (B, 3, 64, 64) in [-1, 1] to features (B, 128), and to logits (B, 5, values) by attribute."""
+    """The classifier: images (B, 3, 64, 64) in [-1, 1] to features (B, 128) and logits (B, 5, values) by attribute."""
 
     def __init__(self, features: int = 128):
         super().__init__()

@@ -21,8 +21,8 @@ TEXT_WIDTH = 96
 def tokenizer() -> CLIPTokenizer:
     """Create CLIP's tokenizer with one token for each word of the captions.
 
-    Byte-pair encoding needs rules that merge the letters of a word. The merged pieces are tokens as well, and so are all
-    letters, as in CLIP's own vocabulary.
+    Byte-pair encoding needs rules that merge the letters of a word. The merged pieces are tokens as well, and so are
+    all letters, as in CLIP's own vocabulary.
     """
     letters = [chr(code) for code in range(33, 127)]
     tokens = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters)])

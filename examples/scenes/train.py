@@ -3,9 +3,9 @@
     make train                                            # or, from examples/: python -m scenes.train
     cd examples && accelerate launch -m scenes.train      # several GPUs
 
-The stages train the VAE (first on crops, then on whole images); the judge; the text encoder, which learns the meaning of
-captions; and the UNet together with the text encoder. A stage resumes from its checkpoint under --work. `scenes.save`
-writes the finished model.
+The stages train the VAE (first on crops, then on whole images); the judge; the text encoder, which learns the meaning
+of captions; and the UNet together with the text encoder. A stage resumes from its checkpoint under --work.
+`scenes.save` writes the finished model.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def main() -> None:
         "--steps",
         type=changed_steps,
         default=STEPS,
-        help=f"numbers of steps to change, such as unet=5000,vae=0 (default: {STEPS})",
+        help=f"changed numbers of steps, such as unet=5000,vae=0 ({STEPS})",
     )
     parser.add_argument("--scenes", type=int, default=SCENES, help=f"scenes in the training set ({SCENES})")
     options = parser.parse_args()
