@@ -1,14 +1,14 @@
-"""Quality against time: of the small trained Stable Diffusion, for the ways of making images of `ways.py`.
+"""Quality against time of the small trained Stable Diffusion, for the ways of generating images of `ways.py`.
 
     python benchmarks/frontier.py inheritance           # feature inheritance, and fewer steps
     python benchmarks/frontier.py attention             # global-regional attention, and token merging
     python benchmarks/frontier.py inheritance --quick   # a smoke test
     python benchmarks/frontier.py inheritance --device cuda --dtype float16 --images 256
 
-Every way of making images gets the same prompts and seeds, and all ways take turns, batch by batch. PSNR is against
-the image of all steps, so it asks for the same image; a few tip over into another one, so it is the median image's. The
-attributes ask whether the image is what the prompt says. Schedules are searched on other prompts than those that are
-measured. Writes JSON, a table and a plot.
+All ways get the same prompts and seeds, and take turns batch by batch. PSNR compares an image with that of all steps. A
+few images turn into different ones, so the figure is that of the median image. The attributes measure whether an image
+shows what the prompt says. Schedules are searched on other prompts than the measured ones. The script writes JSON, a
+table and a plot.
 """
 
 from __future__ import annotations
@@ -38,44 +38,52 @@ from scenes.quality import Quality, held_out_captions  # noqa: E402
 from ways import KINDS, Way  # noqa: E402
 
 import sdgraph  # noqa: E402
-from sdgraph.evaluation import metrics as similarity  # noqa: E402
+from sdgraph.evaluation import metrics  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def measured(pipe: Any, found: Mapping[str, Way], images: int, batch: int, device: str) -> dict[str, dict[str, Any]]:
-    """Figures of each way."""
-    _, prompts = held_out_captions(images)
-    made: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in found}
-    seconds: dict[str, list[float]] = {name: [] for name in found}
+def measured(pipe: Any, ways: Mapping[str, Way], images: int, batch: int, device: str) -> dict[str, dict[str, Any]]:
+    """Generate images by all ways in turns, and return their figures by the name of the way.
 
-    def run(way: Way, first: int, into: list[np.ndarray[Any, Any]]) -> None:
+    Args:
+        pipe: the pipeline, whose UNet is exchanged.
+        ways: the ways by name, "all steps" among them.
+        images: the number of images of each way.
+        batch: the number of images per call.
+        device: the device that is timed.
+    """
+    _, prompts = held_out_captions(images)
+    generated: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+
+    def run(way: Way, first: int, results: list[np.ndarray[Any, Any]]) -> None:
         pipe.unet = way.unet
         part = range(first, min(first + batch, images))
         generators = [torch.Generator().manual_seed(i) for i in part]
         inheriting = isinstance(way.unet, sdgraph.GraphUNet)
         with sdgraph.attach(pipe) if inheriting else contextlib.nullcontext():
-            found = pipe(
+            output = pipe(
                 [prompts[i] for i in part], generator=generators, num_inference_steps=way.steps, output_type="np"
             )
-        into.append(found.images)
+        results.append(output.images)
 
-    order = list(found)
+    order = list(ways)
     for name in tqdm(order, desc="warming up"):
-        run(replace(found[name], steps=min(3, found[name].steps)) if not found[name].passes else found[name], 0, [])
+        way = ways[name]
+        run(way if way.passes else replace(way, steps=min(3, way.steps)), 0, [])
     for first in tqdm(range(0, images, batch), desc="images", unit="batch"):
         for name in order:
-            into: list[np.ndarray[Any, Any]] = made[name]
-            seconds[name].append(measure.timed(partial(run, found[name], first, into), device))
+            seconds[name].append(measure.timed(partial(run, ways[name], first, generated[name]), device))
         order.reverse()
     quality = Quality()
-    reference = np.concatenate(made["all steps"])
+    reference = np.concatenate(generated["all steps"])
     figures: dict[str, dict[str, Any]] = {}
-    for name, way in found.items():
-        pictures = np.concatenate(made[name])
-        ratios = [mine / all_ for mine, all_ in zip(seconds[name], seconds["all steps"], strict=True)]
-        each = [similarity.psnr(one, other) for one, other in zip(reference, pictures, strict=True)]
-        low, middle = np.percentile(each, [10, 50], method="lower")  # infinite where an image is the same
+    for name, way in ways.items():
+        results = np.concatenate(generated[name])
+        ratios = [own / whole for own, whole in zip(seconds[name], seconds["all steps"], strict=True)]
+        psnrs = [metrics.psnr(image, other) for image, other in zip(reference, results, strict=True)]
+        low, median = np.percentile(psnrs, [10, 50], method="lower")  # infinite where the images are equal
         figures[name] = {
             "kind": way.kind,
             "passes": way.passes,
@@ -83,18 +91,18 @@ def measured(pipe: Any, found: Mapping[str, Way], images: int, batch: int, devic
             "macs": way.macs,
             "time": statistics.median(ratios),
             "seconds": seconds[name],
-            "psnr": float(middle) if np.isfinite(middle) else None,
+            "psnr": float(median) if np.isfinite(median) else None,
             "psnr_low": float(low) if np.isfinite(low) else None,
-            **quality(pictures, prompts),
+            **quality(results, prompts),
         }
     return figures
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """PSNR and Fréchet distance against time."""
+    """Plot PSNR and Fréchet distance against time."""
     from sdgraph.views.figure import paper
 
-    kinds = dict.fromkeys(each["kind"] for each in result["ways"].values())
+    kinds = dict.fromkeys(way["kind"] for way in result["ways"].values())
     with paper(path) as figure:
         figure.set_size_inches(10, 4.2)
         for axes, key, label in zip(
@@ -102,9 +110,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         ):
             for kind in kinds:
                 points = sorted(
-                    (each["time"], each[key])
-                    for each in result["ways"].values()
-                    if each["kind"] == kind and each[key] is not None
+                    (way["time"], way[key])
+                    for way in result["ways"].values()
+                    if way["kind"] == kind and way[key] is not None
                 )
                 axes.plot(*zip(*points, strict=True), "o-" if kind == "fewer steps" else "o", label=kind, markersize=4)
             axes.set_xlabel("time, as a share of all steps")
@@ -117,24 +125,26 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=KINDS, help="ways to compare")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "search", help="where searches are kept")
-    parser.add_argument("--out", type=Path, help="JSON file; the plot goes beside it")
-    chosen = parser.parse_args()
-    pipe = load().to(chosen.device, getattr(torch, chosen.dtype))
+    parser.add_argument("--quick", action="store_true", help="smoke test with few images and steps")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "out" / "search", help="folder to keep measurements of searches in"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file; the plot is written beside it")
+    args = parser.parse_args()
+    pipe = load().to(args.device, getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
-    images, batch = (4, 2) if chosen.quick else (chosen.images, chosen.batch)
-    ways = KINDS[chosen.kind](pipe, chosen.quick, chosen.folder)
-    figures = measured(pipe, ways, images, batch, chosen.device)
-    settings = {"dtype": chosen.dtype, "images": images, "batch": batch, "steps": ways.steps, "quick": chosen.quick}
-    result = {**measure.circumstances(chosen.device), **settings, "ways": figures}
-    name = f"{result['date'][:10]}-{torch.device(chosen.device).type}-{chosen.dtype}-{chosen.kind}.json"
-    out = chosen.out or (ROOT / "out" / "bench" if chosen.quick else RESULTS) / name
+    images, batch = (4, 2) if args.quick else (args.images, args.batch)
+    ways = KINDS[args.kind](pipe, args.quick, args.folder)
+    figures = measured(pipe, ways, images, batch, args.device)
+    settings = {"dtype": args.dtype, "images": images, "batch": batch, "steps": ways.steps, "quick": args.quick}
+    result = {**measure.circumstances(args.device), **settings, "ways": figures}
+    name = f"{result['date'][:10]}-{torch.device(args.device).type}-{args.dtype}-{args.kind}.json"
+    out = args.out or (ROOT / "out" / "bench" if args.quick else RESULTS) / name
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     plot(result, out.with_suffix(".svg"))

@@ -1,12 +1,13 @@
-"""What is deployed, on a GPU: PyTorch, torch.compile, DeepCache, and ONNX Runtime with and without feature inheritance.
+"""Speed on a GPU: PyTorch, torch.compile, DeepCache, and ONNX Runtime with and without feature inheritance.
 
     python benchmarks/gpu.py                                  # Stable Diffusion 1.5 at 512x512, SDXL at 1024x1024, fp16
-    python benchmarks/gpu.py --device cpu --quick             # that nothing is broken: a tiny model on the CPU
+    python benchmarks/gpu.py --device cpu --quick             # a smoke test with a tiny model on the CPU
     python benchmarks/gpu.py --models sd15 --batch 1 --steps 20
 
-Models have the released configurations and random weights. An image is the UNet's calls and the scheduler's (DDIM),
-with guidance, so twice the batch; text encoder and decoder are left out. All ways of a model and batch take turns in
-one run. Ways that fail are in the results with the reason. Writes JSON, with hardware and versions, and a table.
+Models have the released configurations and random weights. The time of an image is that of the UNet and the scheduler
+(DDIM). Guidance doubles the batch of the UNet. The text encoder and the VAE are left out. All ways of a model and a
+batch take turns in one run. The results record why a way fails. The script writes JSON, with hardware and versions, and
+a table.
 """
 
 from __future__ import annotations
@@ -39,13 +40,21 @@ from sdgraph.exporters.ort.unet import CPU, CUDA, ORTUNet
 from sdgraph.passes import HoistInvariants, InheritFeatures
 
 RESULTS = Path(__file__).parent / "results"
-SIZES = {"tiny": 16, "small": 32, "sd15": 64, "sdxl": 128}  # of the latents
+SIZES = {"tiny": 16, "small": 32, "sd15": 64, "sdxl": 128}  # height and width of the latents
 INTERVAL = 3  # of DeepCache and of ours, branch 0
 WHOLE = "torch"
 
 
 class Loop:
-    """The calls of images: a UNet, a scheduler, guidance."""
+    """The denoising loop of a pipeline: a scheduler and guidance, for a given UNet.
+
+    Args:
+        unet: the UNet whose configuration determines the inputs.
+        model: a name of `SIZES`.
+        batch: the number of images.
+        device: the device of the inputs.
+        dtype: the dtype of the inputs.
+    """
 
     def __init__(self, unet: Any, model: str, batch: int, device: str, dtype: torch.dtype) -> None:
         self.scheduler = DDIMScheduler()
@@ -60,18 +69,19 @@ class Loop:
     @torch.no_grad()
     def __call__(self, unet: Any, steps: int) -> torch.Tensor:
         self.scheduler.set_timesteps(steps, device=self.latents.device)
-        latents, prompt = self.latents, self.prompt.clone()  # another tensor is another prompt
-        self.unet = unet  # with a scheduler beside it, as pipelines have them
+        latents, prompt = self.latents, self.prompt.clone()  # another tensor begins another generation
+        self.unet = unet  # `attach` expects the scheduler and the UNet as attributes, as pipelines have them
         with sdgraph.attach(self) if _inherits(unet) else nullcontext():
             for timestep in self.scheduler.timesteps:
                 both = unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=prompt, **self.rest)[0]
-                without, given = both.chunk(2)
-                latents = self.scheduler.step(without + 7.5 * (given - without), timestep, latents).prev_sample
+                unconditional, conditional = both.chunk(2)
+                prediction = unconditional + 7.5 * (conditional - unconditional)
+                latents = self.scheduler.step(prediction, timestep, latents).prev_sample
         return latents
 
 
 def _twin(unet: Any) -> Any:
-    """Another module over the same weights."""
+    """Return a copy of a module over the same weights."""
     return copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
 
 
@@ -80,25 +90,25 @@ def _inherits(unet: Any) -> bool:
 
 
 def ways(unet: Any, folder: Path, device: str, quick: bool, side: int, batch: int) -> dict[str, Callable[[], Any]]:
-    """UNets by name, each made when asked for."""
+    """Return functions that create the UNets to compare, by name."""
     ours = sdgraph.apply(unet, (HoistInvariants(), InheritFeatures.deep_cache(INTERVAL)), verify=False)
     provider = CUDA if device == "cuda" else CPU
-    # what is measured is deployed for one size
+    # the UNets are deployed for one size
     sizes = {"batch": 2 * batch, "height": side, "width": side, "sequence": 77}
     lowered = "cuda" if device == "cuda" else "portable"
 
     def compiled(source: Any) -> Any:
-        again = sdgraph.apply(source, (), verify=False) if _inherits(source) else _twin(source)
-        again.compile(mode="max-autotune-no-cudagraphs" if not quick else "default")
-        return again
+        twin = sdgraph.apply(source, (), verify=False) if _inherits(source) else _twin(source)
+        twin.compile(mode="max-autotune-no-cudagraphs" if not quick else "default")
+        return twin
 
     def deep_cache() -> Any:
-        again = _twin(unet)
-        helper = DeepCacheSDHelper(SimpleNamespace(unet=again, scheduler=DDIMScheduler()))
+        twin = _twin(unet)
+        helper = DeepCacheSDHelper(SimpleNamespace(unet=twin, scheduler=DDIMScheduler()))
         helper.set_params(cache_interval=INTERVAL, cache_branch_id=0)
         helper.enable()
-        again.deep_cache = helper  # it goes with it
-        return again
+        twin.deep_cache = helper  # keeps the helper alive as long as the UNet
+        return twin
 
     def exported(source: Any, name: str, target: str, **options: Any) -> ORTUNet:
         directory = folder / name
@@ -121,33 +131,34 @@ def ways(unet: Any, folder: Path, device: str, quick: bool, side: int, batch: in
 
 def measured(model: str, batch: int, steps: tuple[int, ...], device: str, dtype: torch.dtype, repeats: int,
              folder: Path, quick: bool) -> dict[str, Any]:  # fmt: skip
-    """Seconds per image by way and steps, the largest differences from PyTorch, and the device's memory."""
+    """Measure times, differences from PyTorch and memory on the device of all ways, for one model and batch."""
     unet = models.build(model, device, dtype)
     side = SIZES[model]
     loop = Loop(unet, model, batch, device, dtype)
-    made: dict[str, Any] = {}
+    unets: dict[str, Any] = {}
     figures: dict[str, Any] = {}
-    for name, make in (bar := tqdm(ways(unet, folder / model, device, quick, side, batch).items(), unit="way")):
+    for name, create in (bar := tqdm(ways(unet, folder / model, device, quick, side, batch).items(), unit="way")):
         bar.set_description(f"{model}, batch {batch}: {name}")
         before = measure.on_device(device)
         try:
-            made[name] = make()
-            loop(made[name], 2 * INTERVAL + 1)  # whatever is compiled, chosen or captured
-            loop(made[name], 2 * INTERVAL + 1)
-        except Exception as error:  # one way that is not to be had must not take the others along
-            made.pop(name, None)
+            unets[name] = create()
+            loop(unets[name], 2 * INTERVAL + 1)  # compiles the kernels, chooses them, or captures CUDA graphs
+            loop(unets[name], 2 * INTERVAL + 1)
+        except Exception as error:  # a way that fails must not end the measurement of the others
+            unets.pop(name, None)
             figures[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
             continue
         figures[name] = {"seconds": {}, "bytes": measure.on_device(device) - before}
     for count in steps:
-        samples: dict[str, list[float]] = {name: [] for name in made}
+        samples: dict[str, list[float]] = {name: [] for name in unets}
         reference = loop(unet, count)
-        for name, one in made.items():
-            figures[name].setdefault("difference", {})[str(count)] = float((loop(one, count) - reference).abs().max())
+        for name, candidate in unets.items():
+            difference = (loop(candidate, count) - reference).abs().max()
+            figures[name].setdefault("difference", {})[str(count)] = float(difference)
         for _ in tqdm(range(repeats), desc=f"{model}, batch {batch}, {count} steps", unit="turn"):
-            for name, one in made.items():
-                samples[name].append(measure.timed(partial(loop, one, count), device))
-        for name in made:
+            for name, candidate in unets.items():
+                samples[name].append(measure.timed(partial(loop, candidate, count), device))
+        for name in unets:
             figures[name]["seconds"][str(count)] = samples[name]
     return {"model": model, "batch": batch, "latents": side, "ways": figures}
 
@@ -164,8 +175,8 @@ def report(result: dict[str, Any]) -> str:
                     continue
                 seconds = way["seconds"][str(count)]
                 gain = statistics.median(w / s for w, s in zip(whole, seconds, strict=True))
-                each = statistics.median(seconds) / case["batch"]
-                rows.append((*head, f"{each:.4g}", f"{gain:.2f}", f"{way['difference'][str(count)]:.3g}"))
+                per_image = statistics.median(seconds) / case["batch"]
+                rows.append((*head, f"{per_image:.4g}", f"{gain:.2f}", f"{way['difference'][str(count)]:.3g}"))
     return (
         f"{result['device']}, {result['dtype']}, torch {result['torch']}, onnxruntime {result['onnxruntime']}\n\n"
         + (markdown(rows))
@@ -175,37 +186,37 @@ def report(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--dtype", choices=("float32", "float16"), help="float16 on a GPU, float32 on the CPU")
+    parser.add_argument("--dtype", choices=("float32", "float16"), help="default: float16 on a GPU, float32 on the CPU")
     parser.add_argument("--models", nargs="+", choices=SIZES, default=["sd15", "sdxl"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="images at a time")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="images per batch")
     parser.add_argument("--steps", nargs="+", type=int, default=[20, 30, 50])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, few steps")
-    parser.add_argument("--folder", type=Path, help="where exports are kept (default: a temporary one)")
+    parser.add_argument("--quick", action="store_true", help="smoke test with a tiny model and few steps")
+    parser.add_argument("--folder", type=Path, help="folder to keep exports in (default: a temporary one)")
     parser.add_argument("--out", type=Path, help="JSON file (benchmarks/results/DATE-gpu.json; out/bench with --quick)")
-    chosen = parser.parse_args()
-    if chosen.quick:
-        chosen.models, chosen.batch, chosen.steps, chosen.repeats = ["tiny"], [1], [4], 1
-    if chosen.device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # CUDA's libraries, from PyTorch's wheels
-    dtype = getattr(torch, chosen.dtype or ("float16" if chosen.device == "cuda" else "float32"))
+    args = parser.parse_args()
+    if args.quick:
+        args.models, args.batch, args.steps, args.repeats = ["tiny"], [1], [4], 1
+    if args.device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's libraries, which come with PyTorch
+    dtype = getattr(torch, args.dtype or ("float16" if args.device == "cuda" else "float32"))
     cases = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = chosen.folder or Path(temporary)
-        for model in chosen.models:
-            for batch in chosen.batch:
-                steps = tuple(chosen.steps)
-                cases.append(measured(model, batch, steps, chosen.device, dtype, chosen.repeats, folder, chosen.quick))
+        folder = args.folder or Path(temporary)
+        for model in args.models:
+            for batch in args.batch:
+                steps = tuple(args.steps)
+                cases.append(measured(model, batch, steps, args.device, dtype, args.repeats, folder, args.quick))
                 gc.collect()
     result = {
-        **measure.circumstances(chosen.device),
+        **measure.circumstances(args.device),
         "onnxruntime": onnxruntime.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "steps": chosen.steps,
-        "quick": chosen.quick,
+        "steps": args.steps,
+        "quick": args.quick,
         "cases": cases,
     }
-    out = chosen.out or (Path("out/bench") if chosen.quick else RESULTS) / f"{result['date'][:10]}-gpu.json"
+    out = args.out or (Path("out/bench") if args.quick else RESULTS) / f"{result['date'][:10]}-gpu.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{report(result)}\n\nwritten to {out}")

@@ -1,4 +1,4 @@
-"""UNets at their released configurations, with random weights: for speed and memory the values do not matter."""
+"""UNets of released configurations with random weights, whose values do not matter for speed and memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-# What the `unet/config.json` of the released checkpoints says, where it is not the class's default.
+# The fields of `unet/config.json` of the released checkpoints that differ from the defaults of the class.
 CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = {
-    "tiny": {  # for trying the benchmark itself
+    "tiny": {  # for smoke tests of the benchmarks
         "sample_size": 16,
         "block_out_channels": (16, 16, 32, 32),
         "norm_num_groups": 4,
@@ -42,10 +42,17 @@ CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = {
 
 
 def build(name: str, device: str, dtype: torch.dtype, **changes: Any) -> UNet2DConditionModel:
-    """A UNet in inference mode. Its memory is taken once, in `dtype`: nothing larger is made on the way."""
+    """Create a UNet in inference mode. Its memory is allocated only once, in `dtype`.
+
+    Args:
+        name: a name of `CONFIGURATIONS`.
+        device: the device of the weights.
+        dtype: the dtype of the weights.
+        changes: fields of the configuration to change.
+    """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**{**CONFIGURATIONS[name], **changes})
-    torch.nn.Module.to(unet, dtype).to_empty(device=device)  # diffusers' own `to` warns of a cast
+    torch.nn.Module.to(unet, dtype).to_empty(device=device)  # diffusers' `to` warns about a cast
     torch.manual_seed(0)
     with torch.no_grad():
         for path, parameter in unet.named_parameters():
@@ -57,10 +64,17 @@ def build(name: str, device: str, dtype: torch.dtype, **changes: Any) -> UNet2DC
 
 
 def call(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> dict[str, Any]:
-    """Arguments of a forward, with all that the configuration requires."""
+    """Create random arguments of a call, with all inputs that the configuration requires.
+
+    Args:
+        unet: the UNet.
+        batch: the number of samples.
+        height: the height of the latents.
+        width: the width of the latents.
+    """
     config = unet.config
     like = {"device": unet.device, "dtype": unet.dtype}
-    made: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "sample": torch.randn(batch, config.in_channels, height, width, **like),
         "timestep": torch.tensor(500, device=unet.device),
         "encoder_hidden_states": torch.randn(batch, 77, config.cross_attention_dim, **like),
@@ -69,8 +83,8 @@ def call(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> dic
     if config.addition_embed_type == "text_time":
         ids = 6
         text = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
-        made["added_cond_kwargs"] = {
+        arguments["added_cond_kwargs"] = {
             "text_embeds": torch.randn(batch, text, **like),
             "time_ids": torch.full((batch, ids), 1024.0, **like),
         }
-    return made
+    return arguments

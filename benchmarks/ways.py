@@ -1,4 +1,4 @@
-"""The ways of making images that `frontier.py` compares."""
+"""The ways of generating images that `frontier.py` compares."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from sdgraph.schedules import DenseCenter, DenseEarly, DenseLate, Uniform
 STEPS, FEWER = 50, (30, 25, 20, 17, 14, 12, 10)
 INTERVALS, BRANCHES = (2, 3, 5), (0, 1, 2)
 EVERYWHERE = "{down_blocks.*,mid_block,up_blocks.*}"
-CALIBRATION = 32  # prompts that schedules are searched on
+CALIBRATION = 32  # number of prompts of a search
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of making images.
+    """A way of generating images.
 
     Args:
-        kind: what it is drawn as.
-        unet: the UNet, in place of the pipeline's own.
-        steps: of the scheduler.
-        macs: of the UNet per image, as a share of the way with all steps; None where nobody counts.
+        kind: the series of the plot that it belongs to.
+        unet: the UNet that replaces the pipeline's.
+        steps: the number of inference steps.
+        macs: the multiply-accumulates of the UNet per image, as a share of those of all steps; None if unknown.
+        passes: the passes of the UNet, as text.
     """
 
     kind: str
@@ -43,11 +44,11 @@ class Way:
 
 
 class Ways(dict[str, Way]):
-    """Ways by name; the first is what the others are compared with: all steps, and nothing applied.
+    """Ways by name. The first is the reference: all steps, without passes.
 
     Args:
-        pipe: its UNet is what passes are applied to.
-        steps: of all steps.
+        pipe: the pipeline, to whose UNet passes are applied.
+        steps: the number of inference steps of the reference.
     """
 
     def __init__(self, pipe: Any, steps: int) -> None:
@@ -58,17 +59,19 @@ class Ways(dict[str, Way]):
         super().__init__({"all steps": Way("fewer steps", self.source, steps, 1.0)})
 
     def fewer(self, *numbers: int) -> None:
+        """Add the source with fewer inference steps."""
         for steps in numbers:
             self[f"{steps} steps"] = Way("fewer steps", self.source, steps, steps / self.steps)
 
     def add(self, kind: str, name: str, passes: Any) -> None:
+        """Add the source with passes."""
         unet = sdgraph.apply(self.source, passes, verify=False)
         macs = unet.graph.timetable(self.timesteps).macs / (self.steps * self.source.graph.macs)
         self[name] = Way(kind, unet, self.steps, macs, ", ".join(map(str, unet.graph.passes)))
 
 
 def inheritance(pipe: Any, quick: bool, folder: Path) -> Ways:
-    """Feature inheritance: DeepCache and other published ways, forecasts, and schedules that are searched."""
+    """Feature inheritance: DeepCache and other published methods, forecasts, and searched schedules."""
     ways = Ways(pipe, 6 if quick else STEPS)
     ways.fewer(*((3,) if quick else FEWER))
     intervals = (2,) if quick else INTERVALS
@@ -88,14 +91,14 @@ def inheritance(pipe: Any, quick: bool, folder: Path) -> Ways:
     _, prompts = held_out_captions(2000)
     prompts = prompts[-2:] if quick else prompts[-CALIBRATION:]
     for forecast in (0, 1):
-        one = replace(deep, forecast=forecast)
+        candidate = replace(deep, forecast=forecast)
         for interval in intervals:
             if forecast:
-                ways.add("forecast", f"DeepCache {interval}, forecast", replace(one, schedule=Uniform(interval)))
+                ways.add("forecast", f"DeepCache {interval}, forecast", replace(candidate, schedule=Uniform(interval)))
             budget = ways[f"DeepCache {interval}, branch 0"].macs
             assert budget is not None
             result = sdgraph.search(
-                pipe, [one], prompts, budget=budget, folder=folder,
+                pipe, [candidate], prompts, budget=budget, folder=folder,
                 num_inference_steps=ways.steps, reach=4 if quick else 10,
             )  # fmt: skip
             kind = "searched, forecast" if forecast else "searched"
@@ -105,7 +108,14 @@ def inheritance(pipe: Any, quick: bool, folder: Path) -> Ways:
 
 @dataclass(frozen=True)
 class PooledKeys(sdgraph.Pass):
-    """Self-attention to the means of cells of keys and values only, near or far (ToDo, Smith et al., 2024)."""
+    """Replace the keys and values of self-attentions by their means over cells of the map.
+
+    Args:
+        pool: the side of a cell.
+        levels: the levels of the UNet to change, 0 for the resolution of the latents.
+    Source:
+        Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images", 2024.
+    """
 
     pool: int = 2
     levels: tuple[int, ...] = (0,)
@@ -123,13 +133,13 @@ class PooledKeys(sdgraph.Pass):
         for node, tokens, level in self_attentions(graph):
             if level in self.levels:
                 path = list(node.meta["nn_module_stack"])[-1]
-                made = graph.insert(code, *node.args[:3], tokens, before=node, path=path)
-                graph.rewire(node, made)
+                output = graph.insert(code, *node.args[:3], tokens, before=node, path=path)
+                graph.rewire(node, output)
         graph.eliminate_dead_code()
 
 
 def attention(pipe: Any, quick: bool, folder: Path) -> Ways:
-    """Global-regional attention, pooled keys and token merging, all without training."""
+    """Global-regional attention, pooled keys and token merging, without training."""
     ways = Ways(pipe, 2 if quick else STEPS)
     for window, pool in ((8, 4),) if quick else ((8, 2), (8, 4), (4, 2), (4, 4), (2, 2)):
         ways.add("GRI", f"GRI, window {window}, pool {pool}", GRIAttention(window, pool))

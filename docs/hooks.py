@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 ALWAYS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-SECTION = re.compile(r"^(?=(?:Returns|Raises|Yields):$)", re.MULTILINE)
+SECTION = re.compile(r"^(?=(?:Returns|Raises|Yields|Example|Source):$)", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 
 
@@ -56,7 +56,7 @@ def on_page_read_source(page: Page, config: Any) -> str | None:
 
 def on_page_content(html: str, page: Page, **_: Any) -> None:
     """Refuse a section of a docstring that was read as prose."""
-    section = re.search(r"<p>[^<]*\b(Args|Returns|Raises|Yields):.{0,80}", html, re.DOTALL)
+    section = re.search(r"<p>[^<]*\b(Args|Returns|Raises|Yields|Example|Source):.{0,80}", html, re.DOTALL)
     if section is not None:
         raise PluginError(f"{page.file.src_uri}: a docstring is not understood at {section[0]!r}")
 

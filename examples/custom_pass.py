@@ -1,9 +1,9 @@
-"""A pass of one's own: cheaper self-attention, in ten lines.
+"""A pass of your own: cheaper self-attention in ten lines.
 
 The cost of self-attention grows with the square of the number of tokens, and at the outer levels of a UNet neighbouring
-tokens say nearly the same. So let every token ask, but only some answer: keep every n-th key and value. This follows
+tokens are nearly equal. So all tokens remain queries, but only every n-th token remains a key and a value. This follows
 Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images", 2024, arXiv 2402.13573, who
-pick them from a grid.
+choose the keys from a grid.
 
     python examples/custom_pass.py
 """
@@ -23,10 +23,13 @@ from sdgraph import Contract, Example, NoMatch, Rewrite
 
 @dataclass(frozen=True)
 class SubsampleKeys(Rewrite):
-    """Self-attention over `at_least` tokens or more looks at every `every`-th key and value only.
+    """Keep only every n-th key and value of self-attentions over many tokens.
 
-    Tokens come row by row, so 2 keeps every other column of the image. APPROXIMATE: it needs no training, but look at
-    your images before you keep it.
+    The pass is APPROXIMATE. It needs no training, but look at your images before you deploy it.
+
+    Args:
+        every: n. Tokens are ordered by rows, so 2 keeps every other column of the map.
+        at_least: the number of tokens below which a self-attention stays as it is.
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
@@ -39,14 +42,14 @@ class SubsampleKeys(Rewrite):
     def check(self, q: Any, k: Any, v: Any) -> None:
         queries, keys = q.meta["val"].shape[-2], k.meta["val"].shape[-2]
         if queries != keys:
-            raise NoMatch(f"{queries} queries ask {keys} keys: not self-attention")
+            raise NoMatch(f"{queries} queries attend to {keys} keys, so this is no self-attention")
         if keys < self.at_least:
             raise NoMatch(f"{keys} tokens are fewer than {self.at_least}")
 
     def replace(self, q: Any, k: Any, v: Any) -> Any:
         return scaled_dot_product_attention(q, k[:, :, :: self.every], v[:, :, :: self.every])
 
-    # Code it applies to, and code it must leave alone; `sdgraph.testing.check(SubsampleKeys())` runs them.
+    # Code that the pass changes, and code that it must not change; `sdgraph.testing.check(SubsampleKeys())` runs both.
     examples: ClassVar[tuple[Example, ...]] = (
         Example(lambda x: attention(x, x), {"x": ("B", 1, 4096, 8)}),
         Example(lambda x: attention(x, x), {"x": ("B", 1, 1024, 8)}, changes=False),
@@ -55,7 +58,7 @@ class SubsampleKeys(Rewrite):
 
 
 def attention(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-    """As diffusers calls it."""
+    """Call attention as diffusers does."""
     return scaled_dot_product_attention(x, context, context)
 
 
@@ -71,7 +74,7 @@ def main() -> None:
         cross_attention_dim=64,
     ).eval()
 
-    # An object or its text, as in a configuration file; it stands beside the passes that come with sdgraph.
+    # Passes are objects or text, as in a configuration file. Yours combine with those of sdgraph.
     result = sdgraph.apply(unet, "CleanUp, SubsampleKeys(4)")
 
     print(result.report)

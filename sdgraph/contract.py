@@ -1,4 +1,4 @@
-"""What a pass promises about the numbers."""
+"""The contract of a pass: what it promises about the outputs of the graph."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import torch
 
 @dataclass(frozen=True)
 class Contract:
-    """A numeric promise: EXACT (bit for bit), CLOSE (within `rtol`, `atol`), or APPROXIMATE (changed on purpose).
+    """A numeric promise: EXACT (bit for bit), CLOSE (within bounds) or APPROXIMATE (finite, another model on purpose).
 
-    `Contract.CLOSE(rtol=1e-3)` sets other bounds. The output of an APPROXIMATE pass must still be finite.
+    Use the three constants. `Contract.CLOSE(rtol=1e-3)` sets other bounds.
+
+    Args:
+        kind: "exact", "close" or "approximate".
+        rtol: the relative bound of CLOSE, as in `torch.allclose`.
+        atol: the absolute bound of CLOSE, as in `torch.allclose`.
     """
 
     kind: str
@@ -25,14 +30,14 @@ class Contract:
 
     def __call__(self, *, rtol: float | None = None, atol: float | None = None) -> Contract:
         if self.kind != "close":
-            raise TypeError(f"{self} has no bounds to set")
+            raise TypeError(f"{self} has no bounds to set: only CLOSE has bounds")
         return replace(self, rtol=self.rtol if rtol is None else rtol, atol=self.atol if atol is None else atol)
 
     def __str__(self) -> str:
         return f"CLOSE(rtol={self.rtol:g}, atol={self.atol:g})" if self.kind == "close" else self.kind.upper()
 
     def holds(self, before: torch.Tensor, after: torch.Tensor) -> bool:
-        """Whether `after` is what this contract allows for `before`."""
+        """Whether the contract allows the output `after` where it was `before`."""
         if before.shape != after.shape or before.dtype != after.dtype:
             return False
         if self.kind == "exact":
@@ -43,7 +48,7 @@ class Contract:
 
     @staticmethod
     def weakest(contracts: list[Contract]) -> Contract:
-        """What a sequence of passes promises."""
+        """Return the promise of a sequence of passes: the weakest kind, with the sums of the bounds."""
         rank = ["exact", "close", "approximate"]
         kind = max((c.kind for c in contracts), key=rank.index, default="exact")
         close = [c for c in contracts if c.kind == "close"]

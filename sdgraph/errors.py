@@ -1,4 +1,4 @@
-"""Every error sdgraph raises: one class per cause a caller can tell apart.
+"""The errors that sdgraph raises: one class for each cause that a caller can tell apart.
 
 A message says what is wrong, where (a module path, a node, a file) and what to do about it.
 """
@@ -10,12 +10,12 @@ from collections.abc import Iterable
 
 
 class SdgraphError(Exception):
-    """Base of all errors of this library.
+    """The base class of all errors of sdgraph.
 
     Args:
         what: what is wrong, in one sentence.
-        where: module path, node, argument or file it is about.
-        hint: what the caller can do.
+        where: the module path, node, argument or file that the error is about.
+        hint: what the caller can do about it.
         cure: the former name of `hint`, for passes that were written with it.
     """
 
@@ -30,89 +30,89 @@ class SdgraphError(Exception):
         super().__init__("\n".join(lines))
 
     def came_through(self, what: str) -> None:
-        """Add to the message what was under way: a pass, and the place in its code."""
+        """Add to the message the pass that was running, and the line of its code."""
         self.args = (f"{self.args[0]}\n  pass:  {what}",)
 
 
 class SourceError(SdgraphError, TypeError):
-    """The model handed in cannot be traced faithfully: not a UNet, on meta, hooked, unfused LoRA, FreeU ..."""
+    """The source cannot be traced faithfully: no UNet, no weights, hooks, unfused LoRA, mixed dtypes ..."""
 
 
 class TraceError(SdgraphError):
-    """The model's code did something that a size-independent graph cannot hold."""
+    """The code of a model or a pass does something that a graph for every size cannot represent."""
 
 
 class CallError(SdgraphError, ValueError):
-    """A call that the traced graph does not cover: a shape, dtype, argument or branch."""
+    """The graph does not cover a call: its shapes, its dtypes, its arguments, or the branch that it would take."""
 
 
 class PathError(SdgraphError, KeyError):
-    """A module path that names no region of the graph."""
+    """A module path does not name a region of the graph."""
 
     __str__ = Exception.__str__  # KeyError would print the repr of the message
 
 
 class EditError(SdgraphError):
-    """An edit of the graph that cannot be carried out."""
+    """An edit of the graph is impossible."""
 
 
 class ShapeError(EditError):
-    """An edit that leaves the shapes of the graph inconsistent."""
+    """An edit would leave the shapes of the graph inconsistent."""
 
 
 class SpecError(SdgraphError, ValueError):
-    """A text spec or an option that names no pass, field or value."""
+    """A text or an option does not name a pass, an option or a value that exists."""
 
 
 class ScheduleError(SdgraphError, ValueError):
-    """A schedule that makes no sense, or not for this generation."""
+    """A schedule is invalid, or does not fit the generation."""
 
 
 class PassError(SdgraphError):
-    """A pass failed; the cause is chained, the graph it was given is unchanged."""
+    """A pass failed. The cause is chained, and the graph that the pass received is unchanged."""
 
 
 class DecisionError(PassError):
-    """A pass needs the numbers of weights where there are none, or decisions that are not what was recorded."""
+    """A pass needs the values of weights where there are none, or its decisions differ from the recorded ones."""
 
 
 class NoChangeError(PassError):
-    """A pass changed nothing and had not said that this is fine."""
+    """A pass changed nothing, and does not declare `may_change_nothing`."""
 
 
 class OrderError(PassError):
-    """Passes in an order that one of them forbids."""
+    """The passes are in an order that one of them forbids."""
 
 
 class ContractError(PassError):
-    """A pass broke what it declares: a structural invariant or its numeric contract."""
+    """A pass broke a structural invariant of the graph, or its own numeric contract."""
 
 
 class ModeError(SdgraphError, AttributeError):
-    """Something a diffusers UNet offers and a traced one cannot do."""
+    """A diffusers UNet offers this attribute or method, and a traced one cannot."""
 
 
 class SavedError(SdgraphError, ValueError):
-    """A saved folder that is missing, damaged, or asks for something unsafe."""
+    """A saved folder is missing, damaged, or asks for something unsafe."""
 
 
 class ExportError(SdgraphError):
-    """An export that failed; nothing was written."""
+    """An export failed. Nothing was written."""
 
 
 class ParityError(ExportError):
-    """An exported model whose numbers are out of bounds against eager; nothing was written."""
+    """The outputs of an exported model differ from PyTorch's by more than the bounds. Nothing was written."""
 
 
 class QualityError(SdgraphError):
-    """Images that fall short of what was asked of them, or that cannot be compared."""
+    """Images fall short of a required figure, or cannot be compared."""
 
 
 class ExtraError(SdgraphError, ImportError):
-    """An optional dependency is not installed."""
+    """An optional dependency cannot be imported."""
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
-    """`"did you mean 'a' or 'b'?"` for the nearest known words, else the empty string."""
-    near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+    """Return `"did you mean 'a' or 'b'?"` for the known words closest to `word`, or "" if none is close."""
+    matches = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, matches))}?" if matches else ""

@@ -1,4 +1,4 @@
-"""Optional dependencies, imported when they are needed."""
+"""Optional dependencies, which are imported when they are needed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from .errors import ExtraError
 
 
 def imported(module: str, extra: str) -> Any:
-    """A module of an optional dependency.
+    """Import a module of an optional dependency.
 
     Args:
-        module: its name.
-        extra: of sdgraph's, which installs it.
+        module: the name of the module.
+        extra: the extra of sdgraph that installs it, such as "onnx".
+    Returns:
+        The module.
     Raises:
-        ExtraError: it cannot be imported; with the command that installs it.
+        ExtraError: the module cannot be imported; the hint is the command that installs it.
     """
     try:
         return importlib.import_module(module)

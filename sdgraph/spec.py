@@ -1,7 +1,7 @@
-"""Passes and their options as text: printed, parsed back, found by name.
+"""Passes and their options as text: how they are printed, parsed, and looked up by name.
 
-The text is that of a Python call with literal arguments, of a class, `PruneBlocks('bk-sdm-base')`, or of one of its
-presets, `InheritFeatures.deep_cache(3)`; nothing else of it is executed.
+The text is a Python call with literal arguments: of a class, as in `PruneBlocks('bk-sdm-base')`, or of one of its
+presets, as in `InheritFeatures.deep_cache(3)`. Parsing it executes nothing but that constructor.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .errors import SpecError, did_you_mean
 
 log = logging.getLogger("sdgraph")
 
-NUMBERS = {"inf": math.inf, "nan": math.nan}  # what `repr` writes for a float that is no literal
+NUMBERS = {"inf": math.inf, "nan": math.nan}  # `repr` writes these floats as names, which are no literals
 ABSTRACT = (
     "sdgraph.compiler.base",
     "sdgraph.compiler.chain",
     "sdgraph.compiler.rewrite",
-)  # these modules define what passes are made of, and no pass
+)  # modules of base classes and combinators, which are not offered by name
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A frozen dataclass that prints as a call and parses back; passes and their options are such."""
+    """The base class of passes and schedules: a frozen dataclass that prints as a call, which parses back to it."""
 
     def __str__(self) -> str:
         parts = []
@@ -44,7 +44,7 @@ class Spec:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def specs(self) -> Iterator[Spec]:
-        """This one and the specs among its options, to any depth."""
+        """Iterate over this spec and all specs among its options, to any depth."""
         yield self
         stack = [getattr(self, field.name) for field in dataclasses.fields(self)]
         while stack:
@@ -63,47 +63,56 @@ def _text(value: Any) -> str:
 
 
 def read(text: str, kind: type[Spec] = Spec) -> Spec:
-    """One spec, such as a schedule, from the text that `str` made of it.
+    """Parse the text of one spec, such as a schedule.
 
     Args:
-        kind: the class it is to be of; by default any.
+        text: a call, as `str` prints the spec.
+        kind: the base class that the spec must have; by default any spec is accepted.
+    Returns:
+        The spec.
     Raises:
-        SpecError: it is something else.
+        SpecError: the text is not that of such a spec.
+    Example:
+        `read("Uniform(3)", Schedule)`
     """
     try:
-        found = value_of(ast.parse(text, mode="eval").body, text, kind)
+        spec = value_of(ast.parse(text, mode="eval").body, text, kind)
     except SyntaxError as error:
         raise SpecError(
             f"cannot read the spec {text!r}: {error.msg}", hint="write a call, as in 'Uniform(3)'"
         ) from error
-    if not isinstance(found, Spec):
-        raise SpecError(f"{text!r} is no spec", hint="write a call, as in 'Uniform(3)'")
-    return found
+    if not isinstance(spec, Spec):
+        raise SpecError(f"{text!r} is not a spec", hint="write a call, as in 'Uniform(3)'")
+    return spec
 
 
 def known(kind: type[Spec] = Spec) -> dict[str, type[Spec]]:
-    """The specs that can be named, by name: those defined so far, and those of installed packages' entry points.
+    """Return the spec classes that a text may name: those defined so far, and the entry points of installed packages.
 
     Args:
-        kind: the base class of those wanted, as `Pass` or `Schedule`; by default all.
+        kind: the base class of the classes to return, such as `Pass` or `Schedule`; by default all.
+    Returns:
+        The classes by name.
     """
     for point in importlib.metadata.entry_points(group="sdgraph.passes"):
         try:
             point.load()
-        except Exception as error:  # one broken package must not take all others' passes along
+        except Exception as error:  # one broken package must not hide the passes of all others
             log.warning("the pass %s (%s) cannot be loaded: %s", point.name, point.value, error)
     return {
-        name: one
-        for name, one in _defined().items()
-        if issubclass(one, kind) and one is not kind and one.__module__ not in ABSTRACT
+        name: spec_class
+        for name, spec_class in _defined().items()
+        if issubclass(spec_class, kind) and spec_class is not kind and spec_class.__module__ not in ABSTRACT
     }
 
 
 def import_module(name: str) -> None:
-    """Import a module that defines passes, so that their text is understood; the current folder is searched too.
+    """Import a module that defines passes, so that they can be named in text. The current folder is searched too.
 
+    Args:
+        name: the name of the module, as in an `import` statement.
     Raises:
-        SpecError: it cannot be imported.
+        SpecError: the module cannot be imported.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -113,26 +122,30 @@ def import_module(name: str) -> None:
         raise SpecError(
             f"cannot import {name}: {type(error).__name__}: {error}",
             where=name,
-            hint="name a module as Python's import does, without .py: one that is installed or in the current folder",
+            hint="name a module that is installed or in the current folder, as in an import statement, without .py",
         ) from error
 
 
 def _defined() -> dict[str, type[Spec]]:
-    """The specs that are defined so far."""
-    found: dict[str, type[Spec]] = {}
+    """Return the public spec classes that are defined so far, by name."""
+    classes: dict[str, type[Spec]] = {}
     stack = [Spec]
     while stack:
-        for one in stack.pop().__subclasses__():
-            found[one.__name__] = one  # a class defined again, as in a notebook, is the newest
-            stack.append(one)
-    return {name: one for name, one in found.items() if not name.startswith("_")}
+        for spec_class in stack.pop().__subclasses__():
+            classes[spec_class.__name__] = spec_class  # the newest of a class that is defined again, as in a notebook
+            stack.append(spec_class)
+    return {name: spec_class for name, spec_class in classes.items() if not name.startswith("_")}
 
 
 def value_of(tree: ast.expr, text: str, kind: type[Spec]) -> Any:
-    """What a piece of a spec stands for.
+    """Return the value of a part of a spec's text.
 
     Args:
-        kind: the base class of the specs that make sense here.
+        tree: the syntax tree of the part.
+        text: the whole text, for error messages.
+        kind: the base class of the specs that are allowed here.
+    Raises:
+        SpecError: the part is neither a literal nor a call of a known spec class or preset.
     """
     if isinstance(tree, ast.Tuple | ast.List):
         return tuple(value_of(item, text, kind) for item in tree.elts)
@@ -152,58 +165,62 @@ def value_of(tree: ast.expr, text: str, kind: type[Spec]) -> Any:
         ) from error
 
 
-def presets(one: type[Spec]) -> dict[str, Any]:
-    """The class methods of a spec class that construct it with options of some fame."""
-    names = (n for n in dir(one) if not n.startswith("_") and isinstance(inspect.getattr_static(one, n), classmethod))
-    return {name: getattr(one, name) for name in names}
+def presets(spec_class: type[Spec]) -> dict[str, Any]:
+    """Return the presets of a spec class by name: class methods that construct it with well-known options."""
+    names = (name for name in dir(spec_class) if not name.startswith("_"))
+    return {
+        name: getattr(spec_class, name)
+        for name in names
+        if isinstance(inspect.getattr_static(spec_class, name), classmethod)
+    }
 
 
 def _named(name: str, preset: str, text: str, kind: type[Spec]) -> tuple[str, Any]:
-    """The full name of a class or preset, and what constructs it."""
+    """Return the full name of a class or a preset, and its constructor."""
     classes = _defined()
     if name not in classes:
         known()  # loads what installed packages declare
         classes = _defined()
     if name not in classes:
-        near = known(kind)
-        otherwise = f"write text in quotes: {name!r}" if kind is Spec else f"known: {', '.join(sorted(near))}"
-        hint = did_you_mean(name, near) or otherwise
-        raise SpecError(f"no {kind.__name__.lower()} named {name!r}", where=text, hint=hint)
+        names = known(kind)
+        otherwise = f"write text in quotes: {name!r}" if kind is Spec else f"known: {', '.join(sorted(names))}"
+        hint = did_you_mean(name, names) or otherwise
+        raise SpecError(f"there is no {kind.__name__.lower()} named {name!r}", where=text, hint=hint)
     if not preset:
         return name, classes[name]
-    named = presets(classes[name])
-    if preset not in named:
-        hint = did_you_mean(preset, named) or f"presets: {', '.join(named) or 'none'}"
+    constructors = presets(classes[name])
+    if preset not in constructors:
+        hint = did_you_mean(preset, constructors) or f"presets: {', '.join(constructors) or 'none'}"
         raise SpecError(f"{name} has no preset {preset!r}", where=text, hint=hint)
-    return f"{name}.{preset}", named[preset]
+    return f"{name}.{preset}", constructors[preset]
 
 
-def _options(make: Any) -> dict[str, type[Spec]]:
-    """The options of a class or preset, in order; each with the kind of specs that its annotation names."""
-    annotated = make if isinstance(make, type) else make.__func__
+def _options(constructor: Any) -> dict[str, type[Spec]]:
+    """Return the options of a class or a preset in order, with the spec class that each annotation names."""
+    annotated = constructor if isinstance(constructor, type) else constructor.__func__
     try:
         hints = typing.get_type_hints(annotated)
     except Exception:  # an annotation that only a type checker can resolve
         hints = {}
-    return {name: _spec_in(hints.get(name)) for name in inspect.signature(make).parameters}
+    return {name: _spec_in(hints.get(name)) for name in inspect.signature(constructor).parameters}
 
 
 def _spec_in(hint: Any) -> type[Spec]:
-    """The spec class that an annotation names, as in `tuple[Schedule, ...] | None`; `Spec` if it names none."""
+    """Return the spec class that an annotation names, as in `tuple[Schedule, ...] | None`, else `Spec`."""
     if isinstance(hint, type) and issubclass(hint, Spec):
         return hint
-    inner = [_spec_in(each) for each in typing.get_args(hint)]
-    return next((each for each in inner if each is not Spec), Spec)
+    inner = (_spec_in(argument) for argument in typing.get_args(hint))
+    return next((spec_class for spec_class in inner if spec_class is not Spec), Spec)
 
 
 def _construct(tree: ast.Name | ast.Call, text: str, kind: type[Spec]) -> Any:
-    """A spec from its name or call."""
+    """Construct a spec from its name or call."""
     call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
     first, _, preset = ast.unparse(call.func).partition(".")
-    name, make = _named(first, preset, text, kind)
-    options = _options(make)
-    kinds = [*options.values(), *[Spec] * len(call.args)]
-    args = [value_of(each, text, kind) for each, kind in zip(call.args, kinds, strict=False)]
+    name, constructor = _named(first, preset, text, kind)
+    options = _options(constructor)
+    kinds = [*options.values(), *[Spec] * len(call.args)]  # too many arguments are refused below
+    args = [value_of(argument, text, kind) for argument, kind in zip(call.args, kinds, strict=False)]
     kwargs = {}
     for keyword in call.keywords:
         option = str(keyword.arg)
@@ -212,7 +229,7 @@ def _construct(tree: ast.Name | ast.Call, text: str, kind: type[Spec]) -> Any:
             raise SpecError(f"{name} has no option {option!r}", where=text, hint=hint)
         kwargs[option] = value_of(keyword.value, text, options[option])
     try:
-        return make(*args, **kwargs)
+        return constructor(*args, **kwargs)
     except TypeError as error:
         raise SpecError(
             f"cannot construct {name}: {error}", where=text, hint=f"options: {', '.join(options)}"

@@ -107,7 +107,7 @@ def test_what_is_there_is_refused_before_anything_is_loaded(
     given = arguments(name, str(MODEL), tmp_path / "out", prompts)
     assert main(given) == 2
     said = capsys.readouterr().err
-    assert f"{tmp_path / 'out'} is there already" in said
+    assert f"{tmp_path / 'out'} already exists" in said
     assert "--overwrite" in said
     if name == "export":  # a folder that is no export is not replaced in any case
         assert main([*given, "--overwrite"]) == 1
@@ -120,7 +120,7 @@ def test_what_is_there_is_refused_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        (["export", "m", "--out", "o", "--calls", "0"], "argument --calls: '0' is no whole number of at least 1"),
+        (["export", "m", "--out", "o", "--calls", "0"], "argument --calls: '0' is not a whole number of at least 1"),
         (["inspect", "d", "--calls", "0"], "argument --calls: '0'"),
         (["bench", "d", "--calls", "-3"], "argument --calls: '-3'"),
         (["bench", "d", "--size", "8", "0"], "argument --size: '0'"),
@@ -159,7 +159,7 @@ def test_prompts_that_are_none(
 
 
 def test_interrupting_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(chosen: Any) -> None:
+    def interrupted(args: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.passes, "run", interrupted)
@@ -338,7 +338,7 @@ def test_passes_lists_those_of_every_package(
     said = capsys.readouterr().out
     assert "every how many calls everything is computed" in said  # of a preset's option
     assert main(["passes", "Lost"]) == 2
-    assert "mend or remove others" in capsys.readouterr().err
+    assert "repair or uninstall others" in capsys.readouterr().err
     assert main(["passes", "CleanUpp"]) == 2
     assert "did you mean 'CleanUp'" in capsys.readouterr().err
 

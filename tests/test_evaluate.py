@@ -216,7 +216,7 @@ def test_passes_on_a_unet_that_inherits(pipe: StableDiffusionPipeline, monkeypat
 
 
 def test_bad_input(pipe: StableDiffusionPipeline) -> None:
-    with pytest.raises(SourceError, match=r"no diffusers pipeline.*\n.*before.*\n.*pipe="):
+    with pytest.raises(SourceError, match=r"not a diffusers pipeline.*\n.*before.*\n.*pipe="):
         sdgraph.evaluate(pipe.unet, [], PROMPTS, **CALL)
     with pytest.raises(SourceError, match="neither a pipeline nor a UNet nor passes"):
         sdgraph.evaluate(pipe, 3, PROMPTS, **CALL)
@@ -248,5 +248,5 @@ def test_images_that_are_not_finite(pipe: StableDiffusionPipeline) -> None:
 
 
 def test_images_are_compared_whatever_the_caller_wants_of_them(pipe: StableDiffusionPipeline) -> None:
-    with pytest.raises(SpecError, match="output_type is not yours to set"):
+    with pytest.raises(SpecError, match="evaluate sets output_type itself"):
         sdgraph.evaluate(pipe, (), "a red circle", output_type="latent")

@@ -1,1 +1,1 @@
-"""The passes of docs/writing-a-pass.md, each in full. They use public names of sdgraph only, as yours would."""
+"""The passes of docs/writing-a-pass.md in full. They use public names of sdgraph only, as your passes would."""

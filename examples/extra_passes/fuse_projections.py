@@ -1,4 +1,4 @@
-"""`FuseProjections`: the projections of an attention as one, whose weights are made of theirs."""
+"""`FuseProjections`: one linear layer for several projections, whose weights are computed from theirs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from sdgraph import Contract, Findings, Graph, Pass
 
 @dataclass(frozen=True)
 class FuseProjections(Pass):
-    """Compute what attention projects from the same tokens by one linear layer: q, k and v of self-attention, k and v
-    of cross-attention. One larger product may be summed in another order than three, so it is CLOSE."""
+    """Fuse the projections of an attention that read the same tokens into one linear layer.
+
+    These are q, k and v of self-attention, and k and v of cross-attention. The contract is CLOSE, because one large
+    matrix product may be summed in another order than three small ones.
+    """
 
     contract: ClassVar[Contract] = Contract.CLOSE
 
@@ -24,25 +27,29 @@ class FuseProjections(Pass):
         for path, region in graph.regions().items():
             if region.source_class != "Attention":
                 continue
-            for tokens, nodes in self.together(graph, path).items():
-                fused = Stacked([graph.module(str(node.target)) for node in nodes])
-                made = graph.insert(fused, tokens, path=f"{path}.to_{len(nodes)}")
-                for node, new in zip(nodes, made, strict=True):
-                    graph.rewire(node, new)
-                edits.append(f"{path}: {len(nodes)} projections are one")
+            for tokens, projections in self.projections_by_tokens(graph, path).items():
+                linear = StackedLinear([graph.module(str(node.target)) for node in projections])
+                outputs = graph.insert(linear, tokens, path=f"{path}.to_{len(projections)}")
+                for projection, output in zip(projections, outputs, strict=True):
+                    graph.rewire(projection, output)
+                edits.append(f"{path}: fused {len(projections)} projections")
         return Findings(tuple(edits))
 
-    def together(self, graph: Graph, path: str) -> dict[fx.Node, list[fx.Node]]:
-        """The projections of an attention, by the tokens that they read, where several read the same."""
-        found: dict[Any, list[fx.Node]] = {}
+    def projections_by_tokens(self, graph: Graph, path: str) -> dict[fx.Node, list[fx.Node]]:
+        """Return the projections of an attention by the tokens that they read, where several read the same tokens."""
+        projections: dict[Any, list[fx.Node]] = {}
         for node in graph.region(path).nodes:
             if node.target in [f"{path}.to_{name}" for name in "qkv"] and graph.module(str(node.target)).bias is None:
-                found.setdefault(node.args[0], []).append(node)
-        return {tokens: nodes for tokens, nodes in found.items() if len(nodes) > 1}
+                projections.setdefault(node.args[0], []).append(node)
+        return {tokens: nodes for tokens, nodes in projections.items() if len(nodes) > 1}
 
 
-class Stacked(nn.Module):
-    """Linear layers without bias, as one."""
+class StackedLinear(nn.Module):
+    """Several linear layers without bias as one.
+
+    Args:
+        linears: the layers, with the same number of input features.
+    """
 
     def __init__(self, linears: list[Any]) -> None:
         super().__init__()

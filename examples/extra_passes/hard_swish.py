@@ -13,9 +13,12 @@ from sdgraph import Contract, Example, NoMatch, Rewrite
 
 @dataclass(frozen=True)
 class HardSwish(Rewrite):
-    """x·relu6(x + 3)/6 for SiLU: Howard et al., "Searching for MobileNetV3", 2019, arXiv 1905.02244.
+    """Replace SiLU on feature maps by hardswish, x·relu6(x + 3)/6.
 
-    Only that of maps: the few of the time embedding cost nothing, and all layers read their results.
+    SiLU of the time embedding stays, for it costs nothing, and all layers depend on it.
+
+    Source:
+        Howard et al., "Searching for MobileNetV3", 2019, arXiv 1905.02244.
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
@@ -30,7 +33,7 @@ class HardSwish(Rewrite):
 
     def check(self, x: Any) -> None:
         if x.meta["val"].ndim != 4:
-            raise NoMatch("it is no map")
+            raise NoMatch("the value is not a feature map")
 
     def replace(self, x: Any) -> Any:
         return F.hardswish(x)

@@ -1,4 +1,4 @@
-"""`SeparateConvs`: convolutions as depthwise and pointwise ones, of ranks that their weights decide."""
+"""`SeparateConvs`: depthwise and pointwise convolutions, whose ranks depend on the weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from sdgraph.errors import SpecError
 class SeparateConvs(Pass):
     """Replace convolutions by depthwise-separable ones, by a truncated SVD for each input channel.
 
-    The kernels that read one channel are a matrix of outputs times positions, (O, h·w). Of rank r it is r depthwise
-    kernels, mixed by r·I pointwise ones, and costs about r/(h·w) of what it did.
+    The kernels that read one of the I input channels form a matrix (O, h·w) of output channels times positions. At
+    rank r, r depthwise kernels per input channel and a pointwise convolution of r·I channels replace it, at about
+    r/(h·w) of the cost.
 
     Args:
-        energy: share of the squared singular values that is kept, above 0 and below 1.
-        where: paths or patterns of convolutions.
+        energy: the share of the squared singular values to keep, above 0 and below 1.
+        where: module paths or patterns of convolutions.
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
@@ -31,7 +32,7 @@ class SeparateConvs(Pass):
 
     def __post_init__(self) -> None:
         if not 0 < self.energy < 1:
-            raise SpecError(f"energy is {self.energy}", where="SeparateConvs", hint="above 0, below 1")
+            raise SpecError(f"energy is {self.energy}", where="SeparateConvs", hint="use a value above 0 and below 1")
 
     def run(self, graph: Graph) -> Findings:
         edits, misses = [], []
@@ -47,17 +48,17 @@ class SeparateConvs(Pass):
         return Findings(tuple(edits), tuple(misses))
 
     def rank(self, conv: Any) -> int:
-        """The smallest rank that keeps the energy."""
+        """Return the smallest rank that keeps the energy."""
         kept = singular(conv)[1].square().sum(0).cumsum(0)  # over all input channels
         return 1 + int((kept < self.energy * kept[-1]).sum())
 
 
 class Separable(nn.Module):
-    """A convolution of a rank.
+    """A convolution as a depthwise and a pointwise one.
 
     Args:
-        conv: without groups.
-        rank: r, at most the number of positions of its kernel.
+        conv: the convolution, without groups.
+        rank: the number of depthwise kernels per input channel, at most the number of positions h·w of the kernel.
     """
 
     def __init__(self, conv: Any, rank: int) -> None:
@@ -75,6 +76,6 @@ class Separable(nn.Module):
 
 
 def singular(conv: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the kernels that read each input channel, (I, O, h·w): shapes (I, O, n), (I, n) and (I, n, h·w)."""
+    """Return the SVD of the kernels by input channel, (I, O, h·w), of shapes (I, O, n), (I, n) and (I, n, h·w)."""
     u, s, v = torch.linalg.svd(conv.weight.detach().float().flatten(2).transpose(0, 1), full_matrices=False)
     return u, s, v

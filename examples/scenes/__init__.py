@@ -1,1 +1,1 @@
-"""A small world of drawn scenes, and a Stable Diffusion trained on it: README.md says what is here."""
+"""A small world of drawn scenes, and a Stable Diffusion that was trained on it; see README.md."""

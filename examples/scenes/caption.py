@@ -1,4 +1,4 @@
-"""Captions of scenes, from a small grammar with paraphrases, and what they say."""
+"""Captions of scenes by a small grammar with paraphrases: how they are written and parsed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLACE_PHRASES = {
     "top": ("at the top", "above the centre"),
     "bottom": ("at the bottom", "below the centre"),
 }
-# How the object at a place stands to the other one.
+# Phrases for the relation of the object at a place to the other object.
 RELATIONS = {
     "left": ("on the left of", "to the left of", "left of"),
     "right": ("on the right of", "to the right of", "right of"),
@@ -29,17 +29,17 @@ OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 BACKGROUND = "on a {} background"
 _PHRASES = [*SIZE_WORDS.values(), *PLACE_PHRASES.values(), *RELATIONS.values(), ("a an and on background",)]
 WORDS = sorted(
-    {word for some in _PHRASES for phrase in some for word in phrase.split()} | {*SHAPES, *COLOURS, *BACKGROUNDS}
+    {word for phrases in _PHRASES for phrase in phrases for word in phrase.split()} | {*SHAPES, *COLOURS, *BACKGROUNDS}
 )
 
 
 class CaptionError(ValueError):
-    """A text that is no caption of a scene."""
+    """A text is no caption of a scene."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a caption says of one object; None where it leaves that open."""
+    """What a caption says about an object. Attributes that it does not mention are None."""
 
     shape: str
     colour: str
@@ -48,7 +48,7 @@ class Said:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A text that is true of `scene`. Sizes, places and the background are sometimes left unsaid."""
+    """Write a caption that is true of `scene`. It sometimes leaves out sizes, places or the background."""
     sized, placed, backed = rng.random(3) < (0.85, 0.9, 0.7)
     names = [_noun_phrase(thing, sized, rng) for thing in scene.things]
     text = (_two if len(names) == 2 else _one)(scene, names, placed, rng)
@@ -56,15 +56,19 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def said(text: str) -> tuple[Said, ...]:
-    """What a caption says of its objects, in the order of the text.
+    """Parse a caption.
 
+    Args:
+        text: the caption.
+    Returns:
+        What it says about its objects, in the order of the text.
     Raises:
-        CaptionError: a word that no caption has, or a sentence that the grammar does not make.
+        CaptionError: the text has a word that no caption has, or does not follow the grammar.
     """
     check_words(text)
     sentence = _SENTENCE.fullmatch(" ".join(text.lower().split()))
     if sentence is None:
-        raise CaptionError(f"{text!r} is no caption of a scene; one is 'a red circle above a small blue star'")
+        raise CaptionError(f"{text!r} is no caption of a scene; an example is 'a red circle above a small blue star'")
     first, phrase, second, relation = sentence["first"], sentence["place"], sentence["second"], sentence["relation"]
     if second is None:
         return (_said(first, _MEANING.get(phrase)),)
@@ -73,10 +77,14 @@ def said(text: str) -> tuple[Said, ...]:
 
 
 def check_words(text: str) -> None:
-    """Raises `CaptionError` for words that no caption has: the model has never seen them."""
+    """Check that a text has only words of captions, for the model has seen no other words.
+
+    Raises:
+        CaptionError: the text has other words.
+    """
     unknown = [word for word in text.lower().split() if word not in WORDS]
     if unknown:
-        raise CaptionError(f"unknown words in {text!r}: {', '.join(unknown)}; captions have only {', '.join(WORDS)}")
+        raise CaptionError(f"unknown words in {text!r}: {', '.join(unknown)}; captions consist of {', '.join(WORDS)}")
 
 
 def _one(scene: Scene, names: list[str], placed: bool, rng: np.random.Generator) -> str:
@@ -104,7 +112,7 @@ def _any_of(words: Iterable[str]) -> str:
 
 
 def _phrases(*parts: dict[str, tuple[str, ...]]) -> dict[str, str]:
-    """Each phrase, and what it means."""
+    """Return the meanings of all phrases."""
     return {phrase: meaning for part in parts for meaning, phrases in part.items() for phrase in phrases}
 
 

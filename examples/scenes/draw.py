@@ -1,4 +1,4 @@
-"""Drawing scenes: each shape is a signed distance, and a pixel's coverage is read off it."""
+"""Drawing of scenes: a shape is a signed distance, from which the coverage of a pixel follows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SIZE = 64  # pixels
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """`scene` as 64x64x3 uint8, anti-aliased."""
+    """Draw `scene` as an anti-aliased uint8 image (64, 64, 3)."""
     y, x = np.mgrid[0:SIZE, 0:SIZE] + 0.5  # centres of the pixels
     image = np.broadcast_to(np.array(scene.rgb), (SIZE, SIZE, 3)).copy()
     for thing in scene.things:
@@ -22,7 +22,7 @@ def draw(scene: Scene) -> np.ndarray:
 
 
 def _ring(points: int, *radii: float, turn: float = -0.25) -> np.ndarray:
-    """`points` corners around the origin at `radii` in turn; the first one is `turn` of a circle from the right."""
+    """Return corners around the origin with alternating radii. The first is `turn` of a circle from the right."""
     angle = 2 * np.pi * (np.arange(points) / points + turn)
     radius = np.resize(radii, points)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
@@ -45,9 +45,12 @@ CORNERS = {
 
 
 def _polygon(x: np.ndarray, y: np.ndarray, shape: str) -> np.ndarray:
-    """Signed distance of the points to the polygon, negative inside.
+    """Return the signed distance of points to a polygon, negative inside.
 
-    The exact distance to the nearest edge, the sign by the even-odd rule; as in I. Quilez, "2D distance functions".
+    It is the exact distance to the nearest edge, with the sign by the even-odd rule.
+
+    Source:
+        I. Quilez, "2D distance functions".
     """
     corners = CORNERS[shape]
     distance = np.full(x.shape, np.inf)

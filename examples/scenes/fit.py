@@ -1,7 +1,7 @@
-"""Fitting a module: one resumable loop with checkpoints, an average of the weights, a progress bar and a loss log.
+"""The training loop: resumable, with checkpoints, averaged weights, a progress bar and a log of the loss.
 
-accelerate runs it on the CPU, a GPU or several. Every random number of a step is drawn from (seed, step, process), so
-a resumed run is the run that was never stopped.
+accelerate runs it on the CPU, on a GPU or on several. All random numbers of a step follow from (seed, step, process),
+so a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Draw = Callable[[np.random.Generator, int], tuple[Tensor, ...]]
 SAVE_SECONDS = 300
 LOG_STEPS = 25
 SEED = 2026
-ON_CPU = not torch.accelerator.is_available()  # accelerate joins several CPU processes only if it is told
-AVERAGE = "average.safetensors"  # beside accelerate's files: the averaged weights alone
-LOG = "loss.csv"  # step, seconds so far, mean loss since the line before
+ON_CPU = not torch.accelerator.is_available()  # accelerate joins CPU processes only on request
+AVERAGE = "average.safetensors"  # the averaged weights, beside the files of accelerate
+LOG = "loss.csv"  # step, seconds so far, mean loss since the previous line
 
 
 class OutOfTimeError(Exception):
-    """The minutes given have passed; the checkpoint is written."""
+    """The time limit has passed. The checkpoint is written."""
 
 
 class _Progress:
-    """The step, and the seconds spent so far, as accelerate saves them."""
+    """The step and the seconds spent so far, which accelerate saves."""
 
     step, seconds = 0, 0.0
 
@@ -60,11 +60,26 @@ def fit(
     decay: float = 0.999,
     until: float = math.inf,
 ) -> Module:
-    """`module`, its weights averaged over training: AdamW for `steps` steps, on `module(*draw(rng, batch))` as loss.
+    """Train a module with AdamW, or resume its training.
 
-    The rate rises over the first 2 % of the steps and falls along a cosine. State is kept in `folder`/`name`; a run
-    that finds some goes on from it. `batch` counts the samples of all processes. Raises `OutOfTimeError` when
-    `time.monotonic()` reaches `until`.
+    The learning rate rises over the first 2 % of the steps, and falls along a cosine. The state is kept in
+    `folder`/`name`, from which a later run resumes.
+
+    Args:
+        name: the name of the stage.
+        module: the module, whose output is the loss.
+        draw: a function of a random generator and a number of samples, which returns arguments of the module.
+        folder: the folder of all stages.
+        steps: the number of training steps.
+        batch: the number of samples per step, of all processes together.
+        rate: the largest learning rate.
+        decay: the decay per step of the moving average of the weights.
+        until: the time limit, in seconds of `time.monotonic()`.
+    Returns:
+        The module with the averaged weights.
+    Raises:
+        OutOfTimeError: the time limit has passed; the state is saved.
+        ValueError: the processes cannot share the batch evenly.
     """
     state, log = folder / name / "state", folder / name / LOG
     optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -85,7 +100,7 @@ def fit(
 
     share, rest = divmod(batch, accelerator.num_processes)
     if rest:
-        raise ValueError(f"a batch of {batch} is not to be shared by {accelerator.num_processes} processes")
+        raise ValueError(f"{accelerator.num_processes} processes cannot share a batch of {batch} evenly")
     saved = begun = time.monotonic()
     bar = tqdm(total=steps, initial=progress.step, desc=name, unit="step", disable=not accelerator.is_main_process)
     losses, spent = [], progress.seconds
@@ -125,14 +140,14 @@ def fit(
 
 
 def _agreed(accelerator: Accelerator, mine: bool) -> bool:
-    """The main process's opinion: the processes have to save and stop at the same step."""
+    """Return the decision of the main process, for all processes must save and stop at the same step."""
     if accelerator.num_processes == 1:
         return mine
     return bool(broadcast(torch.tensor(float(mine), device=accelerator.device)).item())
 
 
 def _save(accelerator: Accelerator, state: Path, average: nn.Module) -> None:
-    """Written aside and put into place, so that a run stopped while saving can go on from the state before."""
+    """Write a new state aside and move it into place, so that a run that is killed while saving keeps the old state."""
     new = state.with_name("state.new")
     accelerator.save_state(str(new))
     if accelerator.is_main_process:
@@ -146,12 +161,12 @@ def _save(accelerator: Accelerator, state: Path, average: nn.Module) -> None:
 
 
 def _forget_after(log: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that the run goes on from."""
+    """Remove the lines that were logged after the checkpoint from which the run resumes."""
     lines = log.read_text().splitlines() if log.exists() else []
     kept = [line for line in lines if int(line.split(",")[0]) <= step]
     log.write_text("".join(f"{line}\n" for line in kept))
 
 
 def read_log(log: Path) -> list[tuple[float, float, float]]:
-    """Step, seconds and loss of each line."""
+    """Return the step, the seconds and the loss of every line."""
     return [tuple(map(float, line.split(","))) for line in log.read_text().splitlines()]  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The judge: a small classifier that reads back what is in an image of a scene, and where."""
+"""The judge: a small classifier that recognises which objects are in an image of a scene, and where."""
 
 from __future__ import annotations
 
@@ -19,35 +19,38 @@ ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
 
 
 def labels(scene: Scene) -> Tensor:
-    """What is at each place: (5, 3) indices of shape, colour and size, in the order of `PLACES`; 0 is nothing."""
-    found = torch.zeros(len(PLACES), len(ATTRIBUTES), dtype=torch.long)
+    """Return the labels of a scene: indices (5, 3) of shape, colour and size by place, in the order of `PLACES`.
+
+    The index 0 means that there is no object.
+    """
+    labels = torch.zeros(len(PLACES), len(ATTRIBUTES), dtype=torch.long)
     for thing in scene.things:
         row = tuple(PLACES).index(thing.place)
         for column, (name, values) in enumerate(ATTRIBUTES.items()):
-            found[row, column] = 1 + values.index(getattr(thing, name))
-    return found
+            labels[row, column] = 1 + values.index(getattr(thing, name))
+    return labels
 
 
 def heads(features: int) -> nn.ModuleDict:
-    """One linear layer for each attribute, from features to logits for all places."""
+    """Create a linear layer for each attribute, from features to the logits of all places."""
     return nn.ModuleDict(
         {name: nn.Linear(features, len(PLACES) * (1 + len(values))) for name, values in ATTRIBUTES.items()}
     )
 
 
 def readings(heads: nn.ModuleDict, features: Tensor) -> dict[str, Tensor]:
-    """Logits (B, 5, values) of each attribute."""
+    """Return the logits (B, 5, values) of each attribute, from features (B, F)."""
     return {name: head(features).unflatten(1, (len(PLACES), -1)) for name, head in heads.items()}
 
 
 def reading_loss(logits: dict[str, Tensor], truth: Tensor) -> Tensor:
-    """Cross-entropy of readings with `truth`, (B, 5, 3) as `labels` gives them."""
+    """Return the cross-entropy of logits (B, 5, values) by attribute with the labels `truth`, (B, 5, 3)."""
     losses = [F.cross_entropy(logits[name].flatten(0, 1), truth[..., i].flatten()) for i, name in enumerate(ATTRIBUTES)]
     return torch.stack(losses).sum()
 
 
 class Judge(nn.Module):
-    """(B, 3, 64, 64) images in [-1, 1] to features (B, 128), and to the logits of `labels` for each attribute."""
+    """The classifier: images (B, 3, 64, 64) in [-1, 1] to features (B, 128) and logits (B, 5, values) by attribute."""
 
     def __init__(self, features: int = 128):
         super().__init__()
@@ -68,12 +71,16 @@ class Judge(nn.Module):
         return features, readings(self.heads, features)
 
     def loss(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Cross-entropy of the readings of `images` with `truth`, (B, 5, 3) as `labels` gives them."""
+        """Return the cross-entropy of the logits of `images` (B, 3, 64, 64) with the labels `truth`, (B, 5, 3)."""
         return reading_loss(self(images)[1], truth)
 
     @classmethod
     def load(cls, folder: Path = MODEL) -> Judge:
-        """The trained one; `pipeline.AssetError` if it is missing or damaged."""
+        """Load the trained judge.
+
+        Raises:
+            pipeline.AssetError: a file is missing or damaged.
+        """
         check_files(folder)
         judge = cls()
         judge.load_state_dict(load_file(folder / JUDGE))
@@ -81,11 +88,11 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def look(self, images: Iterable[np.ndarray], batch: int = 100) -> tuple[np.ndarray, np.ndarray]:
-        """Features (N, 128) and readings (N, 5, 3), as `labels` has them, of N 64x64x3 uint8 images."""
+        """Return the features (N, 128) and the predicted labels (N, 5, 3) of N uint8 images (64, 64, 3)."""
         pixels = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
         features, readings = [], []
         for part in pixels.split(batch):
-            found, logits = self(part.float() / 127.5 - 1)
-            features.append(found)
+            part_features, logits = self(part.float() / 127.5 - 1)
+            features.append(part_features)
             readings.append(torch.stack([logits[name].argmax(-1) for name in ATTRIBUTES], -1))
         return torch.cat(features).numpy(), torch.cat(readings).numpy()

@@ -1,4 +1,4 @@
-"""The parts of a small Stable Diffusion 1.5 for the scenes, untrained: widths, depths and the vocabulary differ."""
+"""The untrained parts of a small Stable Diffusion 1.5 for the scenes, with other widths, depths and words."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .caption import WORDS
 
-TOKENS = 24  # of a caption, padded; the longest one has 21 words, a start and an end
+TOKENS = 24  # of a padded caption; the longest caption has 21 words, a start and an end
 TEXT_WIDTH = 96
 
 
 def tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with one token for each word of the captions.
+    """Create CLIP's tokenizer with one token for each word of the captions.
 
-    Byte-pair encoding has to be told how each word is put together from letters; those pieces are tokens as well, and
-    so are all letters, as in CLIP's own vocabulary.
+    Byte-pair encoding needs rules that merge the letters of a word. The merged pieces are tokens as well, and so are
+    all letters, as in CLIP's own vocabulary.
     """
     letters = [chr(code) for code in range(33, 127)]
     tokens = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters)])
@@ -41,12 +41,12 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def _letters(word: str) -> list[str]:
-    """CLIP marks the end of a word at its last letter."""
+    """Split a word into letters. CLIP marks the last letter of a word."""
     return [*word[:-1], f"{word[-1]}</w>"]
 
 
 def _in_order_of_merging() -> list[str]:
-    """Each word before those whose first two letters it contains: "above" before "over", or it would be a-b-ov-e."""
+    """Order the words: "above" comes before "over", whose first merge would else turn it into a-b-ov-e."""
     order: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(WORDS, ()))
     for word in WORDS:
         inner = set(pairwise(_letters(word)[1:]))
@@ -57,7 +57,7 @@ def _in_order_of_merging() -> list[str]:
 
 
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """(B, 24) tokens to (B, 24, 96): CLIP's text transformer with three layers."""
+    """Create CLIP's text transformer with three layers, from tokens (B, 24) to embeddings (B, 24, 96)."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -74,7 +74,7 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def vae() -> AutoencoderKL:
-    """64x64 images to 4x16x16 latents and back: three levels where Stable Diffusion has four."""
+    """Create the VAE, between images (3, 64, 64) and latents (4, 16, 16), with three levels instead of four."""
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -83,28 +83,28 @@ def vae() -> AutoencoderKL:
         latent_channels=4,
         sample_size=64,
     )
-    # At first the latents are small, and noise of a standard normal would drown them.
+    # At first the latents are small, and noise of unit variance would drown them.
     _, log_variance = vae.quant_conv.bias.data.chunk(2)
     log_variance.fill_(-6.0)
     return vae
 
 
 def unet() -> UNet2DConditionModel:
-    """Stable Diffusion 1.5's UNet, its block types and layers per block, a tenth as wide: 5.5 M parameters."""
+    """Create the UNet, with Stable Diffusion 1.5's block types and layers per block, and a tenth of its width."""
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64, 96, 96),
         norm_num_groups=8,
-        attention_head_dim=2,  # the number of heads, as Stable Diffusion 1.5's configuration has it
+        attention_head_dim=2,  # the number of heads, as in Stable Diffusion 1.5's configuration
         cross_attention_dim=TEXT_WIDTH,
     )
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule; the UNet predicts v, as Stable Diffusion 2's does.
+    """Create the scheduler, with Stable Diffusion's noise schedule and the v-prediction of Stable Diffusion 2.
 
-    Predicting the noise, a model this small gets its first steps wrong: there the image is the small difference of
-    two large values, and every error in the prediction grows in it.
+    A model this small cannot predict the noise well enough at the first steps, where the image is the small difference
+    of two large values, so that errors of the prediction are amplified.
     """
     return DDIMScheduler(
         beta_schedule="scaled_linear",
@@ -120,7 +120,7 @@ def scheduler() -> DDIMScheduler:
 def pipeline(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
-    """The parts as one pipeline, on the CPU in float32."""
+    """Combine the parts into one pipeline, on the CPU in float32."""
     parts: dict[str, torch.nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
     return StableDiffusionPipeline(
         tokenizer=tokenizer,

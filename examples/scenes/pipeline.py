@@ -1,4 +1,4 @@
-"""The trained model: a Stable Diffusion pipeline that refuses what it cannot read."""
+"""The trained model: a Stable Diffusion pipeline that refuses words that it does not know."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from .caption import check_words
 
 MODEL = Path(__file__).parent / "model"
 JUDGE = "judge.safetensors"
-RECORD, QUALITY = "training.json", "quality.json"  # how the weights came about, and how good they are
+RECORD, QUALITY = "training.json", "quality.json"  # the training of the weights, and their quality
 SUMS = "SHA256SUMS"  # of the files beside it, as sha256sum writes and checks them
-GUIDANCE = 3.0  # classifier-free guidance; what the model card measures it with
+GUIDANCE = 3.0  # classifier-free guidance scale, which the model card uses
 
 
 class AssetError(OSError):
-    """A file of the model is missing or damaged."""
+    """A file of the trained model is missing or damaged."""
 
 
 class ScenePipeline(StableDiffusionPipeline):
-    """Stable Diffusion for scenes: words that no caption has are an error, not noise, and guidance is as tuned.
-    Else it is its base class."""
+    """Stable Diffusion for scenes. Words that no caption has are an error, and the guidance scale is 3 by default."""
 
     def __call__(self, *args: Any, guidance_scale: float = GUIDANCE, **kwargs: Any) -> Any:
         return super().__call__(*args, guidance_scale=guidance_scale, **kwargs)
@@ -35,32 +34,37 @@ class ScenePipeline(StableDiffusionPipeline):
 
 
 def load(folder: Path = MODEL) -> ScenePipeline:
-    """The pipeline in `folder`, float32, on the CPU.
+    """Load the pipeline in `folder`, in float32 on the CPU.
 
     Raises:
-        AssetError: a file is missing, or is not the one that was saved.
+        AssetError: a file is missing or damaged.
     """
     check_files(folder)
     return ScenePipeline.from_pretrained(folder, local_files_only=True)
 
 
 def write_sums(folder: Path) -> None:
-    """Of what is loaded: the parts, each in its folder, the index and the judge; not of what tells about them."""
+    """Write the SHA-256 of all files that are loaded: the index, the parts in their folders, and the judge."""
     files = [folder / "model_index.json", *sorted(folder.glob("*/*")), *folder.glob(JUDGE)]
     lines = [f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / SUMS).write_text("".join(lines))
 
 
 def check_files(folder: Path) -> None:
-    hint = "restore it with `git checkout examples/scenes`, or train anew: examples/scenes/README.md"
+    """Compare the files of the model with their SHA-256.
+
+    Raises:
+        AssetError: a file is missing or damaged.
+    """
+    hint = "restore it with `git checkout examples/scenes`, or train again: see examples/scenes/README.md"
     if not (folder / SUMS).exists():
         raise AssetError(f"there is no model in {folder}: {SUMS} is missing; {hint}")
     for line in (folder / SUMS).read_text().splitlines():
-        wanted, name = line.split("  ", 1)
+        expected, name = line.split("  ", 1)
         if not (folder / name).exists():
             raise AssetError(f"{folder / name} is missing; {hint}")
-        if _sum(folder / name) != wanted:
-            raise AssetError(f"{folder / name} is damaged: its SHA-256 is not that of {SUMS}; {hint}")
+        if _sum(folder / name) != expected:
+            raise AssetError(f"{folder / name} is damaged: its SHA-256 differs from {SUMS}; {hint}")
 
 
 def _sum(path: Path) -> str:

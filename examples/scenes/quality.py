@@ -1,4 +1,4 @@
-"""How good images of scenes are: what the judge reads in them, against what their captions say.
+"""The quality of images of scenes: what the judge recognises in them, compared with their captions.
 
 cd examples
 python -m scenes.quality --out ../out/quality      # the shipped model, 1,000 held-out captions
@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from sdgraph.evaluation import metrics as similarity
+from sdgraph.evaluation import metrics
 
 from . import data
 from .caption import Said, caption, said
@@ -29,19 +29,23 @@ from .judge import ATTRIBUTES, Judge
 from .pipeline import GUIDANCE, MODEL, load
 from .scene import PLACES, Scene
 
-HELD_OUT_SEED, REFERENCE_SEED = 77, 78  # of the captions, and of the drawn images that they are compared with
+HELD_OUT_SEED, REFERENCE_SEED = 77, 78  # of the captions, and of the drawn images of the Fréchet distance
 
 
 class Quality:
-    """Figures of images `(N, 64, 64, 3)` in [0, 1] with captions as prompts: what `sdgraph.evaluate` takes as judge.
+    """Computes figures of images (N, 64, 64, 3) in [0, 1] and their captions; `sdgraph.evaluate` accepts it as judge.
 
-    Each figure is a share of captions (1 is all):
-        "shape and colour": exactly the objects that the caption names are there, each in its colour;
-        "place": and each is where the caption says it is (of the captions that say);
-        "shape", "colour", "size", "count": that alone is right, for all objects;
-        "... one", "... two": the first two by the number of objects.
-    Objects are compared in the order that makes the most right. And "frechet": the Fréchet distance between the judge's
-    features of the images and of drawn held-out scenes.
+    All figures but the last are shares of captions, between 0 and 1. Objects are compared in the order with the most
+    matches.
+        "shape and colour": the image has exactly the objects of the caption, in the right colours.
+        "place": the objects are also at the places that the caption mentions; captions without places are left out.
+        "shape", "colour", "size", "count": this attribute is right for all objects.
+        "shape and colour, one", "place, two", ...: the first two figures by the number of objects.
+        "frechet": the Fréchet distance between the judge's features of the images and those of drawn held-out scenes.
+
+    Args:
+        judge: the classifier; by default the trained one.
+        references: the number of drawn scenes for the Fréchet distance.
     """
 
     def __init__(self, judge: Judge | None = None, references: int = 1000):
@@ -57,14 +61,14 @@ class Quality:
             figures[name] = _share(row[name] for row in rows)
         for count, word in ((1, "one"), (2, "two")):
             for name in ("shape and colour", "place"):
-                some = [row[name] for row, prompt in zip(rows, prompts, strict=True) if len(said(prompt)) == count]
-                figures[f"{name}, {word}"] = _share(some)
+                verdicts = [row[name] for row, prompt in zip(rows, prompts, strict=True) if len(said(prompt)) == count]
+                figures[f"{name}, {word}"] = _share(verdicts)
         figures["frechet"] = frechet(features, self._reference)
         return figures
 
 
 def things_read(reading: np.ndarray) -> tuple[Said, ...]:
-    """A reading (5, 3) of the judge as objects; a place is taken where it reads a shape."""
+    """Convert labels (5, 3) that the judge predicted to objects. A place without a shape has no object."""
     things = []
     for place, row in zip(PLACES, reading, strict=True):
         if row[0]:
@@ -73,17 +77,17 @@ def things_read(reading: np.ndarray) -> tuple[Said, ...]:
     return tuple(things)
 
 
-def _verdict(told: tuple[Said, ...], found: tuple[Said, ...]) -> dict[str, bool | None]:
-    """What is right, the objects found taken in the best order; None: the caption does not say."""
-    verdicts = [_compared(told, order) for order in permutations(found)]
+def _verdict(expected: tuple[Said, ...], recognised: tuple[Said, ...]) -> dict[str, bool | None]:
+    """Compare objects in the best order. A figure is None if the caption does not mention it."""
+    verdicts = [_compared(expected, order) for order in permutations(recognised)]
     return max(verdicts, key=lambda verdict: sum(map(bool, verdict.values())))
 
 
-def _compared(told: Sequence[Said], found: Sequence[Said]) -> dict[str, bool | None]:
+def _compared(expected: Sequence[Said], recognised: Sequence[Said]) -> dict[str, bool | None]:
     def right(name: str) -> bool | None:
-        if getattr(told[0], name) is None:
+        if getattr(expected[0], name) is None:
             return None
-        return [getattr(thing, name) for thing in told] == [getattr(thing, name) for thing in found]
+        return [getattr(thing, name) for thing in expected] == [getattr(thing, name) for thing in recognised]
 
     both = bool(right("shape") and right("colour"))
     place = right("place")
@@ -93,7 +97,7 @@ def _compared(told: Sequence[Said], found: Sequence[Said]) -> dict[str, bool | N
         "shape": right("shape"),
         "colour": right("colour"),
         "size": right("size"),
-        "count": len(told) == len(found),
+        "count": len(expected) == len(recognised),
     }
 
 
@@ -103,9 +107,13 @@ def _share(verdicts: Iterable[bool | None]) -> float:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance between Gaussians fitted to features (N, F) and (M, F); Heusel et al., 2017.
+    """Compute the Fréchet distance between Gaussians that are fitted to features (N, F) and (M, F).
 
-    |μa - μb|² + tr(A + B - 2 (A B)^½); the trace of the root is the sum of the roots of the eigenvalues of A B.
+    It is |μa - μb|² + tr(A + B - 2 (A B)^½), where the trace of the root is the sum of the square roots of the
+    eigenvalues of A B.
+
+    Source:
+        Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017.
     """
     A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     roots = np.sqrt(np.clip(np.linalg.eigvals(A @ B).real, 0, None))
@@ -113,7 +121,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def held_out_captions(count: int) -> tuple[list[Scene], list[str]]:
-    """Scenes with a pair that training never shows, and a caption of each."""
+    """Return scenes with a pair of shape and colour that training never shows, and their captions."""
     scenes = data.scenes(count, HELD_OUT_SEED, held_out=True)
     return scenes, [caption(scene, np.random.default_rng((HELD_OUT_SEED, 1, i))) for i, scene in enumerate(scenes)]
 
@@ -122,25 +130,36 @@ def held_out_captions(count: int) -> tuple[list[Scene], list[str]]:
 def measure(
     pipe: StableDiffusionPipeline, count: int, steps: int, guidance: float, batch: int = 50
 ) -> tuple[dict[str, dict[str, float]], np.ndarray, float]:
-    """Figures of `count` generated images, of the drawn ones and of those after the VAE; the images; seconds each."""
+    """Measure a pipeline on held-out captions.
+
+    Args:
+        pipe: the pipeline.
+        count: the number of captions.
+        steps: the number of inference steps.
+        guidance: the guidance scale.
+        batch: the number of images per call.
+    Returns:
+        The figures of the generated images, of the drawn ones, and of the drawn ones through the VAE; the generated
+        images (N, 64, 64, 3) in [0, 1]; and the seconds per image.
+    """
     scenes, captions = held_out_captions(count)
     drawn = np.stack([draw(scene) for scene in scenes]) / 255.0
-    made, through, seconds = [], [], 0.0
+    generated, through_vae, seconds = [], [], 0.0
     pipe.set_progress_bar_config(disable=True)
     for start in tqdm(range(0, count, batch), desc="images", unit="batch"):
         part = slice(start, start + batch)
         pixels = torch.from_numpy(drawn[part]).permute(0, 3, 1, 2).to(pipe.dtype) * 2 - 1
         decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mean).sample
-        through.append((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy())
+        through_vae.append((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy())
         settings = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
         generators = [torch.Generator().manual_seed(i) for i in range(*part.indices(count))]
         start_time = time.perf_counter()
-        made.append(pipe(captions[part], generator=generators, **settings).images)
+        generated.append(pipe(captions[part], generator=generators, **settings).images)
         seconds += time.perf_counter() - start_time
     quality = Quality(references=count)
-    sides = {"generated": np.concatenate(made), "through the VAE": np.concatenate(through), "drawn": drawn}
+    sides = {"generated": np.concatenate(generated), "through the VAE": np.concatenate(through_vae), "drawn": drawn}
     figures = {name: quality(images, captions) for name, images in sides.items()}
-    figures["through the VAE"]["psnr"] = similarity.psnr(sides["drawn"], sides["through the VAE"])
+    figures["through the VAE"]["psnr"] = metrics.psnr(sides["drawn"], sides["through the VAE"])
     return figures, sides["generated"], seconds / count
 
 
@@ -164,7 +183,7 @@ def main() -> None:
 
 
 def sheet(images: np.ndarray, columns: int = 8, scale: int = 2) -> Image.Image:
-    """Images in [0, 1] as one picture, row by row, each pixel `scale` times as large."""
+    """Arrange images (N, H, W, 3) in [0, 1] in rows of one picture, enlarged by `scale`."""
     rows = [np.concatenate(list(images[i : i + columns]), 1) for i in range(0, len(images), columns)]
     picture = np.concatenate(rows).repeat(scale, 0).repeat(scale, 1)
     return Image.fromarray((255 * picture).round().astype(np.uint8))

@@ -1,10 +1,10 @@
-"""Write what was trained as a diffusers folder, in float16: the averaged weights of the last checkpoints.
+"""Save the trained model as a diffusers folder in float16, with the averaged weights of the last checkpoints.
 
     cd examples
     python -m scenes.save       # from ../out/scenes to scenes/model
 
-Beside the pipeline: the judge, `training.json` (how the weights came about) and `loss.svg`. Stages of training that
-the working folder has not seen are kept as they are. `scenes.quality` then measures it, for the model card.
+The folder also gets the judge, `training.json` (the record of the training) and `loss.svg`. Weights of stages that the
+working folder does not have are kept. Run `scenes.quality` and `scenes.card` afterwards for the model card.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def save(work: Path, model: Path) -> None:
             parts[name].load_state_dict(averaged(work, stage, name))
     parts["vae"].register_to_config(scaling_factor=data.scaling_factor(np.load(work / "latents.npy", mmap_mode="r")))
     models.pipeline(tokenizer, **{name: part.half() for name, part in parts.items()}).save_pretrained(model)
-    # Stored in half precision, run in single: transformers would else load what it finds, diffusers does not.
+    # The weights are stored in half precision and run in single; transformers would load them in half precision.
     config = model / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     serve_older_transformers(model)
@@ -54,8 +54,11 @@ def save(work: Path, model: Path) -> None:
 
 
 def serve_older_transformers(model: Path) -> None:
-    """Name the text encoder's weights as transformers before 5 does, which 5 reads as well; and write the tokenizer's
-    vocabulary and merges, which the tokenizers of before 5 read."""
+    """Make the folder readable for transformers before 5.
+
+    The weights of the text encoder get their older names, which transformers 5 reads as well. The vocabulary and the
+    merges of the tokenizer are written to files of their own.
+    """
     file = model / "text_encoder" / "model.safetensors"
     state = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
@@ -67,13 +70,13 @@ def serve_older_transformers(model: Path) -> None:
 
 
 def averaged(work: Path, stage: str, part: str) -> dict[str, torch.Tensor]:
-    """The averaged weights of `part` of a stage of training, by name."""
+    """Load the averaged weights of a part of a stage, by name."""
     state = load_file(work / stage / "state" / AVERAGE)
     return {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
 
 
 def record(work: Path, file: Path) -> None:
-    """Write the runs that this working folder began with, and its own."""
+    """Write the record of the training: earlier runs, and the run of this working folder."""
     before = work / RECORD
     runs = json.loads(before.read_text()) if before.exists() else {}
     stages = {}

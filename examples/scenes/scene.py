@@ -1,4 +1,4 @@
-"""Scenes: one or two objects on a plain background, drawn from a seed."""
+"""Scenes: one or two objects on a plain background, at random from a seed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLACES = {"centre": (32, 32), "left": (16, 32), "right": (48, 32), "top": (32, 1
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (125, 125, 125), "black": (20, 20, 20)}
 ARRANGEMENTS = (("left", "right"), ("top", "bottom"))  # of two objects
 
-# Shape and colour that training never shows together: each shape and each of these colours is seen with others only.
+# Pairs of shape and colour that training never shows. It shows each of these shapes and colours in other pairs.
 HELD_OUT = frozenset(
     {
         ("circle", "blue"),
@@ -37,7 +37,7 @@ HELD_OUT = frozenset(
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its words, and its exact position (x, y), radius (pixels) and colour (RGB, 0 to 255)."""
+    """An object: its attributes in words, its position (x, y) and radius in pixels, and its colour (RGB, 0 to 255)."""
 
     shape: str
     colour: str
@@ -54,7 +54,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two objects on a background. Of two, the first is the left or the upper one."""
+    """One or two objects on a background. The first of two objects is the left or the upper one."""
 
     things: tuple[Thing, ...]
     background: str
@@ -62,10 +62,12 @@ class Scene:
 
 
 def scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
-    """A scene, half of them with two objects.
+    """Draw a random scene, with two objects in half of the cases.
 
-    Training scenes (`held_out=False`) contain no pair of `HELD_OUT`; held-out ones have at least one, so the two sets
-    share no combination of objects.
+    Args:
+        rng: the random generator.
+        held_out: whether the scene has a pair of `HELD_OUT`. Training scenes have none, so the two sets have no
+            combination of objects in common.
     """
     places = ARRANGEMENTS[rng.integers(2)] if rng.random() < 0.5 else (_one_of(rng, PLACES),)
     while True:
@@ -94,7 +96,7 @@ def _thing(rng: np.random.Generator, shape: str, colour: str, place: str) -> Thi
 
 
 def _shade(rng: np.random.Generator, rgb: tuple[int, int, int], together: bool = False) -> tuple[float, float, float]:
-    """`rgb`, each channel (or all `together`) moved by up to 8."""
+    """Move the channels of `rgb`, separately or all `together`, by up to 8."""
     r, g, b = np.clip(np.array(rgb) + rng.uniform(-8, 8, 1 if together else 3), 0, 255).tolist()
     return r, g, b
 

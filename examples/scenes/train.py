@@ -1,11 +1,11 @@
-"""Train the small Stable Diffusion of the scenes, and the judge: one command, resumable, offline.
+"""Train the small Stable Diffusion of the scenes, and the judge. Training is resumable, and downloads nothing.
 
     make train                                            # or, from examples/: python -m scenes.train
     cd examples && accelerate launch -m scenes.train      # several GPUs
 
-Four stages: the VAE; the judge; the text encoder, which learns what captions say, as CLIP's learns from images; and
-the UNet together with the text encoder. Each goes on from its checkpoint under --work. `scenes.save` writes
-the finished model.
+The stages train the VAE (first on crops, then on whole images); the judge; the text encoder, which learns the meaning
+of captions; and the UNet together with the text encoder. A stage resumes from its checkpoint under --work.
+`scenes.save` writes the finished model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchvision, which nothing here needs
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchvision, which is not needed here
 
 import numpy as np
 import torch
@@ -39,16 +39,16 @@ from .scene import Scene
 
 SCENES, SEED = 40_000, 1
 STEPS = {"vae-crops": 3200, "vae": 2500, "judge": 3000, "text": 1500, "unet": 20_000}
-KL = 1e-8  # of the sum over the latents, beside the mean over the pixels
-UNCONDITIONAL = 0.1  # share of captions left empty, for classifier-free guidance
-SNR_LIMIT = 5.0  # signal-to-noise ratio above which all timesteps weigh the same
+KL = 1e-8  # weight of the Kullback-Leibler term, a sum over latents, relative to a mean over pixels
+UNCONDITIONAL = 0.1  # share of empty captions, for classifier-free guidance
+SNR_LIMIT = 5.0  # signal-to-noise ratio above which all timesteps have the same weight
 
 
 Stage = TypeVar("Stage", bound=nn.Module)
 
 
 class VAEStage(nn.Module):
-    """Squared error of the reconstruction, a tenth of the absolute one, and a faint Kullback-Leibler term."""
+    """The loss of the VAE: the squared error, a tenth of the absolute error, and a small Kullback-Leibler term."""
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
@@ -62,7 +62,7 @@ class VAEStage(nn.Module):
 
 
 class JudgeStage(nn.Module):
-    """The judge's cross-entropy on images with noise, some of them blurred, since a VAE's images are not crisp."""
+    """The loss of the judge on noisy images, some of which are blurred, because images of a VAE are not crisp."""
 
     def __init__(self, judge: Judge):
         super().__init__()
@@ -76,7 +76,7 @@ class JudgeStage(nn.Module):
 
 
 class TextStage(nn.Module):
-    """Cross-entropy of reading, from the pooled caption, what is at each place (`judge.labels`)."""
+    """The loss of the text encoder: the cross-entropy of predicting the labels of the scene from the pooled caption."""
 
     def __init__(self, text_encoder: nn.Module):
         super().__init__()
@@ -89,10 +89,10 @@ class TextStage(nn.Module):
 
 
 class UNetStage(nn.Module):
-    """The error in the predicted v; the text encoder learns along.
+    """The loss of the UNet and the text encoder: the squared error of the predicted v, weighted by timestep.
 
-    In terms of the error in the image it implies, a timestep weighs 1 + min(SNR, 5): unlike Min-SNR-γ (Hang et al.,
-    2023), which leaves out the 1, it gives weight to the noisy steps, at which it is decided what is where.
+    Relative to the squared error of the predicted image, the weight of a timestep is 1 + min(SNR, 5). Min-SNR-γ (Hang
+    et al., 2023) has no 1, and so gives little weight to the noisy timesteps, which decide where the objects are.
     """
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module):
@@ -103,7 +103,7 @@ class UNetStage(nn.Module):
 
     def forward(self, latents: Tensor, tokens: Tensor) -> Tensor:
         B = len(latents)
-        # one timestep from each of B equal parts of the schedule: less noise in the loss than B free draws
+        # one timestep from each of B equal parts of the schedule, for less noise in the loss
         timestep = ((torch.randperm(B) + torch.rand(B)) / B * len(self.alphas)).long().to(latents.device)
         alpha = self.alphas[timestep][:, None, None, None]
         noise = torch.randn_like(latents)
@@ -119,12 +119,17 @@ class UNetStage(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("../out/scenes"), help="checkpoints and drawn scenes")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop, resumably, after this many minutes")
-    parser.add_argument("--begin", type=Path, help="a saved model whose weights to begin with, not random ones")
     parser.add_argument(
-        "--steps", type=changed_steps, default=STEPS, help=f"others than {STEPS}, as in unet=5000,vae=0"
+        "--minutes", type=float, default=math.inf, help="stop after this many minutes; the same command resumes"
     )
-    parser.add_argument("--scenes", type=int, default=SCENES, help=f"in the training set ({SCENES})")
+    parser.add_argument("--begin", type=Path, help="saved model to begin with, instead of random weights")
+    parser.add_argument(
+        "--steps",
+        type=changed_steps,
+        default=STEPS,
+        help=f"changed numbers of steps, such as unet=5000,vae=0 ({STEPS})",
+    )
+    parser.add_argument("--scenes", type=int, default=SCENES, help=f"scenes in the training set ({SCENES})")
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
     process = PartialState(cpu=ON_CPU)
@@ -135,12 +140,13 @@ def main() -> None:
 
 
 def changed_steps(text: str) -> dict[str, int]:
-    """`STEPS` with those of `text`, "unet=5000,vae=0"; a stage with 0 steps is left out."""
+    """Return `STEPS` with the changes of `text`, such as "unet=5000,vae=0". A stage of 0 steps is left out."""
     changed = dict(STEPS)
-    for each in text.split(","):
-        name, _, count = each.partition("=")
+    for change in text.split(","):
+        name, _, count = change.partition("=")
         if name not in STEPS or not count.isdigit():
-            raise argparse.ArgumentTypeError(f"{each!r}: not a number of steps of one of {', '.join(STEPS)}")
+            message = f"{change!r} is no number of steps: write STAGE=NUMBER for a stage of {', '.join(STEPS)}"
+            raise argparse.ArgumentTypeError(message)
         changed[name] = int(count)
     return changed
 
@@ -163,43 +169,43 @@ def train(
         images = data.drawn(scenes, work / "images.npy")
     truth = torch.stack([labels(scene) for scene in scenes])
     tokenizer = models.tokenizer()
-    torch.manual_seed(SEED)  # so that all processes begin with the same weights
+    torch.manual_seed(SEED)  # all processes must begin with the same weights
     vae, text_encoder, unet = models.vae(), models.text_encoder(tokenizer), models.unet()
     if begin is not None:
         pipe = load(begin)
         for part, name in ((vae, "vae"), (text_encoder, "text_encoder"), (unet, "unet")):
             part.load_state_dict(getattr(pipe, name).state_dict())
-    vae, unet = (part.to(memory_format=torch.channels_last) for part in (vae, unet))  # a fifth faster on a CPU
+    vae, unet = (part.to(memory_format=torch.channels_last) for part in (vae, unet))  # faster by a fifth on a CPU
 
-    def some(rng: np.random.Generator, count: int) -> np.ndarray:
+    def indices(rng: np.random.Generator, count: int) -> np.ndarray:
         return rng.integers(len(scenes), size=count)
 
     def draw_crops(rng: np.random.Generator, count: int) -> tuple[Tensor, ...]:
-        return (data.crops(images, scenes, some(rng, count), rng),)
+        return (data.crops(images, scenes, indices(rng, count), rng),)
 
     def draw_images(rng: np.random.Generator, count: int) -> tuple[Tensor, ...]:
-        return (data.pixels(images[some(rng, count)]),)
+        return (data.pixels(images[indices(rng, count)]),)
 
     def draw_captions(rng: np.random.Generator, count: int) -> tuple[Tensor, ...]:
-        chosen = some(rng, count)
+        chosen = indices(rng, count)
         return captions(tokenizer, [scenes[i] for i in chosen], rng), truth[chosen]
 
     def fitted(name: str, module: Stage, draw: Draw, **settings: Any) -> Stage:
         return fit(name, module, draw, work, steps=steps[name], until=until, **settings) if steps[name] else module
 
-    # Objects are a tenth of a scene, so colours are learned on crops around them, several times as fast.
+    # Objects cover a tenth of a scene, so crops around them teach colours several times as fast.
     stage = fitted("vae-crops", VAEStage(vae), draw_crops, batch=16, rate=1.5e-3, decay=0.99)
     vae = fitted("vae", stage, draw_images, batch=8, rate=1e-3, decay=0.995).vae
 
     if steps["judge"]:
-        # The judge sees the held-out pairs as well: it would else read some of them as what it knows.
+        # The judge must see the held-out pairs, or it would mistake some of them for pairs that it knows.
         others = data.scenes(count // 4, SEED + 1, held_out=True)
         with process.main_process_first():
             other_images = data.drawn(others, work / "held-out-images.npy")
         other_truth = torch.stack([labels(scene) for scene in others])
 
         def draw_labelled(rng: np.random.Generator, count: int) -> tuple[Tensor, ...]:
-            chosen, other = some(rng, count - count // 4), rng.integers(len(others), size=count // 4)
+            chosen, other = indices(rng, count - count // 4), rng.integers(len(others), size=count // 4)
             drawn = np.concatenate([images[chosen], other_images[other]])
             return data.pixels(drawn), torch.cat([truth[chosen], other_truth[other]])
 
@@ -214,7 +220,7 @@ def train(
         factor = data.scaling_factor(latents)
 
         def draw_latents(rng: np.random.Generator, count: int) -> tuple[Tensor, ...]:
-            chosen = some(rng, count)
+            chosen = indices(rng, count)
             mean, deviation = torch.from_numpy(latents[chosen]).float().chunk(2, 1)
             latent = factor * (mean + deviation * torch.randn_like(mean))
             return latent, captions(tokenizer, [scenes[i] for i in chosen], rng, UNCONDITIONAL)
@@ -223,7 +229,7 @@ def train(
 
 
 def captions(tokenizer: CLIPTokenizer, scenes: list[Scene], rng: np.random.Generator, empty: float = 0.0) -> Tensor:
-    """(B, 24) tokens of one caption of each scene, a share of them `empty`."""
+    """Write a caption for each scene, a share of them `empty`, as tokens (B, 24)."""
     texts = ["" if rng.random() < empty else caption(scene, rng) for scene in scenes]
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 

@@ -1,7 +1,8 @@
 """The command line: one module for each command, whose docstring is its help.
 
-A command's module has `options(parser)`, which declares its arguments, and `run(chosen)`, which does it. What it writes
-is declared by `arguments.writes`, so that nothing is loaded if it may not be written.
+The module of a command has `add_arguments(parser)`, which declares its arguments, and `run(args)`, which executes it.
+`arguments.add_overwrite` declares the options that name its outputs, so that nothing is loaded if an output must not be
+written.
 """
 
 from __future__ import annotations
@@ -22,67 +23,71 @@ from .quiet import quiet
 __all__ = ["main"]
 
 COMMANDS = (apply, evaluate, search, export, inspect, bench, passes)
-TEXT = """\
-A graph-transformation compiler for diffusion UNets: change a UNet by passes, judge its images, export it.
+DESCRIPTION = """\
+A graph-transformation compiler for diffusion UNets: change a UNet by passes, compare its images, export it.
 
-  sdgraph passes                                            which passes there are
+  sdgraph passes                                            # list the passes
   sdgraph apply MODEL "PruneBlocks('mid_block')" --save DIR
-  sdgraph evaluate MODEL "PruneBlocks('mid_block')" --prompts prompts.txt
+  sdgraph evaluate PIPELINE "PruneBlocks('mid_block')" --prompts prompts.txt
 
-MODEL is a folder, or the name of a model on the hub, OWNER/NAME. `sdgraph COMMAND --help` says more.
+MODEL and PIPELINE are folders, or names of models on the hub, OWNER/NAME. `sdgraph COMMAND --help` explains a command.
 """
-FAILED = (QualityError, ContractError, PassError, ExportError)  # what was asked for was tried, and came out wrong
+FAILURES = (QualityError, ContractError, PassError, ExportError)  # the command ran, and its result is not good enough
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command. Errors are printed to standard error.
 
     Args:
-        arguments: without the program's name; by default those of the process.
+        arguments: the command line without the name of the program; by default that of the process.
     Returns:
-        the exit status: 0; 1 if it was tried and failed, as when images fall short; 2 if it cannot be done as asked;
-        130 if it was interrupted. What is wrong is said on stderr.
+        The exit status: 0 for success; 1 if the command ran and failed, as when images fall short; 2 if the request is
+        invalid; 130 if the user interrupted it.
     """
-    chosen = _parser().parse_args(arguments)
+    args = _parser().parse_args(arguments)
     try:
-        check_outputs(chosen)
-        for module in getattr(chosen, "imports", ()):
+        check_outputs(args)
+        for module in getattr(args, "imports", ()):
             import_module(module)
         with quiet():
-            chosen.run(chosen)
+            args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nsdgraph: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (SdgraphError, OSError) as error:
         print(f"sdgraph: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FAILED) else 2
+        return 1 if isinstance(error, FAILURES) else 2
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="sdgraph", description=TEXT, formatter_class=form)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="sdgraph", description=DESCRIPTION, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"sdgraph {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for module in COMMANDS:
-        _add(commands, module)
+        _add_command(commands, module)
     return parser
 
 
-def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], module: ModuleType) -> None:
-    text = str(module.__doc__)
-    brief = text.partition("\n")[0].rstrip(".")
+def _add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], module: ModuleType) -> None:
+    description = str(module.__doc__)
+    summary = description.partition("\n")[0].rstrip(".")
     name = module.__name__.rpartition(".")[2]
-    form = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser(
-        name, help=brief[0].lower() + brief[1:], description=text, formatter_class=form, allow_abbrev=False
+        name,
+        help=summary[0].lower() + summary[1:],
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    module.options(parser)
-    needed = [action for action in parser._actions if action.required]
-    shown = [" ".join([*action.option_strings, str(action.metavar)]) for action in needed]
-    parser.usage = " ".join(["sdgraph", name, *shown, "[options]"])  # all of them would be seven lines before an error
+    module.add_arguments(parser)
+    required = [action for action in parser._actions if action.required]
+    words = [" ".join([*action.option_strings, str(action.metavar)]) for action in required]
+    # argparse would list every option, which puts seven lines before an error
+    parser.usage = " ".join(["sdgraph", name, *words, "[options]"])
     parser.set_defaults(run=module.run)

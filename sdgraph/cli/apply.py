@@ -2,8 +2,8 @@
 
   sdgraph apply stable-diffusion-v1-5/stable-diffusion-v1-5 "CleanUp, PruneBlocks('bk-sdm-base')" --save unet-base
 
-Prints what each pass did. `sdgraph.GraphUNet.from_pretrained("unet-base")` loads what was saved. Without --save
-the passes are only tried.
+The command prints what each pass changed. Without --save it only tries the passes. In Python,
+`sdgraph.GraphUNet.from_pretrained("unet-base")` loads the saved UNet.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from pathlib import Path
 
 from ..compiler.parse import parse
 from ..runtime.apply import apply
-from .arguments import DTYPES, imports, writes
+from .arguments import add_dtype, add_imports, add_model, add_overwrite
 from .sources import load_unet
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder of a pipeline or a UNet, or the name of one on the hub")
-    parser.add_argument("passes", metavar="PASSES", help="`sdgraph passes` lists them")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="folder to be made for the UNet")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights (default: %(default)s)")
-    parser.add_argument("--no-verify", action="store_true", help="do not check passes against their contracts")
-    writes(parser, "save")
-    imports(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("passes", metavar="PASSES", help="passes as text, separated by commas; see `sdgraph passes`")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="folder to save the resulting UNet in")
+    add_dtype(parser)
+    parser.add_argument("--no-verify", action="store_true", help="do not check the passes against their contracts")
+    add_overwrite(parser, "save")
+    add_imports(parser)
 
 
-def run(chosen: argparse.Namespace) -> None:
-    passes = parse(chosen.passes)
-    unet = apply(load_unet(chosen.model, chosen.dtype), passes, verify=not chosen.no_verify, progress=True)
+def run(args: argparse.Namespace) -> None:
+    passes = parse(args.passes)
+    unet = apply(load_unet(args.model, args.dtype), passes, verify=not args.no_verify, progress=True)
     print(unet.report)
-    if chosen.save is not None:
-        unet.save_pretrained(chosen.save)
-        print(f"saved in {chosen.save}")
+    if args.save is not None:
+        unet.save_pretrained(args.save)
+        print(f"saved in {args.save}")

@@ -1,4 +1,4 @@
-"""Kinds of arguments that commands share, and the check of what they would write."""
+"""The arguments that commands share, with one help text each, and the types that parse them."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ from ..errors import SpecError
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+# -- types ------------------------------------------------------------------------------------------------------------
+
+
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     try:
         number = int(text)
     except ValueError:
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return number
 
 
 def bound(text: str) -> tuple[str, float]:
-    """A figure and its bound, `NAME=NUMBER`."""
-    found = re.fullmatch(r"([\w ]+)=([-+.\de]+)", text)
+    """Parse a figure and its bound, `NAME=NUMBER`."""
+    match = re.fullmatch(r"([\w ]+)=([-+.\de]+)", text)
     with contextlib.suppress(ValueError):
-        if found is not None:
-            return found[1], float(found[2])
-    raise argparse.ArgumentTypeError(f"{text!r} is no bound: write NAME=NUMBER, as in psnr=30")
+        if match is not None:
+            return match[1], float(match[2])
+    raise argparse.ArgumentTypeError(f"{text!r} is not a bound: write NAME=NUMBER, as in psnr=30")
 
 
 def device(text: str) -> str:
-    """A device of PyTorch's that this machine has."""
+    """Check that PyTorch can use a device on this machine."""
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -46,35 +49,95 @@ def device(text: str) -> str:
     return text
 
 
-def imports(parser: argparse.ArgumentParser) -> None:
-    """Let the command know passes of the user's own, before it reads any."""
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, the UNet that a command changes."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a diffusers pipeline or of a UNet, or its name on the hub"
+    )
+
+
+def add_pipeline(parser: argparse.ArgumentParser) -> None:
+    """Add PIPELINE, which a command generates images with."""
+    parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a diffusers pipeline, or its name on the hub")
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """Add DIR, the directory of an exported UNet."""
+    parser.add_argument("directory", metavar="DIR", help="directory that `sdgraph export` wrote")
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """Add what diffusers' pipelines ask for: the prompts, the steps, the guidance, the device and the dtype."""
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="text file with one prompt per line"
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        default=50,
+        metavar="N",
+        help="inference steps of the scheduler (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--guidance", type=float, metavar="SCALE", help="guidance scale (default: that of the pipeline)"
+    )
+    parser.add_argument("--device", type=device, default="cpu", help="device of PyTorch (default: %(default)s)")
+    add_dtype(parser)
+
+
+def add_dtype(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = DTYPES) -> None:
+    """Add --dtype, one of the names in `dtypes`."""
+    parser.add_argument(
+        "--dtype", default="float32", choices=dtypes, help="dtype of the weights (default: %(default)s)"
+    )
+
+
+def add_calls(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add --calls, the length of a generation."""
+    parser.add_argument(
+        "--calls", type=positive, default=default, metavar="N", help="UNet calls per generation (default: %(default)s)"
+    )
+
+
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """Add --import, which names modules of passes to import before the command parses any pass."""
     parser.add_argument(
         "--import", dest="imports", action="append", default=[], metavar="MODULE",
         help="Python module with passes of your own, installed or in the current folder; may be repeated",
     )  # fmt: skip
 
 
-def writes(parser: argparse.ArgumentParser, *options: str) -> None:
-    """Declare which options name what the command writes, and that it may replace it."""
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    parser.set_defaults(writes=options)
+def add_overwrite(parser: argparse.ArgumentParser, *outputs: str) -> None:
+    """Add --overwrite, and declare the outputs that it applies to.
+
+    Args:
+        parser: the parser of the command.
+        outputs: the names of the options, without dashes, whose values are the paths that the command writes.
+    """
+    parser.add_argument("--overwrite", action="store_true", help="replace output that already exists")
+    parser.set_defaults(outputs=outputs)
 
 
-def check_outputs(chosen: argparse.Namespace) -> None:
-    """Refuse to replace anything unasked, before anything is loaded.
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse to replace existing output without --overwrite, before anything is loaded.
 
     Raises:
-        SpecError: it is there; an empty folder is fine.
+        SpecError: a file or a folder that is not empty already exists where the command would write.
     """
-    for option in getattr(chosen, "writes", ()):
-        path: Path | None = getattr(chosen, option)
-        if path is None or chosen.overwrite or not path.exists():
+    for option in getattr(args, "outputs", ()):
+        path: Path | None = getattr(args, option)
+        if path is None or args.overwrite or not path.exists():
             continue
         if path.is_file() or any(path.iterdir()):
-            raise SpecError(f"{path} is there already", where=f"--{option}", hint="--overwrite, or another name")
+            raise SpecError(
+                f"{path} already exists", where=f"--{option}", hint="pass --overwrite, or write to another path"
+            )
 
 
-def write_json(path: Path, plain: Any) -> None:
-    """Write plain data, in a folder that is made."""
+def write_json(path: Path, data: Any) -> None:
+    """Write plain data as JSON, and create the folder of the file if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain, indent=1) + "\n")
+    path.write_text(json.dumps(data, indent=1) + "\n")

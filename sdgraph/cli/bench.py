@@ -1,8 +1,8 @@
-"""Time an exported folder.
+"""Measure the speed of an exported UNet.
 
   sdgraph bench unet-ort --calls 20 --size 64 64
 
-Each graph, and whole generations, on random inputs.
+The command times each graph of the directory and whole generations, on random inputs.
 """
 
 from __future__ import annotations
@@ -10,29 +10,42 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import positive, write_json, writes
-from .sources import exported
+from .arguments import add_bundle, add_calls, add_overwrite, positive, write_json
+from .sources import bundle_folder
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="what `sdgraph export` wrote")
-    parser.add_argument("--calls", type=positive, default=20, help="of a generation (default: %(default)s)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
+    add_calls(parser, 20)
     parser.add_argument(
-        "--size", type=positive, nargs=2, metavar=("H", "W"), help="of the latents (default: the model's)"
+        "--size", type=positive, nargs=2, metavar=("H", "W"),
+        help="height and width of the latents, an eighth of the image's (default: those of the model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch", type=positive, default=2, metavar="N",
+        help="samples per UNet call; guidance needs two per image (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeats",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="measured runs after the warm-up (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=positive, default=2, help="guidance doubles that of the images (default: 2)")
-    parser.add_argument("--repeats", type=positive, default=3, help="turns that count (default: %(default)s)")
-    parser.add_argument("--provider", help="of ONNX Runtime (default: CUDA where there is a device, else the CPU)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON: the figures")
-    writes(parser, "out")
+    parser.add_argument(
+        "--provider", metavar="NAME",
+        help="execution provider of ONNX Runtime (default: CUDAExecutionProvider if there is a device, else the CPU's)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the figures")
+    add_overwrite(parser, "out")
 
 
-def run(chosen: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from ..exporters.ort.bench import bench
     from ..exporters.ort.unet import ORTUNet
 
-    unet = ORTUNet.from_pretrained(exported(chosen.directory), provider=chosen.provider)
-    figures = bench(unet, chosen.calls, chosen.size, chosen.batch, chosen.repeats)
+    unet = ORTUNet.from_pretrained(bundle_folder(args.directory), provider=args.provider)
+    figures = bench(unet, args.calls, args.size, args.batch, args.repeats)
     print(figures)
-    if chosen.out is not None:
-        write_json(chosen.out, figures.as_dict())
+    if args.out is not None:
+        write_json(args.out, figures.as_dict())

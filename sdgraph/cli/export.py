@@ -1,9 +1,10 @@
-"""Apply passes to a UNet, and write it for ONNX Runtime.
+"""Apply passes to a UNet, and export it for ONNX Runtime.
 
   sdgraph export stable-diffusion-v1-5/stable-diffusion-v1-5 --passes "CleanUp, InheritFeatures.deep_cache(3)" \\
       --out unet-ort
 
-One graph for each kind of call, one file of weights. Nothing appears in --out unless every graph agrees with PyTorch.
+The directory has one graph for each kind of call, and one file with the weights of all graphs. It appears only if every
+graph agrees with PyTorch.
 """
 
 from __future__ import annotations
@@ -13,32 +14,42 @@ from pathlib import Path
 
 from ..compiler.parse import parse
 from ..runtime.apply import apply
-from .arguments import imports, positive, writes
+from .arguments import add_calls, add_dtype, add_imports, add_model, add_overwrite
 from .sources import load_unet
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder of a pipeline or a UNet, or the name of one on the hub")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
     parser.add_argument(
-        "--passes", default="", help="such as \"PruneBlocks('bk-sdm-base'), InheritFeatures.deep_cache(3)\""
+        "--passes", default="", metavar="PASSES", help="passes as text, separated by commas; see `sdgraph passes`"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to be made")
-    parser.add_argument("--target", default="portable", choices=("portable", "cuda"), help="cuda: fused operators")
-    parser.add_argument("--layout", default="variants", choices=("variants", "single"), help="single: one file")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16"))
-    parser.add_argument("--calls", type=positive, default=50, help="of the UNet per generation (default: %(default)s)")
-    parser.add_argument("--inputs", nargs="*", default=(), help="optional inputs, as mid_block_additional_residual")
-    writes(parser, "out")
-    imports(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to export to")
+    parser.add_argument(
+        "--target", default="portable", choices=("portable", "cuda"),
+        help="portable: standard operators for any provider; cuda: also fused operators of the CUDA provider "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layout", default="variants", choices=("variants", "single"),
+        help="variants: one file for each graph; single: one file for all graphs (default: %(default)s)",
+    )  # fmt: skip
+    add_dtype(parser, ("float32", "float16"))
+    add_calls(parser, 50)
+    parser.add_argument(
+        "--inputs", nargs="*", default=(), metavar="NAME",
+        help="optional inputs to export, such as ControlNet's mid_block_additional_residual",
+    )  # fmt: skip
+    add_overwrite(parser, "out")
+    add_imports(parser)
 
 
-def run(chosen: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from ..exporters.onnx.export import check_target, export
 
-    check_target(chosen.overwrite, chosen.out)  # before minutes are spent
-    passes = parse(chosen.passes)
-    unet = apply(load_unet(chosen.model, chosen.dtype), passes)
+    check_target(args.overwrite, args.out)  # before the minutes that the export takes
+    passes = parse(args.passes)
+    unet = apply(load_unet(args.model, args.dtype), passes)
     if unet.graph.passes:
         print(unet.report)
-    options = {name: getattr(chosen, name) for name in ("target", "layout", "calls", "inputs", "overwrite")}
-    print(export(unet, chosen.out, **options))
+    options = {name: getattr(args, name) for name in ("target", "layout", "calls", "inputs", "overwrite")}
+    print(export(unet, args.out, **options))

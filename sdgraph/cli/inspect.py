@@ -1,25 +1,25 @@
-"""Say what an exported folder holds.
+"""Describe an exported UNet.
 
   sdgraph inspect unet-ort
 
-Its graphs, what they inherit and when, its inputs and its files.
+The command prints the graphs, what they inherit at which calls, the inputs and the files. It runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from .arguments import positive
-from .sources import exported
+from .arguments import add_bundle, add_calls
+from .sources import bundle_folder
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="what `sdgraph export` wrote")
-    parser.add_argument("--calls", type=positive, default=50, help="of the generation to show (default: %(default)s)")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare files with their hashes")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
+    add_calls(parser, 50)
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their hashes")
 
 
-def run(chosen: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from ..exporters.bundle.inspect import contents
 
-    print(contents(exported(chosen.directory), chosen.calls, verify=not chosen.no_verify))
+    print(contents(bundle_folder(args.directory), args.calls, verify=not args.no_verify))

@@ -1,10 +1,10 @@
-"""List the passes there are.
+"""List the available passes.
 
   sdgraph passes
   sdgraph passes MECondConv
 
-Those of sdgraph and of every installed package, with their contracts, options and presets; with a NAME, all that is to
-be said of that pass.
+The list has the passes of sdgraph and of every installed package, with their contracts, options and presets. With NAME,
+the command prints the full description of that pass.
 """
 
 from __future__ import annotations
@@ -22,42 +22,43 @@ from ..errors import SdgraphError, SpecError, did_you_mean
 from ..spec import Spec, presets
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of one pass, to read all of it")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="name of the pass to describe in full")
 
 
-def run(chosen: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     points = {point.name: point for point in importlib.metadata.entry_points(group="sdgraph.passes")}
-    if chosen.name is None:
-        print("\n\n".join(_brief(points[name]) for name in sorted(points)))
-    elif chosen.name in points:
-        print(_whole(points[chosen.name]))
+    if args.name is None:
+        print("\n\n".join(_summary(points[name]) for name in sorted(points)))
+    elif args.name in points:
+        print(_description(points[args.name]))
     else:
-        hint = did_you_mean(chosen.name, points) or f"there are {', '.join(sorted(points))}"
-        raise SpecError(f"no pass is named {chosen.name!r}", hint=hint)
+        hint = did_you_mean(args.name, points) or f"the passes are {', '.join(sorted(points))}"
+        raise SpecError(f"there is no pass named {args.name!r}", hint=hint)
 
 
-def _brief(point: importlib.metadata.EntryPoint) -> str:
+def _summary(point: importlib.metadata.EntryPoint) -> str:
     try:
-        one = point.load()
-    except Exception as error:  # one broken package must not hide all others' passes
+        pass_class = point.load()
+    except Exception as error:  # one broken package must not hide the passes of all others
         return f"{_title(point)}\n  cannot be loaded: {error}"
-    lines = [_title(point), textwrap.indent(_filled(_sentence(one)), "  "), *_facts(one)]
-    for name, preset in presets(one).items():
-        lines.append(_labelled("preset", f".{name}({_options(preset)})"))
-        lines.append(_labelled("", _sentence(preset)))
+    lines = [_title(point), textwrap.indent(_wrapped(_first_sentence(pass_class)), "  "), *_facts(pass_class)]
+    for name, preset in presets(pass_class).items():
+        lines.append(_labelled("preset", f".{name}({_signature(preset)})"))
+        lines.append(_labelled("", _first_sentence(preset)))
     return "\n".join(lines)
 
 
-def _whole(point: importlib.metadata.EntryPoint) -> str:
+def _description(point: importlib.metadata.EntryPoint) -> str:
     try:
-        one = point.load()
+        pass_class = point.load()
     except Exception as error:
-        hint = f"mend or remove {_package(point)}"
+        hint = f"repair or uninstall {_package(point)}"
         raise SpecError(f"{point.name} cannot be loaded: {error}", where=point.value, hint=hint) from error
-    parts = ["\n".join([_title(point), *_facts(one)]), inspect.getdoc(one) or ""]
-    for name, preset in presets(one).items():
-        parts.append(f"{point.name}.{name}({_options(preset)})\n{textwrap.indent(inspect.getdoc(preset) or '', '  ')}")
+    parts = ["\n".join([_title(point), *_facts(pass_class)]), inspect.getdoc(pass_class) or ""]
+    for name, preset in presets(pass_class).items():
+        text = textwrap.indent(inspect.getdoc(preset) or "", "  ")
+        parts.append(f"{point.name}.{name}({_signature(preset)})\n{text}")
     return "\n\n".join(parts)
 
 
@@ -69,38 +70,39 @@ def _package(point: importlib.metadata.EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value
 
 
-def _facts(one: type[Pass]) -> list[str]:
-    chain = issubclass(one, Chain)  # its passes are what it is, and no option
-    return [_labelled("contract", _contract(one)), _labelled("options", "" if chain else _options(one))]
+def _facts(pass_class: type[Pass]) -> list[str]:
+    options = "" if issubclass(pass_class, Chain) else _signature(pass_class)  # a chain's passes are no options of it
+    return [_labelled("contract", _contract(pass_class)), _labelled("options", options)]
 
 
-def _contract(one: type[Pass]) -> str:
-    if not isinstance(inspect.getattr_static(one, "contract"), property):
-        return str(one.contract)
+def _contract(pass_class: type[Pass]) -> str:
+    if not isinstance(inspect.getattr_static(pass_class, "contract"), property):
+        return str(pass_class.contract)
     try:
-        return str(one().contract) + (", by default" if one.__dict__.get("contract") else "")
+        return str(pass_class().contract) + (", by default" if pass_class.__dict__.get("contract") else "")
     except (TypeError, SdgraphError):
-        return "as its options are"
+        return "depends on the options"
 
 
-def _options(make: Callable[..., Any]) -> str:
-    told = []
-    for name, option in inspect.signature(make).parameters.items():
-        value = str(option.default) if isinstance(option.default, Spec) else repr(option.default)
-        told.append(name if option.default is inspect.Parameter.empty else f"{name}={value}")
-    return ", ".join(told)
+def _signature(constructor: Callable[..., Any]) -> str:
+    """Return the options of a pass or a preset with their defaults, as text."""
+    options = []
+    for name, option in inspect.signature(constructor).parameters.items():
+        default = str(option.default) if isinstance(option.default, Spec) else repr(option.default)
+        options.append(name if option.default is inspect.Parameter.empty else f"{name}={default}")
+    return ", ".join(options)
 
 
-def _sentence(one: Any) -> str:
-    """The first sentence of a docstring."""
-    text = " ".join((inspect.getdoc(one) or "").partition("\n\n")[0].split())
+def _first_sentence(documented: Any) -> str:
+    """Return the first sentence of a docstring."""
+    text = " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
     end = text.find(". ")
     return text if end < 0 else text[: end + 1]
 
 
 def _labelled(label: str, text: str) -> str:
-    return textwrap.indent(_filled(f"{label:10}{text or 'none'}", " " * 10), "  ")
+    return textwrap.indent(_wrapped(f"{label:10}{text or 'none'}", " " * 10), "  ")
 
 
-def _filled(text: str, hanging: str = "") -> str:
+def _wrapped(text: str, hanging: str = "") -> str:
     return textwrap.fill(text, 110, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)

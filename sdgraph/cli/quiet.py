@@ -1,4 +1,4 @@
-"""Keep libraries from talking over a command."""
+"""Silence the libraries while a command runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let diffusers and transformers tell their errors only; our own messages and bars say what goes on.
+    """Let diffusers and transformers print errors only, for our own messages and progress bars report the progress.
 
-    Nothing is said of what is deprecated either: that is for those who write code.
+    Deprecation warnings are silenced too, for they concern developers.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

@@ -1,4 +1,4 @@
-"""`evaluate`: what a change does to a pipeline's images. The same prompts and seeds, before and after."""
+"""`evaluate` compares the images of a pipeline before and after a change, for the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..runtime.interface import UNetCall
 from ..runtime.pipelines import with_unet
 from ..runtime.unet import GraphUNet
 from ..views.format import columns
-from . import metrics as similarity
+from . import metrics
 from .metrics import Images
 
 Judge = Callable[[Images, Sequence[str]], Mapping[str, float]]
@@ -37,19 +37,19 @@ PERCEPTUAL = ("lpips", "clip")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Images before and after, and what was measured of them. Prints as a table.
+    """The N images before and after a change, and their figures. It prints as a table.
 
     Args:
-        before: what was compared, in words.
-        after: with what.
-        prompts: of image i; the same on both sides.
-        seeds: of image i; the same on both sides.
-        alike: figures of the two sides together: "psnr" (dB), "ssim", "largest" (difference, of 1), "equal" (share of
-            images without any difference), and "lpips" if asked for.
-        figures: of each side alone, by name: what the judge says, and "clip" if asked for.
-        seconds: per image of each side, the median over the batches. The sides take turns, so the ratio of the two
-            holds on a busy machine as well; the first batch warms up and counts only if it is the only one.
-        images: of each side, `(N, H, W, 3)` in [0, 1].
+        before: a description of the first side.
+        after: a description of the second side.
+        prompts: the prompt of each image, the same on both sides.
+        seeds: the seed of each image, the same on both sides.
+        alike: figures that compare the two sides: "psnr" in dB, "ssim", "largest" (the largest absolute difference of
+            values in [0, 1]), "equal" (the share of images without any difference), and "lpips" on request.
+        figures: figures of each side by itself, as pairs (before, after): those of the judge, and "clip" on request.
+        seconds: seconds per image, (before, after), the median over the batches. The sides take turns, so that the
+            ratio also holds on a busy machine. The first batch is a warm-up, and counts only if it is the only one.
+        images: the images of both sides, (N, H, W, 3) in [0, 1].
     """
 
     before: str
@@ -67,11 +67,11 @@ class Evaluation:
         a, b = self.seconds
         rows += [("seconds per image", f"{a:.3g}", f"{b:.3g}", f"x {b / a:.3f}")]
         rows += [(name, "", "", f"{value:.4g}{' dB' * (name == 'psnr')}") for name, value in self.alike.items()]
-        told = [f"before: {self.before}", f"after:  {self.after}", f"{len(self.prompts)} images", ""]
-        return "\n".join([*told, columns(rows)])
+        head = [f"before: {self.before}", f"after:  {self.after}", f"{len(self.prompts)} images", ""]
+        return "\n".join([*head, columns(rows)])
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the images, as plain data. JSON knows no infinity: the PSNR of equal images is None."""
+        """Return everything but the images as plain data. The PSNR of equal images is None: JSON has no infinity."""
         alike = {name: value if math.isfinite(value) else None for name, value in self.alike.items()}
         return {
             "before": self.before,
@@ -83,16 +83,24 @@ class Evaluation:
         }
 
     def save(self, folder: str | Path, rows: int = 8) -> None:
-        """Write `evaluation.json`, and `evaluation.png`: the first images side by side, and how they differ."""
+        """Write the figures to `evaluation.json`, and `picture(rows)` to `evaluation.png`.
+
+        Args:
+            folder: the folder of the two files, which is created if necessary.
+            rows: how many images the picture shows.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "evaluation.json").write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n")
         self.picture(rows).save(folder / "evaluation.png")
 
     def picture(self, rows: int = 8) -> Any:
-        """A PIL image: a row for each of the first `rows` images, with its prompt; before, after, and the difference.
+        """Draw the first images before and after the change, and their difference, in one row for each prompt.
 
-        The difference is of absolute values, the largest of all rows as white.
+        Args:
+            rows: how many images are drawn.
+        Returns:
+            A PIL image. The difference is absolute, and scaled so that the largest difference of all rows is white.
         """
         from PIL import Image, ImageDraw
 
@@ -117,33 +125,36 @@ class Evaluation:
         return sheet
 
     def require(self, *, at_most: Mapping[str, float] | None = None, **at_least: float) -> Evaluation:
-        """This evaluation, if `after` is good enough.
+        """Check that the figures of the second side are within bounds.
 
         Args:
-            at_least: the least value of a figure by name, such as `psnr=30` (dB), `ssim=0.9`, or what the judge says;
-                names that are no Python names go in as `**{"shape and colour": 0.9}`.
-            at_most: the most, such as `{"lpips": 0.1}`.
+            at_least: the smallest allowed values by figure, such as `psnr=30` (dB), `ssim=0.9`, or a figure of the
+                judge. A name that is no Python name is passed as `**{"shape and colour": 0.9}`.
+            at_most: the largest allowed values by figure, such as `{"lpips": 0.1}`.
+        Returns:
+            This evaluation.
         Raises:
-            QualityError: a figure misses its bound: "psnr below 30 dB: 24.1".
+            QualityError: a figure misses its bound: "PSNR below 30 dB: 24.1".
             SpecError: no such figure was measured.
         """
-        known = {**{name: after for name, (_, after) in self.figures.items()}, **self.alike}
+        measured = {**{name: after for name, (_, after) in self.figures.items()}, **self.alike}
         bounds = [(name, "below", bound) for name, bound in at_least.items()]
         bounds += [(name, "above", bound) for name, bound in (at_most or {}).items()]
         for name, _, _ in bounds:
-            if name not in known:
+            if name not in measured:
                 raise SpecError(
                     f"no figure {name!r} was measured", where=self.after,
-                    hint=did_you_mean(name, known) or f"there are {', '.join(known)}",
+                    hint=did_you_mean(name, measured) or f"the figures are {', '.join(measured)}",
                 )  # fmt: skip
-        missed = [
-            f"{_TITLES.get(name, name)} {side} {bound:g}{' dB' * (name == 'psnr')}: {known[name]:.4g}"
+        misses = [
+            f"{_TITLES.get(name, name)} {side} {bound:g}{' dB' * (name == 'psnr')}: {measured[name]:.4g}"
             for name, side, bound in bounds
-            # so written that a NaN misses every bound
-            if not (known[name] >= bound if side == "below" else known[name] <= bound)
+            # written as a negation, so that a NaN misses every bound
+            if not (measured[name] >= bound if side == "below" else measured[name] <= bound)
         ]
-        if missed:
-            raise QualityError("; ".join(missed), where=self.after, hint="weaker passes, or fine-tune after them")
+        if misses:
+            hint = "change less, or fine-tune the UNet after the passes"
+            raise QualityError("; ".join(misses), where=self.after, hint=hint)
         return self
 
 
@@ -159,7 +170,7 @@ def evaluate(
     pipe: DiffusionPipeline | None = None,
     judge: Judge | None = None,
     perceptual: Collection[str] = (),
-    clip: str = similarity.CLIP,
+    clip: str = metrics.CLIP,
     batch: int = 1,
     progress: bool = True,
     **call: Any,
@@ -167,48 +178,52 @@ def evaluate(
     """Run two pipelines, or a pipeline with two UNets, on the same prompts and seeds, and compare their images.
 
     Args:
-        before: a diffusers pipeline; or a UNet, to be run in `pipe`.
-        after: a pipeline; or a UNet (a `GraphUNet`, an `ORTUNet`, diffusers' own) for the pipeline of `before`; or
-            passes, as `sdgraph.apply` takes them, which are applied to the UNet of `before`.
-        prompts: every prompt is run with every seed.
-        seeds: of a CPU generator for each image.
-        judge: figures of each side alone: `judge(images (N, H, W, 3) in [0, 1], prompts (N))` gives them by name.
-        perceptual: "lpips" (the two sides together; needs the `quality` extra) and "clip" (each side with its
-            prompts; needs `pipelines`). Both need weights that their libraries download.
-        clip: the CLIP model, by its name on the hub or its folder.
-        batch: images per call.
-        progress: show a bar; the pipelines' own bars are off meanwhile.
-        call: further arguments of both pipelines, such as `num_inference_steps=25`, `image=...`.
+        before: a diffusers pipeline, or a UNet that runs in `pipe`.
+        after: a pipeline; or a UNet (a `GraphUNet`, an `ORTUNet` or diffusers' own) that runs in the pipeline of
+            `before`; or passes as `sdgraph.apply` accepts them, which are applied to the UNet of `before`.
+        prompts: the prompts; every prompt is run with every seed.
+        seeds: the seeds; every image has a CPU generator of its own.
+        pipe: the pipeline that UNets run in; needed if `before` is a UNet.
+        judge: a function of the images (N, H, W, 3) in [0, 1] of a side and their N prompts, which returns figures of
+            that side by name.
+        perceptual: "lpips", which compares the sides and needs the `quality` extra, or "clip", which compares images
+            with their prompts and needs the `pipelines` extra. Their libraries download the weights.
+        clip: the folder of the CLIP model, or its name on the hub.
+        batch: the number of images per call of a pipeline.
+        progress: whether a progress bar is shown; the pipelines' own bars are hidden meanwhile.
+        call: further arguments of both pipelines, such as `num_inference_steps=25` or `image=...`.
     Returns:
-        an `Evaluation`. The pipelines are as they were.
+        An `Evaluation`. The pipelines are left as they were.
     Raises:
-        SourceError: not a pipeline, or one without a UNet where a UNet is to be exchanged.
-        SpecError: an option names nothing known, or there are no prompts or seeds.
-        QualityError: images that are not finite, of two sizes, or no images.
+        SourceError: there is no pipeline, or the pipeline has no UNet to exchange.
+        SpecError: there are no prompts or no seeds, or an option has an unknown value.
+        QualityError: a pipeline returns no images, or images that are not finite or differ in size.
+    Example:
+        `print(evaluate(pipe, "PruneBlocks('mid_block')", ["a bowl of fruit"], num_inference_steps=25))`
     """
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     runs = tuple(product(prompts, seeds))
     if not runs:
         raise SpecError(
-            "nothing to compare: no prompts or no seeds", where="evaluate", hint="give at least one of each"
+            "there is nothing to compare: no prompts or no seeds", where="evaluate", hint="give at least one of each"
         )
     if "output_type" in call:
-        raise SpecError("output_type is not yours to set", where="evaluate", hint="leave it out: images are compared")
+        raise SpecError("evaluate sets output_type itself", where="evaluate", hint="leave output_type out")
     for name in perceptual:
         if name not in PERCEPTUAL:
             raise SpecError(
-                f"unknown measure {name!r}", where="perceptual",
-                hint=did_you_mean(name, PERCEPTUAL) or f"there are {', '.join(PERCEPTUAL)}",
+                f"there is no perceptual figure {name!r}", where="perceptual",
+                hint=did_you_mean(name, PERCEPTUAL) or f"the figures are {', '.join(PERCEPTUAL)}",
             )  # fmt: skip
     first, second = _sides(before, after, pipe)
-    parts = [runs[i : i + batch] for i in range(0, len(runs), batch)]
+    batches = [runs[i : i + batch] for i in range(0, len(runs), batch)]
     images: tuple[list[Images], list[Images]] = ([], [])
     seconds: tuple[list[float], list[float]] = ([], [])
     with contextlib.ExitStack() as stack:
-        for one in {id(side.pipe): side.pipe for side in (first, second)}.values():
-            stack.enter_context(_without_bar(one))
+        for pipeline in {id(side.pipe): side.pipe for side in (first, second)}.values():
+            stack.enter_context(_without_bar(pipeline))
         bar = stack.enter_context(tqdm(total=2 * len(runs), desc="evaluate", unit="image", disable=not progress))
-        for turn, part in enumerate(parts):
+        for turn, part in enumerate(batches):
             order = (0, 1) if turn % 2 == 0 else (1, 0)
             for i in order:
                 start = time.perf_counter()
@@ -218,26 +233,26 @@ def evaluate(
     a, b = (np.concatenate(side) for side in images)
     if a.shape != b.shape:
         raise QualityError(
-            f"the images are of two sizes: {a.shape[1:]} before, {b.shape[1:]} after", where=second.name,
-            hint="give height and width",
+            f"the images have different sizes: {a.shape[1:]} before, {b.shape[1:]} after", where=second.name,
+            hint="pass the same height and width to both pipelines",
         )  # fmt: skip
-    texts = tuple(prompt for prompt, _ in runs)
+    image_prompts = tuple(prompt for prompt, _ in runs)
     largest = np.abs(a - b).max((1, 2, 3))
-    alike = {"psnr": similarity.psnr(a, b), "ssim": similarity.ssim(a, b)}
+    alike = {"psnr": metrics.psnr(a, b), "ssim": metrics.ssim(a, b)}
     alike |= {"largest": float(largest.max()), "equal": float(np.mean(largest == 0))}
     figures: dict[str, tuple[float, float]] = {}
     if judge is not None:
-        judged = judge(a, texts), judge(b, texts)
+        judged = judge(a, image_prompts), judge(b, image_prompts)
         figures |= {name: (float(judged[0][name]), float(judged[1][name])) for name in judged[0]}
     if "clip" in perceptual:
-        figures["clip"] = similarity.clip_score(a, texts, clip), similarity.clip_score(b, texts, clip)
+        figures["clip"] = metrics.clip_score(a, image_prompts, clip), metrics.clip_score(b, image_prompts, clip)
     if "lpips" in perceptual:
-        alike["lpips"] = similarity.lpips(a, b)
+        alike["lpips"] = metrics.lpips(a, b)
     warm = [side[1:] or side for side in seconds]
     return Evaluation(
         before=first.name,
         after=second.name,
-        prompts=texts,
+        prompts=image_prompts,
         seeds=tuple(seed for _, seed in runs),
         alike=alike,
         figures=figures,
@@ -248,7 +263,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Side:
-    """A pipeline, and the UNet to run in it (None: its own)."""
+    """One side of the comparison: a pipeline, and the UNet that runs in it, or None for its own."""
 
     name: str
     pipe: DiffusionPipeline
@@ -257,25 +272,25 @@ class _Side:
     def run(self, part: Sequence[tuple[str, int]], call: Mapping[str, Any]) -> Images:
         generators = [torch.Generator().manual_seed(seed) for _, seed in part]
         with with_unet(self.pipe, self.unet), _attached(self.pipe):
-            found = self.pipe(
+            output = self.pipe(
                 prompt=[prompt for prompt, _ in part], generator=generators, **{**call, "output_type": "np"}
             )
-        images = getattr(found, "images", None)
+        images = getattr(output, "images", None)
         if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[0] != len(part):
             raise QualityError(
-                f"the pipeline gives no image per prompt but {type(found).__name__}", where=self.name,
-                hint="evaluate compares pipelines that make one image per prompt",
+                f"the pipeline does not return one image per prompt but {type(output).__name__}", where=self.name,
+                hint="evaluate needs pipelines that return one image per prompt",
             )  # fmt: skip
         if not np.isfinite(images).all():
             raise QualityError(
-                f"images that are not finite: {[prompt for prompt, _ in part]}", where=self.name,
-                hint="float16 may have overflowed: run it in float32 or bfloat16",
+                f"images are not finite, for the prompts {[prompt for prompt, _ in part]}", where=self.name,
+                hint="run the pipeline in float32 or bfloat16, for float16 may have overflowed",
             )  # fmt: skip
         return images
 
 
 def _attached(pipe: DiffusionPipeline) -> contextlib.AbstractContextManager[Any]:
-    """The pipeline with its UNet attached, if that inherits features: as it would be deployed."""
+    """Attach the scheduler to the UNet if it inherits features, as in deployment."""
     inherits = hasattr(getattr(pipe, "unet", None), "generations") and hasattr(pipe, "scheduler")
     return attach(pipe) if inherits else contextlib.nullcontext()
 
@@ -284,39 +299,41 @@ def _sides(before: Any, after: Any, pipe: DiffusionPipeline | None) -> tuple[_Si
     if pipe is None:
         if not isinstance(before, DiffusionPipeline):
             raise SourceError(
-                f"{type(before).__name__} is no diffusers pipeline",
+                f"{type(before).__name__} is not a diffusers pipeline",
                 where="before",
-                hint="give the pipeline as pipe=...",
+                hint="pass the pipeline as pipe=...",
             )
         pipe = before
     first = _side(before, pipe, "before")
     return first, _side(after, first.pipe, "after", first.unet)
 
 
-def _side(one: Any, pipe: DiffusionPipeline, where: str, base: Any = None) -> _Side:
-    """`one` as something that can run; passes are applied to `base`, or else to the UNet of `pipe`."""
-    if isinstance(one, DiffusionPipeline):
-        return _Side(type(one).__name__, one)
+def _side(subject: Any, pipe: DiffusionPipeline, where: str, base: Any = None) -> _Side:
+    """Return the side of a pipeline, a UNet or passes. Passes are applied to `base`, or else to the UNet of `pipe`."""
+    if isinstance(subject, DiffusionPipeline):
+        return _Side(type(subject).__name__, subject)
     unet = getattr(pipe, "unet", None)
     if unet is None:
         raise SourceError(
             f"{type(pipe).__name__} has no UNet, only {', '.join(pipe.components)}", where=where,
-            hint="compare two whole pipelines",
+            hint="pass two pipelines to compare them as a whole",
         )  # fmt: skip
-    if isinstance(one, str | Pass | list | tuple):
-        passes = as_passes(one)
+    if isinstance(subject, str | Pass | list | tuple):
+        passes = as_passes(subject)
         return _Side(", ".join(map(str, passes)) or "traced", pipe, apply(unet if base is None else base, passes))
-    if isinstance(one, nn.Module | UNetCall):
-        done = one.graph.passes if isinstance(one, GraphUNet) else ()
-        return _Side(": ".join([type(one).__name__, ", ".join(map(str, done))][: 1 + bool(done)]), pipe, one)
+    if isinstance(subject, nn.Module | UNetCall):
+        applied = subject.graph.passes if isinstance(subject, GraphUNet) else ()
+        name = f"{type(subject).__name__}: {', '.join(map(str, applied))}" if applied else type(subject).__name__
+        return _Side(name, pipe, subject)
     raise SourceError(
-        f"{type(one).__name__} is neither a pipeline nor a UNet nor passes", where=where,
-        hint="a diffusers pipeline, a UNet or passes",
+        f"{type(subject).__name__} is neither a pipeline nor a UNet nor passes", where=where,
+        hint="pass a diffusers pipeline, a UNet or passes",
     )  # fmt: skip
 
 
 @contextlib.contextmanager
 def _without_bar(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Hide the progress bar of a pipeline, and restore its settings afterwards."""
     settings = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(**{**(settings or {}), "disable": True})
     try:

@@ -1,4 +1,4 @@
-"""How alike images are: PSNR and SSIM; LPIPS and CLIP score where the libraries and weights for them are there."""
+"""Metrics of images: PSNR and SSIM, and LPIPS and CLIP score, which need further libraries and downloaded weights."""
 
 from __future__ import annotations
 
@@ -18,16 +18,31 @@ CLIP = "openai/clip-vit-base-patch16"
 
 
 def psnr(a: Images, b: Images) -> float:
-    """Peak signal-to-noise ratio in dB over all images `(N, H, W, C)` in [0, 1]; infinite if they are equal."""
+    """Compute the peak signal-to-noise ratio over all images.
+
+    Args:
+        a: images (N, H, W, C) in [0, 1]; or a single image (H, W, C).
+        b: images of the same shape.
+    Returns:
+        The ratio in dB; infinite if the images are equal.
+    """
     error = float(np.mean(np.square(a.astype(np.float64) - b)))
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
 def ssim(a: Images, b: Images) -> float:
-    """Mean structural similarity of images `(N, H, W, C)` in [0, 1], each side at least 11 pixels.
+    """Compute the mean structural similarity, with a Gaussian window of 11 pixels and σ = 1.5, K1 = 0.01, K2 = 0.03.
 
-    Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment", 2004: a Gaussian window of 11 pixels and σ = 1.5,
-    K1 = 0.01, K2 = 0.03; each channel alone, positions where the window fits.
+    Channels are compared separately, at the positions where the window fits into the image.
+
+    Args:
+        a: images (N, H, W, C) in [0, 1], at least 11 pixels high and wide.
+        b: images of the same shape.
+    Returns:
+        The mean over positions, channels and images; 1 if the images are equal.
+    Source:
+        Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to structural similarity",
+        2004.
     """
     x, y = (torch.from_numpy(np.ascontiguousarray(images, dtype=np.float64)).permute(0, 3, 1, 2) for images in (a, b))
     N, C = x.shape[:2]
@@ -47,29 +62,42 @@ def ssim(a: Images, b: Images) -> float:
 
 
 def lpips(a: Images, b: Images) -> float:
-    """Mean LPIPS distance (AlexNet) of images in [0, 1]; 0 is alike. Zhang et al., 2018, as torchmetrics has it.
+    """Compute the mean LPIPS distance with AlexNet's features, by torchmetrics.
 
+    Args:
+        a: images (N, H, W, 3) in [0, 1].
+        b: images of the same shape.
+    Returns:
+        The mean over the images; 0 if the images are equal.
     Raises:
         ExtraError: torchmetrics or torchvision is not installed.
+    Source:
+        Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018.
     """
     imported("torchvision", "quality")
     metric = imported("torchmetrics.image.lpip", "quality").LearnedPerceptualImagePatchSimilarity(
         net_type="alex", normalize=True
     )
-    for one, other in zip(a, b, strict=True):
-        metric.update(_channels_first(one)[None], _channels_first(other)[None])
+    for image, other in zip(a, b, strict=True):
+        metric.update(_channels_first(image)[None], _channels_first(other)[None])
     return float(metric.compute())
 
 
 def clip_score(images: Images, prompts: Sequence[str], model: str = CLIP) -> float:
-    """Mean CLIP score of images in [0, 1] and their prompts: 100 times the cosine, at least 0. Hessel et al., 2021.
+    """Compute the mean CLIP score of images and their prompts: 100 times the cosine of their embeddings, at least 0.
 
     Args:
-        model: name on the hub, or folder, of a CLIP model and its processor, for transformers.
+        images: images (N, H, W, 3) in [0, 1].
+        prompts: the N prompts.
+        model: the folder of a CLIP model and its processor for transformers, or its name on the hub.
+    Returns:
+        The mean over the images.
     Raises:
         ExtraError: transformers is not installed.
+    Source:
+        Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioning", 2021.
     """
-    # not torchmetrics' CLIPScore, which release 1.9 cannot compute with transformers 5
+    # torchmetrics 1.9 has a CLIPScore that fails with transformers 5
     transformers = imported("transformers", "pipelines")
     clip = transformers.CLIPModel.from_pretrained(model).eval()
     processor = transformers.CLIPProcessor.from_pretrained(model)
@@ -77,10 +105,11 @@ def clip_score(images: Images, prompts: Sequence[str], model: str = CLIP) -> flo
     for image, prompt in zip(images, prompts, strict=True):
         pixels = np.round(255 * image).astype(np.uint8)
         with torch.no_grad():
-            found = clip(**processor(text=[prompt], images=[pixels], return_tensors="pt", truncation=True))
-        scores.append(100 * max(0.0, float(F.cosine_similarity(found.image_embeds, found.text_embeds))))
+            output = clip(**processor(text=[prompt], images=[pixels], return_tensors="pt", truncation=True))
+        scores.append(100 * max(0.0, float(F.cosine_similarity(output.image_embeds, output.text_embeds))))
     return float(np.mean(scores))
 
 
 def _channels_first(image: Images) -> torch.Tensor:
+    """(H, W, C) to a float32 tensor (C, H, W)."""
     return torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).permute(2, 0, 1)
