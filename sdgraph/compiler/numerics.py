@@ -96,19 +96,23 @@ def play(graph: Graph, calls: Sequence[Mapping[str, torch.Tensor]], stale: Colle
         stale: sites that the other calls inherit from it.
     """
     outputs, values = [], dict[str, torch.Tensor]()
+    steps: dict[tuple[frozenset[str], bool], Step] = {}
     with torch.no_grad():
         for number, flat in enumerate(calls):
-            module, made = _runnable(graph, flat, stale if number else ())
-            result = module(*_arguments(graph, flat, made, values))
+            kind = frozenset(flat), bool(number and stale)
+            if kind not in steps:
+                steps[kind] = _step(graph, flat, stale if number else ())
+            made = steps[kind]
+            # Interpreted: generating code takes longer than running it once.
+            result = fx.Interpreter(graph.weights, graph=made.nodes).run(*_arguments(graph, flat, made, values))
             output, *refreshed = result if made.returns_tuple else (result,)
             values |= zip(made.gives, refreshed, strict=True)
             outputs.append(output)
     return outputs
 
 
-def _runnable(graph: Graph, flat: Mapping[str, torch.Tensor], stale: Collection[str]) -> tuple[fx.GraphModule, Step]:
-    made = step(drop_inputs(graph.fx, {i.name for i in graph.inputs if i.name not in flat}), stale)
-    return fx.GraphModule(graph.weights, made.nodes), made
+def _step(graph: Graph, flat: Mapping[str, torch.Tensor], stale: Collection[str]) -> Step:
+    return step(drop_inputs(graph.fx, {i.name for i in graph.inputs if i.name not in flat}), stale)
 
 
 def _arguments(
@@ -140,8 +144,8 @@ def first_difference(before: Graph, after: Graph, flat: Mapping[str, torch.Tenso
     """Name, scope and difference of the first node of `after` that does not compute what it did in `before`."""
     recorded = []
     for graph in (before, after):
-        module, made = _runnable(graph, flat, ())
-        recorder = _Recorder(module, made.nodes)
+        made = _step(graph, flat, ())
+        recorder = _Recorder(graph.weights, made.nodes)
         with torch.no_grad():
             recorder.run(*_arguments(graph, flat, made, {}))
         recorded.append((made.nodes, recorder.seen))

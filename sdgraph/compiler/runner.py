@@ -61,6 +61,7 @@ def run_pass(
     # Tensors made in inference mode do not count their edits.
     versions = [(name, p, p._version) for name, p in graph.parameters().items() if not p.is_inference()]
     decisions = Decisions(recorded)
+    size_before = size(graph)  # before the copies, which take over what its nodes cost
     after, findings, children = _edited(one, graph, decisions)
     if fingerprint(after) == fingerprint(graph) and not one.may_change_nothing:
         closest = "; ".join(f"{m.where}: {m.reason}" for m in findings.near_misses[:3])
@@ -83,7 +84,7 @@ def run_pass(
     return after, PassReport(
         str(one),
         str(one.contract),
-        size(graph),
+        size_before,
         size(after),
         difference,
         seconds,
