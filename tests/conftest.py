@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -21,6 +24,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("sdgraph")
 
+SAVED_BEFORE = Path(__file__).parent / "saved_before"
 Pair = tuple[UNet2DConditionModel, sdgraph.GraphUNet]
 
 
@@ -36,6 +40,32 @@ def traced() -> Callable[[str], Pair]:
     return pair
 
 
+@pytest.fixture(scope="session")
+def unet(traced: Callable[[str], Pair]) -> UNet2DConditionModel:
+    """A tiny UNet. Leave it as it is."""
+    return traced("sd15")[0]
+
+
+@pytest.fixture
+def graph(traced: Callable[[str], Pair]) -> sdgraph.Graph:
+    """Its graph, to edit."""
+    return traced("sd15")[1].graph.copy()
+
+
+@pytest.fixture(scope="session")
+def old_unet() -> Path:
+    """A folder that sdgraph 0.1.0 saved before its recipe had a schema."""
+    return SAVED_BEFORE / "unet"
+
+
+@pytest.fixture(scope="session")
+def old_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same UNet as sdgraph 0.1.0 exported it, when `model.onnx` had all outputs. To be read only."""
+    folder = tmp_path_factory.mktemp("saved_before")
+    shutil.unpack_archive(SAVED_BEFORE / "bundle.zip", folder)
+    return folder / "bundle"
+
+
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
     """A pipeline of the scenes' architecture with random weights. Leave it as it is."""
@@ -44,6 +74,20 @@ def pipe() -> StableDiffusionPipeline:
     pipe = models.pipeline(tokenizer, models.text_encoder(tokenizer), models.vae(), models.unet())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def run(pipe: StableDiffusionPipeline) -> Iterator[Callable[..., torch.Tensor]]:
+    """`run(unet, prompt=..., steps=..., seed=...)`: the final latents; the pipeline is as it was."""
+    own, scheduler = pipe.unet, pipe.scheduler
+
+    def latents(unet: Any, prompt: str = "a red circle", steps: int = 5, seed: int = 0, **call: Any) -> torch.Tensor:
+        pipe.unet = unet
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="latent", **call).images
+
+    yield latents
+    pipe.unet, pipe.scheduler = own, scheduler
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import sys
@@ -64,6 +65,18 @@ def commands(document: Path) -> list[list[str]]:
     """The command lines of the shell blocks, as words."""
     lines = "".join(block.text for block in blocks(document, "sh")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def load(path: str) -> ModuleType:
+    """A script of the repository as a module."""
+    name = "tested_" + Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(document: Path, patch: pytest.MonkeyPatch, instead: Mapping[str, str] | None = None) -> dict[str, Any]:

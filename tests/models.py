@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
+
+import sdgraph
 
 CROSS = 24  # features of encoder_hidden_states
 ATTEND, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -167,3 +170,54 @@ def load_ip_adapter(unet: UNet2DConditionModel, *kinds: str, scale: float = 1.0)
         if hasattr(processor, "scale"):
             processor.scale = [scale] * len(kinds)
     return unet.eval()
+
+
+INHERITING = "InheritFeatures.deep_cache(interval=2)"
+CALLS: list[dict[str, Any]] = [
+    {"B": 1, "H": 8, "W": 8, "L": 1, "timestep": 3},
+    {"B": 2, "H": 16, "W": 24, "timestep": 981.5},
+    {"B": 3, "H": 7, "W": 13, "L": 77, "timestep": torch.tensor(501)},
+    {"B": 5, "H": 9, "W": 8, "timestep": torch.tensor([0, 1, 20, 500, 999])},
+    {"B": 2, "H": 8, "W": 8, "timestep": torch.tensor([7.25])},
+    {"B": 64, "H": 8, "W": 8, "timestep": torch.tensor(3.5, dtype=torch.float64)},
+    {"B": 65, "H": 8, "W": 11, "timestep": 0},
+]
+
+FEW = [CALLS[1], CALLS[2], CALLS[5]]
+
+
+def same(unet: Any, graph: Any, **sizes: Any) -> bool:
+    call = call_of(unet, **sizes)
+    return torch.equal(answer(unet, call), answer(graph, call))
+
+
+def trace(unet: UNet2DConditionModel, **options: Any) -> sdgraph.GraphUNet:
+    return sdgraph.GraphUNet(sdgraph.trace(unet, **options))
+
+
+def perturbed(model: nn.Module) -> Any:
+    """ControlNets start with zero convolutions; give them something to say."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
+KARRAS: dict[str, Any] = {
+    "down_block_types": ("KDownBlock2D", *("KCrossAttnDownBlock2D",) * 3),
+    "up_block_types": (*("KCrossAttnUpBlock2D",) * 3, "KUpBlock2D"),
+    "block_out_channels": (32, 32, 64, 64),
+    "mid_block_type": None,
+    "norm_num_groups": None,
+    "layers_per_block": 2,
+    "time_embedding_type": "fourier",
+    "resnet_time_scale_shift": "scale_shift",
+    "attention_head_dim": 16,
+}
+
+
+def assert_same(unet: Any, graph: Any, **call: Any) -> torch.Tensor:
+    expected = answer(unet, call_of(unet) | call)
+    assert torch.equal(expected, answer(graph, call_of(unet) | call))
+    assert torch.equal(answer(unet, call_of(unet, H=9) | call), answer(graph, call_of(unet, H=9) | call))
+    return expected

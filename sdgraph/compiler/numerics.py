@@ -99,19 +99,23 @@ def play(graph: Graph, calls: Sequence[Mapping[str, torch.Tensor]], stale: Colle
         stale: the sites that the other calls inherit from it.
     """
     outputs, values = [], dict[str, torch.Tensor]()
+    steps: dict[tuple[frozenset[str], bool], Step] = {}
     with torch.no_grad():
         for number, flat in enumerate(calls):
-            module, variant = _runnable(graph, flat, stale if number else ())
-            result = module(*_arguments(graph, flat, variant, values))
+            kind = frozenset(flat), bool(number and stale)
+            if kind not in steps:
+                steps[kind] = _step(graph, flat, stale if number else ())
+            variant = steps[kind]
+            # Interpreted: generating code takes longer than running it once.
+            result = fx.Interpreter(graph.weights, graph=variant.nodes).run(*_arguments(graph, flat, variant, values))
             output, *refreshed = result if variant.returns_tuple else (result,)
             values |= zip(variant.gives, refreshed, strict=True)
             outputs.append(output)
     return outputs
 
 
-def _runnable(graph: Graph, flat: Mapping[str, torch.Tensor], stale: Collection[str]) -> tuple[fx.GraphModule, Step]:
-    variant = step(drop_inputs(graph.fx, {i.name for i in graph.inputs if i.name not in flat}), stale)
-    return fx.GraphModule(graph.weights, variant.nodes), variant
+def _step(graph: Graph, flat: Mapping[str, torch.Tensor], stale: Collection[str]) -> Step:
+    return step(drop_inputs(graph.fx, {i.name for i in graph.inputs if i.name not in flat}), stale)
 
 
 def _arguments(
@@ -143,8 +147,8 @@ def first_difference(before: Graph, after: Graph, flat: Mapping[str, torch.Tenso
     """Return name, scope and difference of the first node whose value in `after` is not its value in `before`."""
     recorded = []
     for graph in (before, after):
-        module, variant = _runnable(graph, flat, ())
-        recorder = _Recorder(module, variant.nodes)
+        variant = _step(graph, flat, ())
+        recorder = _Recorder(graph.weights, variant.nodes)
         with torch.no_grad():
             recorder.run(*_arguments(graph, flat, variant, {}))
         recorded.append((variant.nodes, recorder.seen))

@@ -67,6 +67,7 @@ def run_pass(
     # Tensors made in inference mode do not count their edits.
     versions = [(name, p, p._version) for name, p in graph.parameters().items() if not p.is_inference()]
     decisions = Decisions(recorded)
+    size_before = size(graph)  # before the copies, which take over what its nodes cost
     after, findings, children = _edited(pass_, graph, decisions)
     if fingerprint(after) == fingerprint(graph) and not pass_.may_change_nothing:
         closest = "; ".join(f"{m.where}: {m.reason}" for m in findings.near_misses[:3])
@@ -89,7 +90,7 @@ def run_pass(
     return after, PassReport(
         str(pass_),
         str(pass_.contract),
-        size(graph),
+        size_before,
         size(after),
         difference,
         seconds,

@@ -72,8 +72,9 @@ class Tracer(fx.proxy.TracerBase):
                 path = f"{start}{path}" if path else start[:-1]
                 path = path.replace(".base_layer", "")  # inside a fused LoRA layer: the layer it stands for
                 self._paths[id(module)] = path
-                for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                    self._tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
+                for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                    if tensor is not None:
+                        self._tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
                 for name in module._non_persistent_buffers_set:
                     self._transient.add(f"{path}.{name}" if path else name)
 

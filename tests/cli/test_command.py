@@ -1,0 +1,156 @@
+"""What all commands have in common: help, refusals in a line, quiet libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+from scenes.pipeline import MODEL
+
+from sdgraph import cli
+from sdgraph.__main__ import main
+
+CACHE = "InheritFeatures.deep_cache()"
+NAMES = [module.__name__.rpartition(".")[2] for module in cli.COMMANDS]
+
+
+def arguments(command: str, source: str, out: Path, prompts: Path) -> list[str]:
+    """A call of each command that reads `source` and writes `out`."""
+    return {
+        "apply": ["apply", source, "CleanUp", "--save", str(out)],
+        "evaluate": ["evaluate", source, "CleanUp", "--prompts", str(prompts), "--out", str(out)],
+        "search": ["search", source, CACHE, "--prompts", str(prompts), "--budget", "0.5", "--out", str(out)],
+        "export": ["export", source, "--out", str(out)],
+        "inspect": ["inspect", source],
+        "bench": ["bench", source, "--out", str(out)],
+    }[command]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: sdgraph {name} ")
+    assert f"\n  sdgraph {name}" in said.partition("\n\n")[2]
+    assert max(map(len, said.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "passes"])
+@pytest.mark.parametrize("source", ["./nowhere", "nowhere", "nowhere/a/b", "~/nowhere"])
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_folder_that_is_not_there_is_not_looked_for_elsewhere(
+    name: str, source: str, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(name, source, tmp_path / "out", prompts)) == 2
+    assert f"sdgraph: there is no folder {source}\n" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_folder_within_one_that_is_there_is_no_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert main(["apply", "out/unet", "CleanUp"]) == 2
+    assert "there is no folder out/unet" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="something is loaded"):
+        main(["apply", "owner/unet", "CleanUp"])
+
+
+@pytest.mark.parametrize("name", ["apply", "evaluate", "search", "export", "bench"])
+@pytest.mark.usefixtures("nothing_loads")
+def test_what_is_there_is_refused_before_anything_is_loaded(
+    name: str, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    given = arguments(name, str(MODEL), tmp_path / "out", prompts)
+    assert main(given) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'out'} already exists" in said
+    assert "--overwrite" in said
+    if name == "export":  # a folder that is no export is not replaced in any case
+        assert main([*given, "--overwrite"]) == 1
+        assert "this is not an earlier export" in capsys.readouterr().err
+    elif name != "bench":  # which loads by the exporters' own code
+        with pytest.raises(AssertionError, match="something is loaded"):
+            main([*given, "--overwrite"])
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (["export", "m", "--out", "o", "--calls", "0"], "argument --calls: '0' is not a whole number of at least 1"),
+        (["inspect", "d", "--calls", "0"], "argument --calls: '0'"),
+        (["bench", "d", "--calls", "-3"], "argument --calls: '-3'"),
+        (["bench", "d", "--size", "8", "0"], "argument --size: '0'"),
+        (["evaluate", "p", "c", "--prompts", "f", "--steps", "1.5"], "argument --steps: '1.5'"),
+        (["evaluate", "p", "c", "--prompts", "f", "--require", "psnr"], "write NAME=NUMBER"),
+        (["evaluate", "p", "c", "--prompts", "f", "--device", "abacus"], "cannot use the device 'abacus'"),
+        (["search", "p", "c", "--prompts", "f"], "required: --budget"),
+    ],
+)
+def test_bad_arguments_are_said_in_a_line(given: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(given)
+    assert stopped.value.code == 2
+    usage, said = capsys.readouterr().err.splitlines()
+    assert usage.startswith(f"usage: sdgraph {given[0]} ")
+    assert complaint in said
+
+
+@pytest.mark.parametrize("name", ["evaluate", "search"])
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "there is no file"), (b"\n \n", "there are no prompts"), (b"\xff\xfe\x00", "cannot be read")],
+)
+@pytest.mark.usefixtures("nothing_loads")
+def test_prompts_that_are_none(
+    name: str, content: bytes | None, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(arguments(name, str(MODEL), tmp_path / "out", path)) == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert str(path) in said
+    assert "one prompt per line" in said
+
+
+def test_interrupting_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.passes, "run", interrupted)
+    assert main(["passes"]) == 130
+    assert capsys.readouterr().err == "\nsdgraph: interrupted\n"
+
+
+def test_libraries_may_talk_again_afterwards(unet: Path) -> None:
+    before = diffusers.utils.logging.get_verbosity(), diffusers.utils.logging.is_progress_bar_enabled()
+    assert main(["apply", str(unet), "CleanUp"]) == 0
+    assert before == (diffusers.utils.logging.get_verbosity(), diffusers.utils.logging.is_progress_bar_enabled())
+
+
+@pytest.mark.slow
+def test_nothing_is_printed_but_ours(prompts: Path) -> None:
+    """In a process of its own, where libraries have not been told anything, and read by a pipe that closes early."""
+    sdgraph_ = [sys.executable, "-m", "sdgraph"]
+    given = ["evaluate", str(MODEL), "CleanUp", "--prompts", str(prompts), "--steps", "1"]
+    done = subprocess.run([*sdgraph_, *given], capture_output=True, text=True, check=True)
+    first, *rest = done.stderr.splitlines()
+    assert first == f"loading {MODEL}"
+    assert all(line.startswith("evaluate: ") for line in rest if line)
+    with subprocess.Popen([*sdgraph_, "passes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

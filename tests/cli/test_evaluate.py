@@ -1,0 +1,65 @@
+"""`sdgraph evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from scenes.pipeline import MODEL, load
+
+import sdgraph
+from sdgraph.__main__ import main
+
+PRUNE = "PruneBlocks('mid_block')"
+
+
+@pytest.mark.slow
+def test_evaluate_prints_writes_and_judges(tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made" / "evaluation"
+    given = [
+        "evaluate",
+        str(MODEL),
+        PRUNE,
+        "--prompts",
+        str(prompts),
+        "--seeds",
+        "1",
+        "2",
+        "--steps",
+        "1",
+        "--batch",
+        "4",
+    ]
+    assert main([*given, "--require", "psnr=5", "ssim=0.01", "--at-most", "largest=1", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"after:  {PRUNE}\n4 images" in said
+    written = json.loads((out / "evaluation.json").read_text())
+    assert [each["seed"] for each in written["images"]] == [1, 2, 1, 2]
+    assert f"{written['alike']['psnr']:.4g} dB" in said
+    with Image.open(out / "evaluation.png") as sheet:
+        assert sheet.width > 3 * 64
+    # what falls short is written as well, and the status tells
+    assert main([*given, "--require", "psnr=500", "--out", str(out), "--overwrite"]) == 1
+    captured = capsys.readouterr()
+    assert "sdgraph: PSNR below 500 dB: " in captured.err
+    assert f"written to {out}" in captured.out
+
+
+@pytest.mark.slow
+def test_evaluate_takes_a_saved_unet(tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sdgraph.apply(load().unet, (), verify=False).save_pretrained(tmp_path / "unet")
+    given = ["evaluate", str(MODEL), str(tmp_path / "unet"), "--prompts", str(prompts), "--steps", "1"]
+    assert main([*given, "--require", "psnr=1000", "--at-most", "largest=0"]) == 0
+    assert "after:  GraphUNet" in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "unet"), "CleanUp", "--prompts", str(prompts)]) == 2
+    assert "there is no pipeline in" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_figure_that_is_not_measured(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(MODEL), PRUNE, "--prompts", str(prompts), "--require", "pnsr=30"]) == 2
+    assert "did you mean 'psnr'" in capsys.readouterr().err
+    assert main(["evaluate", str(MODEL), "./nowhere", "--prompts", str(prompts)]) == 2
+    assert "there is no folder ./nowhere" in capsys.readouterr().err

@@ -1,0 +1,70 @@
+"""UNets that are exported once for all tests, and what is read of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import sdgraph
+from sdgraph.exporters.onnx import parity
+from sdgraph.exporters.ort.unet import ORTUNet
+from sdgraph.passes import GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
+
+from ..models import build
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
+FULL = (pytest.mark.full,)  # an export takes seconds for each graph: these run with `make test-full`
+
+RARE = ("faster diffusion", "t-gate", "image", "inpaint-9", "lcm")
+
+PRESETS: dict[str, Any] = {
+    "deep cache": [HoistInvariants(), replace(InheritFeatures.deep_cache(3), forecast=1)],
+    "faster diffusion": InheritFeatures.faster_diffusion((0, 1, 3)),
+    "t-gate": InheritFeatures.t_gate(3, interval=2, warm_up=1),
+    "attention broadcast": InheritFeatures.attention_broadcast(),
+    "layers": InheritFeatures.at_level("layer", within="{down_blocks.1,mid_block,up_blocks.0}"),
+    "all passes": [
+        PruneBlocks("bk-sdm-base"),
+        MECondConv(experts=2),
+        GRIAttention(4, pool=2),
+        InheritFeatures.deep_cache(2),
+    ],
+}
+
+
+class Exported(NamedTuple):
+    """A UNet, what it was exported as, and the report."""
+
+    unet: Any
+    directory: Path
+    report: parity.ExportReport
+
+    def load(self, **options: Any) -> ORTUNet:
+        return opened(self.directory, **options)
+
+
+def opened(directory: Path, **options: Any) -> ORTUNet:
+    return ORTUNet.from_pretrained(directory, provider="CPUExecutionProvider", **options)
+
+
+# By name, a UNet and the options of its export.
+EXPORTS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "sd15": lambda: (sdgraph.apply(build("sd15")), {}),
+    "pruned": lambda: (sdgraph.apply(build("sd15-levels"), "PruneBlocks('bk-sdm-base')"), {}),
+    "sdxl": lambda: (build("sdxl"), {}),
+    "controlled": lambda: (build("lcm", num_class_embeds=7), {"inputs": RESIDUALS}),
+    "half": lambda: (sdgraph.apply(build("sdxl").half()), {}),  # joins its time ids in float32
+    **{name: lambda name=name: (inheriting(name), {"calls": 6}) for name in PRESETS},
+}
+
+
+def inheriting(name: str) -> sdgraph.GraphUNet:
+    """A UNet with a preset."""
+    source = build("sd15-levels" if name == "all passes" else "sd15")
+    return sdgraph.apply(source, PRESETS[name], verify=False)

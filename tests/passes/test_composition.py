@@ -1,0 +1,62 @@
+"""Passes compose: in every legal order with the same result; the others are refused with the reason."""
+
+from __future__ import annotations
+
+from itertools import combinations, permutations
+
+import pytest
+import torch
+
+import sdgraph
+from sdgraph import GraphUNet, Pass
+from sdgraph.errors import SdgraphError
+from sdgraph.passes import CleanUp, GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
+from sdgraph.schedules import Uniform
+
+from ..models import build, call_of
+
+PASSES: dict[str, Pass] = {
+    "prune": PruneBlocks("bk-sdm-base"),
+    "clean": CleanUp(),
+    "experts": MECondConv("up_blocks.1.resnets.0.conv2", donors="copies"),
+    "gri": GRIAttention(4, pool=2),
+    "inherit": InheritFeatures("up_blocks.3.attentions.0", Uniform(2)),
+    "hoist": HoistInvariants(),
+}
+ILLEGAL = {
+    ("hoist", "prune"): "has the site",
+}
+
+
+def generation(unet: GraphUNet) -> list[torch.Tensor]:
+    call = call_of(unet, H=16, W=16)
+    with torch.no_grad():
+        return [unet(**{**call, "timestep": t})[0] for t in (900, 600, 300)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("one", "other"), list(combinations(PASSES, 2)))
+def test_two_passes_in_both_orders(one: str, other: str) -> None:
+    source = build("sd15-levels", sample_size=16)
+    results = []
+    for order in ((one, other), (other, one)):
+        chain = [PASSES[name] for name in order]
+        if order in ILLEGAL:
+            with pytest.raises(SdgraphError, match=ILLEGAL[order]):
+                sdgraph.apply(source, chain)
+        else:
+            results.append(generation(sdgraph.apply(source, chain, verify=False)))
+    for result in results[1:]:
+        for found, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_all_passes_in_some_orders() -> None:
+    source = build("sd15-levels", sample_size=16)
+    legal = [o for o in permutations(PASSES) if o.index("prune") < o.index("hoist")]
+    results = [generation(sdgraph.apply(source, [PASSES[n] for n in order], verify=False)) for order in legal[::60]]
+    assert len(results) == 6
+    for result in results[1:]:
+        for found, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

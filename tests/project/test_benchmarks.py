@@ -1,0 +1,101 @@
+"""The benchmarks run, and the figures in documents are their results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..documents import ROOT, load
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the demo sets it: let go of it afterwards
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/deploying.md", "docs/measurements.md"])
+def test_the_figures_in_documents_are_the_results(name: str) -> None:
+    table, document = load("benchmarks/table.py"), (ROOT / name).read_text()
+    blocks = list(table.MARKED.finditer(document))
+    assert blocks
+    for block in blocks:
+        assert table.filled(document, ROOT / block["file"]) == document
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    script, out = ROOT / "benchmarks" / "overhead.py", tmp_path / "result.json"
+    cases = [
+        "forward/tiny/16",
+        "apply/tiny",
+        "prune/tiny/16",
+        "inherit/tiny/16",
+        "experts/tiny/16",
+        "attention/tiny/16",
+    ]
+    run = subprocess.run(
+        [sys.executable, str(script), "--quick", "--seconds", "0.1", "--out", str(out), *cases],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(out.read_text())
+    forward, apply, prune, inherit, experts, attention = result["cases"]
+    assert forward["largest_difference"] == 0
+    assert len(forward["samples"]["eager"]) == len(forward["samples"]["traced"]) >= 3
+    assert apply["not_shared_bytes"] == 0
+    macs = [prune["sizes"][name]["macs"] for name in ("traced", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")]
+    assert macs == sorted(macs, reverse=True)
+    assert set(inherit["largest_difference"].values()) == {0}
+    assert all(inherit["kept_bytes"][name] > 0 for name in inherit["timetables"])
+    assert experts["sizes"]["timestep"]["parameters"] > experts["sizes"]["plain"]["parameters"]
+    assert set(attention["alone"]) == set(attention["samples"]) == {"full", "window 8, pool 4"}
+    assert load("benchmarks/table.py").report(result) in run.stdout
+    assert "smoke test" in run.stdout
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "ways"), [("inheritance", "searched, forecast"), ("attention", "tomesd, ratio 0.5")])
+def test_quality_against_time_is_measured(kind: str, ways: str, tmp_path: Path) -> None:
+    script, out = ROOT / "benchmarks" / "frontier.py", tmp_path / "result.json"
+    run = subprocess.run(
+        [sys.executable, str(script), kind, "--quick", "--folder", str(tmp_path / "search"), "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(out.read_text())["ways"]
+    assert any(ways in name for name in figures)
+    whole = figures.pop("all steps")
+    assert whole["psnr"] is None  # the same images
+    assert all(10 < each["psnr"] < 100 and each["frechet"] > 0 for each in figures.values())
+    assert out.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.full
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
+    """So that nothing is found broken on the day that there is a GPU."""
+    script, out = ROOT / "benchmarks" / "gpu.py", tmp_path / "result.json"
+    run = subprocess.run(
+        [sys.executable, str(script), "--device", "cpu", "--quick", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    (case,) = json.loads(out.read_text())["cases"]
+    assert not {name: way["failed"] for name, way in case["ways"].items() if "failed" in way}
+    inheriting = [
+        way["difference"]["4"] for name, way in case["ways"].items() if "inherit" in name or "DeepCache" in name
+    ]
+    whole = [
+        way["difference"]["4"] for name, way in case["ways"].items() if not ("inherit" in name or "DeepCache" in name)
+    ]
+    assert max(whole) < 1e-3 < min(inheriting)
+    assert "no CUDA graphs" in run.stderr  # it says why

@@ -1,0 +1,224 @@
+"""README.md, CONTRIBUTING.md and docs/: their code runs, what they name is there, and what is generated is current."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import xml.etree.ElementTree as ET
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionPipeline
+from scenes import models
+
+import sdgraph
+from sdgraph.cli import COMMANDS, main
+
+from ..documents import ROOT, blocks, commands, inline_code, links, prose, run
+from ..models import build
+
+DOCS = ROOT / "docs"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+RUN = [document for document in DOCUMENTS if blocks(document, "python")]
+QUICK = ["drop-in.md"]  # the others run pipelines, passes and exports
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def name(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+
+
+# -- code and commands ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(one, id=name(one), marks=() if one.name in QUICK else pytest.mark.slow) for one in RUN],
+)
+def test_the_python_blocks_run_in_order(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, with a tiny pipeline in the place of a download, and few steps."""
+
+    def tiny(*args: Any, **options: Any) -> Any:
+        tokenizer = models.tokenizer()
+        unet = build(sample_size=16, layers_per_block=2, cross_attention_dim=models.TEXT_WIDTH)
+        pipe = models.pipeline(tokenizer, models.text_encoder(tokenizer), models.vae(), unet)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", tiny)
+    monkeypatch.chdir(tmp_path)
+    run(document, monkeypatch, {"num_inference_steps=25": "num_inference_steps=2"})
+
+
+def test_documents_have_code_that_runs() -> None:
+    named = {name(document) for document in RUN}
+    assert {"README.md", "docs/getting-started.md", "docs/passes.md", "docs/inheriting-features.md"} <= named
+    assert {"docs/deploying.md", "docs/drop-in.md", "docs/writing-a-pass.md"} <= named
+
+
+@every_document
+def test_every_block_is_checked(document: Path) -> None:
+    assert {block.language for block in blocks(document)} <= {"python", "sh", "toml", "text"}
+    assert not re.search(r"\n\n {4}\S", prose(document)), "an indented block is not checked: fence it"
+
+
+@every_document
+def test_commands_are_as_their_parsers_have_them(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen: list[Namespace] = []
+    for module in COMMANDS:
+        monkeypatch.setattr(module, "run", chosen.append)
+    written = re.findall(r"`(sdgraph [a-z]+ [^`]+)`", prose(document))
+    for program, *words in [*commands(document), *(shlex.split(" ".join(line.split())) for line in written)]:
+        if program == "make":
+            assert words[0] in TARGETS, words
+        elif program == "python":
+            assert (ROOT / words[0]).is_file(), words
+        elif program == "sdgraph" and not {"COMMAND", "--import"} & set(words):
+            assert main(words) == 0, (words, capsys.readouterr().err)
+        else:
+            assert program in ("pip", "sdgraph"), program
+    for one in chosen:
+        for text in (getattr(one, "passes", ""), *getattr(one, "candidates", ())):
+            if "ScaleSkips" not in text:  # of the package that the guide makes
+                sdgraph.parse(text)
+
+
+# -- names and links --------------------------------------------------------------------------------------------------
+
+
+@every_document
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in links(document):
+        assert (document.parent / link).is_file(), link
+    if document.parent == ROOT:
+        assert not [link for link in links(document) if link.startswith("..")]
+
+
+@every_document
+def test_names_are_there(document: Path) -> None:
+    for code in inline_code(document):
+        for path in re.findall(r"(?:tests|examples|benchmarks|docs|passes|exporters|sdgraph)/[\w/.-]*\w", code):
+            assert (ROOT / path).exists(), code
+        for target in re.findall(r"^(?:\S+=\S+ )*make ([a-z-]+)", code):
+            assert target in TARGETS, code
+        for command in re.findall(r"^sdgraph ([a-z]+)", code):
+            assert command in {module.__name__.rpartition(".")[2] for module in COMMANDS}, code
+        for dotted in re.findall(r"^sdgraph\.([\w.]+)", code):
+            assert dotted == "json" or exists(dotted), code
+        for holder, attribute in re.findall(r"^(graph|Graph|unet|GraphUNet)\.(\w+)", code):
+            assert hasattr(sdgraph.Graph if holder.lower() == "graph" else sdgraph.GraphUNet, attribute), code
+
+
+def exists(dotted: str) -> bool:
+    """Whether a name can be reached from `sdgraph`, through its modules and their members."""
+    found: Any = sdgraph
+    for part in dotted.split("."):
+        if not hasattr(found, part) and isinstance(found, ModuleType):
+            try:
+                importlib.import_module(f"{found.__name__}.{part}")
+            except ImportError:
+                return False
+        found = getattr(found, part, None)
+    return found is not None
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: sdgraph\.(\S+)", text, re.MULTILINE))
+    public = {one for one in sdgraph.__all__ if not hasattr(sdgraph.errors, one)}
+    public |= {f"passes.{one}" for one in sdgraph.passes.__all__}
+    assert public | {"schedules", "testing", "exporters.onnx.export", "exporters.ort.ORTUNet"} <= shown
+    assert all(exists(one) for one in shown)
+
+
+def test_the_readme_is_short() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") <= 150
+    (quick_start,) = blocks(ROOT / "README.md", "python")
+    assert quick_start.text.count("\n") <= 30
+
+
+# -- what is generated ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(DOCS))
+    return importlib.import_module("generate")
+
+
+def test_the_architecture_is_drawn_from_the_code_of_today(generate: ModuleType) -> None:
+    """If this fails: `python docs/architecture.py`, and look whether the picture is what you meant."""
+    architecture = generate.architecture
+    assert architecture.draw(architecture.graph()) == architecture.FIGURE.read_text()
+    assert architecture.page() == architecture.PAGE.read_text()
+
+
+def test_the_architecture_has_folders_and_circles(
+    generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = generate.architecture
+    monkeypatch.setattr(architecture, "ROOT", tmp_path)
+    files = {
+        "sdgraph/__init__.py": "from .runtime.apply import apply",
+        "sdgraph/errors.py": '"""Every error. More."""',
+        "sdgraph/ir/__init__.py": '"""What a graph is: nodes. It imports errors."""',
+        "sdgraph/ir/state.py": "from ..errors import Error\nfrom . import state",
+        "sdgraph/runtime/__init__.py": "",
+        "sdgraph/runtime/apply.py": "from ..ir.state import State\nfrom ..a import a",
+        "sdgraph/a.py": "from .b import b",
+        "sdgraph/b.py": "def b():\n    from .a import a",
+        "passes/__init__.py": "",
+        "passes/one.py": "from sdgraph import apply\nfrom sdgraph.errors import Error",
+        "exporters/__init__.py": "",
+        "exporters/ort/unet.py": "import sdgraph",
+        "exporters/ort/__init__.py": "",
+        "exporters/onnx/__init__.py": "",
+        "exporters/onnx/export.py": "def export():\n    from ..ort.unet import ORTUNet",
+    }
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    boxes = architecture.graph()
+    facade = architecture.FACADE
+    assert set(boxes.edges) == {
+        (facade, "sdgraph/runtime"),
+        ("sdgraph/ir", "sdgraph/errors.py"),
+        ("sdgraph/runtime", "sdgraph/ir"),
+        ("sdgraph/runtime", "sdgraph/a.py"),
+        ("sdgraph/a.py", "sdgraph/b.py"),
+        ("sdgraph/b.py", "sdgraph/a.py"),
+        ("passes", facade),
+        ("passes", "sdgraph/errors.py"),
+        ("exporters/ort", facade),
+        ("exporters/onnx", "exporters/ort"),
+    }
+    assert not boxes.edges["sdgraph/b.py", "sdgraph/a.py"]["at_once"]
+    words = [element.text for element in ET.fromstring(architecture.draw(boxes)).iter() if element.text]
+    assert {"sdgraph/ir/", "What a graph is", "a.py, b.py", "exporters/onnx/", "passes/"} <= set(words)
+
+
+def test_the_help_of_commands_is_current(generate: ModuleType) -> None:
+    """If this fails: `python docs/generate.py`, and read what changed."""
+    page = DOCS / "command-line.md"
+    assert generate.filled(page, "commands", generate.helps()) == page.read_text()
+
+
+@pytest.mark.slow
+def test_what_is_shown_of_graphs_is_current(generate: ModuleType) -> None:
+    """If this fails: `python docs/generate.py`, and read what changed."""
+    before, after = generate.graphs()
+    for page, text in generate.pages(after).items():
+        assert page.read_text() == text, page
+    words = " ".join("".join(e.itertext()) for e in ET.parse(generate.FIGURE).iter("{http://www.w3.org/2000/svg}text"))
+    assert f"{len(before.nodes)} → {len(after.nodes)} nodes" in words
