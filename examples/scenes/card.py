@@ -1,4 +1,4 @@
-"""The figures of the model card, from `model/training.json` and `model/quality.json`.
+"""Fill the figures into the model card, from `model/training.json` and `model/quality.json`.
 
 cd examples
 python -m scenes.card       # after scenes.save and scenes.quality
@@ -19,7 +19,7 @@ CARD = "README.md"
 
 
 def filled(model: Path = MODEL) -> str:
-    """The card of `model` with its figures between the markers."""
+    """Return the text of the model card in `model`, with the figures between the markers."""
     training, quality = (json.loads((model / name).read_text()) for name in (RECORD, QUALITY))
     figures = f"{_quality(quality)}\n\n{_training(training)}\n"
     return MARKED.sub(lambda match: match[1] + figures + match[2], (model / CARD).read_text())
