@@ -142,7 +142,7 @@ def inherit(cases: Sequence[dict[str, Any]]) -> str:
                     f"{case['largest_difference'][name]:.3g}",
                 )
             )
-    return markdown(rows) + "\n\nWhole generations. MeasurementCache: between calls."
+    return markdown(rows) + "\n\nWhole generations. Kept: between calls."
 
 
 def experts(cases: Sequence[dict[str, Any]]) -> str:
@@ -155,7 +155,7 @@ def experts(cases: Sequence[dict[str, Any]]) -> str:
             sizes = f"{each['parameters'] / 1e6:.4g} M", f"{each['kept_bytes'] / 1e6:.4g} MB"
             seconds = f"{statistics.median(case['samples'][name]):.3g}"
             rows.append((model, f"{size}x{size}", kind, *sizes, seconds, times))
-    return markdown(rows) + "\n\nGenerations of 10 calls. MeasurementCache: between calls."
+    return markdown(rows) + "\n\nGenerations of 10 calls. Kept: between calls."
 
 
 def layers(cases: Sequence[dict[str, Any]]) -> str:

@@ -45,7 +45,7 @@ class Bypass(Pass):
     def run(self, graph: Graph) -> Findings:
         paths = graph.matching(self.sites)
         for path in paths:
-            outer = next((other for other in (*paths, *graph.sites) if path.startswith(f"{other}.")), None)
+            outer = next((other for other in paths if path.startswith(f"{other}.")), None)
             if outer is not None:
                 raise EditError(f"the site {path} is within the site {outer}", where=path, hint="name one of them")
         edits = []

@@ -143,8 +143,9 @@ class InheritFeatures(Pass):
 
     def run(self, graph: Graph) -> Findings:
         paths = graph.matching(self.sites)
+        kept = [name for name, site in graph.sites.items() if not site.bypassed]
         for path in paths:
-            for other in (*paths, *graph.sites):
+            for other in (*paths, *kept):
                 if path.startswith(f"{other}."):
                     raise EditError(f"the site {path} is within the site {other}", where=path, hint="name one of them")
         edits = []

@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from . import errors
+from .calibration.fit import Fit, fit_forecast
 from .calibration.search import search
 from .compiler.base import Findings, Pass
 from .compiler.chain import Chain, Fixpoint
@@ -31,6 +32,7 @@ __all__ = [
     "Evaluation",
     "Example",
     "Findings",
+    "Fit",
     "Fixpoint",
     "Graph",
     "GraphUNet",
@@ -48,6 +50,7 @@ __all__ = [
     "attach",
     "errors",
     "evaluate",
+    "fit_forecast",
     "inherit",
     "parse",
     "per_call",

@@ -80,17 +80,17 @@ class Polynomial(Forecast):
 
     def weights(self, known: Sequence[int], call: int, run: Run) -> tuple[float, ...]:
         last = (*[0.0] * (len(known) - 1), 1.0)
-        if len(known) == 1 or run.random:
+        if len(known) == 1 or self.memory == 1 or run.random:
             return last
-        at, now = self._coordinates(known, run), self._coordinates((call,), run)[0]
+        *at, now = self._coordinates((*known, call), run)
         line = [prod((now - other) / (mine - other) for other in at if other != mine) for mine in at]
         return tuple(end + self.damping * (weight - end) for weight, end in zip(line, last, strict=True))
 
     def _coordinates(self, calls: Sequence[int], run: Run) -> list[float]:
-        if self.along == "call" or run.lambdas is None:
+        levels = [] if run.lambdas is None else [run.lambdas[call] for call in calls if call < len(run.lambdas)]
+        if self.along == "call" or len(set(levels)) < len(calls):  # unknown, or the same twice as Heun has them
             return [float(call) for call in calls]
-        lambdas = [run.lambdas[call] for call in calls]
-        return lambdas if self.along == "lambda" else [exp(-value) for value in lambdas]
+        return levels if self.along == "lambda" else [exp(-level) for level in levels]
 
     def doubt(self, run: Run) -> str:
         if self.along != "call" and run.lambdas is None and self.memory > 1:

@@ -186,12 +186,13 @@ class Graph(GraphState):
         Returns:
             the names of the new sites, one for each output of the region; without a schedule there are none.
         Raises:
-            EditError: the region has sites already.
+            EditError: the region is to be removed and has sites, or it is a site already.
             ShapeError: no value fits; the error names the two shapes.
         """
         self._check_editable()
         region = self.region(region) if isinstance(region, str) else region
-        self._keep_sites(region)
+        if schedule is None:
+            self._keep_sites(region)
         names: list[str] = []
         for output in region.outputs:
             old, new = region.stand_in(output)

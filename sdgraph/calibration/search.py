@@ -126,7 +126,7 @@ def search(
     if not 0 < budget <= 1:
         raise SpecError(f"the budget is {budget}", where="search", hint="a share of all, above 0 and at most 1")
     if "output_type" in call:
-        raise SpecError("output_type is not yours to set", where="search", hint="leave it out: latents are compared")
+        raise SpecError("search sets output_type itself", where="search", hint="leave it out: latents are compared")
     if getattr(pipe, "unet", None) is None:
         raise SourceError(f"{type(pipe).__name__} has no UNet", where="search", hint="a pipeline with one")
     source = apply(pipe.unet, ())

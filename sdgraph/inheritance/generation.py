@@ -163,7 +163,7 @@ class Generation:
         return frozenset(
             name
             for name, site in sites.items()
-            if (site.bypassed or (name in self.values and name not in self.missed))
+            if ((site.bypassed and self.number) or (name in self.values and name not in self.missed))
             and not self._refreshes(name, site.schedule)
         )
 

@@ -153,7 +153,7 @@ class GraphUNet(SourceSettings, LoraLayers):
         """
         stale = frozenset(values if inherited is None else inherited)
         for site in stale:
-            if site not in self._sites or site not in values:
+            if site not in self._sites or not (site in values or self._sites[site].bypassed):
                 known = [name for name in self._sites if name in values]
                 raise PathError(
                     f"there is no value of a site {site!r}",

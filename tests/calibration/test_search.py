@@ -138,7 +138,7 @@ def test_a_prediction_that_is_off_is_warned_of(predicted: float, measured: float
         ({"candidates": ()}, SpecError, "no candidates"),
         ({"candidates": (CleanUp(),)}, SpecError, "has no sites"),
         ({"candidates": (HoistInvariants(),)}, SpecError, "has no sites to give a schedule"),
-        ({"output_type": "pil"}, SpecError, "output_type is not yours"),
+        ({"output_type": "pil"}, SpecError, "search sets output_type itself"),
         ({"pipe": object()}, SourceError, "object has no UNet"),
     ],
 )

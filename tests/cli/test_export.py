@@ -43,7 +43,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog
     with pytest.raises(SpecError, match="no sample_size"):
         bench(running)
     assert main(["export", str(unet), "--out", str(out)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     (out / "model.onnx.data").write_bytes(b"")
     assert main(["inspect", str(out)]) == 2
     assert "not the file that was exported" in capsys.readouterr().err

@@ -12,7 +12,9 @@ import pytest
 import sdgraph
 from sdgraph.exporters.onnx import parity
 from sdgraph.exporters.ort.unet import ORTUNet
-from sdgraph.passes import GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
+from sdgraph.forecasts import Polynomial
+from sdgraph.passes import Bypass, GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
+from sdgraph.schedules import Drift, Uniform
 
 from ..models import build
 
@@ -29,6 +31,11 @@ PRESETS: dict[str, Any] = {
     "t-gate": InheritFeatures.t_gate(3, interval=2, warm_up=1),
     "attention broadcast": InheritFeatures.attention_broadcast(),
     "layers": InheritFeatures.at_level("layer", within="{down_blocks.1,mid_block,up_blocks.0}"),
+    "plan": [
+        Bypass("down_blocks.0.attentions.0", Uniform(2)),
+        replace(InheritFeatures.damped(3), forecast=Polynomial(1, 0.5, "lambda")),
+    ],
+    "drift": replace(InheritFeatures.damped(2), schedule=Drift(0.05, most=3)),
     "all passes": [
         PruneBlocks("bk-sdm-base"),
         MECondConv(experts=2),
