@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 ALWAYS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-SECTION = re.compile(r"^(?=(?:Returns|Raises|Yields):$)", re.MULTILINE)
+SECTION = re.compile(r"^(?=(?:Returns|Raises|Yields|Example|Source):$)", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 
 
