@@ -1,7 +1,7 @@
-"""The call of a diffusers UNet as flat, named tensors, and back.
+"""The calling convention: how a call of a diffusers UNet maps to flat, named tensors, and back.
 
-The one place that knows how `sample, timestep, encoder_hidden_states, added_cond_kwargs, ...` map to the inputs of a
-graph. The tracer unflattens with it, the torch module and the ONNX Runtime module flatten with it.
+Only this module knows how `sample, timestep, encoder_hidden_states, added_cond_kwargs, ...` map to the inputs of a
+graph. Tracing uses `unflatten`; the PyTorch module and the ONNX Runtime module use `flatten`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ARGUMENTS = (
 
 
 def unflatten(values: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, Any]:
-    """Keyword arguments of the diffusers forward for flat `values` (the reverse of `flatten`)."""
+    """Return the keyword arguments of diffusers' `forward` for flat values; the reverse of `flatten`."""
     call: dict[str, Any] = {}
     for spec in inputs:
         if spec.name not in values:
@@ -58,7 +58,13 @@ def unflatten(values: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, A
 
 
 def time_tensor(timestep: Any, device: torch.device, name: str = "timestep") -> torch.Tensor:
-    """`timestep` as a 1-d tensor, with the dtypes diffusers gives to numbers (int64, float64)."""
+    """Return a timestep as a tensor of one dimension; a number becomes int64 or float64, as in diffusers.
+
+    Args:
+        name: the name of the argument, for errors.
+    Raises:
+        CallError: it is neither a number nor a tensor.
+    """
     if isinstance(timestep, torch.Tensor):
         return timestep[None].to(device) if timestep.ndim == 0 else timestep
     if isinstance(timestep, bool) or not isinstance(timestep, int | float | np.integer):
@@ -71,13 +77,13 @@ def time_tensor(timestep: Any, device: torch.device, name: str = "timestep") -> 
 
 
 def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch.Tensor]:
-    """Flat tensors of a diffusers call; what the graph has no input for is refused, never dropped.
+    """Return the flat tensors of a diffusers call. An argument without an input of the graph is refused.
 
     Args:
         call: the arguments by name; None means not given.
         inputs: the inputs of the graph.
     Raises:
-        CallError: naming the argument, and what to do.
+        CallError: an argument is missing, has the wrong type or is not covered; the error names it.
     """
     given = {name: value for name, value in call.items() if value is not None}
     for name in given:
@@ -130,7 +136,7 @@ def _check_containers(given: dict[str, Any]) -> None:
 
 
 def _as_adapter(given: dict[str, Any]) -> None:
-    """diffusers' old spelling: down residuals without a mid residual are a T2I-Adapter's."""
+    """Rename down residuals without a mid residual: in diffusers' old convention they are a T2I-Adapter's."""
     if (
         "down_block_additional_residuals" in given
         and "mid_block_additional_residual" not in given
@@ -144,7 +150,7 @@ def _as_adapter(given: dict[str, Any]) -> None:
         )
         given["down_intrablock_additional_residuals"] = given.pop("down_block_additional_residuals")
     both = ("down_block_additional_residuals" in given) == ("mid_block_additional_residual" in given)
-    if not both:  # diffusers would ignore the lone one without a word
+    if not both:  # diffusers would silently ignore a single part
         raise CallError(
             "ControlNet residuals come in two parts and only one was given",
             where="down_block_additional_residuals, mid_block_additional_residual",

@@ -1,4 +1,4 @@
-"""`trace`: a UNet, or any PyTorch code, as a `Graph`."""
+"""`trace` and `trace_code`: a UNet, or any PyTorch code, becomes a `Graph`."""
 
 from __future__ import annotations
 
@@ -25,26 +25,29 @@ SYMBOLS = (Symbol("B", 1, 5), Symbol("H", 64, 101), Symbol("W", 64, 149), Symbol
 
 
 def trace(unet: UNet2DConditionModel, *, inputs: Collection[str] = (), processors: Collection[type] = ()) -> Graph:
-    """One flat graph of a UNet, for all batches, sizes, sequence lengths and dtypes.
+    """Return one flat graph of a UNet for all batches, sizes, sequence lengths and dtypes.
 
-    Residuals of ControlNets and T2I-Adapters and `timestep_cond` are optional inputs of the same graph. Sizes that the
-    down-sampling does not divide are served: the graph up-samples to the size of the skip. No weight is copied, and the
-    UNet is not changed.
+    Residuals of ControlNets and T2I-Adapters and `timestep_cond` are optional inputs of the graph. Sizes that
+    down-sampling does not divide are covered: the graph up-samples to the size of the skip. Weights are not copied, and
+    the UNet is not changed.
 
     Args:
         unet: a `UNet2DConditionModel` with weights, in any dtype, on any device.
-        inputs: further inputs to trace with: "encoder_attention_mask".
-        processors: classes of attention processors unknown to sdgraph that are pure functions of their tensors.
+        inputs: the names of further inputs; only "encoder_attention_mask" is known.
+        processors: classes of attention processors that sdgraph does not know, and that are pure functions of their
+            tensors.
     Raises:
-        SourceError: the model cannot be traced faithfully; with a hint.
-        TraceError: its code does something that no size-independent graph can hold.
+        SourceError: the model cannot be traced faithfully.
+        TraceError: the code of the model does something that no graph for all sizes can do.
+    Example:
+        `graph = sdgraph.trace(pipe.unet)`
     """
     check_source(unet, processors)
     return capture(unet, inputs)
 
 
 def capture(unet: UNet2DConditionModel, inputs: Collection[str] = ()) -> Graph:
-    """`trace` without the checks, for a UNet known to be sound, which may be on the meta device."""
+    """Trace a UNet without the checks of the source; it may be on the meta device."""
     try:
         return _capture_unet(unet, inputs, divisible=False)
     except ShapeError:  # some blocks cannot up-sample to an odd size; then the graph is for divisible sizes
@@ -75,7 +78,7 @@ def _capture_unet(unet: UNet2DConditionModel, inputs: Collection[str], divisible
 
 @contextlib.contextmanager
 def _evaluating(unet: nn.Module) -> Iterator[None]:
-    """The modules' training flags off while traced: diffusers adds copies to the code for training, of no effect."""
+    """Switch training flags off. In training mode diffusers' code makes copies, which have no effect."""
     flags = [(module, module.training) for module in unet.modules()]
     try:
         for module, _ in flags:
@@ -87,12 +90,16 @@ def _evaluating(unet: nn.Module) -> Iterator[None]:
 
 
 def trace_code(code: Callable[..., Any] | nn.Module, **shapes: tuple[Dim, ...]) -> Graph:
-    """A graph of any PyTorch code, such as the examples of a `Rewrite`.
+    """Return a graph of any PyTorch code, such as the examples of a `Rewrite`.
 
     Args:
         code: a function or module of tensors.
-        shapes: the shape of each argument, in order, under a name for it in the graph; a dimension is a number or one
-            of "B", "H", "W", "L".
+        shapes: the shapes of the arguments, in order, by their names in the graph; a dimension is a number or one of
+            "B", "H", "W", "L".
+    Raises:
+        TraceError: the code does something that no graph for all sizes can do.
+    Example:
+        `trace_code(lambda x: x.sin(), x=("B", 4))`
     """
     model = code if isinstance(code, nn.Module) else None
     specs = tuple(Input(name, (name,), shape) for name, shape in shapes.items())

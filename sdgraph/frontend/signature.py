@@ -1,4 +1,4 @@
-"""The call that a UNet's configuration asks for: its flat inputs, its free sizes, and what these must satisfy."""
+"""The signature of a UNet, from its configuration: flat inputs, free sizes, and conditions on the sizes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..ir.inputs import Input
 
 
 def free_sizes(unet: UNet2DConditionModel, divisible: bool = False) -> tuple[Symbol, ...]:
-    """The sizes a call may choose, each with its nominal value (costs are quoted for it) and a generic one.
+    """Return the sizes that a call may choose, with their nominal and generic values.
 
     Args:
-        divisible: let the generic height and width be multiples of what the UNet divides them by.
+        divisible: whether the generic height and width are multiples of the number that the UNet divides them by.
     Raises:
-        SourceError: a configuration that leaves no room for the text embedding it asks for.
+        SourceError: the configuration leaves no room for the text embedding that it requires.
     """
     size = unet.config.get("sample_size") or 64
     height, width = (size, size) if isinstance(size, int) else size
@@ -52,7 +52,7 @@ def free_sizes(unet: UNet2DConditionModel, divisible: bool = False) -> tuple[Sym
 
 
 def _generic(nominal: int, levels: int, at_least: int, divisible: bool) -> int:
-    """A size that differs from the nominal one at every level of the UNet, or else it would pass for a fixed one."""
+    """Return a size that differs from the nominal one at every level of the UNet, so that it does not seem fixed."""
     unit = 2**levels
     start = max(at_least, 2 * unit + 1)
     sizes = range(start // unit * unit, 8 * (start + nominal), unit) if divisible else range(start, 8 * start + nominal)
@@ -63,7 +63,7 @@ def _generic(nominal: int, levels: int, at_least: int, divisible: bool) -> int:
 
 
 def call_guards(unet: UNet2DConditionModel, divisible: bool) -> tuple[Guard, ...]:
-    """What a call's sizes must satisfy beside matching shapes, known from the configuration."""
+    """Return the conditions on a call's sizes that follow from the configuration."""
     guards = []
     if unet.config.get("addition_embed_type") == "text_time":
         total, step = unet.config["projection_class_embeddings_input_dim"], unet.config["addition_time_embed_dim"]
@@ -80,12 +80,12 @@ def call_guards(unet: UNet2DConditionModel, divisible: bool) -> tuple[Guard, ...
 
 
 def unet_inputs(unet: UNet2DConditionModel, extra: Collection[str] = ()) -> tuple[Input, ...]:
-    """All flat inputs of a UNet: what its configuration requires, and the optional residuals it can take.
+    """Return all flat inputs of a UNet: those that its configuration requires, and optional residuals.
 
     Args:
-        extra: further inputs to trace with; the only one is "encoder_attention_mask".
+        extra: the names of further inputs; only "encoder_attention_mask" is known.
     Raises:
-        SourceError: a configuration or an extra input that is not covered.
+        SourceError: the configuration or an extra input is not covered.
     """
     config = config_of(unet)
     for name in extra:
@@ -110,7 +110,7 @@ def unet_inputs(unet: UNet2DConditionModel, extra: Collection[str] = ()) -> tupl
         shape = ("B", config["time_cond_proj_dim"])
         inputs.append(Input("timestep_cond", ("timestep_cond",), shape, optional=True, broadcast=True))
     skips = _skips(unet)
-    adapters = len(unet.down_blocks) + (unet.mid_block is not None) if _takes_adapter(unet) else 0
+    adapters = len(unet.down_blocks) + (unet.mid_block is not None) if _accepts_adapter(unet) else 0
     for name, count in (
         ("down_block_additional_residuals", skips),
         ("down_intrablock_additional_residuals", adapters),
@@ -127,12 +127,12 @@ def unet_inputs(unet: UNet2DConditionModel, extra: Collection[str] = ()) -> tupl
 
 
 def _skips(unet: UNet2DConditionModel) -> int:
-    """The number of skips that a ControlNet can add to."""
+    """Return the number of skips that a ControlNet can add to."""
     count = 1
     for block in unet.down_blocks:
         samplers = getattr(block, "downsamplers", None) or ()
         if _karras(block) and not samplers:
-            return 0  # it hands over None, to which diffusers cannot add either
+            return 0  # its skip is None, to which diffusers cannot add either
         count += len(block.resnets) + (0 if _karras(block) else len(samplers))
     return count
 
@@ -141,7 +141,7 @@ def _karras(block: nn.Module) -> bool:
     return type(block).__name__.startswith("K")
 
 
-def _takes_adapter(unet: UNet2DConditionModel) -> bool:
+def _accepts_adapter(unet: UNet2DConditionModel) -> bool:
     attending = [b for b in unet.down_blocks if getattr(b, "has_cross_attention", False)]
     return all("additional_residuals" in inspect.signature(b.forward).parameters for b in attending)
 
@@ -185,7 +185,7 @@ def _added_inputs(unet: UNet2DConditionModel) -> list[Input]:
 
 
 def _ip_layers(unet: UNet2DConditionModel) -> list[tuple[int, bool]]:
-    """Width of the image embeddings of each loaded IP-Adapter, and whether they are sequences of tokens."""
+    """Return the width of image embeddings of every loaded IP-Adapter, and whether they are sequences of tokens."""
     if config_of(unet).get("encoder_hid_dim_type") != "ip_image_proj":
         return []
     layers = []
@@ -208,5 +208,5 @@ def _ip_layers(unet: UNet2DConditionModel) -> list[tuple[int, bool]]:
 
 
 def config_of(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """The configuration as it is now: loading an IP-Adapter changes it by attribute, which its items do not show."""
+    """Return the current configuration. An IP-Adapter changes it by attribute, which its items do not show."""
     return {name: getattr(unet.config, name, value) for name, value in unet.config.items()}

@@ -1,4 +1,4 @@
-"""What a UNet must be to be traced faithfully."""
+"""Checks of the source: which UNets can be traced faithfully."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import SourceError
 from ..ir.state import GraphState
 
-# Processors of diffusers that are pure functions of their tensors. Others may keep state between calls.
+# Processors of diffusers that are pure functions of their tensors; others may keep state between calls.
 PURE_PROCESSORS: tuple[type, ...] = tuple(
     getattr(processors, name)
     for name in (
@@ -28,7 +28,7 @@ PURE_PROCESSORS: tuple[type, ...] = tuple(
 )
 
 
-DEFAULTS = ("AttnProcessor2_0", "AttnAddedKVProcessor2_0")  # of a UNet that was just made
+DEFAULTS = ("AttnProcessor2_0", "AttnAddedKVProcessor2_0")  # the processors of a new UNet
 FREEU = ("s1", "s2", "b1", "b2")
 
 # Blocks of diffusers that a UNet2DConditionModel can be configured with, and fails on when called.
@@ -46,10 +46,12 @@ UNCOVERED = {
 
 
 def check_source(unet: Any, trusted: Collection[type] = ()) -> None:
-    """Refuse a model that a graph could not stand in for.
+    """Refuse a model that a graph cannot replace.
 
+    Args:
+        trusted: classes of attention processors that are pure functions of their tensors.
     Raises:
-        SourceError: naming the module path and a hint.
+        SourceError: the model cannot be replaced; the error names the module path.
     """
     if isinstance(getattr(unet, "graph", None), GraphState):
         raise SourceError(
@@ -74,10 +76,12 @@ def check_source(unet: Any, trusted: Collection[type] = ()) -> None:
 
 
 def check_modules(unet: UNet2DConditionModel, trusted: Collection[type] = ()) -> None:
-    """Refuse modules, settings of modules and attention processors that a graph could not stand in for.
+    """Refuse modules, settings of modules and attention processors that a graph cannot replace.
 
+    Args:
+        trusted: classes of attention processors that are pure functions of their tensors.
     Raises:
-        SourceError: naming the module path and a hint.
+        SourceError: one of them cannot be replaced; the error names the module path.
     """
     for path, module in unet.named_modules():
         _check_module(path or "(the UNet itself)", module)
@@ -125,7 +129,7 @@ def _check_module(path: str, module: nn.Module) -> None:
 
 
 def settings_of(unet: UNet2DConditionModel | None) -> dict[str, Any]:
-    """What sets a UNet apart from others of its configuration, as JSON: attention processors by name, and FreeU."""
+    """Return the settings of a UNet that its configuration does not hold, as JSON: attention processors and FreeU."""
     settings: dict[str, Any] = {}
     if unet is not None:
         names = {path: type(processor).__name__ for path, processor in unet.attn_processors.items()}
@@ -142,10 +146,10 @@ def settings_of(unet: UNet2DConditionModel | None) -> dict[str, Any]:
 
 
 def make_settings(unet: UNet2DConditionModel, settings: Mapping[str, Any]) -> None:
-    """Give a UNet the settings that `settings_of` told.
+    """Apply the settings that `settings_of` returned to a UNet.
 
     Raises:
-        SourceError: they name an attention processor that has weights, or that is not known.
+        SourceError: an attention processor has weights, or is not known.
     """
     for path, name in settings.get("processors", {}).items():
         kind = next((kind for kind in PURE_PROCESSORS if kind.__name__ == name and "IPAdapter" not in name), None)

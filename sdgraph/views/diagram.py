@@ -1,4 +1,4 @@
-"""A UNet as a picture: the U of its blocks, and what passes have done to it."""
+"""A UNet as a diagram: the U of its blocks, and the effect of passes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .plan import Plan
 
 
 def picture(graph: GraphState, path: str | os.PathLike[str], before: GraphState | None = None) -> None:
-    """Draw a UNet: going down on the left, up on the right, skip connections across.
+    """Draw a UNet: down blocks on the left, up blocks on the right, skip connections across.
 
-    Each box is a layer's resnet (R), attention (A, with its number of transformer blocks) or sampler; its bar
-    and figure are its share of the multiply-accumulates. In an SVG each box is an element whose id is its
-    module path, and its label one whose id is the path and `:kept`, `:removed`, `:changed` or `:inserted`.
+    A box is a layer's resnet (R), attention (A, with the number of transformer blocks) or sampler. Its bar and figure
+    are its share of the multiply-accumulates. In an SVG the id of a box is its module path, and the id of its label is
+    the path with `:kept`, `:removed`, `:changed` or `:inserted`.
 
     Args:
         path: the file to write, `.svg` or `.png`.
-        before: the graph before some passes, to show what they removed, changed and inserted.
+        before: the graph before some passes, whose effect is shown.
     Raises:
         ExtraError: matplotlib is not installed.
-        SpecError: another suffix.
+        SpecError: the file has another suffix.
         PathError: the graph has no blocks of a UNet.
     """
     plan = Plan(graph, before)

@@ -1,4 +1,4 @@
-"""A laid-out UNet on paper."""
+"""The drawing of a diagram."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Drawing:
-    """Puts a plan on paper, through matplotlib's object interface: no window, no global figure."""
+    """Draws a plan through matplotlib's object interface, without windows and global figures."""
 
     def __init__(self, plan: Plan, layout: Layout, figure: Figure) -> None:
         self.plan, self.boxes, self.figure = plan, plan.boxes, figure
@@ -133,8 +133,8 @@ class Drawing:
     def _skip(self, skip: Skip, state: str) -> None:
         if not {skip.source, skip.target} <= self.boxes.keys():
             return
-        one, two = self.boxes[skip.source], self.boxes[skip.target]
-        x, y = (one.x + one.width, two.x), (one.y + BOX_HEIGHT / 2, two.y + BOX_HEIGHT / 2)
+        start, end = self.boxes[skip.source], self.boxes[skip.target]
+        x, y = (start.x + start.width, end.x), (start.y + BOX_HEIGHT / 2, end.y + BOX_HEIGHT / 2)
         look = {
             "kept": {"color": "#8a94a3", "linewidth": 1.0},
             "inserted": {"color": EDGES["changed"], "linewidth": 1.3},
@@ -160,15 +160,15 @@ class Drawing:
 
     def _flow(self, flow: list[str]) -> None:
         boxes = [self.boxes[p] for p in flow if self.boxes[p].state != "removed"]
-        for one, two in itertools.pairwise(boxes):
-            self._arrow(one, two)
+        for box, following in itertools.pairwise(boxes):
+            self._arrow(box, following)
 
-    def _arrow(self, one: Box, two: Box) -> None:
+    def _arrow(self, box: Box, following: Box) -> None:
         from matplotlib.patches import FancyArrowPatch
         from matplotlib.path import Path as Line
 
         arrow = FancyArrowPatch(
-            path=Line(_corners(one, two)),
+            path=Line(_corners(box, following)),
             arrowstyle="-|>",
             mutation_scale=6,
             shrinkA=0,
@@ -194,22 +194,22 @@ class Drawing:
         draw_legend(self.axes, self.plan, left + 0.3, low + 0.3)
 
 
-def _corners(one: Box, two: Box) -> list[tuple[float, float]]:
-    """The way from a box to the next: level within a row, else down or up and across just before or after."""
-    if one.y == two.y and one.x < two.x and not _crosses(one, two):
-        y = one.y + BOX_HEIGHT / 2
-        return [(one.x + one.width, y), (two.x, y)]
-    start, end = one.x + one.width / 2, two.x + two.width / 2
-    if _crosses(one, two):  # no mid block: around below both
-        low = min(one.y, two.y) - 0.34
-        return [(start, one.y), (start, low), (end, low), (end, two.y)]
-    if one.y > two.y:
-        across = two.y + BOX_HEIGHT + (ROW - BOX_HEIGHT) / 2 + 0.02
-        return [(start, one.y), (start, across), (end, across), (end, two.y + BOX_HEIGHT)]
-    across = one.y + BOX_HEIGHT + (ROW - BOX_HEIGHT) / 2 + 0.02
-    return [(start, one.y + BOX_HEIGHT), (start, across), (end, across), (end, two.y)]
+def _corners(box: Box, following: Box) -> list[tuple[float, float]]:
+    """Return the corners of the arrow between boxes: level within a row, otherwise up or down and across."""
+    if box.y == following.y and box.x < following.x and not _crosses(box, following):
+        y = box.y + BOX_HEIGHT / 2
+        return [(box.x + box.width, y), (following.x, y)]
+    start, end = box.x + box.width / 2, following.x + following.width / 2
+    if _crosses(box, following):  # no mid block: around below both
+        low = min(box.y, following.y) - 0.34
+        return [(start, box.y), (start, low), (end, low), (end, following.y)]
+    if box.y > following.y:
+        across = following.y + BOX_HEIGHT + (ROW - BOX_HEIGHT) / 2 + 0.02
+        return [(start, box.y), (start, across), (end, across), (end, following.y + BOX_HEIGHT)]
+    across = box.y + BOX_HEIGHT + (ROW - BOX_HEIGHT) / 2 + 0.02
+    return [(start, box.y + BOX_HEIGHT), (start, across), (end, across), (end, following.y)]
 
 
-def _crosses(one: Box, two: Box) -> bool:
-    left = one.path.startswith("down") or one.path == "conv_in"
-    return left and (two.path.startswith("up") or two.path == "conv_out")
+def _crosses(box: Box, following: Box) -> bool:
+    left = box.path.startswith("down") or box.path == "conv_in"
+    return left and (following.path.startswith("up") or following.path == "conv_out")

@@ -12,12 +12,12 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def several(names: Sequence[str]) -> str:
-    """Names in one line."""
+    """Return names in one line; of many the first, the last and their number."""
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
 
 
 def span(names: Sequence[str]) -> str:
-    """`a_0, a_1, a_2` as `a_0…2`, and `a_0, a_2` as `a_0,2`."""
+    """Return numbered names in short form: `a_0, a_1, a_2` as `a_0…2`, and `a_0, a_2` as `a_0,2`."""
     stem = names[0].rpartition("_")[0]
     numbers = [name.removeprefix(f"{stem}_") for name in names]
     if len(names) == 1 or not all(n.isdigit() for n in numbers):
@@ -28,12 +28,12 @@ def span(names: Sequence[str]) -> str:
 
 
 def cost(number: int) -> str:
-    """A number of multiply-accumulates, in the unit they are quoted in."""
+    """Return a number of multiply-accumulates with its unit."""
     return f"{number / 1e9:.4g} GMACs" if number >= 1e7 else f"{count(number)} MACs"
 
 
 def count(number: int) -> str:
-    """A number in three digits: `860 M`."""
+    """Return a number in three digits, such as `860 M`."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
             return f"{number / scale:.3g} {unit}" if number < 999.5 * scale else f"{number / scale:.0f} {unit}"

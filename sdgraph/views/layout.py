@@ -1,4 +1,4 @@
-"""Where the boxes of a diagram stand: going down on the left, up on the right."""
+"""The layout of a diagram: down blocks on the left, up blocks on the right."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .units import BLOCK
 
 
 class Layout:
-    """Gives boxes their places, and tells what surrounds and joins them.
+    """Sets the places of boxes.
 
-    Its `frames` are the blocks, each with the paths of its boxes; its `flow` is the paths in the order of computation.
+    Its `frames` are the blocks with the paths of their boxes. Its `flow` is the paths in the order of computation.
 
     Args:
-        boxes: the boxes by path, whose places are set.
-        up_blocks: how many the UNet had; the outermost may be gone.
+        boxes: the boxes by path.
+        up_blocks: the number of up blocks in the configuration, because the outermost may have been removed.
     """
 
     def __init__(self, boxes: Mapping[str, Box], up_blocks: int) -> None:
@@ -55,7 +55,7 @@ class Layout:
         self.flow: list[str] = [path for row in [*falling, entry, middle, *rising] for path in row]
 
     def _rising(self, level: int, layers: list[list[str]]) -> list[list[str]]:
-        """Rows of an up block, from below; its up-sampler, or the end of the U, goes with the last layer."""
+        """Return the rows of an up block, from below. The up-sampler, or the end of the U, is in the last row."""
         up, tail = _split(layers)
         if level == 0:
             tail = [*tail, *(path for path in ENDS[1:] if path in self.boxes)]
@@ -71,7 +71,7 @@ class Layout:
                 self.boxes[ENDS[1]].x += GAP  # it stands outside of the block's frame
 
     def _top(self) -> None:
-        """What the blocks do not hold, such as the embeddings, side by side above the skips."""
+        """Place the boxes outside of blocks, such as the embeddings, side by side above the skips."""
         rest = [b for b in self.boxes.values() if not BLOCK.match(b.path) and b.path not in ENDS]
         width = len(rest) * (WIDE + GAP) - GAP
         for i, box in enumerate(rest):
@@ -88,7 +88,7 @@ class Layout:
 
 
 def _layer_rows(paths: Iterable[str]) -> list[list[str]]:
-    """The units of a block, one row per layer; samplers in a last row of their own."""
+    """Return the units of a block in a row for every layer, and a last row for samplers."""
     rows: dict[int, list[str]] = {}
     for path in paths:
         _, _, index = path.rpartition(".")
@@ -98,7 +98,7 @@ def _layer_rows(paths: Iterable[str]) -> list[list[str]]:
 
 
 def _split(rows: list[list[str]]) -> tuple[list[list[str]], list[str]]:
-    """Layers, and the samplers behind them."""
+    """Return the rows of layers, and the samplers that follow them."""
     if rows and "sampler" in rows[-1][0]:
         return rows[:-1], rows[-1]
     return rows, []

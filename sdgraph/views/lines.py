@@ -1,4 +1,4 @@
-"""Which nodes have a line of the text, and what a run of lines reads and hands on."""
+"""The nodes that have a line of the text, and the values that a run of lines reads and returns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx
 
 
 def is_line(node: fx.Node) -> bool:
-    """Sizes, dtypes, parameters and items of tuples are written where they are used."""
+    """Return whether a node has a line; sizes, dtypes, parameters and items of tuples are written inside lines."""
     val = node.meta.get("val")
     if node.op == "get_attr" or (node.target is operator.getitem and is_tuple(node.args[0])):
         return False
@@ -21,11 +21,12 @@ def is_line(node: fx.Node) -> bool:
 
 
 def is_tuple(arg: Any) -> bool:
+    """Return whether an argument is a node whose value is a tuple."""
     return isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), tuple | list)
 
 
 def _read_lines(node: fx.Node) -> Iterator[fx.Node]:
-    """The lines a node's arguments come from: items of tuples stand for the tuple."""
+    """Yield the lines that a node's arguments come from; an item of a tuple comes from the tuple."""
     for arg in node.all_input_nodes:
         if arg.target is operator.getitem and is_tuple(arg.args[0]):
             yield arg.args[0]  # type: ignore[misc]
@@ -34,13 +35,13 @@ def _read_lines(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def inputs_of(inside: Sequence[fx.Node]) -> list[fx.Node]:
-    """What a run of lines reads from outside, in the order of use."""
+    """Return the nodes outside of a run of lines that it reads, in the order of use."""
     known = set(inside)
     return list(dict.fromkeys(arg for node in inside for arg in _read_lines(node) if arg not in known))
 
 
 def outputs_of(inside: Sequence[fx.Node]) -> list[fx.Node]:
-    """What a run of lines hands on; the last one where nobody reads any."""
+    """Return the nodes of a run of lines that are read outside; the last node if none is."""
     known = set(inside)
 
     def is_read(node: fx.Node) -> bool:

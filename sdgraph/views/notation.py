@@ -1,4 +1,4 @@
-"""How values and operations are written: values by names, given as they appear, and operations as calls."""
+"""The notation of the text: values have names, which are given as they appear, and operations are calls."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Notation:
         self.counts: dict[str, int] = {}
 
     def value(self, node: fx.Node) -> str:
-        """A value as it is written in another line."""
+        """Return a value as it is written in another line."""
         if node in self.names:
             return self.names[node]
         if node.op == "get_attr":
@@ -53,7 +53,7 @@ class Notation:
         return _readable(str(size)) if size is not None else "…"
 
     def name(self, node: fx.Node) -> str:
-        """The name of a value, given now if it has none: `h'` for `h` with an optional residual added."""
+        """Return the name of a value, and give it one if it has none: `h'` is `h` with an optional residual added."""
         residual = self.residual(node)
         if node in self.names:
             return self.names[node]
@@ -69,13 +69,13 @@ class Notation:
         return self.names[node]
 
     def fresh(self, stem: str) -> str:
-        """A name that no value has: the stem with a number."""
+        """Return a name that no value has: the stem with a number."""
         self.counts[stem] = self.counts.get(stem, -1) + 1
         name = f"{stem}{self.counts[stem]}"
         return name if name not in self.names.values() else self.fresh(stem)  # an input may be called h0
 
     def _written(self, arg: Any) -> str:
-        """An argument of an operation."""
+        """Return an argument of an operation as text."""
         if isinstance(arg, fx.Node):
             return self.value(arg)
         if isinstance(arg, slice):
@@ -86,7 +86,7 @@ class Notation:
         return str(arg).removeprefix("torch.") if isinstance(arg, torch.dtype) else repr(arg)
 
     def expression(self, node: fx.Node) -> str:
-        """An operation as a call."""
+        """Return an operation as the text of a call."""
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             index = self._written(node.args[1])
             return f"{self.value(node.args[0])}[{index[1:-1] if index.startswith('(') else index}]"
@@ -101,11 +101,14 @@ class Notation:
         return f"{callee}({', '.join(parts)})"
 
     def callee(self, node: fx.Node) -> str:
-        """Name of what an operation calls."""
+        """Return the name of the function, method or module that an operation calls."""
         return relative(str(node.target), self.within) if node.op == "call_module" else short_name(node)
 
     def residual(self, node: fx.Node) -> tuple[fx.Node, str] | None:
-        """For an addition of an optional residual: the other side, and the argument the residual comes in."""
+        """Return the other side of an addition of an optional residual, and the argument that holds the residual.
+
+        None for any other node.
+        """
         if node.target not in (operator.add, torch.add) or len(node.all_input_nodes) != 2:
             return None
         base, added = node.all_input_nodes

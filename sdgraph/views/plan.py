@@ -1,4 +1,4 @@
-"""What there is to draw of a UNet: boxes with their state, and skips with what became of them."""
+"""The contents of a diagram: boxes and skips, and whether passes kept, removed, changed or inserted them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .words import substance
 
 
 class Plan:
-    """The boxes and skips of a graph, each with what became of it.
+    """The boxes and skips of a graph with their states.
 
     Args:
         graph: the graph to draw.
-        before: the graph before some passes, if what they did is to be shown.
+        before: the graph before some passes, whose effect is shown.
     Raises:
         PathError: the graph has no blocks of a UNet.
     """
@@ -34,7 +34,7 @@ class Plan:
         self.news = self._news()
 
     def _paths(self) -> list[str]:
-        """Paths of both graphs, those of the old one first; of the top level, what has weights."""
+        """Return the paths of the units of both graphs, the old graph first, without those that have no weights."""
         paths = dict.fromkeys([*self.old.nodes, *self.after.nodes])
         return [p for p in paths if BLOCK.match(p) or self._weighs(p)]
 
@@ -65,6 +65,6 @@ class Plan:
         return label
 
     def _news(self) -> str:
-        """New operations that are in no box, such as what a pass puts on a skip."""
-        was, now = (Counter(substance(units.graph, units.outside)) for units in (self.old, self.after))
-        return ", ".join(f"{many} {word}" for word, many in sorted((now - was).items()))
+        """Return the new operations that are in no box, such as those that a pass inserts on a skip."""
+        old, new = (Counter(substance(units.graph, units.outside)) for units in (self.old, self.after))
+        return ", ".join(f"{number} {word}" for word, number in sorted((new - old).items()))

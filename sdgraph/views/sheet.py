@@ -1,4 +1,4 @@
-"""A graph laid out in rows: one for a region or an operation, opened down to a depth."""
+"""The rows of a graph's text: a row is a region, or an operation of a region that is opened."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .words import module_words, relative, shape_words, substance
 
 @dataclass(frozen=True)
 class Row:
-    """One line: a statement, and what it is about."""
+    """A line of the text: a statement, and facts about the nodes that it stands for."""
 
     indent: int
     statement: str
@@ -33,7 +33,7 @@ class Row:
     opens: bool = False
 
     def key(self) -> tuple[Any, ...]:
-        """Equal for rows that do the same, whatever their values are numbered."""
+        """A key that is equal for rows that do the same, regardless of the names of values."""
         if self.opens:  # its rows tell what changed inside
             return (self.indent, self.callee, self.source)
         return (self.indent, self.callee, self.source, self.shape, self.parameters, self.macs, self.does)
@@ -64,9 +64,9 @@ class Sheet:
     """Lays a graph out in rows, and names its values as they appear.
 
     Args:
-        graph: what to lay out.
-        depth: levels of regions to open.
-        within: lay out the single operations of this region instead.
+        graph: the graph to lay out.
+        depth: the levels of regions that are opened.
+        within: the path of a region whose single operations are laid out instead.
     """
 
     def __init__(self, graph: GraphState, depth: int = 3, within: str = "") -> None:
@@ -123,7 +123,7 @@ class Sheet:
         self._add(level, f"{names} = {callee}({given})", callee, source, inside, shape)
 
     def _optional(self, inside: list[fx.Node], level: int) -> None:
-        """Additions of residuals that a call may leave out, all those of one list in one line."""
+        """Add a row for the additions of optional residuals; those of a list share a row."""
         if len(inside) == 1:
             self._operation(inside[0], level)
             return
@@ -162,7 +162,7 @@ class Sheet:
 
 
 def _simple_paths(graph: GraphState) -> tuple[set[str], set[str]]:
-    """Paths that are one of PyTorch's modules, and paths of regions that hold nothing but such modules."""
+    """Return the paths of PyTorch's modules, and the paths of regions that hold only such modules."""
     stacks = [(list(n.meta.get("nn_module_stack", {})), n) for n in graph.fx.nodes]
     others = {s[-1] for s, n in stacks if s and not (n.op == "call_module" and n.target == s[-1])}
     paths = {path for stack, _ in stacks for path in stack}
@@ -173,7 +173,7 @@ def _simple_paths(graph: GraphState) -> tuple[set[str], set[str]]:
 
 
 def _parameter_counts(graph: GraphState) -> dict[str, int]:
-    """Parameters by what a node reads: a tensor, or a module with its own tensors."""
+    """Return the number of parameters of every tensor and every module, by path."""
     held: dict[str, int] = {}
     for name, parameter in graph.parameters().items():
         held[name] = parameter.numel()

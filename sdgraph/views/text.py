@@ -1,4 +1,4 @@
-"""The graph as text, to be read: folded by module, its values named in the order they appear."""
+"""A graph as text for people: folded by module, with values named in the order in which they appear."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .words import relative, shape_words, short_name
 
 
 def text(graph: GraphState, depth: int = 3, within: str = "") -> str:
-    """Readable form of a graph. Graphs of the same structure give the same text.
+    """Return a graph as text. Graphs of the same structure have the same text.
 
     Args:
-        depth: levels of nesting: 1 is the header, 2 the blocks, 3 their layers (resnets, attentions), 4 and
-            more their parts. A region of nothing but single operations opens one level later than others.
-        within: a module path, to see the single operations of that region instead.
+        depth: levels of nesting that are shown: 1 is the header, 2 the blocks, 3 their layers (resnets, attentions), 4
+            and more their parts. A region that holds only single operations opens one level later than others.
+        within: the path of a region whose single operations are shown instead.
     Raises:
-        PathError: no such path in the graph.
+        PathError: there is no such path in the graph.
     """
     if within:
         return _region_text(graph, within)
@@ -46,15 +46,15 @@ def text(graph: GraphState, depth: int = 3, within: str = "") -> str:
 
 
 def diff(before: GraphState, after: GraphState, depth: int = 3) -> str:
-    """What is removed (-), added (+) or changed (both), region by region, with the blocks it happened in.
+    """Return the regions that were removed (-), added (+) or changed (both), with the blocks that hold them.
 
-    Values' numbers and shares of the total, which move with every edit, are left out of the comparison.
+    The numbers in names of values and the shares of the total are not compared, because every edit changes them.
     """
     sheets = [Sheet(graph, depth) for graph in (before, after)]
     old, new = ([row.key() for row in sheet.rows] for sheet in sheets)
     shown: list[Row] = []
     signs: list[str] = []
-    pending: dict[int, Row] = {}  # headers of the blocks we are in that are not shown yet, by indentation
+    pending: dict[int, Row] = {}  # headers of the current blocks that are not shown yet, by indentation
 
     def show(sign: str, row: Row) -> None:
         for indent in sorted(k for k in pending if k < row.indent):
@@ -77,7 +77,7 @@ def diff(before: GraphState, after: GraphState, depth: int = 3) -> str:
 
 
 def _inherited(graph: GraphState) -> list[str]:
-    """Sites by schedule, and what a call costs that inherits them."""
+    """Return a line for every schedule: its sites, and the cost of a call that inherits them."""
     groups: dict[str, list[str]] = {}
     for name, site in graph.sites.items():
         forecast = f", forecast {site.forecast}" if site.forecast != REPEAT else ""
@@ -109,7 +109,7 @@ def _mentions(spec: Input, symbol: str) -> bool:
 
 
 def _inputs(graph: GraphState) -> list[str]:
-    """Required inputs one by one, residuals as one line per list."""
+    """Return a line for every input; the residuals of a list share a line."""
     placeholders = {n.name: n for n in graph.fx.nodes if n.op == "placeholder"}
     rows = []
     for (_, folds), group in groupby(graph.inputs, key=lambda i: (i.place[0], i.shape is None)):
@@ -158,6 +158,6 @@ def _origin(node: fx.Node) -> str:
 
 
 def _left(graph: GraphState, path: str) -> str:
-    """What a removed region has left behind, such as a resnet's 1x1 shortcut."""
+    """Return the modules of a removed region that are still there, such as a resnet's 1x1 shortcut."""
     own = [n for n in graph.fx.nodes if path in n.meta.get("nn_module_stack", {}) and n.op == "call_module"]
     return f" ({', '.join(relative(str(n.target), path) for n in own)} left)" if own else ""

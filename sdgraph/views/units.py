@@ -1,4 +1,4 @@
-"""The units of a UNet, which a diagram has boxes for: nodes by the part of a block they belong to, and the skips."""
+"""The units of a UNet, which are the boxes of a diagram, and the skip connections between them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)|mid_block")
 
 @dataclass(frozen=True)
 class Skip:
-    """A value that goes from a unit on the left to one on the right."""
+    """A skip connection: a value that goes from a unit on the left to a unit on the right."""
 
     source: str
     target: str
@@ -26,7 +26,7 @@ class Skip:
 
 
 class Units:
-    """The units of one graph: nodes by path, in graph order, and the skips between them."""
+    """The units of a graph: nodes by path, in graph order, and the skips between units."""
 
     def __init__(self, graph: GraphState) -> None:
         self.graph = graph
@@ -42,16 +42,18 @@ class Units:
         self.skips = list(dict.fromkeys(self._skips()))
 
     def share(self, path: str) -> float:
+        """Return the share of a unit in the multiply-accumulates."""
         return sum(map(self.graph.macs_of, self.nodes[path])) / self.total
 
     def same(self, path: str, other: Units) -> bool:
+        """Return whether a unit is the same in another graph."""
         classes = [units.graph.classes.get(path) for units in (self, other)]
         does = [substance(units.graph, units.nodes[path]) for units in (self, other)]
         shapes = [[p.shape for p in region_at(units.graph, path).parameters.values()] for units in (self, other)]
         return classes[0] == classes[1] and does[0] == does[1] and shapes[0] == shapes[1]
 
     def depth(self, path: str) -> int:
-        """Number of transformer blocks in a unit."""
+        """Return the number of transformer blocks in a unit."""
         stacks = (p for n in self.nodes[path] for p in n.meta.get("nn_module_stack", {}))
         return len({p for p in stacks if re.fullmatch(rf"{re.escape(path)}\.transformer_blocks\.\d+", p)})
 
@@ -67,7 +69,7 @@ class Units:
 
 
 def unit_of(node: fx.Node) -> str:
-    """The part of a block that a node belongs to, or the top-level module outside of the blocks."""
+    """Return the path of the unit of a node: a part of a block, or a top-level module; "" if it is in none."""
     stack: list[str] = list(node.meta.get("nn_module_stack", {}))
     if not stack or (len(stack) == 1 and BLOCK.fullmatch(stack[0])):
         return ""
@@ -75,12 +77,12 @@ def unit_of(node: fx.Node) -> str:
 
 
 def _source_unit(node: fx.Node) -> str:
-    """The unit that makes a value: residuals that are added on the way are passed over."""
+    """Return the unit that computes a value. Residuals that are added on the way are skipped."""
     while not unit_of(node):
-        made = [n for n in node.all_input_nodes if n.op not in ("placeholder", "get_attr")]
-        if not made:
+        computed = [n for n in node.all_input_nodes if n.op not in ("placeholder", "get_attr")]
+        if not computed:
             return ""
-        node = made[0]
+        node = computed[0]
     return unit_of(node)
 
 

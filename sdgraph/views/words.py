@@ -18,9 +18,9 @@ IDLE = ("to", "float", "contiguous")
 
 
 def substance(graph: GraphState, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
-    """What nodes do, in order: operations and modules with their options, without those that change no value.
+    """Return the operations and modules of nodes with their options, in order, without those that change no value.
 
-    Regions of equal substance differ at most in what a clean-up removes: dropout, casts, divisions by one.
+    Regions of equal substance differ at most in operations that a clean-up removes: dropout, casts, divisions by one.
     """
     words = []
     for node in nodes:
@@ -34,19 +34,19 @@ def substance(graph: GraphState, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
 
 
 def short_name(node: fx.Node) -> str:
-    """Name of what a node calls, shortened where it is long."""
+    """Return the name of the function or method that a node calls, in short form if there is one."""
     return SHORT.get(called(node), called(node))
 
 
 def relative(path: str, base: str) -> str:
-    """A module path as it is written inside the module `base`."""
+    """Return a module path as it is written inside the module `base`."""
     if path == base:
         return path.rpartition(".")[2]
     return path.removeprefix(f"{base}.") if base else path
 
 
 def module_words(graph: GraphState, node: fx.Node) -> str:
-    """A leaf module with the options not at their defaults: `Conv2d(4, 320, kernel_size=3, padding=1)`."""
+    """Return a leaf module with its options without defaults, such as `Conv2d(4, 320, kernel_size=3, padding=1)`."""
     module = graph.module(str(node.target))
     options = re.sub(r"\((\d+), \1\)", r"\1", module.extra_repr())
     options = re.sub(rf", ({DEFAULTS})(?=,|$)", "", options)
@@ -55,7 +55,7 @@ def module_words(graph: GraphState, node: fx.Node) -> str:
 
 
 def shape_words(graph: GraphState, node: fx.Node) -> str:
-    """The shape of a node's value; of a tuple, the different shapes in it."""
+    """Return the shape of a node's value; of a tuple, the different shapes of its items."""
     nominal, generic = values(node)
     if isinstance(nominal, tuple | list):
         parts = [graph.dims.shape(n, g) for n, g in zip(nominal, generic, strict=True)]

@@ -1,0 +1,316 @@
+"""Edits of a graph: inserting code, replacing and removing regions, removing unused nodes and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from ..errors import EditError, ModeError
+from ..schedules import Schedule
+from .edits import Removed
+from .guards import Guard, check_condition, probing
+from .insertion import check_same_shape, first_operation, insert, module_stack
+from .liveness import eliminate_dead_code
+from .nodes import scope, weights_read
+from .paths import matching
+from .region import Region, region_at, regions_of
+from .sites import Site, bypass, sites
+from .specialize import copy_nodes
+from .state import GraphState
+from .weights import Shares
+
+
+class EditableGraph(GraphState):
+    """A graph whose regions can be found and edited. `sdgraph.Graph` adds views, and sites with their timetable."""
+
+    def region(self, path: str) -> Region:
+        """Return the nodes under a module path.
+
+        Raises:
+            PathError: there are none; the error names the nearest paths, or the pass that removed the region.
+        """
+        return region_at(self, path)
+
+    def regions(self) -> dict[str, Region]:
+        """Return all regions by path, in graph order, outer before inner."""
+        return regions_of(self)
+
+    def matching(self, patterns: str | Iterable[str]) -> list[str]:
+        """Return the paths of the regions that patterns name, in graph order.
+
+        `*` stands for any text without a dot and `**` for any text. A negative number counts from the last sibling that
+        is in the graph. `{a,b}` stands for `a` or `b`.
+
+        Raises:
+            PathError: a pattern names nothing; the error names the nearest paths.
+        Example:
+            `graph.matching("up_blocks.-1.{resnets,attentions}.*")`
+        """
+        return matching(patterns, self.paths(), self.region)
+
+    def follow_weights(self) -> None:
+        """Adopt the dtype and device that the weights have been moved to since the trace."""
+        self._check_editable()
+        weight = next(iter(self.parameters().values()), None)
+        if weight is None or (weight.dtype, weight.device) == (self.dtype, self.device):
+            return
+        self.dtype, self.device = weight.dtype, weight.device
+        for node in self.fx.nodes:
+            if node.op == "placeholder" and node.meta["val"] is not None and node.meta["val"].is_floating_point():
+                for key in ("val", "probe"):
+                    node.meta[key] = node.meta[key].to(self.probe_dtype(key))
+        self._meta.clear()
+        self.propagate(anew=True)
+
+    def insert(
+        self,
+        code: Callable[..., Any] | nn.Module,
+        *args: Any,
+        before: torch.fx.Node | None = None,
+        path: str = "",
+        leaving: Iterable[torch.fx.Node] = (),
+    ) -> Any:
+        """Trace ordinary PyTorch code into the graph.
+
+        Args:
+            code: a function, or a module, which is registered at `path` with its parameters.
+            args: the arguments of `code`. A node of the graph stands for its value; anything else is passed as it is.
+            before: the node that the new nodes come before; by default the earliest place where all arguments exist.
+            path: the scope of the new nodes; for a module, also the path at which it is registered.
+            leaving: nodes that will be removed, so that new weights may take the names of their weights.
+        Returns:
+            The node of the value that the code returns, or a tuple of nodes.
+        Raises:
+            EditError: a module is inserted without a path.
+            TraceError, ShapeError: the code cannot be traced; the graph is unchanged.
+        """
+        self._check_editable()
+        return insert(self, code, args, before, path, leaving)
+
+    def insert_after(
+        self, node: torch.fx.Node, code: Callable[..., Any] | nn.Module, *args: Any, path: str = ""
+    ) -> torch.fx.Node:
+        """Trace `code(node, *args)` into the graph and give its result to every earlier user of `node`.
+
+        Returns:
+            The node of the result.
+        Raises:
+            ShapeError: the result does not have the shape and dtype of `node`.
+        """
+        users = list(node.users)
+        result = self.insert(code, node, *args, path=path or scope(node))
+        check_same_shape(self, node, result, path or scope(node))
+        for user in users:
+            user.replace_input_with(node, result)
+        return result  # type: ignore[no-any-return]
+
+    def replace(self, region: Region | str, code: Callable[..., Any] | nn.Module) -> torch.fx.Node:
+        """Replace a region that has one output by PyTorch code.
+
+        Args:
+            region: the region, or its path.
+            code: a function or module, which is called with the region's tensor inputs in graph order
+                (`region.inputs`).
+        Returns:
+            The node of the new output.
+        Raises:
+            EditError: the region has several outputs, or sites of feature inheritance.
+            ShapeError: the new output does not have the shape and dtype of the old one.
+        """
+        region = self.region(region) if isinstance(region, str) else region
+        self._keep_sites(region)
+        old = region.output
+        new = self.insert(code, *region.inputs, before=old.next, path=region.path, leaving=region.nodes)
+        check_same_shape(self, old, new, region.path)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self._leave(region)
+        return new  # type: ignore[no-any-return]
+
+    def bypass(self, region: Region | str, schedule: Schedule | None = None) -> tuple[str, ...]:
+        """Remove a region, so that the main flow goes past it; with a schedule, only at the calls it does not name.
+
+        An output of the region is replaced by the first of these values that fits:
+
+        1. the other side of the residual addition that is its only user (attention and feed-forward units);
+        2. the main flow before the concatenation that feeds the region, if the channels agree (an up layer is removed
+           together with its skip connection);
+        3. the region's main input, if the channels agree;
+        4. the result of a resnet's own 1x1 shortcut.
+
+        Shapes are checked by `propagate`, so that several regions can be removed together. The removal is recorded in
+        `removals`.
+
+        Args:
+            region: the region, or its path.
+            schedule: the calls at which the region is computed; at the others it is bypassed. By default it is removed.
+        Returns:
+            The names of the new sites, one for each output of the region; without a schedule there are none.
+        Raises:
+            EditError: the region is to be removed and has sites, or it is a site already.
+            ShapeError: no value fits; the error names the two shapes.
+        """
+        self._check_editable()
+        region = self.region(region) if isinstance(region, str) else region
+        if schedule is None:
+            self._keep_sites(region)
+            for output in region.outputs:
+                old, new = region.stand_in(output)
+                old.replace_all_uses_with(new)
+            self.removals += (Removed(region.path, self._editor),)
+            self._leave(region)
+            return ()
+        names = tuple(f"{region.path}[{i}]" if i else region.path for i in range(len(region.outputs)))
+        for name, output in zip(names, region.outputs, strict=True):
+            self._bypass_by_call(*region.stand_in(output), name, schedule)
+        return names
+
+    def _bypass_by_call(self, value: torch.fx.Node, instead: torch.fx.Node, name: str, schedule: Schedule) -> None:
+        if name in sites(self.fx):
+            raise EditError(f"there is a site {name!r} already", where=scope(value), hint="bypass another module")
+        check_same_shape(self, value, instead, name)
+        with self.fx.inserting_after(value):
+            site = self.fx.call_function(bypass, (value, instead, name))
+        site.meta["nn_module_stack"] = dict(value.meta.get("nn_module_stack", {}))
+        self.infer(site)
+        value.replace_all_uses_with(site, delete_user_cb=lambda user: user is not site)
+        self._sites[name] = Site(schedule, bypassed=True)
+
+    def rewire(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
+        """Give `new` to every user of `old`.
+
+        Raises:
+            ShapeError: the two do not have the same shape and dtype at every size.
+        """
+        self._check_editable()
+        check_same_shape(self, old, new, scope(old))
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def erase(self, node: torch.fx.Node) -> None:
+        """Remove a node that has no users.
+
+        Raises:
+            EditError: the node has users.
+        """
+        self._check_editable()
+        if node.users:
+            names = ", ".join(n.name for n in node.users)
+            raise EditError(f"{node.name} is used by {names}", where=scope(node), hint="rewire its users first")
+        self.fx.erase_node(node)
+
+    def add_parameter(self, name: str, tensor: torch.Tensor, before: torch.fx.Node | None = None) -> torch.fx.Node:
+        """Add a trainable parameter.
+
+        Args:
+            name: its name among the weights.
+            tensor: its initial value; the storage is shared.
+            before: the node that the new node comes before; by default the first operation.
+        Returns:
+            The node that reads the parameter.
+        Raises:
+            EditError: there is a weight of this name.
+        """
+        if self.weights.get(name) is not None:
+            raise EditError(f"there is a weight {name!r} already", hint="choose another name")
+        self.add_tensor(name, nn.Parameter(tensor))
+        with self.fx.inserting_before(before or first_operation(self)):
+            node = self.fx.get_attr(name)
+        node.meta["nn_module_stack"] = module_stack(self, name.rpartition(".")[0])
+        self.infer(node)
+        return node
+
+    def require(self, condition: str, because: str = "") -> None:
+        """Refuse calls whose sizes do not satisfy a condition, here and in exported models.
+
+        Call this before inserting code that needs the condition: the sizes at which the graph is evaluated are moved
+        to sizes that satisfy it.
+
+        Args:
+            condition: a comparison of sizes of the call: batch `B`, height `H` and width `W` of the latents, length
+                `L` of the text.
+            because: the reason, which the error for a refused call gives.
+        Raises:
+            SpecError: the condition is no comparison of sizes.
+            EditError: the condition contradicts an earlier one, or the model's own size.
+        Example:
+            `graph.require("H % 2 == 0", "the windows are two rows high")`
+        """
+        names = [symbol.name for symbol in self.dims.symbols]
+        check_condition(condition, names)
+        if any(guard.condition == condition and guard.outcome for guard in self.guards):
+            return
+        guards = tuple(dict.fromkeys((*self.guards, Guard(condition, True, because))))
+        symbols = probing(guards, self.dims.symbols, len(self.config.get("down_block_types", ())))
+        self.guards = guards
+        if symbols != self.dims.symbols:
+            self.probe_at(symbols)
+
+    def eliminate_dead_code(self) -> None:
+        """Remove nodes that the output does not depend on, except inputs, and then unused weights.
+
+        Leaf modules that go are recorded in `removals`.
+        """
+        self._check_editable()
+        eliminate_dead_code(self.fx)
+        used = weights_read(self.fx.nodes)
+        recorded = {removed.path for removed in self.removals if removed.module is not None}
+        self.removals += tuple(
+            Removed(path, self._editor, Shares().module(module))
+            for path, module in self.weights.leaves()
+            if path not in used and path not in recorded
+        )
+        self.weights.keep_only(used)
+
+    sweep = eliminate_dead_code  # the former name, which passes may still use
+
+    def check_no_adapters(self) -> None:
+        """Refuse a graph whose leaves are wrapped by LoRA layers, which are not part of the graph and would be lost.
+
+        Raises:
+            ModeError: there are LoRA layers.
+        """
+        for path, module in self.weights.named_modules():
+            if hasattr(module, "lora_A"):
+                raise ModeError(
+                    "LoRA is loaded, and its layers are no part of the graph",
+                    where=path,
+                    hint="unet.fuse_lora() and unet.unload_lora() first",
+                )
+
+    def copy(self) -> Self:
+        """Return a separate graph that shares the storage of the weights; it can be edited.
+
+        Raises:
+            ModeError: there are LoRA layers.
+        """
+        self.check_no_adapters()
+        return replace(
+            self,
+            fx=copy_nodes(self.fx),
+            weights=self.weights.sharing(weights_read(self.fx.nodes)),
+            frozen=False,
+            classes=dict(self.classes),
+            _sites=dict(self._sites),
+            _meta=dict(self._meta),
+        )
+
+    def _keep_sites(self, region: Region) -> None:
+        """Refuse a region with sites, which would vanish with it unnoticed."""
+        for name, node in sites(self.fx).items():
+            if node in region.nodes:
+                raise EditError(
+                    f"{region.path} has the site {name!r}", where=region.path,
+                    hint="remove and replace modules before features are inherited",
+                )  # fmt: skip
+
+    def _leave(self, region: Region) -> None:
+        """Remove a region that nothing uses. Sizes read in it that others use stay, in the scope of their source."""
+        self.eliminate_dead_code()
+        for node in region.nodes:
+            if not node._erased and not isinstance(node.meta["val"], torch.Tensor) and len(node.all_input_nodes) == 1:
+                source = node.all_input_nodes[0]
+                if source not in region.nodes:
+                    node.meta["nn_module_stack"] = dict(source.meta.get("nn_module_stack", {}))
