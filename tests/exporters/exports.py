@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from diffusers import UNet2DConditionModel
 
 import sdgraph
 from sdgraph.exporters.onnx import parity
 from sdgraph.exporters.ort.unet import ORTUNet
 from sdgraph.passes import GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
 
-from ..models import build
+from ..models import ATTEND, ONE_LEVEL, PLAIN, build
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -35,6 +36,15 @@ PRESETS: dict[str, Any] = {
         GRIAttention(4, pool=2),
         InheritFeatures.deep_cache(2),
     ],
+}
+
+
+TWO_LEVELS: dict[str, Any] = {
+    "down_block_types": (PLAIN, ATTEND),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (16, 32),
+    "transformer_layers_per_block": [1, 2],
+    "attention_head_dim": [1, 2],
 }
 
 
@@ -59,12 +69,18 @@ EXPORTS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "pruned": lambda: (sdgraph.apply(build("sd15-levels"), "PruneBlocks('bk-sdm-base')"), {}),
     "sdxl": lambda: (build("sdxl"), {}),
     "controlled": lambda: (build("lcm", num_class_embeds=7), {"inputs": RESIDUALS}),
-    "half": lambda: (sdgraph.apply(build("sdxl").half()), {}),  # joins its time ids in float32
+    "half": lambda: (sdgraph.apply(build("sdxl", **TWO_LEVELS).half()), {}),  # joins its time ids in float32
     **{name: lambda name=name: (inheriting(name), {"calls": 6}) for name in PRESETS},
 }
 
 
+def source(name: str) -> UNet2DConditionModel:
+    """The UNet that a preset is applied to: the smallest that has its sites."""
+    if name == "attention broadcast":  # four graphs
+        return build(**ONE_LEVEL)
+    return build("sd15-levels" if name == "all passes" else "sd15")
+
+
 def inheriting(name: str) -> sdgraph.GraphUNet:
     """A UNet with a preset."""
-    source = build("sd15-levels" if name == "all passes" else "sd15")
-    return sdgraph.apply(source, PRESETS[name], verify=False)
+    return sdgraph.apply(source(name), PRESETS[name], verify=False)
