@@ -78,7 +78,7 @@ def source(name: str) -> UNet2DConditionModel:
     """The UNet that a preset is applied to: the smallest that has its sites."""
     if name == "attention broadcast":  # four graphs
         return build(**ONE_LEVEL)
-    return build("sd15-levels" if name == "all passes" else "sd15")
+    return build(layers_per_block=2 if name == "all passes" else 1)
 
 
 def inheriting(name: str) -> sdgraph.GraphUNet:

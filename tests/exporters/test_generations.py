@@ -32,7 +32,7 @@ from sdgraph.schedules import Explicit
 
 from ..models import ONE_LEVEL, answer, build, call_of
 from ..pipelines import PIPELINES, make
-from .exports import FULL, PRESETS, RARE, Exported, opened, source
+from .exports import FULL, PRESETS, RARE, TWO_LEVELS, Exported, opened, source
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +86,8 @@ def test_under_every_scheduler(pipe: Any, exported: Callable[[str], Exported], s
 )
 def test_in_other_pipelines(name: str, tmp_path: Path) -> None:
     pipe, call = PIPELINES[name][0](), PIPELINES[name][1]
+    if name == "xl-text":
+        pipe.unet = build("sdxl", **TWO_LEVELS)
     unet = sdgraph.apply(pipe.unet, "HoistInvariants, InheritFeatures.deep_cache(2)", verify=False)
     inputs = ("mid_block_additional_residual", "down_block_additional_residuals") if name == "controlnet" else ()
     export(unet, tmp_path / "bundle", calls=5, inputs=inputs, progress=False)
