@@ -31,7 +31,7 @@ import onnxruntime
 import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler
-from table import markdown
+from tables import markdown
 from tqdm import tqdm
 
 import sdgraph

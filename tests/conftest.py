@@ -17,7 +17,7 @@ from scenes import models
 
 import sdgraph
 
-from .models import build
+from .models import ONE_LEVEL, build
 
 hypothesis.settings.register_profile(
     "sdgraph", deadline=None, max_examples=25, derandomize="CI" in os.environ, print_blob=True
@@ -53,6 +53,12 @@ def graph(traced: Callable[[str], Pair]) -> sdgraph.Graph:
 
 
 @pytest.fixture(scope="session")
+def small() -> sdgraph.Graph:
+    """The graph of a UNet of one level, for passes to be applied to. Leave it as it is; passes do."""
+    return sdgraph.trace(build(**ONE_LEVEL))
+
+
+@pytest.fixture(scope="session")
 def old_unet() -> Path:
     """A folder that sdgraph 0.1.0 saved before its recipe had a schema."""
     return SAVED_BEFORE / "unet"
@@ -74,6 +80,12 @@ def pipe() -> StableDiffusionPipeline:
     pipe = models.pipeline(tokenizer, models.text_encoder(tokenizer), models.vae(), models.unet())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="module")
+def whole(pipe: StableDiffusionPipeline) -> sdgraph.Graph:
+    """The graph of the pipeline's UNet. Leave it as it is; passes do."""
+    return sdgraph.trace(pipe.unet)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +41,14 @@ LEVELS: Mapping[str, Any] = {
     "block_out_channels": (16, 16, 32, 32),
     "down_block_types": (ATTEND, ATTEND, ATTEND, PLAIN),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+# For what takes long at every node, as an export does: a level down and up, with attention.
+ONE_LEVEL: Mapping[str, Any] = {
+    "block_out_channels": (16,),
+    "down_block_types": (ATTEND,),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "mid_block_type": None,
 }
 
 # What sets each released architecture apart, over BASE.
@@ -221,3 +231,15 @@ def assert_same(unet: Any, graph: Any, **call: Any) -> torch.Tensor:
     assert torch.equal(expected, answer(graph, call_of(unet) | call))
     assert torch.equal(answer(unet, call_of(unet, H=9) | call), answer(graph, call_of(unet, H=9) | call))
     return expected
+
+
+def statements(graph: sdgraph.Graph, within: str = "") -> list[str]:
+    """The operations of a graph or of a region as they are printed, without shapes and costs."""
+    lines = graph.text(within=within or None).splitlines()
+    return [re.split(r" {2,}", line.strip())[0] for line in lines if re.match(r" *([%\w', …]+ = |return )", line)]
+
+
+def edits(before: sdgraph.Graph, after: sdgraph.Graph, within: str) -> list[str]:
+    """The operations of a region that a pass removed (-) and added (+), with % for values by number."""
+    was, now = ([re.sub(r"%\d+", "%", line) for line in statements(graph, within)] for graph in (before, after))
+    return [line for line in difflib.unified_diff(was, now, n=0, lineterm="") if line[:3] not in ("---", "+++", "@@ ")]

@@ -13,7 +13,7 @@ from sdgraph.errors import SpecError
 from sdgraph.exporters.ort.bench import bench
 
 from ..exporters.exports import opened
-from ..models import build
+from ..models import ONE_LEVEL, build
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     unet, out, figures = tmp_path / "unet", tmp_path / "out", tmp_path / "figures.json"
-    build().save_pretrained(unet)
+    build(**ONE_LEVEL).save_pretrained(unet)
     passes = "InheritFeatures.deep_cache(3)"
     assert main(["export", str(unet), "--passes", passes, "--out", str(out)]) == 0
     said = capsys.readouterr().out

@@ -21,7 +21,7 @@ from sdgraph.errors import (
 )
 from sdgraph.exporters import onnx, ort
 
-from ..models import answer, call_of
+from ..models import ONE_LEVEL, answer, build, call_of
 from .sample_passes import Scale
 
 
@@ -80,8 +80,9 @@ def test_a_pass_requires_sizes_and_calls_that_have_others_are_refused(
 
 
 @pytest.mark.slow
-def test_what_a_pass_requires_is_exported(unet: UNet2DConditionModel, squares: GraphUNet, tmp_path: Path) -> None:
-    onnx.export(squares, tmp_path / "bundle")
+def test_what_a_pass_requires_is_exported(tmp_path: Path) -> None:
+    unet = build(**ONE_LEVEL)
+    onnx.export(sdgraph.apply(unet, [Squares()]), tmp_path / "bundle")
     exported = ort.ORTUNet.from_pretrained(tmp_path / "bundle", provider="CPUExecutionProvider")
     call = call_of(unet, H=10, W=6)
     assert torch.allclose(answer(exported, call), answer(unet, call), atol=1e-4)

@@ -16,7 +16,6 @@ import sdgraph
 from sdgraph import Contract, Example, NoMatch, Rewrite
 from sdgraph.compiler.runner import run_pass
 from sdgraph.errors import ContractError, ModeError, NoChangeError, PassError, ShapeError, SpecError
-from sdgraph.passes import CleanUp, clean_up
 from sdgraph.testing import check, check_examples
 
 from ..models import answer, build, call_of
@@ -145,38 +144,6 @@ def test_modules_match_by_class_and_keep_their_weights() -> None:
 def test_a_replacement_of_another_shape_is_refused() -> None:
     with pytest.raises(ShapeError, match="the new value is"):
         run_pass(WrongShape(), graph_of(lambda x: torch.sigmoid(x)), verify=False)
-
-
-@pytest.mark.parametrize("one", CleanUp().passes, ids=lambda p: type(p).__name__)
-def test_clean_up_s_own_examples(one: Rewrite) -> None:
-    assert one.examples
-    check(one)
-
-
-@pytest.mark.parametrize("name", ["sd15", "sd21", pytest.param("sdxl", marks=pytest.mark.slow), "lcm"])
-def test_clean_up_is_exact_and_final(name: str) -> None:
-    unet = build(name)
-    clean = sdgraph.apply(unet, [CleanUp()])
-    for sizes in ({"B": 2}, {"B": 3, "H": 9, "W": 7, "L": 2}):
-        call = call_of(unet, **sizes)
-        assert torch.equal(answer(clean, call), answer(unet, call))
-    assert len(clean.graph.nodes) < len(sdgraph.trace(unet).nodes)
-    again = sdgraph.apply(clean, [CleanUp()])
-    assert len(again.graph.nodes) == len(clean.graph.nodes)
-    left = {type(m).__name__ for m in clean.modules()}
-    assert "Dropout" not in left
-    for dtype in (torch.bfloat16, torch.float64):  # a cast that mattered in another dtype is still there
-        call = call_of(unet.to(dtype))
-        assert torch.equal(answer(clean.to(dtype), call), answer(unet, call))
-
-
-def test_clean_up_leaves_dropout_that_matters() -> None:
-    unet = build("sd15", dropout=0.1)
-    clean = sdgraph.apply(unet, [CleanUp()])
-    assert any(isinstance(m, nn.Dropout) for m in clean.modules())
-    misses = [m for child in clean.report.passes for m in child.near_misses]
-    assert any("p is 0.1" in m.reason for m in misses)
-    assert clean_up.RemoveDropout().contract == Contract.EXACT
 
 
 # -- functions and modules, and what a pattern may be -----------------------------------------------------------------

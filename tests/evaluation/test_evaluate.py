@@ -21,6 +21,8 @@ import sdgraph
 from sdgraph.errors import EditError, PathError, QualityError, SourceError, SpecError
 from sdgraph.evaluation import metrics as similarity
 
+from ..models import build
+
 CALL: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
 
 PROMPTS = ["a red circle", "a small blue star on a white background"]
@@ -29,10 +31,12 @@ PRUNE = "PruneBlocks('mid_block.attentions.0')"
 
 
 @pytest.fixture(scope="module")
-def pipe(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """One whose progress bar nobody has set up yet."""
-    del pipe._progress_bar_config
-    return pipe
+def pipe() -> StableDiffusionPipeline:
+    """One of a tiny UNet that reads the scenes' captions; nobody has set up its progress bar yet."""
+    torch.manual_seed(0)
+    tokenizer = models.tokenizer()
+    unet = build(sample_size=16, cross_attention_dim=models.TEXT_WIDTH)
+    return models.pipeline(tokenizer, models.text_encoder(tokenizer), models.vae(), unet)
 
 
 def test_clip_score_is_the_cosine(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from sdgraph.exporters.onnx.export import export
 
+from ..pipelines import PIPELINES
 from .exports import EXPORTS, Exported
 
 
@@ -23,3 +25,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
         return Exported(unet, directory, export(unet, directory, progress=False, **options))
 
     return of
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """A tiny pipeline, whose UNet the exports are of."""
+    return PIPELINES["text"][0]()

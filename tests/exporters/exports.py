@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from diffusers import UNet2DConditionModel
 
 import sdgraph
 from sdgraph.exporters.onnx import parity
@@ -16,7 +17,7 @@ from sdgraph.forecasts import Polynomial
 from sdgraph.passes import Bypass, GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.schedules import Drift, Uniform
 
-from ..models import build
+from ..models import ATTEND, ONE_LEVEL, PLAIN, build
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -45,6 +46,15 @@ PRESETS: dict[str, Any] = {
 }
 
 
+TWO_LEVELS: dict[str, Any] = {
+    "down_block_types": (PLAIN, ATTEND),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (16, 32),
+    "transformer_layers_per_block": [1, 2],
+    "attention_head_dim": [1, 2],
+}
+
+
 class Exported(NamedTuple):
     """A UNet, what it was exported as, and the report."""
 
@@ -66,12 +76,18 @@ EXPORTS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "pruned": lambda: (sdgraph.apply(build("sd15-levels"), "PruneBlocks('bk-sdm-base')"), {}),
     "sdxl": lambda: (build("sdxl"), {}),
     "controlled": lambda: (build("lcm", num_class_embeds=7), {"inputs": RESIDUALS}),
-    "half": lambda: (sdgraph.apply(build("sdxl").half()), {}),  # joins its time ids in float32
+    "half": lambda: (sdgraph.apply(build("sdxl", **TWO_LEVELS).half()), {}),  # joins its time ids in float32
     **{name: lambda name=name: (inheriting(name), {"calls": 6}) for name in PRESETS},
 }
 
 
+def source(name: str) -> UNet2DConditionModel:
+    """The UNet that a preset is applied to: the smallest that has its sites."""
+    if name == "attention broadcast":  # four graphs
+        return build(**ONE_LEVEL)
+    return build(layers_per_block=2 if name == "all passes" else 1)
+
+
 def inheriting(name: str) -> sdgraph.GraphUNet:
     """A UNet with a preset."""
-    source = build("sd15-levels" if name == "all passes" else "sd15")
-    return sdgraph.apply(source, PRESETS[name], verify=False)
+    return sdgraph.apply(source(name), PRESETS[name], verify=False)

@@ -16,7 +16,7 @@ import torch
 import sdgraph
 from sdgraph.exporters.onnx.export import export
 
-from ..models import answer, build, call_of
+from ..models import ONE_LEVEL, answer, build, call_of
 from .exports import Exported, opened
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def test_the_weights_are_there_once(exported: Callable[[str], Exported]) -> None
 
 @pytest.mark.parametrize("passes", ["InheritFeatures.deep_cache(2)", "HoistInvariants, InheritFeatures.deep_cache(3)"])
 def test_all_kinds_of_calls_in_one_file(passes: str, tmp_path: Path) -> None:
-    unet = sdgraph.apply(build(), passes, verify=False)
+    unet = sdgraph.apply(build(**ONE_LEVEL), passes, verify=False)
     report = export(unet, tmp_path / "single", layout="single", calls=4, progress=False)
     assert {path.suffix for path in (tmp_path / "single").iterdir()} == {".json", ".onnx", ".data"}
     assert len({each.model for each in report.comparisons}) == (2 if passes.startswith("Inherit") else 3)

@@ -8,7 +8,7 @@ import pytest
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 import sdgraph
-from sdgraph import GraphUNet
+from sdgraph import Graph, GraphUNet
 from sdgraph.passes import HoistInvariants, InheritFeatures
 
 
@@ -30,6 +30,6 @@ def hoisting(applied: dict[str, GraphUNet]) -> GraphUNet:
 
 
 @pytest.fixture(scope="module")
-def caching(pipe: StableDiffusionPipeline) -> GraphUNet:
+def caching(pipe: StableDiffusionPipeline, whole: Graph) -> GraphUNet:
     """The pipeline's UNet with DeepCache's site, at every third call."""
-    return sdgraph.apply(pipe.unet, InheritFeatures.deep_cache(3, branch=1))
+    return sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=1))

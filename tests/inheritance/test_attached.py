@@ -19,7 +19,7 @@ from diffusers import (
 )
 
 import sdgraph
-from sdgraph import GraphUNet
+from sdgraph import Graph, GraphUNet
 from sdgraph.errors import ModeError, ScheduleError
 from sdgraph.passes import InheritFeatures
 from sdgraph.schedules import DenseLate, Run
@@ -28,9 +28,9 @@ from ..loops import calls_that_compute
 
 
 def test_a_schedule_that_depends_on_the_run_is_told_it(
-    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch, whole: Graph
 ) -> None:
-    unet = sdgraph.apply(pipe.unet, InheritFeatures("mid_block", DenseLate(3)))
+    unet = sdgraph.apply(whole, InheritFeatures("mid_block", DenseLate(3)))
     with pytest.raises(ScheduleError, match=r"needs to know the calls(.*\n)*.*expecting"):
         run(unet, steps=8)
     counted = calls_that_compute(unet, monkeypatch)
@@ -42,10 +42,10 @@ def test_a_schedule_that_depends_on_the_run_is_told_it(
 
 
 def test_an_attached_pipeline_tells_the_run(
-    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch, whole: Graph
 ) -> None:
     """Also to a schedule that needs to know it, whatever the scheduler; and nothing is kept after the last call."""
-    unet = sdgraph.apply(pipe.unet, InheritFeatures("mid_block", DenseLate(3)))
+    unet = sdgraph.apply(whole, InheritFeatures("mid_block", DenseLate(3)))
     counted = calls_that_compute(unet, monkeypatch)
     prompt, _ = pipe.encode_prompt("a red circle", "cpu", 1, False)
     pipe.unet = unet

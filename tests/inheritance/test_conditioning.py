@@ -14,7 +14,7 @@ from diffusers import (
 from torch import Tensor
 
 import sdgraph
-from sdgraph import GraphUNet
+from sdgraph import Graph, GraphUNet
 from sdgraph.passes import HoistInvariants
 
 from ..loops import Loop
@@ -47,7 +47,7 @@ def test_an_edited_prompt_is_noticed(edit: Callable[[Tensor], None], mode: Any, 
 
 
 @pytest.mark.slow
-def test_an_edited_prompt_is_noticed_in_an_attached_pipeline(pipe: StableDiffusionPipeline) -> None:
+def test_an_edited_prompt_is_noticed_in_an_attached_pipeline(pipe: StableDiffusionPipeline, whole: Graph) -> None:
     def edit(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step == 2:
             values["prompt_embeds"].mul_(0.5)
@@ -64,7 +64,7 @@ def test_an_edited_prompt_is_noticed_in_an_attached_pipeline(pipe: StableDiffusi
         pipe.unet = own
         return images
 
-    hoisting = sdgraph.apply(pipe.unet, HoistInvariants(), verify=False)
+    hoisting = sdgraph.apply(whole, HoistInvariants(), verify=False)
     expected = run(pipe.unet)
     assert torch.equal(run(hoisting), expected)
     own, pipe.unet = pipe.unet, hoisting

@@ -28,7 +28,7 @@ from diffusers import (
 from scenes import models
 
 import sdgraph
-from sdgraph import GraphUNet
+from sdgraph import Graph, GraphUNet
 from sdgraph.errors import CallError, PathError
 from sdgraph.passes import InheritFeatures
 
@@ -157,8 +157,8 @@ def test_a_failed_call_ends_its_generation(caching: GraphUNet, monkeypatch: pyte
         assert counted == [True]
 
 
-def test_values_are_kept_no_longer_than_the_prompt(pipe: StableDiffusionPipeline) -> None:
-    unet = sdgraph.apply(pipe.unet, InheritFeatures.deep_cache(3, branch=1))
+def test_values_are_kept_no_longer_than_the_prompt(pipe: StableDiffusionPipeline, whole: Graph) -> None:
+    unet = sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=1))
     prompt = torch.randn(1, 24, models.TEXT_WIDTH)
     with torch.no_grad():
         unet(**call(0, 900, prompt))

@@ -13,6 +13,7 @@ from diffusers import (
 )
 
 import sdgraph
+from sdgraph import Graph
 from sdgraph.passes import InheritFeatures
 from sdgraph.schedules import Explicit, Uniform, Warm
 
@@ -23,10 +24,10 @@ from ..models import CROSS, build
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["text first", "image first"])
 def test_pipelines_that_share_a_scheduler(
-    order: str, pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    order: str, pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, whole: Graph
 ) -> None:
     """As `pipe.components` makes them: each knows how many calls it made last, and only one of them is running."""
-    unet = sdgraph.apply(pipe.unet, InheritFeatures("mid_block", Warm(Uniform(4), last=1)), verify=False)
+    unet = sdgraph.apply(whole, InheritFeatures("mid_block", Warm(Uniform(4), last=1)), verify=False)
     text = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
     image = StableDiffusionImg2ImgPipeline(**text.components, requires_safety_checker=False)
     for each in (text, image):
@@ -44,9 +45,9 @@ def test_pipelines_that_share_a_scheduler(
 
 @pytest.mark.slow
 def test_a_loop_of_ones_own_on_an_attached_scheduler(
-    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, whole: Graph
 ) -> None:
-    unet = sdgraph.apply(pipe.unet, InheritFeatures.deep_cache(3, branch=1), verify=False)
+    unet = sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=1), verify=False)
     text = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
     text.set_progress_bar_config(disable=True)
     calls = calls_that_compute(unet, monkeypatch)

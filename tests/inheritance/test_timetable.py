@@ -15,13 +15,14 @@ from diffusers import (
 )
 
 import sdgraph
+from sdgraph import Graph
 from sdgraph.errors import ScheduleError
 from sdgraph.passes import InheritFeatures
 from sdgraph.schedules import Uniform, Warm
 
 
-def test_what_a_step_costs(pipe: StableDiffusionPipeline) -> None:
-    unet = sdgraph.apply(pipe.unet, InheritFeatures.deep_cache(3, branch=0))
+def test_what_a_step_costs(pipe: StableDiffusionPipeline, whole: Graph) -> None:
+    unet = sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=0))
     (site,) = unet.graph.sites
     assert re.search(r"inherited\n  Uniform\(3\): up_blocks.3.resnets.2; without: \d+.\d% of the MACs", str(unet.graph))
     assert unet.graph.step_macs([site]) < 0.15 * unet.graph.macs == 0.15 * unet.graph.step_macs()
@@ -34,11 +35,13 @@ def test_what_a_step_costs(pipe: StableDiffusionPipeline) -> None:
 
 
 def test_a_timetable_says_what_calls_do(
-    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    pipe: StableDiffusionPipeline,
+    run: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Any,
+    whole: Graph,
 ) -> None:
-    unet = sdgraph.apply(
-        pipe.unet, [InheritFeatures.deep_cache(3, 1), InheritFeatures("**.attn1", Warm(Uniform(2), 2))]
-    )
+    unet = sdgraph.apply(whole, [InheritFeatures.deep_cache(3, 1), InheritFeatures("**.attn1", Warm(Uniform(2), 2))])
     table = unet.graph.timetable(8)
     ran: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     variant = unet.variant

@@ -10,9 +10,13 @@ import torch
 from torch import nn
 
 import sdgraph
+from sdgraph import Contract, Rewrite
 from sdgraph.compiler.numerics import example, run
 from sdgraph.compiler.runner import run_pass
-from sdgraph.passes import CleanUp
+from sdgraph.passes import CleanUp, clean_up
+from sdgraph.testing import check
+
+from ..models import answer, build, call_of, statements
 
 
 class Identities(nn.Module):
@@ -61,6 +65,20 @@ LEFT_ALONE: dict[str, Callable[..., Any]] = {
 }
 
 
+def test_what_computes_nothing_is_removed() -> None:
+    before = sdgraph.trace_code(lambda x: (x.sin() * 1).to(x.dtype) / 1.0 + 0, x=("B", 4))
+    assert statements(before) == [
+        "e0 = sin(x)",
+        "e1 = mul(e0, 1)",
+        "e2 = to(e1, x.dtype)",
+        "e3 = div(e2, 1.0)",
+        "e4 = add(e3, 0)",  # which turns -0.0 into 0.0
+        "return e4",
+    ]
+    after, _ = run_pass(CleanUp(), before, verify=True)
+    assert statements(after) == ["e0 = sin(x)", "e1 = add(e0, 0)", "return e1"]
+
+
 @pytest.mark.parametrize("name", [*REMOVED, *LEFT_ALONE])
 def test_every_kind_of_value_is_what_it_was(name: str) -> None:
     """Shape, dtype and every bit, in two dtypes of the model; and nothing that would change them is removed."""
@@ -72,3 +90,35 @@ def test_every_kind_of_value_is_what_it_was(name: str) -> None:
         was, now = run(before, flat), run(after, flat)
         assert was.dtype == now.dtype
         assert torch.equal(was, now)
+
+
+@pytest.mark.parametrize("one", CleanUp().passes, ids=lambda p: type(p).__name__)
+def test_clean_up_s_own_examples(one: Rewrite) -> None:
+    assert one.examples
+    check(one)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", pytest.param("sdxl", marks=pytest.mark.slow), "lcm"])
+def test_clean_up_is_exact_and_final(name: str) -> None:
+    unet = build(name)
+    clean = sdgraph.apply(unet, [CleanUp()])
+    for sizes in ({"B": 2}, {"B": 3, "H": 9, "W": 7, "L": 2}):
+        call = call_of(unet, **sizes)
+        assert torch.equal(answer(clean, call), answer(unet, call))
+    assert len(clean.graph.nodes) < len(sdgraph.trace(unet).nodes)
+    again = sdgraph.apply(clean, [CleanUp()])
+    assert len(again.graph.nodes) == len(clean.graph.nodes)
+    left = {type(m).__name__ for m in clean.modules()}
+    assert "Dropout" not in left
+    for dtype in (torch.bfloat16, torch.float64):  # a cast that mattered in another dtype is still there
+        call = call_of(unet.to(dtype))
+        assert torch.equal(answer(clean.to(dtype), call), answer(unet, call))
+
+
+def test_clean_up_leaves_dropout_that_matters() -> None:
+    unet = build("sd15", dropout=0.1)
+    clean = sdgraph.apply(unet, [CleanUp()])
+    assert any(isinstance(m, nn.Dropout) for m in clean.modules())
+    misses = [m for child in clean.report.passes for m in child.near_misses]
+    assert any("p is 0.1" in m.reason for m in misses)
+    assert clean_up.RemoveDropout().contract == Contract.EXACT

@@ -16,7 +16,7 @@ import sdgraph
 from sdgraph.errors import EditError, SpecError
 from sdgraph.passes.gri_attention import attend
 
-from ..models import answer, build, call_of
+from ..models import ONE_LEVEL, answer, build, call_of, edits
 
 
 def features(height: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -25,6 +25,20 @@ def features(height: int, width: int, seed: int = 0, dtype: torch.dtype = torch.
 
 
 SIZES = [(16, 16), (8, 24), (13, 7), (1, 5), (9, 16)]
+
+
+def test_attention_is_over_the_own_window_and_the_cells_of_the_others(small: sdgraph.Graph) -> None:
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    after = sdgraph.apply(small, "GRIAttention(4, pool=2)").graph
+    found = edits(small, after, within=path)
+    assert [line for line in found if line.startswith("-")] == ["-% = sdpa(%, %, %)"]
+    assert [line for line in found if "cat(" in line] == [
+        "+% = cat(%, %, 2)",  # keys of the window and of the cells
+        "+% = cat(%, %, 2)",  # their values
+        "+% = cat(%, %, 3)",  # and what is added to the logits
+    ]
+    assert edits(small, after, within=path.replace("attn1", "attn2")) == []
+    assert after.parameters().keys() == small.parameters().keys()
 
 
 @pytest.mark.parametrize("shift", [0, 2])
@@ -209,7 +223,7 @@ def test_what_is_refused(spec: str, error: type[Exception], complaint: str) -> N
 @pytest.mark.slow
 def test_it_is_exported(tmp_path: Path) -> None:
     """With parity at two shapes, one of which its windows do not divide."""
-    unet = sdgraph.apply(build(), "GRIAttention(4, pool=2, shift=2)")
+    unet = sdgraph.apply(build(**ONE_LEVEL), "GRIAttention(4, pool=2, shift=2)")
     sdgraph.exporters.onnx.export(unet, tmp_path / "onnx")
     running = sdgraph.exporters.ort.ORTUNet.from_pretrained(tmp_path / "onnx", provider="CPUExecutionProvider")
     call = call_of(unet, B=3, H=6, W=14)

@@ -12,16 +12,30 @@ from diffusers import (
 )
 
 import sdgraph
+from sdgraph import Graph
 from sdgraph.errors import NoChangeError
 from sdgraph.passes import HoistInvariants
+from sdgraph.schedules import Once
 
-from ..models import answer, build, call_of
+from ..models import answer, build, call_of, edits
 
 
-def test_invariants_are_computed_once(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:
+def test_keys_and_values_of_the_text_are_inherited_from_the_first_call(small: Graph) -> None:
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    after = sdgraph.apply(small, HoistInvariants()).graph
+    assert edits(small, after, within=attention) == [
+        f"+% = inherit(%, '{attention}.to_k')",
+        f"+% = inherit(%, '{attention}.to_v')",
+    ]
+    assert {site.schedule for site in after.sites.values()} == {Once()}
+
+
+def test_invariants_are_computed_once(
+    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph
+) -> None:
     """Bit for bit the same, and keys and values of the text only at the first call of a generation."""
     own = pipe.unet
-    unet = sdgraph.apply(own, HoistInvariants())
+    unet = sdgraph.apply(whole, HoistInvariants())
     names = [name for name, _ in own.named_modules()]
     assert set(unet.graph.sites) == {name for name in names if name.endswith(("attn2.to_k", "attn2.to_v"))}
     assert torch.equal(run(unet), run(own))

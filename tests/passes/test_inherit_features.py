@@ -17,11 +17,13 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import sdgraph
-from sdgraph import GraphUNet
+from sdgraph import Graph, GraphUNet
 from sdgraph.errors import EditError, PathError, SpecError
 from sdgraph.ir.sites import Site
 from sdgraph.passes import CleanUp, HoistInvariants, InheritFeatures, PruneBlocks
 from sdgraph.schedules import Explicit, Gate, Uniform, Warm
+
+from ..models import edits
 
 
 def intervals_and_branches() -> list[Any]:
@@ -31,19 +33,33 @@ def intervals_and_branches() -> list[Any]:
     return [pytest.param(*each, marks=() if each in chosen else pytest.mark.full) for each in every]
 
 
+@pytest.mark.parametrize(
+    ("part", "inherited", "user"), [("branch", "conv2", "add"), ("value", "div", "norm"), ("entry", "add", "cat")]
+)
+def test_one_value_is_inherited(small: Graph, part: str, inherited: str, user: str) -> None:
+    """Of a resnet what it adds, what it gives, or what enters it beside the skip."""
+    site = "up_blocks.0.resnets.1"
+    after = sdgraph.apply(small, InheritFeatures(site, Uniform(2), part=part)).graph
+    assert edits(small, after, within="up_blocks.0") == [f"+% = inherit(%, '{site}')"]
+    (node,) = [node for node in after.nodes if node.target is sdgraph.inherit]
+    assert inherited in str(node.args[0])
+    assert any(user in str(each) for each in node.users)
+    assert after.sites[site].schedule == Uniform(2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("interval", "branch"), intervals_and_branches())
 def test_deep_cache_is_deep_cache(
-    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], interval: int, branch: int
+    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], interval: int, branch: int, whole: Graph
 ) -> None:
     """Bit for bit the DeepCache package."""
-    pipe.unet, own = copy.deepcopy(pipe.unet), pipe.unet
+    pipe.unet = copy.deepcopy(pipe.unet)
     reference = DeepCacheSDHelper(pipe)
     reference.set_params(cache_interval=interval, cache_branch_id=branch)
     reference.enable()
     theirs = run(pipe.unet, steps=interval + 2)
     reference.disable()
-    mine = run(sdgraph.apply(own, InheritFeatures.deep_cache(interval, branch), verify=False), steps=interval + 2)
+    mine = run(sdgraph.apply(whole, InheritFeatures.deep_cache(interval, branch), verify=False), steps=interval + 2)
     assert torch.equal(mine, theirs)
 
 
@@ -61,13 +77,13 @@ class Broadcast(AttnProcessor2_0):
         return self.kept
 
 
-def test_units_are_broadcast(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:
+def test_units_are_broadcast(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
     """Self-attention every second call, cross-attention every third."""
     passes = [
         InheritFeatures("*_blocks.*.attentions.*.transformer_blocks.*.attn1", Uniform(2)),
         InheritFeatures("*_blocks.*.attentions.*.transformer_blocks.*.attn2", Uniform(3)),
     ]
-    unet = sdgraph.apply(pipe.unet, passes)
+    unet = sdgraph.apply(whole, passes)
     reference = copy.deepcopy(pipe.unet)
     for name, module in reference.named_modules():
         if name.endswith(("attn1", "attn2")) and not name.startswith("mid_block"):
@@ -91,17 +107,19 @@ def inherited_output(module: torch.nn.Module, interval: int) -> None:
 
 
 @pytest.mark.parametrize("site", ["mid_block", "down_blocks.1", "up_blocks.2", "down_blocks.0.attentions.0"])
-def test_whole_modules(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], site: str) -> None:
-    unet = sdgraph.apply(pipe.unet, InheritFeatures(site, Uniform(2), part="value"))
+def test_whole_modules(
+    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], site: str, whole: Graph
+) -> None:
+    unet = sdgraph.apply(whole, InheritFeatures(site, Uniform(2), part="value"))
     reference = copy.deepcopy(pipe.unet)
     inherited_output(reference.get_submodule(site), 2)
     assert torch.equal(run(unet), run(reference))
 
 
-def test_the_branch_of_a_resnet(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:
+def test_the_branch_of_a_resnet(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
     """What comes past the resnet is fresh."""
     sites = ("down_blocks.0.resnets.1", "up_blocks.2.resnets.1")  # without and with a shortcut convolution
-    unet = sdgraph.apply(pipe.unet, InheritFeatures(sites, Uniform(3)))
+    unet = sdgraph.apply(whole, InheritFeatures(sites, Uniform(3)))
     reference = copy.deepcopy(pipe.unet)
     for site in sites:
         inherited_output(reference.get_submodule(site).conv2, 3)
@@ -121,9 +139,9 @@ def on_schedule(module: torch.nn.Module, refreshes: Callable[[int], bool]) -> No
     module.forward = forward
 
 
-def test_faster_diffusion(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:
+def test_faster_diffusion(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
     keys = (0, 1, 2, 4)
-    unet = sdgraph.apply(pipe.unet, InheritFeatures.faster_diffusion(keys))
+    unet = sdgraph.apply(whole, InheritFeatures.faster_diffusion(keys))
     reference = copy.deepcopy(pipe.unet)
     for module in (reference.conv_in, *reference.down_blocks, reference.mid_block):
         on_schedule(module, keys.__contains__)
@@ -131,9 +149,9 @@ def test_faster_diffusion(pipe: StableDiffusionPipeline, run: Callable[..., torc
     assert InheritFeatures.faster_diffusion().schedule == Explicit((0, 1, 2, 3, 5, 10, 15, 25, 35))
 
 
-def test_t_gate(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:
+def test_t_gate(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
     gate, interval, warm_up = 6, 3, 1
-    unet = sdgraph.apply(pipe.unet, InheritFeatures.t_gate(gate, interval, warm_up))
+    unet = sdgraph.apply(whole, InheritFeatures.t_gate(gate, interval, warm_up))
     reference = copy.deepcopy(pipe.unet)
 
     def self_attention(step: int) -> bool:
@@ -147,8 +165,8 @@ def test_t_gate(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor])
     assert torch.equal(run(unet, steps=8), run(reference, steps=8))
 
 
-def test_attention_broadcast(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:
-    unet = sdgraph.apply(pipe.unet, InheritFeatures.attention_broadcast(2, 3, (300, 800), (100, 900)))
+def test_attention_broadcast(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
+    unet = sdgraph.apply(whole, InheritFeatures.attention_broadcast(2, 3, (300, 800), (100, 900)))
     reference = copy.deepcopy(pipe.unet)
     pipe.scheduler.set_timesteps(7)
     timesteps = pipe.scheduler.timesteps.tolist()
@@ -163,10 +181,10 @@ def test_attention_broadcast(pipe: StableDiffusionPipeline, run: Callable[..., t
 
 
 @pytest.mark.parametrize("level", ["block", "layer", "unit"])
-def test_levels(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], level: str) -> None:
+def test_levels(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], level: str, whole: Graph) -> None:
     """The paper's three levels, within two blocks."""
     within = "{mid_block,up_blocks.0,up_blocks.1}"
-    unet = sdgraph.apply(pipe.unet, InheritFeatures.at_level(level, Uniform(2), within))
+    unet = sdgraph.apply(whole, InheritFeatures.at_level(level, Uniform(2), within))
     reference = copy.deepcopy(pipe.unet)
     for name, module in reference.named_modules():
         if not name.startswith(("mid_block", "up_blocks.0", "up_blocks.1")):
@@ -184,7 +202,7 @@ def test_levels(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor],
     assert torch.equal(run(unet), run(reference))
 
 
-def test_forecasts(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:
+def test_forecasts(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
     """A site that is not refreshed goes on along the line, or the parabola, of its last refreshes."""
     own, site, schedule = pipe.unet, "up_blocks.2", Explicit((0, 2, 3))
 
@@ -207,17 +225,17 @@ def test_forecasts(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tenso
         return made
 
     for order in (1, 2):
-        unet = sdgraph.apply(own, InheritFeatures(site, schedule, part="value", forecast=order))
+        unet = sdgraph.apply(whole, InheritFeatures(site, schedule, part="value", forecast=order))
         torch.testing.assert_close(run(unet, steps=6), run(reference(order), steps=6), rtol=1e-4, atol=1e-4)
-    repeated = sdgraph.apply(own, InheritFeatures(site, schedule, part="value"))
+    repeated = sdgraph.apply(whole, InheritFeatures(site, schedule, part="value"))
     assert not torch.allclose(run(unet, steps=6), run(repeated, steps=6), rtol=1e-2)
 
 
-def test_what_no_call_needs_is_not_computed(pipe: StableDiffusionPipeline) -> None:
+def test_what_no_call_needs_is_not_computed(pipe: StableDiffusionPipeline, whole: Graph) -> None:
     """Attention that is due at a call which inherits all that comes of it waits for the next call that needs it."""
     passes = [InheritFeatures.deep_cache(3, 0), InheritFeatures("**.attn2", Uniform(2))]
-    unet = sdgraph.apply(pipe.unet, passes)
-    reference = sdgraph.apply(pipe.unet, passes[0])
+    unet = sdgraph.apply(whole, passes)
+    reference = sdgraph.apply(whole, passes[0])
     table = unet.graph.timetable(7)
     inner = "mid_block.attentions.0.transformer_blocks.0.attn2"
     assert table.row(inner) == "■··■··■"
@@ -226,10 +244,12 @@ def test_what_no_call_needs_is_not_computed(pipe: StableDiffusionPipeline) -> No
     assert max(v.macs for v in partial_calls) == reference.graph.step_macs(["up_blocks.3.resnets.2"])
 
 
-def test_it_composes_with_pruning(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:
+def test_it_composes_with_pruning(
+    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph
+) -> None:
     passes = [PruneBlocks("bk-sdm-small"), InheritFeatures.deep_cache(2, branch=1)]
-    unet = sdgraph.apply(pipe.unet, passes)
-    reference = sdgraph.apply(pipe.unet, passes[0]).to_diffusers()
+    unet = sdgraph.apply(whole, passes)
+    reference = sdgraph.apply(whole, passes[0]).to_diffusers()
     # by hand: the entry of the last up layer but one is kept from the call before
     layer = reference.up_blocks[-1].resnets[0]
     compute, kept = layer.forward, []
@@ -249,10 +269,9 @@ def test_it_composes_with_pruning(pipe: StableDiffusionPipeline, run: Callable[.
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"])
 def test_it_composes_in_every_order(
-    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], preset: str
+    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], preset: str, whole: Graph
 ) -> None:
     """Pruning, cleaning up, hoisting, inheriting: the same images in whichever order."""
-    own = pipe.unet
     prune, clean, hoist = PruneBlocks(preset), CleanUp(), HoistInvariants()
     entry = InheritFeatures("up_blocks.3.resnets.2", Uniform(3), part="entry")
     unit = InheritFeatures("down_blocks.1.attentions.0.**.attn1", Uniform(2))
@@ -262,20 +281,20 @@ def test_it_composes_in_every_order(
         (unit, clean, prune, entry, hoist),
         (prune, hoist, unit, clean, entry),
     ]
-    images = [run(sdgraph.apply(own, order, verify=False), steps=7) for order in orders]
+    images = [run(sdgraph.apply(whole, order, verify=False), steps=7) for order in orders]
     assert all(torch.equal(image, images[0]) for image in images[1:])
 
 
-def test_a_site_is_not_pruned_away(pipe: StableDiffusionPipeline) -> None:
+def test_a_site_is_not_pruned_away(pipe: StableDiffusionPipeline, whole: Graph) -> None:
     for first in (InheritFeatures("**.attn2"), HoistInvariants()):
         with pytest.raises(EditError, match=r"has the site '.*attn2(.*\n)*.*before features"):
-            sdgraph.apply(pipe.unet, [first, PruneBlocks("bk-sdm-base")], verify=False)
+            sdgraph.apply(whole, [first, PruneBlocks("bk-sdm-base")], verify=False)
 
 
-def test_a_pass_with_a_schedule_is_text(pipe: StableDiffusionPipeline, tmp_path: Any) -> None:
+def test_a_pass_with_a_schedule_is_text(pipe: StableDiffusionPipeline, tmp_path: Any, whole: Graph) -> None:
     one = InheritFeatures("up_blocks.-1.attentions.*", Warm(Gate(10, Uniform(5)), first=2), part="branch")
     assert sdgraph.parse(str(one)) == (one,)
-    unet = sdgraph.apply(pipe.unet, one)
+    unet = sdgraph.apply(whole, one)
     unet.save_pretrained(tmp_path / "saved")
     again = GraphUNet.from_pretrained(tmp_path / "saved")
     expected = {f"up_blocks.3.attentions.{i}": Site(one.schedule) for i in range(3)}
@@ -296,7 +315,7 @@ def test_a_pass_with_a_schedule_is_text(pipe: StableDiffusionPipeline, tmp_path:
     ],
 )
 def test_bad_sites(
-    pipe: StableDiffusionPipeline, options: dict[str, Any], error: type[Exception], complaint: str
+    pipe: StableDiffusionPipeline, options: dict[str, Any], error: type[Exception], complaint: str, whole: Graph
 ) -> None:
     with pytest.raises(error, match=complaint):
-        sdgraph.apply(pipe.unet, InheritFeatures(**options))
+        sdgraph.apply(whole, InheritFeatures(**options))

@@ -17,7 +17,7 @@ from sdgraph.passes import InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.passes.conditional_conv import ConditionalConv2d, Mixture, conditional_conv2d, convolve
 from sdgraph.schedules import Uniform
 
-from ..models import answer, build, call_of
+from ..models import ONE_LEVEL, answer, build, call_of, edits
 
 PRUNE = PruneBlocks("bk-sdm-base")
 
@@ -30,6 +30,34 @@ def moved(unet: GraphUNet, seed: int = 0) -> GraphUNet:
             if ".routing." in name or ".mix." in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return unet
+
+
+def test_a_kernel_is_mixed_from_experts_by_the_timestep(small: sdgraph.Graph) -> None:
+    after = sdgraph.apply(small, MECondConv("up_blocks.0.resnets.1.conv2", donors="copies")).graph
+    assert edits(small, after, within="up_blocks.0.resnets.1") == [
+        "-% = conv2(%)",
+        "+% = per_call(%, timestep)",  # the embedding of the timestep, for the whole batch
+        "+% = silu(%, inplace=False)",
+        "+% = conv2.routing(%)",
+        "+% = div(%, conv2.temperature)",
+        "+% = softmax(%, dim=1, _stacklevel=3)",
+        "+% = sub(%, 0.25)",  # nothing at first: four experts have equal shares
+        "+% = %[:, :1]",
+        "+% = flatten(conv2.weight)",
+        "+% = mul(%, %)",
+        "+% = %[:, 1:]",
+        "+% = matmul(%, conv2.mix.weight)",
+        "+% = add(%, %)",
+        "+% = reshape(%, -1, 16, 16, 3, 3)",
+        "+% = %[:, :1]",
+        "+% = flatten(conv2.bias)",
+        "+% = mul(%, %)",
+        "+% = %[:, 1:]",
+        "+% = matmul(%, conv2.mix.bias)",
+        "+% = add(%, %)",
+        "+% = reshape(%, -1, 16)",
+        "+% = convolve(%, conv2.weight, conv2.bias, %, %, (1, 1), (1, 1), (1, 1), 1)",
+    ]
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -175,7 +203,7 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("routing", ["timestep", "input"])
 def test_it_is_exported(routing: str, tmp_path: Path) -> None:
     """With parity at every batch; one timestep for a call, which the exported model insists on."""
-    source = build()
+    source = build(**ONE_LEVEL)
     unet = moved(sdgraph.apply(source, MECondConv("**.conv2", routing=routing, donors="copies")))
     sdgraph.exporters.onnx.export(unet, tmp_path / "onnx")
     running = sdgraph.exporters.ort.ORTUNet.from_pretrained(tmp_path / "onnx", provider="CPUExecutionProvider")
@@ -224,7 +252,7 @@ def test_kernels_may_be_mixed_at_some_calls_only(tmp_path: Path) -> None:
 def test_inherited_kernels_are_exported(tmp_path: Path) -> None:
     """They are for the call, whatever its batch."""
     passes = [MECondConv("**.conv2", donors="copies"), InheritFeatures("**.mix", Uniform(2))]
-    unet = moved(sdgraph.apply(build(), passes, verify=False))
+    unet = moved(sdgraph.apply(build(**ONE_LEVEL), passes, verify=False))
     sdgraph.exporters.onnx.export(unet, tmp_path / "onnx", calls=4, progress=False)
     running = sdgraph.exporters.ort.ORTUNet.from_pretrained(tmp_path / "onnx", provider="CPUExecutionProvider")
     for B in (1, 3):

@@ -12,7 +12,7 @@ from sdgraph.errors import EditError, ModeError, PathError, ShapeError, SpecErro
 from sdgraph.frontend.capture import capture
 from sdgraph.passes import PruneBlocks
 
-from ..models import answer, build, call_of
+from ..models import answer, build, call_of, edits
 
 PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
 ARCHITECTURES = {
@@ -61,6 +61,28 @@ def unet() -> UNet2DConditionModel:
 @pytest.fixture(scope="module")
 def whole(unet: UNet2DConditionModel) -> sdgraph.Graph:
     return sdgraph.trace(unet)
+
+
+def test_a_resnet_is_removed_and_its_input_goes_on(small: sdgraph.Graph) -> None:
+    path = "down_blocks.0.resnets.0"
+    after = sdgraph.apply(small, PruneBlocks(path)).graph
+    assert edits(small, after, within="down_blocks.0") == [
+        "-% = resnets.0.norm1(%)",
+        "-% = resnets.0.nonlinearity(%)",
+        "-% = resnets.0.conv1(%)",
+        "-% = resnets.0.nonlinearity(%)",
+        "-% = resnets.0.time_emb_proj(%)",
+        "-% = %[:, :, None, None]",
+        "-% = add(%, %)",
+        "-% = resnets.0.norm2(%)",
+        "-% = resnets.0.nonlinearity(%)",
+        "-% = resnets.0.dropout(%)",
+        "-% = resnets.0.conv2(%)",
+        "-% = add(%, %)",
+        "-% = div(%, 1.0)",
+    ]
+    assert after.region("down_blocks.0.attentions.0").main_input is after.region("conv_in").output
+    assert small.parameters().keys() - after.parameters().keys() == {n for n in small.parameters() if path in n}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -62,7 +63,7 @@ def test_the_custom_pass_runs(custom_pass: ModuleType, capsys: pytest.CaptureFix
 @pytest.mark.slow
 def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     demo = load("examples/demo.py")
-    for name, value in {"STEPS": 3, "IMAGES": 8}.items():
+    for name, value in {"STEPS": 3, "IMAGES": 4, "SHOWN": 4, "Quality": partial(demo.Quality, references=200)}.items():
         monkeypatch.setattr(demo, name, value)
     demo.main(tmp_path / "made")
     out = capsys.readouterr().out
@@ -75,7 +76,7 @@ def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert dbs["pruned"] < 60
     assert "3 calls: ■ computed □ inherited · not needed" in out
     with Image.open(tmp_path / "made" / "images.png") as image:
-        assert image.size == (3 * 64 * 8, 3 * 64 * 5)
+        assert image.size == (3 * 64 * 4, 3 * 64 * 5)
         source, traced, pruned, _, inheriting = np.split(np.asarray(image), 5)
     assert np.array_equal(source, traced)
     assert not np.array_equal(source, pruned)

@@ -15,7 +15,7 @@ from sdgraph.errors import NoChangeError
 from sdgraph.testing import check
 
 from ..documents import ROOT, blocks, commands, inline_code
-from ..models import answer, build, call_of
+from ..models import ONE_LEVEL, answer, build, call_of
 
 GUIDE = ROOT / "docs" / "writing-a-pass.md"
 
@@ -40,7 +40,7 @@ def test_the_package_installs_and_is_known_to_the_command_line(tmp_path: Path) -
     package.mkdir()
     for name in ("acme_passes.py", "pyproject.toml"):
         (package / name).write_text(written(name))
-    build().save_pretrained(tmp_path / "unet")
+    build(**ONE_LEVEL).save_pretrained(tmp_path / "unet")
     install, export = commands(GUIDE)
     assert install == ["pip", "install", "."]
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--target", str(site)]

@@ -17,7 +17,21 @@ from sdgraph.errors import EditError, SpecError
 from sdgraph.exporters.onnx.export import export
 from sdgraph.exporters.ort.unet import ORTUNet
 
-from ..models import answer, build, call_of
+from ..models import answer, build, call_of, edits
+
+
+def test_attention_reads_fewer_tokens_and_gives_all(small: sdgraph.Graph) -> None:
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    after = sdgraph.apply(small, [MergeTokens()]).graph
+    found = edits(small, after, within=path)
+    assert all(line.startswith("+") for line in found)
+    assert [line for line in found if "scatter" in line] == [
+        "+% = scatter_reduce(%, 1, %, %, 'mean', include_self=False)"
+    ]
+    assert found[-1] == "+% = gather(%, 1, %)"
+    tokens = [graph.region(f"{path}.to_q").output.meta["val"].shape for graph in (small, after)]
+    assert tokens == [(1, 64, 16), (1, 32, 16)]
+    assert after.region(path).output.meta["val"].shape == (1, 64, 16)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.2])

@@ -12,12 +12,15 @@ from diffusers import (
 from torch._dynamo.testing import CompileCounter
 
 import sdgraph
+from sdgraph import Graph
 from sdgraph.passes import InheritFeatures
 
 
-def test_variants_compile_without_breaks(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:
+def test_variants_compile_without_breaks(
+    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph
+) -> None:
     """One compilation for each variant, whole, and none again over generations."""
-    unet = sdgraph.apply(pipe.unet, InheritFeatures.deep_cache(3, branch=1))
+    unet = sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=1))
     expected = run(unet)
     compiled = CompileCounter()
     unet.compile(backend=compiled, fullgraph=True)

@@ -1,0 +1,94 @@
+"""`memory/MODEL/SIZE`: what a process takes that runs a bundle."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import measure
+import models
+import psutil
+import torch
+from diffusers import DDIMScheduler
+from onnxruntime import GraphOptimizationLevel
+from tables import markdown
+
+import sdgraph
+from sdgraph.exporters import onnx, ort
+
+from .settings import CALLS, INHERIT, Settings
+
+SIZES = ("sd15/64",)
+QUICK: tuple[str, ...] = ("tiny/16",)
+# What runs a bundle, by settings of ONNX Runtime's sessions.
+RUNNERS: dict[str, dict[str, Any]] = {
+    "torch": {},
+    "ONNX Runtime": {},
+    "an arena for each session": {"session.use_env_allocators": 0},
+    "no arena": {"enable_cpu_mem_arena": False},
+    "weights as they lie in the file": {
+        "session.disable_prepacking": 1,
+        "graph_optimization_level": GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    },
+}
+
+
+def run(settings: Settings, model: str, size: str) -> dict[str, Any]:
+    """What a process takes that runs a UNet that inherits, by what runs it; each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        unet = sdgraph.apply(models.build(model, "cpu", torch.float32), INHERIT, verify=False)
+        report = onnx.export(unet, bundle, calls=CALLS, progress=False)
+        del unet
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+            ways = {way: pool.submit(_taken, way, bundle, settings, model, size).result() for way in RUNNERS}
+    return {"weight_bytes": report.weight_bytes, "ways": ways}
+
+
+@torch.no_grad()
+def _taken(way: str, bundle: Path, settings: Settings, model: str, size: str) -> dict[str, Any]:
+    """Memory that this process takes, when all is open and at most in the first generation; and a generation's time."""
+    before = measure.resident()
+    files = measure.mapped(psutil.Process().memory_info())
+    unet: Any
+    if way == "torch":
+        unet = sdgraph.apply(models.build(model, "cpu", torch.float32), INHERIT, verify=False)
+    else:
+        unet = ort.ORTUNet.from_pretrained(bundle, provider=ort.CPU, session_options=RUNNERS[way], verify=False)
+    config = SimpleNamespace(config=SimpleNamespace(**unet.config), device=unet.device, dtype=unet.dtype)
+    call = models.call(config, settings.batch, int(size), int(size))  # type: ignore[arg-type]
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(CALLS)
+    opened = measure.resident()
+
+    def generation() -> None:
+        own = call["encoder_hidden_states"].clone()
+        for timestep in scheduler.timesteps:
+            unet(**{**call, "timestep": timestep, "encoder_hidden_states": own})
+
+    with measure.Peak() as peak:
+        generation()
+    seconds = [measure.timed(generation, "cpu") for _ in range(settings.at_least)]
+    sizes = {"opened": opened, "own": peak.own + files, "total": peak.total}
+    return {"seconds": seconds, **{name: size - before for name, size in sizes.items()}}
+
+
+def table(cases: Sequence[dict[str, Any]]) -> str:
+    rows = [("model", "latents", "run by", "when open", "at most", "of that its own", "seconds")]
+    for case in cases:
+        _, model, size = case["case"].split("/")
+        for name, each in case["ways"].items():
+            sizes = (f"{each[key] / 1e9:.3g} GB" for key in ("opened", "total", "own"))
+            rows.append((model, f"{size}x{size}", name, *sizes, f"{statistics.median(each['seconds']):.3g}"))
+    weights = ", ".join(f"{case['weight_bytes'] / 1e9:.3g} GB" for case in cases)
+    return (
+        f"{markdown(rows)}\n\nGenerations of 10 calls by a process of its own, without what it took before; the "
+        f"weights are {weights}. Not its own are pages of the mapped file of weights."
+    )
