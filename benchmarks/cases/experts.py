@@ -62,4 +62,4 @@ def table(cases: Sequence[dict[str, Any]]) -> str:
             sizes = f"{each['parameters'] / 1e6:.4g} M", f"{each['kept_bytes'] / 1e6:.4g} MB"
             seconds = f"{statistics.median(case['samples'][name]):.3g}"
             rows.append((model, f"{size}x{size}", kind, *sizes, seconds, times))
-    return markdown(rows) + "\n\nGenerations of 10 calls. MeasurementCache: between calls."
+    return markdown(rows) + "\n\nGenerations of 10 calls. Kept: between calls."

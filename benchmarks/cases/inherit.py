@@ -109,4 +109,4 @@ def table(cases: Sequence[dict[str, Any]]) -> str:
                     f"{case['largest_difference'][name]:.3g}",
                 )
             )
-    return markdown(rows) + "\n\nWhole generations. MeasurementCache: between calls."
+    return markdown(rows) + "\n\nWhole generations. Kept: between calls."
