@@ -29,7 +29,7 @@ from sdgraph.atomic import appearing
 from sdgraph.cli import main
 from sdgraph.cli.sources import load_unet
 from sdgraph.errors import ModeError, SavedError, SdgraphError
-from sdgraph.exporters.bundle.manifest import Manifest, _digest
+from sdgraph.exporters.bundle.manifest_file import digest, read_manifest
 from sdgraph.ir.dims import evaluate
 from sdgraph.runtime.recipe import read_recipe
 from sdgraph.schedules import Uniform
@@ -284,7 +284,7 @@ def test_forged_manifests(bundle: Path, data: st.DataObject) -> None:
     }
 
     def read() -> None:
-        manifest = Manifest.read(bundle)
+        manifest = read_manifest(bundle)
         with contextlib.suppress(SdgraphError):
             sizes = manifest.check(flat)
             for model in manifest.models:
@@ -292,7 +292,7 @@ def test_forged_manifests(bundle: Path, data: st.DataObject) -> None:
                     for dim in spec.shape or ():
                         assert isinstance(dim if isinstance(dim, int) else evaluate(dim, sizes), int)
 
-    forged(bundle, "sdgraph.json", data, read, _digest)
+    forged(bundle, "sdgraph.json", data, read, digest)
 
 
 @pytest.mark.parametrize("power", [1e300, 1, "x"])
