@@ -14,6 +14,7 @@ from sdgraph.untrusted import read_config
 from sdgraph.views.format import columns, cost, count, several
 
 from .manifest import AGAIN, CONFIG, DATA, MODEL, REFRESH, REPORT, Manifest, Model
+from .manifest_file import check_files, read_manifest
 from .untrusted import check_model
 
 
@@ -28,9 +29,9 @@ def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
         ScheduleError: a schedule does not fit the calls.
     """
     read_config(directory / CONFIG, AGAIN)
-    manifest = Manifest.read(directory)
+    manifest = read_manifest(directory)
     if verify:
-        manifest.check_files(directory, manifest.files)
+        check_files(manifest, directory, manifest.files)
     first = manifest.models[0]
     lines = [
         f"{directory}: {manifest.dtype}, opset {manifest.opset}, written by sdgraph {manifest.version}",

@@ -24,10 +24,12 @@ from sdgraph import GraphUNet
 from sdgraph.atomic import appearing
 from sdgraph.errors import ExportError, SavedError, SdgraphError, SpecError, did_you_mean
 
+from ..bundle.describe import describe
 from ..bundle.example_calls import example_call, with_values
 from ..bundle.external_data import Weights
 from ..bundle.extra import require_onnx
-from ..bundle.manifest import CONFIG, DATA, DTYPES, LAYOUTS, MANIFEST, MODEL, REPORT, TARGETS, Manifest, describe
+from ..bundle.manifest import CONFIG, DATA, DTYPES, LAYOUTS, MANIFEST, MODEL, REPORT, TARGETS, Manifest
+from ..bundle.manifest_file import read_manifest, write_manifest
 from . import parity
 from .parity import Comparison, ExportReport
 
@@ -181,9 +183,9 @@ def _export(
             elif manifest.models[0].file != MODEL:
                 _write_plain(folder, manifest.models[0].file)
             (folder / CONFIG).write_bytes(_config(unet))
-            manifest.write(folder)
+            write_manifest(manifest, folder)
         with stage("check", MODEL):
-            loaded = _loaded(folder, Manifest.read(folder))
+            loaded = _loaded(folder, read_manifest(folder))
         comparisons = _compare(unet, loaded, list(nodes), bounds, stage)
     weight_bytes = sum(p.numel() * p.element_size() for p in unet.parameters())
     file_bytes = sum(f.stat().st_size for f in folder.iterdir())

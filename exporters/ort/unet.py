@@ -19,7 +19,8 @@ from sdgraph.runtime.interface import UNetCall, no_value
 from sdgraph.untrusted import read_config
 
 from ..bundle.extra import require_onnx
-from ..bundle.manifest import AGAIN, CONFIG, DATA, Manifest
+from ..bundle.manifest import AGAIN, CONFIG, DATA
+from ..bundle.manifest_file import check_files, read_manifest
 from ..bundle.untrusted import check_model
 from .session_options import CPU, CUDA
 from .sessions import Models
@@ -78,8 +79,8 @@ class ORTUNet(UNetCall):
         """
         require_onnx()
         folder = Path(directory)
-        config, manifest = read_config(folder / CONFIG, AGAIN), Manifest.read(folder)
-        manifest.check_files(folder, manifest.files if verify else (n for n in manifest.files if n != DATA))
+        config, manifest = read_config(folder / CONFIG, AGAIN), read_manifest(folder)
+        check_files(manifest, folder, manifest.files if verify else (n for n in manifest.files if n != DATA))
         for model in manifest.models:
             check_model(folder / model.file, manifest.files)
         models = Models(folder, manifest, provider, provider_options, session_options, free_dims, cuda_graph)

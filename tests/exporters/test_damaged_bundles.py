@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from sdgraph import errors
-from sdgraph.exporters.bundle import manifest
+from sdgraph.exporters.bundle import manifest_file
 from sdgraph.exporters.ort.unet import ORTUNet
 
 from .exports import Exported
@@ -44,14 +44,14 @@ def edit_manifest(directory: Path, signed: bool = True, **changes: Any) -> None:
     said = json.loads(path.read_text()) | changes
     if signed:
         said.pop("sha256")
-        said["sha256"] = manifest._digest(said)
+        said["sha256"] = manifest_file.digest(said)
     path.write_text(json.dumps(said))
 
 
 def edit_model(directory: Path, change: Callable[[onnx.ModelProto], None]) -> None:
     """Change the model, and the manifest's hash of it."""
     edit(directory / "model.onnx", change)
-    manifest.Manifest.read(directory).write(directory)
+    manifest_file.write_manifest(manifest_file.read_manifest(directory), directory)
 
 
 def set_place(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
@@ -124,7 +124,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "manifest cut": ("sdgraph.json is not JSON", lambda d: truncate(d / "sdgraph.json")),
     "a recipe": ("not that of an export", lambda d: (d / "sdgraph.json").write_text('{"format": 1, "passes": []}')),
     "manifest edited": ("was edited", lambda d: edit_manifest(d, signed=False, opset=19)),
-    "newer": ("format 3.*up to 2", lambda d: edit_manifest(d, format=3)),
+    "newer": ("format 4.*up to 3", lambda d: edit_manifest(d, format=4)),
     "bad inputs": ("is damaged", lambda d: edit_manifest(d, inputs=[{"name": "sample"}])),
     "code": (
         "is damaged",

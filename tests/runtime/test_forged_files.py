@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdgraph.errors import SavedError, SdgraphError
-from sdgraph.exporters.bundle.manifest import Manifest, _digest
+from sdgraph.exporters.bundle.manifest_file import digest, read_manifest
 from sdgraph.ir.dims import evaluate
 from sdgraph.runtime.recipe import read_recipe
 from sdgraph.spec import read
@@ -90,7 +90,7 @@ def test_forged_manifests(old_bundle: Path, data: st.DataObject) -> None:
     }
 
     def read() -> None:
-        manifest = Manifest.read(old_bundle)
+        manifest = read_manifest(old_bundle)
         with contextlib.suppress(SdgraphError):
             sizes = manifest.check(flat)
             for model in manifest.models:
@@ -98,7 +98,7 @@ def test_forged_manifests(old_bundle: Path, data: st.DataObject) -> None:
                     for dim in spec.shape or ():
                         assert isinstance(dim if isinstance(dim, int) else evaluate(dim, sizes), int)
 
-    forged(old_bundle, "sdgraph.json", data, read, _digest)
+    forged(old_bundle, "sdgraph.json", data, read, digest)
 
 
 @pytest.mark.parametrize("power", [1e300, 1, "x"])

@@ -1,0 +1,102 @@
+"""Describing a UNet that is to be exported: its manifest, before any file is written."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import torch
+
+from sdgraph import Graph, GraphUNet
+from sdgraph.errors import ExportError
+from sdgraph.forecasts import Polynomial
+from sdgraph.ir.sites import Site
+from sdgraph.ir.sites import sites as site_nodes
+from sdgraph.ir.specialize import per_call
+
+from .manifest import MODEL, REFRESH, Dtype, Layout, Manifest, Model, Order, Target, Value
+
+
+def describe(
+    unet: GraphUNet, given: frozenset[str], target: str, layout: str, opset: int, calls: int | Sequence[float]
+) -> Manifest:
+    """Return the manifest, still without files, of a UNet.
+
+    Args:
+        given: names of the optional inputs that the models are to have.
+        target: "portable" or "cuda", see `Manifest`.
+        layout: "variants" or "single", see `Manifest`; a UNet with one model has "variants".
+        opset: version of the ONNX operators.
+        calls: the generations to serve, which decide the models: a number of calls at evenly spaced timesteps, or the
+            timesteps.
+    Raises:
+        ExportError: a size or an inherited value cannot be described.
+        ScheduleError: a schedule does not fit `calls`.
+    """
+    graph = unet.graph.copy()
+    graph.follow_weights()
+    if any(node.target is per_call for node in graph.nodes):
+        _require_one_timestep(graph)
+    inputs = graph.resolved_inputs()
+    for spec in inputs:
+        if "?" in (spec.shape or ()):
+            what = f"a size of {spec.name} is no known expression of the call's sizes"
+            raise ExportError(what, where=f"input {spec.name}", hint="a pass has made it so; please report it")
+    models = _models(graph, calls)
+    return Manifest(
+        target=cast(Target, target),
+        layout=cast(Layout, layout if len(models) > 1 else "variants"),
+        dtype=cast(Dtype, str(unet.dtype).removeprefix("torch.")),
+        opset=opset,
+        inputs=inputs,
+        given=tuple(i.name for i in inputs if i.shape is not None and (not i.optional or i.name in given)),
+        output=graph.dims.expressions(graph.output.meta["val"], graph.output.meta["probe"]),
+        models=models,
+        values=tuple(_value(graph, name, site, unet.dtype) for name, site in graph.sites.items()),
+        guards=graph.guards,
+        recipe=tuple(map(str, graph.passes)),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "onnx", "onnxscript")},
+    )
+
+
+def _require_one_timestep(graph: Graph) -> None:
+    """Give the graph one timestep for all samples of a call, as exported models have where a part depends on the
+    timestep alone."""
+    graph.inputs = tuple(replace(i, shape=(1,), broadcast=False) if i.name == "timestep" else i for i in graph.inputs)
+    timestep = graph.input("timestep")
+    for key in ("val", "probe"):
+        timestep.meta[key] = timestep.meta[key].new_empty(1)
+    graph.propagate(anew=True)
+
+
+def _models(graph: Graph, calls: int | Sequence[float]) -> tuple[Model, ...]:
+    """Return a model for each kind of call. The first refreshes all sites, as the first call of a generation does."""
+    if not graph.sites:
+        return (Model(MODEL, macs=graph.macs),)
+    models: dict[tuple[tuple[str, ...], ...], Model] = {}
+    may_go = {name for name, site in graph.sites.items() if site.bypassed}
+    timesteps = np.linspace(999, 0, calls).tolist() if isinstance(calls, int) else calls
+    for kind in graph.timetable(timesteps).variants:  # two may differ only in sites that neither needs
+        name = f"inherit_{len(models)}.onnx" if models else REFRESH
+        kept = tuple(site for site in kind.refreshed if site not in may_go)
+        computed = tuple(site for site in kind.refreshed if site in may_go)
+        key = kind.inherited, kind.refreshed, kind.bypassed
+        models.setdefault(key, Model(name, kind.inherited, kept, kind.macs, kind.bypassed, computed))
+    return tuple(models.values())
+
+
+def _value(graph: Graph, name: str, site: Site, dtype: torch.dtype) -> Value:
+    node = site_nodes(graph.fx)[name]
+    shape = graph.dims.expressions(node.meta["val"], node.meta["probe"])
+    if "?" in shape or node.meta["val"].dtype != dtype:
+        raise ExportError(
+            f"what is inherited has shape {shape} and dtype {node.meta['val'].dtype}, which is not covered",
+            where=name,
+            hint="choose another site",
+        )
+    order = site.forecast.memory - 1
+    forecast = cast(Order, order) if order <= 2 and site.forecast == Polynomial(order) else str(site.forecast)
+    return Value(name, str(site.schedule), forecast, shape, site.invariant, site.bypassed)

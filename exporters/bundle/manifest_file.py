@@ -1,0 +1,129 @@
+"""The file of a manifest, `sdgraph.json`. It is written last, and not trusted when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from sdgraph.atomic import sha256
+from sdgraph.errors import SavedError, SdgraphError
+from sdgraph.frontend.call import ARGUMENTS
+from sdgraph.ir.dims import evaluate
+from sdgraph.untrusted import as_kind, check_format, read_json, require_inside
+
+from .manifest import AGAIN, CONFIG, DATA, FORMAT, KINDS, MANIFEST, REPORT, Manifest
+
+_MODEL_FILE = re.compile(r"[A-Za-z0-9][\w-]{0,60}\.onnx")
+_SYMBOL = re.compile(r"[A-Z]\d{0,3}")  # of a size of the call
+_LARGEST_SIZE = 1 << 31  # of a dimension, where the sizes of the call are 64
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write a manifest, with the hashes of the files that are there."""
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, REPORT)}
+    plain = asdict(replace(manifest, files=files))
+    (folder / MANIFEST).write_text(json.dumps({**plain, "sha256": digest(plain)}, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a directory.
+
+    Raises:
+        SavedError: it is missing, edited, malformed, or of a newer format.
+    """
+    path = folder / MANIFEST
+    plain = read_json(path, AGAIN)
+    if "models" not in plain or "format" not in plain:
+        hint = "sdgraph.GraphUNet.from_pretrained reads what save_pretrained wrote"
+        raise SavedError(f"{MANIFEST} is not that of an export", where=str(path), hint=hint)
+    check_format(plain, FORMAT, path, AGAIN)
+    if plain.pop("sha256", None) != digest(plain):
+        raise SavedError(f"{MANIFEST} was edited", where=str(path), hint=f"{AGAIN}: it says what the models are")
+    if plain["format"] == 2 and "artefact" in plain:
+        plain["target"] = plain.pop("artefact")
+    manifest = as_kind(plain, Manifest, path, AGAIN)
+    try:
+        _check(manifest)
+    except (SdgraphError, ValueError, RecursionError, MemoryError) as error:
+        what = error.what if isinstance(error, SdgraphError) else str(error) or type(error).__name__
+        raise SavedError(f"{MANIFEST} is damaged: {what}", where=str(path), hint=AGAIN) from error
+    return manifest
+
+
+def digest(plain: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest as plain data, by which an edited one is told."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def check_files(manifest: Manifest, folder: Path, names: Iterable[str]) -> None:
+    """Compare files with their hashes.
+
+    Args:
+        names: names of the files to compare.
+    Raises:
+        SavedError: a file is missing, is not the one that was exported, or is a link out of the directory.
+    """
+    for name in names:
+        require_inside(folder / name, AGAIN)
+        if not (folder / name).is_file():
+            raise SavedError(f"{name} is missing", where=str(folder), hint=AGAIN)
+        if sha256(folder / name) != manifest.files.get(name):
+            raise SavedError(f"{name} is not the file that was exported", where=str(folder / name), hint=AGAIN)
+
+
+def _check(manifest: Manifest) -> None:
+    """Check that the fields fit together.
+
+    Raises:
+        ValueError, SdgraphError: they do not.
+    """
+    models = manifest.models
+    if not models or models[0].stale:
+        raise ValueError("models: the first does not compute everything")
+    sites = manifest.sites  # this reads their schedules, which may fail
+    if len(sites) < len(manifest.values):
+        raise ValueError("values: a site is there twice")
+    for i, model in enumerate(models):
+        for site in (*model.takes, *model.gives, *model.bypassed, *model.computed):
+            _require_known(site, sites, f"models[{i}]")
+        for site in model.takes:
+            _require_known(site, models[0].gives, f"models[{i}].takes")
+        if not _MODEL_FILE.fullmatch(model.file):
+            raise ValueError(f"models[{i}].file: {model.file[:100]!r} is no file name of a model")
+    for name in (CONFIG, DATA, *(model.file for model in models)):
+        if name not in manifest.files:
+            raise ValueError(f"files: there is no hash of {name}")
+    for i, spec in enumerate(manifest.inputs):
+        _require_known(spec.kind, KINDS, f"inputs[{i}].kind")
+        _require_known(spec.place[0] if spec.place else "", ARGUMENTS, f"inputs[{i}].place")
+    names = [spec.name for spec in manifest.inputs if spec.shape is not None]
+    if len({spec.name for spec in manifest.inputs}) < len(manifest.inputs) or names[:2] != ["sample", "timestep"]:
+        raise ValueError("inputs: sample and timestep, and each once")
+    for name in manifest.given:
+        _require_known(name, names, "given")
+    _check_sizes(manifest)
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    """Check that dimensions are sizes and guards can be evaluated, for a call whose free sizes are all 64."""
+    shapes = {f"inputs[{i}].shape": spec.shape or () for i, spec in enumerate(manifest.inputs)}
+    free = {str(d): 64 for shape in shapes.values() for d in shape if _SYMBOL.fullmatch(str(d))}
+    shapes |= {"output": manifest.output}
+    shapes |= {f"values[{i}].shape": value.shape for i, value in enumerate(manifest.values)}
+    for field, shape in shapes.items():
+        for dim in shape:
+            size: object = dim if isinstance(dim, int) else evaluate(dim, free)
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= _LARGEST_SIZE:
+                raise ValueError(f"{field}: {str(dim)[:80]!r} is no size")
+    for guard in manifest.guards:
+        evaluate(guard.condition, free)
+
+
+def _require_known(name: str | int, known: Container[Any], field: str) -> None:
+    if name not in known:
+        raise ValueError(f"{field}: {str(name)[:100]!r} is not known")
