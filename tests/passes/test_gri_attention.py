@@ -16,7 +16,7 @@ import sdgraph
 from sdgraph.errors import EditError, SpecError
 from sdgraph.passes.gri_attention import attend
 
-from ..models import ONE_LEVEL, answer, build, call_of, edits
+from ..models import answer, build, call_of, edits
 
 
 def features(height: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -223,7 +223,7 @@ def test_what_is_refused(spec: str, error: type[Exception], complaint: str) -> N
 @pytest.mark.slow
 def test_it_is_exported(tmp_path: Path) -> None:
     """With parity at two shapes, one of which its windows do not divide."""
-    unet = sdgraph.apply(build(**ONE_LEVEL), "GRIAttention(4, pool=2, shift=2)")
+    unet = sdgraph.apply(build(), "GRIAttention(4, pool=2, shift=2)")
     sdgraph.exporters.onnx.export(unet, tmp_path / "onnx")
     running = sdgraph.exporters.ort.ORTUNet.from_pretrained(tmp_path / "onnx", provider="CPUExecutionProvider")
     call = call_of(unet, B=3, H=6, W=14)

@@ -1,4 +1,4 @@
-"""Calls with gradients, of inputs and of weights, give those of the unet."""
+"""Calls with gradients, of inputs and of weights, give those of the source."""
 
 from __future__ import annotations
 
@@ -58,22 +58,22 @@ def test_forward_derivatives_are_the_sources(unet: Any) -> None:
 
 
 def test_weights_are_copied_when_gradients_come_and_not_before(unet: Any) -> None:
-    unet, call = sdgraph.apply(unet), call_of(unet)
+    result, call = sdgraph.apply(unet), call_of(unet)
     before = {n: p.detach().clone() for n, p in unet.named_parameters()}
     shared = {n: p.data_ptr() for n, p in unet.named_parameters()}
-    output = unet(**call).sample
-    assert {n: p.data_ptr() for n, p in unet.named_parameters()} == shared  # a call that forgot no_grad copies nothing
+    output = result(**call).sample
+    assert {n: p.data_ptr() for n, p in result.named_parameters()} == shared  # a call without no_grad copies nothing
     output.sum().backward()
-    torch.optim.SGD(unet.parameters(), 0.1).step()
+    torch.optim.SGD(result.parameters(), 0.1).step()
     assert all(torch.equal(before[n], p) for n, p in unet.named_parameters())
-    assert not torch.equal(unet(**call).sample, unet(**call).sample)
+    assert not torch.equal(result(**call).sample, unet(**call).sample)
 
 
 def test_gradients_by_autograd_and_a_step_by_hand(unet: Any) -> None:
-    unet, call = sdgraph.apply(unet), call_of(unet)
+    result, call = sdgraph.apply(unet), call_of(unet)
     before = unet.conv_out.weight.detach().clone()
-    weight = unet.get_parameter("conv_out.weight")
-    (gradient,) = torch.autograd.grad(unet(**call).sample.sum(), weight)
+    weight = result.get_parameter("conv_out.weight")
+    (gradient,) = torch.autograd.grad(result(**call).sample.sum(), weight)
     with torch.no_grad():
         weight -= gradient
     assert torch.equal(unet.conv_out.weight, before)
