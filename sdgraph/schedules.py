@@ -280,7 +280,8 @@ class Drift(Schedule):
 
     Args:
         bound: the relative error that is borne.
-        least, most: the fewest and the most calls from a refresh to the next; it begins with the fewest.
+        least: the fewest calls from a refresh to the next, with which a generation begins.
+        most: the most calls from a refresh to the next.
     """
 
     bound: float = 0.1

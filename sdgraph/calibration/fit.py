@@ -39,9 +39,11 @@ class Fit:
     Args:
         fitted: the pass with the fitted forecast.
         damping: of each inherited call, in order.
-        before, after: mean squared error of the final latents with the pass's own forecast and with the fitted one, the
-            geometric mean over the prompts it was fitted on.
-        held_out_before, held_out_after: the same on the held-out prompts; nan without any.
+        before: mean squared error of the final latents with the forecast that the fit began with, the geometric mean
+            over the prompts that were fitted on.
+        after: the same with the fitted forecast.
+        held_out_before: as `before`, on the held-out prompts; nan without any.
+        held_out_after: as `after`, on the held-out prompts; nan without any.
     """
 
     fitted: Pass
