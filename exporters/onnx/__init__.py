@@ -3,7 +3,8 @@
 It imports `ort`, which checks what was written, and `bundle`.
 """
 
-from .export import check_target, export
+from .export import export
 from .parity import ExportReport
+from .request import check_target
 
 __all__ = ["ExportReport", "check_target", "export"]

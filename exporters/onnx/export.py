@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 from tqdm import tqdm
@@ -22,16 +20,17 @@ from tqdm import tqdm
 import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.atomic import appearing
-from sdgraph.errors import ExportError, SavedError, SdgraphError, SpecError, did_you_mean
+from sdgraph.errors import ExportError, SavedError, SdgraphError, SpecError
 
 from ..bundle.describe import describe
 from ..bundle.example_calls import example_call, with_values
 from ..bundle.external_data import Weights
 from ..bundle.extra import require_onnx
-from ..bundle.manifest import CONFIG, DATA, DTYPES, LAYOUTS, MANIFEST, MODEL, REPORT, TARGETS, Manifest
+from ..bundle.manifest import CONFIG, DATA, LAYOUTS, MODEL, REPORT, TARGETS, Manifest
 from ..bundle.manifest_file import read_manifest, write_manifest
 from . import parity
 from .parity import Comparison, ExportReport
+from .request import as_graph, check_target, chosen_inputs, config_text
 
 if TYPE_CHECKING:
     from ..ort.unet import ORTUNet
@@ -99,13 +98,13 @@ def export(
         SpecError: unknown inputs, target, layout or opset.
     """
     require_onnx()
-    unet = _as_graph(unet, dtype)
+    unet = as_graph(unet, dtype)
     if opset not in OPSETS:
         raise SpecError(f"opset {opset} is not covered", hint=f"covered: {OPSETS[0]} to {OPSETS[-1]}")
     for name, value, known in (("target", target, TARGETS), ("layout", layout, LAYOUTS)):
         if value not in known:
             raise SpecError(f"no {name} {value!r}", hint=f"one of {', '.join(known)}")
-    manifest = describe(unet, _chosen(unet, inputs), target, layout, opset, calls)
+    manifest = describe(unet, chosen_inputs(unet, inputs), target, layout, opset, calls)
     lowered, fused = _lowered(unet) if target == "cuda" else (unet, {})
     bounds = parity.BOUNDS[manifest.torch_dtype]
     atol, rtol = bounds[0] if atol is None else atol, bounds[1] if rtol is None else rtol
@@ -182,7 +181,7 @@ def _export(
                 manifest = _joined(folder, manifest)
             elif manifest.models[0].file != MODEL:
                 _write_plain(folder, manifest.models[0].file)
-            (folder / CONFIG).write_bytes(_config(unet))
+            (folder / CONFIG).write_bytes(config_text(unet))
             write_manifest(manifest, folder)
         with stage("check", MODEL):
             loaded = _loaded(folder, read_manifest(folder))
@@ -303,62 +302,3 @@ def _lean(manifest: Manifest) -> dict[str, Any]:
         "session.disable_prepacking": 1,
         "graph_optimization_level": level.ORT_DISABLE_ALL if half else level.ORT_ENABLE_EXTENDED,
     }
-
-
-def _as_graph(unet: Any, dtype: torch.dtype | None) -> GraphUNet:
-    if isinstance(unet, UNet2DConditionModel):
-        unet = sdgraph.apply(unet)
-    if not isinstance(unet, GraphUNet):
-        hint = "pass pipe.unet" if hasattr(unet, "unet") else "pass what sdgraph.apply returned, or a diffusers UNet"
-        raise ExportError(f"a {type(unet).__name__} cannot be exported", hint=hint)
-    if dtype not in (None, unet.dtype):
-        unet = sdgraph.apply(unet, (), verify=False)
-        unet.to(dtype)
-    name = str(unet.dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        why = "; ONNX Runtime has no bfloat16 kernels for Resize" if name == "bfloat16" else ""
-        raise ExportError(
-            f"a UNet in {name} cannot be exported{why}", where="dtype", hint="unet.to(torch.float16) or torch.float32"
-        )
-    return unet  # type: ignore[no-any-return]
-
-
-def _chosen(unet: GraphUNet, names: Collection[str]) -> frozenset[str]:
-    """Names of the flat inputs that the given argument names stand for."""
-    if isinstance(names, str):
-        names = (names,)
-    chosen = {"timestep_cond"}  # pipelines give it whenever the configuration has it
-    optional = [spec for spec in unet.graph.inputs if spec.optional]
-    for name in names:
-        found = {spec.name for spec in optional if name in (spec.name, spec.place[0])}
-        if not found:
-            known = list(dict.fromkeys(str(spec.place[0]) for spec in optional))
-            hint = did_you_mean(name, known) or f"optional inputs of this UNet: {', '.join(known)}"
-            raise SpecError(f"no optional input {name!r}", where="inputs", hint=hint)
-        chosen |= found
-    return frozenset(chosen)
-
-
-def _config(unet: GraphUNet) -> bytes:
-    public = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    named = {"_class_name": "UNet2DConditionModel", "_diffusers_version": diffusers.__version__, **public}
-    return (json.dumps(named, indent=2, sort_keys=True) + "\n").encode()
-
-
-def check_target(overwrite: bool, target: Path) -> None:
-    """Refuse to write over what is there.
-
-    Raises:
-        ExportError: something is, and is no earlier export or `overwrite` is not wished.
-    """
-    if not target.exists():
-        return
-    if not overwrite:
-        hint = "pass overwrite=True (--overwrite on the command line), or choose another"
-        raise ExportError("the directory exists", where=str(target), hint=hint)
-    if not target.is_dir() or (
-        any(target.iterdir()) and not any((target / name).exists() for name in (MANIFEST, REPORT))
-    ):
-        raise ExportError(
-            "this is not an earlier export", where=str(target), hint="remove it yourself, or choose another"
-        )

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..exporters.onnx.export import check_target, export
+    from ..exporters.onnx import check_target
+    from ..exporters.onnx.export import export
 
     check_target(args.overwrite, args.out)  # before the minutes that the export takes
     passes = parse(args.passes)

@@ -1,0 +1,87 @@
+"""What an export is asked for: which UNet, with which inputs, into which directory. Checked before anything is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+
+import sdgraph
+from sdgraph import GraphUNet
+from sdgraph.errors import ExportError, SpecError, did_you_mean
+
+from ..bundle.manifest import DTYPES, MANIFEST, REPORT
+
+
+def as_graph(unet: Any, dtype: torch.dtype | None) -> GraphUNet:
+    """Return the UNet as it is to be exported: traced, and in a dtype that ONNX Runtime has.
+
+    Raises:
+        ExportError: it is no UNet, or its dtype is not served.
+    """
+    if isinstance(unet, UNet2DConditionModel):
+        unet = sdgraph.apply(unet)
+    if not isinstance(unet, GraphUNet):
+        hint = "pass pipe.unet" if hasattr(unet, "unet") else "pass what sdgraph.apply returned, or a diffusers UNet"
+        raise ExportError(f"a {type(unet).__name__} cannot be exported", hint=hint)
+    if dtype not in (None, unet.dtype):
+        unet = sdgraph.apply(unet, (), verify=False)
+        unet.to(dtype)
+    name = str(unet.dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        why = "; ONNX Runtime has no bfloat16 kernels for Resize" if name == "bfloat16" else ""
+        raise ExportError(
+            f"a UNet in {name} cannot be exported{why}", where="dtype", hint="unet.to(torch.float16) or torch.float32"
+        )
+    return unet  # type: ignore[no-any-return]
+
+
+def chosen_inputs(unet: GraphUNet, names: Collection[str]) -> frozenset[str]:
+    """Return the names of the flat inputs that argument names stand for.
+
+    Raises:
+        SpecError: the UNet has no such optional input.
+    """
+    if isinstance(names, str):
+        names = (names,)
+    chosen = {"timestep_cond"}  # pipelines give it whenever the configuration has it
+    optional = [spec for spec in unet.graph.inputs if spec.optional]
+    for name in names:
+        found = {spec.name for spec in optional if name in (spec.name, spec.place[0])}
+        if not found:
+            known = list(dict.fromkeys(str(spec.place[0]) for spec in optional))
+            hint = did_you_mean(name, known) or f"optional inputs of this UNet: {', '.join(known)}"
+            raise SpecError(f"no optional input {name!r}", where="inputs", hint=hint)
+        chosen |= found
+    return frozenset(chosen)
+
+
+def config_text(unet: GraphUNet) -> bytes:
+    """Return the configuration of the source UNet as JSON."""
+    public = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    named = {"_class_name": "UNet2DConditionModel", "_diffusers_version": diffusers.__version__, **public}
+    return (json.dumps(named, indent=2, sort_keys=True) + "\n").encode()
+
+
+def check_target(overwrite: bool, target: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ExportError: something is, and is no earlier export or `overwrite` is not wished.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        hint = "pass overwrite=True (--overwrite on the command line), or choose another"
+        raise ExportError("the directory exists", where=str(target), hint=hint)
+    if not target.is_dir() or (
+        any(target.iterdir()) and not any((target / name).exists() for name in (MANIFEST, REPORT))
+    ):
+        raise ExportError(
+            "this is not an earlier export", where=str(target), hint="remove it yourself, or choose another"
+        )
