@@ -39,12 +39,12 @@ def appearing(
     _clear(target, beside)
     check(target)
     try:
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=beside))
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=beside))
     except OSError as refusal:
         hint = "choose a directory that you may write to"
         raise error(f"cannot write there: {refusal.strerror}", where=str(beside), hint=hint) from refusal
-    new, old = made / "new", made / "old"
-    ours = FileLock(made / LOCK)
+    new, old = folder / "new", folder / "old"
+    ours = FileLock(folder / LOCK)
     try:
         ours.acquire()
         new.mkdir()  # unlike a temporary directory's, its mode follows the umask
@@ -61,18 +61,18 @@ def appearing(
             raise
     finally:
         ours.release()
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clear(target: Path, beside: Path) -> None:
     """Remove what killed processes left of `target`, whose locks nobody holds; what one had put away comes back."""
-    for made in beside.glob(f".{glob.escape(target.name)}-*"):
-        if not re.fullmatch(r"[a-z0-9_]{8}", made.name[len(target.name) + 2 :]) or not (made / LOCK).is_file():
+    for folder in beside.glob(f".{glob.escape(target.name)}-*"):
+        if not re.fullmatch(r"[a-z0-9_]{8}", folder.name[len(target.name) + 2 :]) or not (folder / LOCK).is_file():
             continue
-        with contextlib.suppress(Timeout, OSError), FileLock(made / LOCK, timeout=0):  # else it is being written
-            if (made / "old").exists() and not target.exists():
-                (made / "old").rename(target)
-            shutil.rmtree(made, ignore_errors=True)
+        with contextlib.suppress(Timeout, OSError), FileLock(folder / LOCK, timeout=0):  # else it is being written
+            if (folder / "old").exists() and not target.exists():
+                (folder / "old").rename(target)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

@@ -160,9 +160,9 @@ class _Dense(Schedule):
     def _chosen(self, calls: int) -> tuple[int, ...]:
         count, power = -(-calls // self.interval), self.power
         while power > 1:
-            found = self._spaced(calls, count, power)
-            if len(set(found)) == count:
-                return found
+            chosen = self._spaced(calls, count, power)
+            if len(set(chosen)) == count:
+                return chosen
             power -= 0.02
         raise ScheduleError(
             f"no {count} distinct calls of {calls}", where=str(self), hint="a larger interval, or Uniform(interval)"

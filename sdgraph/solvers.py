@@ -33,20 +33,17 @@ def lambdas_of(scheduler: Any, timesteps: tuple[float, ...]) -> tuple[float, ...
     """
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if _config(scheduler).get("timestep_type") == "continuous":
-        found = [-4 * timestep for timestep in timesteps]
+        levels = [-4 * timestep for timestep in timesteps]
     elif alphas is not None:
         squares = np.asarray(alphas.detach().cpu().double())
         ratios = 0.5 * (np.log(np.maximum(squares, 1e-30)) - np.log(np.maximum(1 - squares, 1e-30)))
-        found = np.interp(timesteps, np.arange(len(ratios)), ratios).tolist()
+        levels = np.interp(timesteps, np.arange(len(ratios)), ratios).tolist()
     else:
-        sigmas = getattr(scheduler, "sigmas", ())
-        if len(sigmas) < len(timesteps):
+        sigmas = [float(sigma) for sigma in getattr(scheduler, "sigmas", ())][: len(timesteps)]
+        if len(sigmas) < len(timesteps) or min(sigmas) <= 0:
             return None
-        levels = [float(sigma) for sigma in sigmas[: len(timesteps)]]
-        if not all(level > 0 for level in levels):
-            return None
-        found = [-log(level) for level in levels]
-    return tuple(found) if all(map(isfinite, found)) else None
+        levels = [-log(sigma) for sigma in sigmas]
+    return tuple(levels) if all(map(isfinite, levels)) else None
 
 
 def name_of(scheduler: Any) -> str:

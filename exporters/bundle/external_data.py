@@ -96,22 +96,22 @@ class SharedWeights:
         import onnx
         import onnxruntime
 
-        found = {}
+        lent = {}
         graph = onnx.load(path, load_external_data=False).graph
         others = {name for node in nodes_of(graph) for i, name in enumerate(node.input) if not (i and _shares(node))}
         for tensor in graph.initializer:
             if tensor.data_location != onnx.TensorProto.EXTERNAL or len(tensor.dims) < 2 or tensor.name in others:
                 continue
-            place = {each.key: each.value for each in tensor.external_data}
+            place = {entry.key: entry.value for entry in tensor.external_data}
             offset = int(place.get("offset", 0))
             if tensor.name in self._lent:
                 if self._lent[tensor.name][0] != offset:
                     raise SavedError(f"{tensor.name} is two weights", where=str(path), hint=AGAIN)
-                found[tensor.name] = self._lent[tensor.name][2]
+                lent[tensor.name] = self._lent[tensor.name][2]
                 continue
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
             lies = np.memmap(self.folder / place["location"], dtype, "c", offset, tuple(tensor.dims))
             weight = torch.from_numpy(lies).to(self.device)
-            found[tensor.name] = onnxruntime.OrtValue.from_dlpack(weight)
-            self._lent[tensor.name] = offset, weight, found[tensor.name]
-        return found
+            lent[tensor.name] = onnxruntime.OrtValue.from_dlpack(weight)
+            self._lent[tensor.name] = offset, weight, lent[tensor.name]
+        return lent

@@ -128,7 +128,7 @@ def _lowered(unet: GraphUNet) -> tuple[GraphUNet, dict[str, int]]:
 
     lowered = sdgraph.apply(unet, ("CleanUp", *ALL), verify=False)  # the export is checked, as a whole
     reports = lowered.report.passes[-len(ALL) :]
-    return lowered, {type(one).__name__: len(each.edits) for one, each in zip(ALL, reports, strict=True)}
+    return lowered, {type(lowering).__name__: len(report.edits) for lowering, report in zip(ALL, reports, strict=True)}
 
 
 def _export(
@@ -165,17 +165,17 @@ def _export(
             with stage("capture", model.file):
                 program = translate.capture(module, with_values(unet, manifest, model, example), inputs)
             with stage("translate", model.file):
-                made = translate.translate(program, manifest.opset)
+                onnx_model = translate.translate(program, manifest.opset)
             with stage("compact", model.file):
-                translate.compact(made, inputs, outputs)
-                nodes[model.file] = len(made.graph)
-                choosing += sum(node.op_type in CHOOSING for node in made.graph)
+                translate.compact(onnx_model, inputs, outputs)
+                nodes[model.file] = len(onnx_model.graph)
+                choosing += sum(node.op_type in CHOOSING for node in onnx_model.graph)
             with stage("write", model.file), _written(folder):
-                weights.take(made)
-                made.producer_name, made.producer_version = "sdgraph", sdgraph.__version__
-                made.metadata_props["sdgraph.recipe"] = ", ".join(manifest.recipe)
-                onnx_ir.save(made, folder / model.file)
-            del made, program
+                weights.take(onnx_model)
+                onnx_model.producer_name, onnx_model.producer_version = "sdgraph", sdgraph.__version__
+                onnx_model.metadata_props["sdgraph.recipe"] = ", ".join(manifest.recipe)
+                onnx_ir.save(onnx_model, folder / model.file)
+            del onnx_model, program
         with _written(folder):
             if manifest.layout == "single":
                 manifest = _joined(folder, manifest)
@@ -254,7 +254,7 @@ def _compare(
     stage: Callable[[str, str], AbstractContextManager[None]],
 ) -> tuple[Comparison, ...]:
     """Every output of every model, at two shapes."""
-    found = []
+    comparisons = []
     manifest = loaded.manifest
     for name, model in zip(names, manifest.models, strict=True):
         module = unet.variant(frozenset(manifest.given), model.stale)
@@ -273,9 +273,9 @@ def _compare(
                         where=name,
                         hint="an operator that a pass inserted may have no kernel for its dtype; try float32",
                     ) from error
-                found.append(parity.compare(name, eager, exported, call, *bounds))
+                comparisons.append(parity.compare(name, eager, exported, call, *bounds))
         loaded.models.close(model)
-    return tuple(found)
+    return tuple(comparisons)
 
 
 @contextmanager

@@ -108,8 +108,8 @@ class LowerGroupNorm(Lowering):
         terms = _sum(x)
         path, module = str(node.target), Normalise(norm, silu)
         if terms is None:
-            made = graph.insert(module, x, before=last.next, path=path, leaving=[node])
-            graph.rewire(last, made)
+            new = graph.insert(module, x, before=last.next, path=path, leaving=[node])
+            graph.rewire(last, new)
         else:
             normed, total = graph.insert(module, *terms, before=x.next, path=path, leaving=[node])
             graph.rewire(last, normed)
@@ -128,7 +128,7 @@ def _sum(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     a: Any = node.args[0]
     b: Any = node.args[1]
-    if not all(isinstance(each, fx.Node) and isinstance(each.meta.get("val"), Tensor) for each in (a, b)):
+    if not all(isinstance(side, fx.Node) and isinstance(side.meta.get("val"), Tensor) for side in (a, b)):
         return None
     if "placeholder" in (a.op, b.op):
         return None  # an optional input, which calls may leave out
@@ -169,8 +169,8 @@ class LowerAttention(Lowering):
                 q, k, v = q.float(), k.float(), v.float()
             return contrib.attention(q, k, v, heads, scale).to(dtype)  # type: ignore[no-any-return]
 
-        made = graph.insert(code, *map(_split, node.args), before=joined, path=scope(node))
-        graph.rewire(joined, made)
+        new = graph.insert(code, *map(_split, node.args), before=joined, path=scope(node))
+        graph.rewire(joined, new)
         return ""
 
 
@@ -234,10 +234,10 @@ class LowerGEGLU(Lowering):
             return "the projection has no bias"
         if linear.out_features not in contrib.SPLIT_GELU_WIDTHS:
             return Limit(f"the width {linear.out_features} is none of {contrib.SPLIT_GELU_WIDTHS}")
-        made = graph.insert(
+        new = graph.insert(
             Gated(linear), project.args[0], before=node.next, path=str(project.target), leaving=[project]
         )
-        graph.rewire(node, made)
+        graph.rewire(node, new)
         graph.eliminate_dead_code()
         return ""
 
@@ -269,10 +269,10 @@ class LowerBiasAdd(Lowering):
         linear: Any = graph.module(str(project.target))
         if linear.bias is None or len(project.users) != 1 or skip.meta["val"].shape != project.meta["val"].shape:
             return "it has no bias, or its output serves something else, or shapes differ"
-        made = graph.insert(
+        new = graph.insert(
             Added(linear), project.args[0], skip, before=node.next, path=str(project.target), leaving=[project]
         )
-        graph.rewire(node, made)
+        graph.rewire(node, new)
         graph.eliminate_dead_code()
         return ""
 

@@ -22,7 +22,7 @@ def merge(models: Sequence[onnx.ModelProto], manifest: Manifest) -> onnx.ModelPr
     kind = models[0].graph.output[0].type.tensor_type.elem_type
     weights: dict[str, onnx.TensorProto] = {}
     branches = [_branch(model.graph, i, manifest, weights) for i, model in enumerate(models)]
-    names = [each.name for each in branches[0].output]
+    names = [value.name for value in branches[0].output]
     nodes: list[onnx.NodeProto] = []
     chosen = branches[-1]
     for i in reversed(range(len(branches) - 1)):
@@ -42,13 +42,13 @@ def merge(models: Sequence[onnx.ModelProto], manifest: Manifest) -> onnx.ModelPr
         helper.make_tensor_value_info(f"inherited.{value.site}", kind, [_dim(d) for d in value.shape])
         for value in manifest.kept
     ]
-    results = [first.output[0], *(_renamed(each, "refreshed") for each in values)]
+    results = [first.output[0], *(_renamed(value, "refreshed") for value in values)]
     choice = helper.make_tensor_value_info(CHOICE, INT64, [])
     graph = helper.make_graph(nodes, "unet", [*first.input, choice, *values], results, list(weights.values()))
-    made = helper.make_model(graph, opset_imports=models[0].opset_import, ir_version=models[0].ir_version)
-    made.metadata_props.extend(models[0].metadata_props)
-    made.producer_name, made.producer_version = models[0].producer_name, models[0].producer_version
-    return made
+    merged = helper.make_model(graph, opset_imports=models[0].opset_import, ir_version=models[0].ir_version)
+    merged.metadata_props.extend(models[0].metadata_props)
+    merged.producer_name, merged.producer_version = models[0].producer_name, models[0].producer_version
+    return merged
 
 
 def _branch(
@@ -65,7 +65,7 @@ def _branch(
         kept.CopyFrom(tensor)
         kept.name = name
         weights[name] = kept
-    given = {each.name for each in graph.input}
+    given = {value.name for value in graph.input}
     nodes = []
     for node in graph.node:
         names |= {name: f"{number}/{name}" for name in node.output if name}
@@ -93,7 +93,7 @@ def _dim(dim: int | str) -> int | str:
 
 
 def _renamed(value: onnx.ValueInfoProto, kind: str) -> onnx.ValueInfoProto:
-    made = onnx.ValueInfoProto()
-    made.CopyFrom(value)
-    made.name = f"{kind}.{value.name.partition('.')[2]}"
-    return made
+    port = onnx.ValueInfoProto()
+    port.CopyFrom(value)
+    port.name = f"{kind}.{value.name.partition('.')[2]}"
+    return port

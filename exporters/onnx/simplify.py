@@ -25,9 +25,9 @@ def simplify(graph: fx.Graph) -> None:
 def _cat(graph: fx.Graph, node: fx.Node) -> None:
     """`cat` takes what it joins to one dtype; ONNX's wants it so. Operators by element the translator sees to."""
     parts: Any = node.args[0]
-    for each in {*parts}:
-        if each.meta["val"].dtype != node.meta["val"].dtype:
-            node.replace_input_with(each, _cast(graph, node, each, node.meta["val"].dtype))
+    for part in {*parts}:
+        if part.meta["val"].dtype != node.meta["val"].dtype:
+            node.replace_input_with(part, _cast(graph, node, part, node.meta["val"].dtype))
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
@@ -63,12 +63,12 @@ def _sort(graph: fx.Graph, node: fx.Node) -> None:
     if dtype not in SORTABLE and not dtype.is_floating_point:
         values = _cast(graph, node, values, torch.int64)
     with graph.inserting_before(node):
-        both = made = graph.call_function(aten.sort.default, (values, given["dim"], given["descending"]))
+        both = new = graph.call_function(aten.sort.default, (values, given["dim"], given["descending"]))
         both.meta = {**node.meta, "val": torch.sort(values.meta["val"], given["dim"], given["descending"])}
         if node.target in (aten.argsort.default, aten.argsort.stable):
-            made = graph.call_function(operator.getitem, (both, 1))
-            made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
+            new = graph.call_function(operator.getitem, (both, 1))
+            new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
     graph.erase_node(node)
 
 
@@ -83,16 +83,16 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
     if not mean and not half:
         return
     if half:
-        own, source = (_cast(graph, node, each, torch.float32) for each in (own, source))
+        own, source = (_cast(graph, node, value, torch.float32) for value in (own, source))
     with graph.inserting_before(node):
         if mean:
-            made = _mean(graph, own, given["dim"], index, source, given["include_self"])
+            new = _mean(graph, own, given["dim"], index, source, given["include_self"])
         else:
             named = {name: value for name, value in given.items() if name not in ("self", "dim", "index", "src")}
-            made = _call(graph, node.target, own, given["dim"], index, source, **named)
+            new = _call(graph, node.target, own, given["dim"], index, source, **named)
     if half:
-        made = _cast(graph, node, made, dtype)
-    node.replace_all_uses_with(made)
+        new = _cast(graph, node, new, dtype)
+    node.replace_all_uses_with(new)
     graph.erase_node(node)
 
 
@@ -100,7 +100,7 @@ def _mean(graph: fx.Graph, own: fx.Node, dim: int, index: fx.Node, source: fx.No
     total, count = own, _call(graph, aten.ones_like.default, own)
     if not include_self:
         zero = _call(graph, aten.zeros_like.default, source)
-        total, count = (_call(graph, aten.scatter.src, each, dim, index, zero) for each in (total, count))
+        total, count = (_call(graph, aten.scatter.src, values, dim, index, zero) for values in (total, count))
     one = _call(graph, aten.ones_like.default, source)
     total = _call(graph, aten.scatter_add.default, total, dim, index, source)
     count = _call(graph, aten.scatter_add.default, count, dim, index, one)
@@ -111,23 +111,23 @@ def _mean(graph: fx.Graph, own: fx.Node, dim: int, index: fx.Node, source: fx.No
 
 def _call(graph: fx.Graph, target: Any, like: fx.Node, *args: Any, **options: Any) -> fx.Node:
     """A node whose value has the shape and dtype of its first argument."""
-    made = graph.call_function(target, (like, *args), options)
-    made.meta = dict(like.meta)
-    return made
+    new = graph.call_function(target, (like, *args), options)
+    new.meta = dict(like.meta)
+    return new
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call by their names in the operator's schema."""
     schema: Any = node.target._schema  # type: ignore[union-attr]
-    defaults = {each.name: each.default_value for each in schema.arguments}
+    defaults = {argument.name: argument.default_value for argument in schema.arguments}
     return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
 
 
 def _cast(graph: fx.Graph, node: fx.Node, value: fx.Node, dtype: torch.dtype) -> fx.Node:
     with graph.inserting_before(node):
-        made = graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
-    made.meta = {**node.meta, "val": value.meta["val"].to(dtype)}
-    return made
+        new = graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
+    new.meta = {**node.meta, "val": value.meta["val"].to(dtype)}
+    return new
 
 
 _RULES: dict[Any, Callable[[fx.Graph, fx.Node], object]] = {

@@ -30,26 +30,26 @@ def make(settings: Mapping[str, Any], sizes: Mapping[str, int], weights: Mapping
     """
     import onnxruntime
 
-    made = onnxruntime.SessionOptions()
+    options = onnxruntime.SessionOptions()
     for name, value in settings.items():
         if "." in name:
-            made.add_session_config_entry(name, str(value))
+            options.add_session_config_entry(name, str(value))
             continue
-        known = [each for each in vars(type(made)) if isinstance(vars(type(made))[each], property)]
+        known = [key for key, held in vars(type(options)).items() if isinstance(held, property)]
         if name not in known:
             hint = did_you_mean(name, known) or f"one of {', '.join(known)}; configuration entries have a dot"
             raise SpecError(f"no option {name!r}", where="session_options", hint=hint)
         try:
-            setattr(made, name, value)
+            setattr(options, name, value)
         except TypeError as error:
             raise SpecError(
                 f"{name} does not take {value!r}", where="session_options", hint="see onnxruntime.SessionOptions"
             ) from error
     for name, size in sizes.items():
-        made.add_free_dimension_override_by_name(name, size)
+        options.add_free_dimension_override_by_name(name, size)
     for name, value in weights.items():
-        made.add_initializer(name, value)
-    return made
+        options.add_initializer(name, value)
+    return options
 
 
 def one_arena(provider: str, provider_options: Mapping[str, str]) -> dict[str, str]:

@@ -49,7 +49,7 @@ class ReplayUNet(GraphUNet):
     def __init__(self, graph: Graph, generate: Callable[[GraphUNet], Tensor], scheduler: Any = None) -> None:
         super().__init__(graph)
         self.generate = generate
-        self.made: list[RecordedCall] = []
+        self.recorded: list[RecordedCall] = []
         self.play = self._record
         self.final = generate(self)
         self.calls = Run.of(self.timesteps)
@@ -59,14 +59,14 @@ class ReplayUNet(GraphUNet):
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        return tuple(float(each.flat["timestep"].reshape(-1)[0]) for each in self.made)
+        return tuple(float(call.flat["timestep"].reshape(-1)[0]) for call in self.recorded)
 
     def run(self, flat: Mapping[str, Tensor]) -> Tensor:
         return self.play(flat)
 
     def _record(self, flat: Mapping[str, Tensor]) -> Tensor:
         output, values = self._step(flat, frozenset(), no_value)
-        self.made.append(RecordedCall(dict(flat), output, values))
+        self.recorded.append(RecordedCall(dict(flat), output, values))
         return output
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class ReplayUNet(GraphUNet):
             of the latents that go into each call after the last refresh, up to and with the one at which it stops; the
             end of the generation counts as a call.
         """
-        found: list[Array] = []
+        errors: list[Array] = []
         number = -1
         samples = len(self.final)
 
@@ -89,22 +89,22 @@ class ReplayUNet(GraphUNet):
             nonlocal number
             number += 1
             if number > refreshes[-1]:
-                found.append(distances(flat["sample"], self.made[number].flat["sample"], samples))
+                errors.append(distances(flat["sample"], self.recorded[number].flat["sample"], samples))
             if number == stop:
                 raise _Enough
             if number <= refreshes[-1]:
-                return self.made[number].output
+                return self.recorded[number].output
             stale = sites if number < until else frozenset()
             return self._step(flat, stale, value)[0]
 
         def value(site: str) -> Tensor:
             weights = self._sites[site].forecast.weights(refreshes, number, self.calls)
-            return weighted([self.made[i].values[site] for i in refreshes], weights)
+            return weighted([self.recorded[i].values[site] for i in refreshes], weights)
 
         self.play = play
         with contextlib.suppress(_Enough):
-            found.append(distances(self.generate(self), self.final, samples))
-        return np.array(found)
+            errors.append(distances(self.generate(self), self.final, samples))
+        return np.array(errors)
 
     def weights(self, sites: frozenset[str], probes: int) -> Array:
         """(T + 1, samples) by how much an error of the latents that go into each call is multiplied until the end.
@@ -112,22 +112,24 @@ class ReplayUNet(GraphUNet):
         Measured at some calls, with errors that inheriting makes: guidance weakens what they have in common with and
         without the prompt, and would magnify random ones. Between these calls the weights are geometric.
         """
-        T = len(self.made)
+        T = len(self.recorded)
         at = sorted({round(k) for k in np.linspace(2, T - 1, probes)} - {*range(2)}) if T > 2 else []
         logs = []
         for k in at:
-            found = np.maximum(self.errors((k - 2,), sites, k, T), 1e-300)
-            logs.append(np.log(found[-1] / found[1]))
+            errors = np.maximum(self.errors((k - 2,), sites, k, T), 1e-300)
+            logs.append(np.log(errors[-1] / errors[1]))
         logs.append(np.zeros(len(self.final)))
-        return np.exp([np.interp(np.arange(T + 1), [*at, T], each) for each in np.transpose(logs)]).T
+        return np.exp(
+            [np.interp(np.arange(T + 1), [*at, T], logs_of_sample) for logs_of_sample in np.transpose(logs)]
+        ).T
 
 
 def distances(a: Tensor, b: Tensor, samples: int) -> Array:
     """(samples,) mean squared differences. There may be several latents of each sample, as with guidance: then samples
     come by turns."""
-    each = (a.double() - b.double()).square().flatten(1).mean(1)
-    found: Array = each.reshape(-1, samples).mean(0).cpu().numpy()
-    return found
+    squares = (a.double() - b.double()).square().flatten(1).mean(1)
+    errors: Array = squares.reshape(-1, samples).mean(0).cpu().numpy()
+    return errors
 
 
 class MeasurementCache:

@@ -42,7 +42,7 @@ Choice = Mapping[int, tuple[float, tuple[int, ...]]]  # by the number of refresh
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
     Args:
         passes: the candidates with their schedules, but for those that are better never inherited.
@@ -141,11 +141,11 @@ def search(
     def generate(unet: GraphUNet) -> Tensor:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         with with_unet(pipe, unet):
-            found = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
-        return found.images  # type: ignore[no-any-return]
+            result = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
+        return result.images  # type: ignore[no-any-return]
 
     replay = ReplayUNet(inheriting.graph.copy(), generate, pipe.scheduler)
-    T = len(replay.made)
+    T = len(replay.recorded)
     ways = [_stretches(T, reach, as_forecast(one.forecast).memory) for one in candidates]  # type: ignore[attr-defined]
     kept = MeasurementCache(Path(folder) if folder else None, replay.final)
     with tqdm(total=probes + sum(map(len, ways)), desc="search", unit="run", disable=not progress) as bar:
@@ -158,12 +158,12 @@ def search(
             weighted.append({})
             for state, ends in stretches.items():
                 measure = partial(replay.errors, state, group, ends[-1], ends[-1])
-                found = kept(f"{name}: {state} to {ends[-1]}", measure)
-                weighted[-1][state] = found * weights[ends[0] : ends[-1] + 1]
+                errors = kept(f"{name}: {state} to {ends[-1]}", measure)
+                weighted[-1][state] = errors * weights[ends[0] : ends[-1] + 1]
                 bar.update()
-    scale = sum(each.sum(0) for errors in weighted for each in errors.values())  # of each prompt
+    scale = sum(error.sum(0) for errors in weighted for error in errors.values())  # of each prompt
     choices = [
-        _best(stretches, {state: (each / (scale + 1e-300)).mean(1) for state, each in errors.items()}, T)
+        _best(stretches, {state: (error / (scale + 1e-300)).mean(1) for state, error in errors.items()}, T)
         for stretches, errors in zip(ways, weighted, strict=True)
     ]
     inherited = cache(inheriting.graph.step_macs)
@@ -171,7 +171,7 @@ def search(
     def macs(counts: Sequence[int]) -> int:
         plan = [choice[count][1] for choice, count in zip(choices, counts, strict=True)]
         stale = (frozenset(g for g, refreshes in enumerate(plan) if call not in refreshes) for call in range(T))
-        return sum(inherited(frozenset().union(*(groups[g] for g in each))) for each in stale)
+        return sum(inherited(frozenset().union(*(groups[g] for g in inheriting_groups))) for inheriting_groups in stale)
 
     everything = source.graph.macs * T
     most = budget * everything * (1 + 1e-9)  # a budget that was computed as such a share is met by it
@@ -191,7 +191,7 @@ def search(
     )
     result = apply(source, passes, verify=False)
     measured = distances(generate(result), replay.final, len(prompts))
-    terms = [each for errors, plan in zip(weighted, chosen, strict=True) for each in _errors(errors, plan, T)]
+    terms = [term for errors, plan in zip(weighted, chosen, strict=True) for term in _errors(errors, plan, T)]
     predicted = _joint(np.array(terms))
     timetable = result.graph.timetable(replay.timesteps)
     return SearchResult(passes, timetable, _typical(predicted), _typical(measured), len(prompts))
@@ -203,14 +203,14 @@ def _typical(errors: Array) -> float:
 
 def _stretches(T: int, reach: int, memory: int) -> dict[State, range]:
     """All the states that refreshes may come to, each with the calls at which the next refresh, or the end, may be."""
-    found: dict[State, range] = {}
+    stretches: dict[State, range] = {}
     todo: list[State] = [(0,)]
     while todo:
         state = todo.pop()
-        if state not in found:
-            found[state] = range(state[-1] + 1, min(state[-1] + reach, T) + 1)
-            todo += [(*state, k)[-memory:] for k in found[state] if k < T]
-    return dict(sorted(found.items(), key=lambda each: (each[0][-1], each[0])))
+        if state not in stretches:
+            stretches[state] = range(state[-1] + 1, min(state[-1] + reach, T) + 1)
+            todo += [(*state, k)[-memory:] for k in stretches[state] if k < T]
+    return dict(sorted(stretches.items(), key=lambda stretch: (stretch[0][-1], stretch[0])))
 
 
 def _best(stretches: Mapping[State, range], errors: Mapping[State, Array], T: int) -> Choice:
@@ -226,8 +226,8 @@ def _best(stretches: Mapping[State, range], errors: Mapping[State, Array], T: in
             for count in range(len(state), state[-1] + 2):
                 then = ((T,), count) if end == T else ((*state, end)[-memory:], count + 1)
                 net.add_edge((state, count), then, weight=error)
-    found: Any = nx.single_source_dijkstra(net, ((0,), 1))
-    length, path = found
+    shortest: Any = nx.single_source_dijkstra(net, ((0,), 1))
+    length, path = shortest
     return {
         count: (length[(T,), count], tuple(state[-1] for state, _ in path[(T,), count][:-1]))
         for count in range(1, T + 1)

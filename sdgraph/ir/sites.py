@@ -120,28 +120,28 @@ def step(nodes: fx.Graph, stale: Collection[str] = ()) -> Step:
     Every other site that the output depends on is computed, and its value is returned; nodes that only feed values that
     are not used are removed. A graph without sites returns its output as it is.
     """
-    made = copy_nodes(nodes)
-    if not sites(made):
-        return Step(made, (), (), returns_tuple=False)
-    given = [node for node in made.nodes if node.op == "placeholder"]
+    variant = copy_nodes(nodes)
+    if not sites(variant):
+        return Step(variant, (), (), returns_tuple=False)
+    given = [node for node in variant.nodes if node.op == "placeholder"]
     arguments: dict[str, fx.Node] = {}
-    for site, node in sites(made).items():
+    for site, node in sites(variant).items():
         if node.target is bypass:
             node.replace_all_uses_with(node.args[site in stale])  # type: ignore[arg-type]
-            made.erase_node(node)
+            variant.erase_node(node)
         elif site in stale:
-            with made.inserting_after([*given, *arguments.values()][-1]):
-                arguments[site] = value = made.placeholder(f"inherited_{len(arguments)}")
+            with variant.inserting_after([*given, *arguments.values()][-1]):
+                arguments[site] = value = variant.placeholder(f"inherited_{len(arguments)}")
             value.meta = {key: node.meta[key] for key in ("val", "probe", "nn_module_stack") if key in node.meta}
             node.replace_all_uses_with(value)
-            made.erase_node(node)
-    eliminate_dead_code(made, unneeded=arguments.values())
+            variant.erase_node(node)
+    eliminate_dead_code(variant, unneeded=arguments.values())
     results: dict[str, fx.Node] = {}
-    for site, node in sites(made).items():
+    for site, node in sites(variant).items():
         results[site] = value = node.all_input_nodes[0]
         node.replace_all_uses_with(value)
-        made.erase_node(node)
-    output = made.output_node()
+        variant.erase_node(node)
+    output = variant.output_node()
     output.args = ((output.args[0], *results.values()),)
     takes = tuple(site for site, node in arguments.items() if not node._erased)
-    return Step(made, takes, tuple(results))
+    return Step(variant, takes, tuple(results))

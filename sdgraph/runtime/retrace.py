@@ -40,19 +40,19 @@ def again(graph: Graph, change: Callable[[UNet2DConditionModel], Any]) -> Graph:
     _fill(source, graph.weights)
     change(source)
     check_modules(source, {type(processor) for processor in graph.source.attn_processors.values()})
-    made = _replayed(graph, source)
-    made.device = graph.device
+    new_graph = _replayed(graph, source)
+    new_graph.device = graph.device
     weight = next(iter(graph.parameters().values()), None)
-    for name, tensor in _tensors(made.weights):
+    for name, tensor in _tensors(new_graph.weights):
         held = graph.weights.get(name)
         if isinstance(held, torch.Tensor) and held.shape == tensor.shape:
-            _set(made.weights, name, held)  # the very object: an optimizer may hold it
+            _set(new_graph.weights, name, held)  # the very object: an optimizer may hold it
         elif tensor.is_meta:
             raise ModeError("this needs a weight that a pass took out of the graph", where=name, hint=_AGAIN)
         elif weight is not None:
             tensor.data = tensor.data.to(weight.device)  # it was not in the graph when that was moved
-    made.source = skeleton(source, made.weights)
-    return made
+    new_graph.source = skeleton(source, new_graph.weights)
+    return new_graph
 
 
 def _replayed(graph: Graph, source: UNet2DConditionModel) -> Graph:
