@@ -1,6 +1,7 @@
 """Quality against time of the small trained Stable Diffusion, for the ways of generating images of `ways.py`.
 
     python benchmarks/frontier.py inheritance           # feature inheritance, and fewer steps
+    python benchmarks/frontier.py plans                 # damped forecasts at 20 to 40 steps of DPM-Solver++ 2M Karras
     python benchmarks/frontier.py attention             # global-regional attention, and token merging
     python benchmarks/frontier.py inheritance --quick   # a smoke test
     python benchmarks/frontier.py inheritance --device cuda --dtype float16 --images 256
@@ -57,8 +58,10 @@ def measured(pipe: Any, ways: Mapping[str, Way], images: int, batch: int, device
     generated: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
 
+    scheduler = pipe.scheduler
+
     def run(way: Way, first: int, results: list[np.ndarray[Any, Any]]) -> None:
-        pipe.unet = way.unet
+        pipe.unet, pipe.scheduler = way.unet, way.scheduler or scheduler
         part = range(first, min(first + batch, images))
         generators = [torch.Generator().manual_seed(i) for i in part]
         inheriting = isinstance(way.unet, sdgraph.GraphUNet)
@@ -142,6 +145,7 @@ def main() -> None:
     ways = KINDS[args.kind](pipe, args.quick, args.folder)
     figures = measured(pipe, ways, images, batch, args.device)
     settings = {"dtype": args.dtype, "images": images, "batch": batch, "steps": ways.steps, "quick": args.quick}
+    settings["solver"] = "DDIM" if args.kind != "plans" else "DPM-Solver++ 2M Karras"
     result = {**measure.circumstances(args.device), **settings, "ways": figures}
     name = f"{result['date'][:10]}-{torch.device(args.device).type}-{args.dtype}-{args.kind}.json"
     out = args.out or (ROOT / "out" / "bench" if args.quick else RESULTS) / name

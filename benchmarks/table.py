@@ -44,19 +44,40 @@ def conditions(result: dict[str, Any]) -> str:
 def frontier(result: dict[str, Any]) -> str:
     """Quality against time, way by way."""
     rows = [("way", "MACs", "time", "PSNR", "its 10 % worst", "Fréchet", "shape and colour", "place")]
+    margins = [margin(result["ways"], name) for name in result["ways"]] if result.get("solver") else []
     for name, each in result["ways"].items():
         psnr = [decibels(each[key]) for key in ("psnr", "psnr_low")]
         shares = (f"{100 * each[key]:.0f} %" for key in ("shape and colour", "place"))
         macs = "-" if each["macs"] is None else f"{each['macs']:.3f}"
         rows.append((name, macs, f"{each['time']:.3f}", *psnr, f"{each['frechet']:.3g}", *shares))
+    if margins:  # older results have a table of their own that compares
+        heading = "against fewer steps at its time, median and worst tenth"
+        rows = [(*row, last) for row, last in zip(rows, (heading, *margins), strict=True)]
     return f"{circumstances(result)}\n\n{markdown(rows)}"
+
+
+def margin(ways: dict[str, Any], name: str) -> str:
+    """PSNR of a way less that of fewer plain steps in the same time, for the median image and the worst tenth."""
+    way, found = ways[name], []
+    for key in ("psnr", "psnr_low"):
+        plain = sorted((w["time"], w[key]) for w in ways.values() if w["kind"] == "fewer steps" and w[key] is not None)
+        if (
+            way["kind"] == "fewer steps"
+            or way[key] is None
+            or not plain
+            or not plain[0][0] <= way["time"] <= plain[-1][0]
+        ):
+            return "-"
+        found.append(way[key] - float(np.interp(way["time"], *zip(*plain, strict=True))))
+    return f"{found[0]:+.1f}, {found[1]:+.1f} dB"
 
 
 def circumstances(result: dict[str, Any]) -> str:
     quick = " **A quick run: smoke test, no figures to quote.**" if result["quick"] else ""
     return (
         f"{result['device']}, {result['threads']} threads, {result['dtype']}; torch {result['torch']}, diffusers "
-        f"{result['diffusers']}; {result['images']} images of {result['steps']} DDIM steps, {result['batch']} at a "
+        f"{result['diffusers']}; {result['images']} images of {result['steps']} {result.get('solver', 'DDIM')} steps, "
+        f"{result['batch']} at a "
         f"time; MACs and time as shares of all steps; PSNR of the median image, and of the one that a tenth are not "
         f"better than ({result['date'][:10]}).{quick}"
     )

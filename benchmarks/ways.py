@@ -10,6 +10,7 @@ from typing import Any
 
 import tomesd
 import torch.nn.functional as F
+from diffusers import DPMSolverMultistepScheduler
 from scenes.quality import held_out_captions
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from sdgraph.passes import GRIAttention, InheritFeatures
 from sdgraph.passes.gri_attention import self_attentions
 from sdgraph.schedules import DenseCenter, DenseEarly, DenseLate, Uniform
 
+CONVERGED = 100  # steps of DPM-Solver++ 2M Karras
 STEPS, FEWER = 50, (30, 25, 20, 17, 14, 12, 10)
 INTERVALS, BRANCHES = (2, 3, 5), (0, 1, 2)
 EVERYWHERE = "{down_blocks.*,mid_block,up_blocks.*}"
@@ -34,6 +36,7 @@ class Way:
         steps: the number of inference steps.
         macs: the multiply-accumulates of the UNet per image, as a share of those of all steps; None if unknown.
         passes: the passes of the UNet, as text.
+        scheduler: the scheduler of the pipeline; by default the one that it has.
     """
 
     kind: str
@@ -41,6 +44,7 @@ class Way:
     steps: int
     macs: float | None
     passes: str = ""
+    scheduler: Any = None
 
 
 class Ways(dict[str, Way]):
@@ -63,11 +67,12 @@ class Ways(dict[str, Way]):
         for steps in numbers:
             self[f"{steps} steps"] = Way("fewer steps", self.source, steps, steps / self.steps)
 
-    def add(self, kind: str, name: str, passes: Any) -> None:
-        """Add the source with passes."""
-        unet = sdgraph.apply(self.source, passes, verify=False)
-        macs = unet.graph.timetable(self.timesteps).macs / (self.steps * self.source.graph.macs)
-        self[name] = Way(kind, unet, self.steps, macs, ", ".join(map(str, unet.graph.passes)))
+    def add(self, kind: str, name: str, passes: Any, steps: int | None = None) -> None:
+        """Add the source with passes; by default with all steps."""
+        unet, steps = sdgraph.apply(self.source, passes, verify=False), steps or self.steps
+        timesteps = self.timesteps if steps == self.steps else steps
+        macs = unet.graph.timetable(timesteps).macs / (self.steps * self.source.graph.macs)
+        self[name] = Way(kind, unet, steps, macs, ", ".join(map(str, unet.graph.passes)))
 
 
 def inheritance(pipe: Any, quick: bool, folder: Path) -> Ways:
@@ -103,6 +108,30 @@ def inheritance(pipe: Any, quick: bool, folder: Path) -> Ways:
             )  # fmt: skip
             kind = "searched, forecast" if forecast else "searched"
             ways.add(kind, f"as much as DeepCache {interval}, {kind}", result.passes)
+    return ways
+
+
+def plans(pipe: Any, quick: bool, folder: Path) -> Ways:
+    """Forecasts at the steps people use, on DPM-Solver++ 2M Karras, beside fewer steps of it and of DDIM.
+
+    All steps are so many that the image does not change with more of them.
+    """
+    ddim = pipe.scheduler
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(ddim.config, use_karras_sigmas=True)
+    ways = Ways(pipe, 8 if quick else CONVERGED)
+    ways.fewer(*((4,) if quick else (6, 8, 10, 12, 15, 20, 25, 30)))
+    for steps in (4,) if quick else (10, 20, 30, 50):
+        ways[f"DDIM, {steps} steps"] = Way("DDIM", ways.source, steps, steps / ways.steps, scheduler=ddim)
+    _, prompts = held_out_captions(2000)
+    prompts = prompts[-2:] if quick else prompts[-16:]
+    for steps, interval in ((5, 2),) if quick else ((20, 2), (25, 2), (30, 3), (20, 3), (40, 4)):
+        setting = f"{steps} steps, every {interval}."
+        one = InheritFeatures.damped(interval)
+        ways.add("DeepCache", f"{setting}, repeated", InheritFeatures.deep_cache(interval), steps)
+        ways.add("line", f"{setting}, line", replace(one, forecast=1), steps)
+        ways.add("damped", f"{setting}, damped by half", one, steps)
+        fit = sdgraph.fit_forecast(pipe, one, prompts, reference_steps=ways.steps, rounds=1, num_inference_steps=steps)
+        ways.add("fitted", f"{setting}, fitted", fit.fitted, steps)
     return ways
 
 
@@ -155,4 +184,8 @@ def attention(pipe: Any, quick: bool, folder: Path) -> Ways:
     return ways
 
 
-KINDS: Mapping[str, Callable[[Any, bool, Path], Ways]] = {"inheritance": inheritance, "attention": attention}
+KINDS: Mapping[str, Callable[[Any, bool, Path], Ways]] = {
+    "inheritance": inheritance,
+    "plans": plans,
+    "attention": attention,
+}

@@ -9,6 +9,7 @@ import torch
 
 from sdgraph import GraphUNet
 from sdgraph.ir.dims import evaluate
+from sdgraph.ir.inputs import random_value
 
 from .manifest import Manifest, Model
 
@@ -29,13 +30,7 @@ def random_call(unet: Any, manifest: Manifest, sizes: Mapping[str, int], seed: i
     call = {}
     for spec in manifest.model_inputs:
         shape = [d if isinstance(d, int) else evaluate(d, sizes) for d in spec.shape or ()]
-        if spec.kind == "float":
-            value = torch.randn(shape, generator=generator)
-            if spec.name.endswith("_mask"):
-                value = (value > -0.5).float()
-        else:
-            highest = (spec.kind == "index" and unet.config.get("num_class_embeds")) or 1000
-            value = torch.randint(0, highest, shape, generator=generator)
+        value = random_value(spec, shape, generator, unet.config)
         call[spec.name] = value.to(unet.device, manifest.dtype_of(spec))
     return call
 

@@ -16,7 +16,7 @@ from ..contract import Contract
 from ..graph import Graph
 from ..ir.dims import evaluate
 from ..ir.guards import raised
-from ..ir.inputs import Input
+from ..ir.inputs import random_value
 from ..ir.nodes import scope
 from ..ir.sites import Step, step
 from ..ir.specialize import drop_inputs
@@ -35,24 +35,16 @@ def example(graph: Graph, seed: int = 0, optional: bool = False, **sizes: int) -
     """
     known = _sizes([graph])[0]
     known |= raised(graph.guards, known | sizes)
+    weight = next(iter(graph.parameters().values()), torch.empty(0, dtype=graph.dtype, device=graph.device))
     generator = torch.Generator().manual_seed(seed)
     flat = {}
     for spec in graph.resolved_inputs():
         if (spec.optional and not optional) or spec.shape is None or "?" in spec.shape:
             continue
         shape = [d if isinstance(d, int) else int(evaluate(d, known)) for d in spec.shape]
-        flat[spec.name] = _random(graph, spec, shape, generator)
+        value = random_value(spec, shape, generator, graph.config)
+        flat[spec.name] = value.to(weight) if spec.kind in ("float", "mask") else value.to(weight.device)
     return flat
-
-
-def _random(graph: Graph, spec: Input, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    weight = next(iter(graph.parameters().values()), torch.empty(0, dtype=graph.dtype, device=graph.device))
-    if spec.kind == "float":
-        return torch.randn(shape, generator=generator).to(weight)
-    if spec.kind == "mask":
-        return torch.ones(shape).index_fill(-1, torch.tensor([shape[-1] - 1]), 0.0).to(weight)
-    highest = graph.config.get("num_class_embeds") or 1000
-    return torch.randint(0, highest, shape, generator=generator).to(weight.device)
 
 
 def generations(graph: Graph, *others: Graph) -> tuple[list[Call], list[Call]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -61,3 +62,22 @@ def example_of(spec: Input, sizes: Mapping[str, int], dtype: torch.dtype) -> tor
         return None
     shape = [d if isinstance(d, int) else sizes[d] for d in spec.shape]
     return torch.empty(shape, device="meta", dtype=dtype if spec.kind in ("float", "mask") else torch.int64)
+
+
+def random_value(
+    spec: Input, shape: Sequence[int], generator: torch.Generator, config: Mapping[str, Any]
+) -> torch.Tensor:
+    """Return random numbers for an input, float32 or int64, on the CPU.
+
+    Args:
+        shape: of the value.
+        generator: of the random numbers.
+        config: of the source UNet, which says how many classes there are.
+    """
+    if spec.kind == "float":
+        return torch.randn(shape, generator=generator)
+    if spec.kind == "mask":
+        kept = (torch.rand(shape, generator=generator) < 0.7).float()
+        return kept.index_fill(-1, torch.tensor([0]), 1.0)  # something is left to attend to
+    classes = config.get("num_class_embeds") if spec.kind == "index" else None
+    return torch.randint(0, classes or 1000, shape, generator=generator)
