@@ -36,7 +36,7 @@ PRESETS: dict[str, Any] = {
         Bypass("down_blocks.0.attentions.0", Uniform(2)),
         replace(InheritFeatures.damped(3), forecast=Polynomial(1, 0.5, "lambda")),
     ],
-    "drift": replace(InheritFeatures.damped(2), schedule=Drift(0.05, most=3)),
+    "drift": InheritFeatures("{mid_block,up_blocks.0}", Drift(9.0, most=3), part="value"),
     "all passes": [
         PruneBlocks("bk-sdm-base"),
         MECondConv(experts=2),
