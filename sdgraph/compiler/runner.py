@@ -159,12 +159,14 @@ def _edited_in_turn(pass_: Chain, graph: Graph, decisions: Decisions) -> tuple[G
     reports: list[PassReport] = []
     edits: list[str] = []
     misses: list[NearMiss] = []
+    mark = fingerprint(graph)
     for _ in range(pass_.repeat):
-        before, misses = graph, []
+        mark_before, misses = mark, []
         for inner in pass_.passes:
             start = time.perf_counter()
             after, findings, children = _edited(inner, graph, decisions)
-            if fingerprint(after) != fingerprint(graph):
+            mark_after = fingerprint(after)
+            if mark_after != mark:
                 seconds = time.perf_counter() - start
                 sizes = size(graph), size(after)
                 reports.append(
@@ -172,8 +174,8 @@ def _edited_in_turn(pass_: Chain, graph: Graph, decisions: Decisions) -> tuple[G
                 )
             edits += findings.edits
             misses += findings.near_misses
-            graph = after
-        if fingerprint(before) == fingerprint(graph):
+            graph, mark = after, mark_after
+        if mark == mark_before:
             break
     else:
         if pass_.repeat > 1:
