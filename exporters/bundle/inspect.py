@@ -78,8 +78,8 @@ def _calls(manifest: Manifest, calls: int) -> dict[Model, list[int]]:
     def refreshed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
         return dict.fromkeys(manifest.model_for(stale)[0].gives, torch.empty(0))
 
-    found: dict[Model, list[int]] = {}
+    calls_of: dict[Model, list[int]] = {}
     run = Run.of(np.linspace(999, 0, calls).tolist())
     for number, (stale, _) in enumerate(played(run, manifest.sites, refreshed)):
-        found.setdefault(manifest.model_for(stale)[0], []).append(number)
-    return found
+        calls_of.setdefault(manifest.model_for(stale)[0], []).append(number)
+    return calls_of

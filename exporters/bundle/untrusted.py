@@ -58,7 +58,7 @@ def _check_external(tensor: Any, path: Path, files: Collection[str]) -> None:
     """Weights lie in the directory, and are all there."""
     from onnx import helper
 
-    entry = {each.key: each.value for each in tensor.external_data}
+    entry = {entry.key: entry.value for entry in tensor.external_data}
     location = entry.get("location", "")
     if location != os.path.basename(location) or location in ("", ".", "..") or "\\" in location:
         raise SavedError(f"weights outside of the directory: {location[:100]!r}", where=tensor.name, hint=AGAIN)

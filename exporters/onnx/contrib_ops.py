@@ -33,10 +33,10 @@ def _operator(code: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _symbolic(name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], like: Tensor) -> Tensor:
-    made: Tensor = torch.onnx.ops.symbolic(
+    result: Tensor = torch.onnx.ops.symbolic(
         f"com.microsoft::{name}", inputs, attributes, dtype=like.dtype, shape=like.shape, version=1
     )
-    return made
+    return result
 
 
 def _normalise(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: float, silu: bool) -> Tensor:

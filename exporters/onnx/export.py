@@ -72,12 +72,12 @@ def export(
 
     Args:
         unet: what `sdgraph.apply` returned, or a diffusers UNet; in float32 or float16.
-        directory: to be made; its parents are made too.
+        directory: the directory to write; missing parents are created.
         target: "portable" has standard operators only, for any provider. "cuda" has ONNX Runtime's own operators for
             normalisation, attention and feed-forward in their place (`sdgraph.exporters.lowering`), which have kernels
             in its CUDA provider; elsewhere they are computed by their definitions, which is slow.
-        layout: "variants" is a file for each kind of call. "single" is one file that branches on its input `model`, for
-            those who want one; CUDA graphs cannot hold it, and other tools must choose the branch themselves.
+        layout: "variants" writes one file per kind of call. "single" is one file that branches on its input `model`;
+            CUDA graphs cannot hold it, and other tools must choose the branch themselves.
         dtype: float32 or float16; by default the UNet's, which stays as it is.
         inputs: optional inputs to include: names of arguments such as "mid_block_additional_residual". A call of the
             exported model must then give them.
@@ -89,7 +89,7 @@ def export(
         rtol: the other part of that bound.
         progress: show a progress bar.
     Returns:
-        the comparison of each model with eager at two shapes on ONNX Runtime's CPU provider; prints as a table.
+        the comparison of the models with eager at two shapes on ONNX Runtime's CPU provider; prints as a table.
     Raises:
         ExtraError: the `onnx` extra is not installed.
         ExportError: wrong kind of model or dtype, the directory exists or cannot be written, or the translation failed.

@@ -108,13 +108,14 @@ def compare(
 ) -> Comparison:
     """How far an exported model's outputs are from eager's: the worst of them."""
     shapes = {name: tuple(value.shape) for name, value in call.items()}
-    found = []
+    comparisons = []
     for mine, other in zip(eager, exported, strict=True):
         largest = float(mine.abs().max())
         same = mine.shape == other.shape
         difference = float((mine.cpu().double() - other.cpu().double()).abs().max()) if same else float("nan")
-        found.append(Comparison(model, shapes, largest, difference, atol + rtol * largest))
-    return next((each for each in found if not each.holds), max(found, key=lambda each: each.difference - each.bound))
+        comparisons.append(Comparison(model, shapes, largest, difference, atol + rtol * largest))
+    worst = max(comparisons, key=lambda comparison: comparison.difference - comparison.bound)
+    return next((comparison for comparison in comparisons if not comparison.holds), worst)
 
 
 def require(report: ExportReport, choosing: int = 0) -> None:

@@ -52,12 +52,12 @@ def chosen_inputs(unet: GraphUNet, names: Collection[str]) -> frozenset[str]:
     chosen = {"timestep_cond"}  # pipelines give it whenever the configuration has it
     optional = [spec for spec in unet.graph.inputs if spec.optional]
     for name in names:
-        found = {spec.name for spec in optional if name in (spec.name, spec.place[0])}
-        if not found:
+        matches = {spec.name for spec in optional if name in (spec.name, spec.place[0])}
+        if not matches:
             known = list(dict.fromkeys(str(spec.place[0]) for spec in optional))
             hint = did_you_mean(name, known) or f"optional inputs of this UNet: {', '.join(known)}"
             raise SpecError(f"no optional input {name!r}", where="inputs", hint=hint)
-        chosen |= found
+        chosen |= matches
     return frozenset(chosen)
 
 

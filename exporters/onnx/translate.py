@@ -98,9 +98,9 @@ def _reason(error: BaseException) -> str:
 def _translate(program: Any, opset: int, kind: type[torch.export.ExportedProgram]) -> ir.Model:
     program.__class__ = kind
     with quiet():
-        made = torch.onnx.export(program, opset_version=opset, dynamo=True, optimize=False, verbose=False)
-    assert made is not None
-    return made.model
+        exported = torch.onnx.export(program, opset_version=opset, dynamo=True, optimize=False, verbose=False)
+    assert exported is not None
+    return exported.model
 
 
 def compact(model: ir.Model, inputs: Sequence[Input], outputs: Sequence[Input]) -> None:

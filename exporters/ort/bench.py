@@ -43,7 +43,7 @@ class Figures:
 
     def __str__(self) -> str:
         first = next(iter(self.models.values()))
-        rows = [(name, f"{1000 * each:.4g} ms", f"{each / first:.3f}") for name, each in self.models.items()]
+        rows = [(name, f"{1000 * seconds:.4g} ms", f"{seconds / first:.3f}") for name, seconds in self.models.items()]
         rows.append((f"{self.calls} calls", f"{self.generation:.4g} s", f"{self.generation / self.everything:.3f}"))
         head = f"latents {self.size[0]}x{self.size[1]}, batch {self.batch}; " + ", ".join(self.on.values())
         told = "the last column is relative to computing everything, measured in turns"
@@ -98,7 +98,7 @@ def bench(
             way()
             if turn:
                 samples[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(each) for name, each in samples.items()}
+    medians = {name: statistics.median(times) for name, times in samples.items()}
     on = {
         "provider": unet.models.provider,
         "onnxruntime": f"onnxruntime {onnxruntime.__version__}",

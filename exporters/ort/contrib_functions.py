@@ -67,7 +67,9 @@ def BiasAdd(X, bias, skip):  # type: ignore  # noqa: N802
     return X + bias + skip
 
 
-FUNCTIONS = {each.name: each for each in (GroupNorm, SkipGroupNorm, MultiHeadAttention, BiasSplitGelu, BiasAdd)}
+FUNCTIONS = {
+    function.name: function for function in (GroupNorm, SkipGroupNorm, MultiHeadAttention, BiasSplitGelu, BiasAdd)
+}
 
 
 def runnable(path: Path) -> bytes:
@@ -76,7 +78,7 @@ def runnable(path: Path) -> bytes:
     for node in nodes_of(model.graph):
         if node.domain == "com.microsoft" and node.op_type in FUNCTIONS:
             node.domain = DOMAIN
-    model.functions.extend(each.to_function_proto() for each in FUNCTIONS.values())
+    model.functions.extend(function.to_function_proto() for function in FUNCTIONS.values())
     model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    made: bytes = model.SerializeToString()
-    return made
+    serialized: bytes = model.SerializeToString()
+    return serialized

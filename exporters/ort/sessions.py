@@ -192,9 +192,9 @@ class Models:
                 where="provider",
                 hint=f"check the device, its driver and libraries, or pass provider={CPU!r}",
             )
-        inputs = {each.name: (each.type, each.shape) for each in session.get_inputs()}
+        inputs = {port.name: (port.type, port.shape) for port in session.get_inputs()}
         wanted = {spec.name: (_ORT[self.manifest.dtype_of(spec)], spec) for spec in self.manifest.session_inputs(model)}
-        outputs = {each.name: each.shape for each in session.get_outputs()}
+        outputs = {port.name: port.shape for port in session.get_outputs()}
         given = {spec.name: spec for spec in self.manifest.session_outputs(model)}
         if (
             {name: kind for name, (kind, _) in inputs.items()} != {name: kind for name, (kind, _) in wanted.items()}

@@ -77,11 +77,11 @@ def _check_trace(unet: UNet2DConditionModel, graph: Graph) -> str:
     """Compare a trace with its source at two sizes, with the optional inputs and without."""
     noises, figures = [], []
     for flat, *_ in generations(graph):
-        expected, found = _answer(unet, graph, flat), run(graph, flat)
-        if Contract.EXACT.holds(expected, found):
+        expected, actual = _answer(unet, graph, flat), run(graph, flat)
+        if Contract.EXACT.holds(expected, actual):
             continue
         noise = largest_difference(expected, _answer(unet, graph, flat))
-        figure = largest_difference(expected, found)
+        figure = largest_difference(expected, actual)
         if not figure <= 4 * noise:  # some GPU kernels do not repeat; then their own noise is the bound
             raise ContractError(
                 f"the trace differs from the UNet by {figure:.3g}",
