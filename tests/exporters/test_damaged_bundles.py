@@ -155,6 +155,10 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "is damaged",
         lambda d: edit_manifest(d, values=[{"site": "x", "schedule": "open('x')", "forecast": 0, "shape": [1]}]),
     ),
+    "a pass for a schedule": (
+        "is damaged.*no schedule",
+        lambda d: edit_manifest(d, values=[{"site": "x", "schedule": "CleanUp()", "forecast": 0, "shape": [1]}]),
+    ),
     "no models": ("is damaged", lambda d: edit_manifest(d, models=[])),
     "other inputs": ("inputs are not those", lambda d: edit_manifest(d, given=["sample"])),
     "weights elsewhere": ("outside of the directory", lambda d: edit_model(d, set_place("location", "../x.data"))),
