@@ -14,11 +14,11 @@ EVERY_OTHER = Uniform(2)
 
 @dataclass(frozen=True)
 class Bypass(Pass):
-    """Leave modules out at the calls that a schedule does not name: what goes into a module takes its place.
+    """Leave modules out at the calls that a schedule does not name: the input of a module replaces its output.
 
-    Nothing is kept between calls, so that it serves random solvers and any order of calls. The value that takes the
-    place is the one that `Graph.bypass` finds; a schedule by timestep (`sdgraph.schedules.Range`) is what ALTER calls a
-    temporal mask of layers (Yang et al., 2025).
+    `Graph.bypass` chooses the value that replaces the output. The first call of a generation always computes the
+    modules. No feature is kept between calls, but the number of the call must be known: with a solver that adds random
+    numbers, use `sdgraph.attach(pipe)`.
 
     Args:
         sites: a module path or pattern, or several, see `sdgraph.Graph.matching`.
@@ -29,6 +29,8 @@ class Bypass(Pass):
         ShapeError: nothing that goes into a site has the shape of what comes out.
     Example:
         `sdgraph.apply(unet, passes=[Bypass("mid_block", Uniform(2))])`
+    Source:
+        ALTER (Yang et al., 2025). Its temporal masks of layers are a schedule by timestep, `sdgraph.schedules.Range`.
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
@@ -49,7 +51,7 @@ class Bypass(Pass):
             if outer is not None:
                 raise EditError(f"the site {path} is within the site {outer}", where=path, hint="name one of them")
         edits = []
-        for path in reversed(paths):  # the latest first: a value that takes another's place is one of the source
+        for path in reversed(paths):  # the latest first, so that replacing values are those of the source
             names = graph.bypass(path, self.schedule)
             left = graph.step_macs(names) / graph.step_macs()
             edits.append(f"{path} is bypassed: {left:.1%} of the multiply-accumulates are left without it")

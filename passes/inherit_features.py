@@ -73,7 +73,7 @@ class InheritFeatures(Pass):
 
     @classmethod
     def damped(cls, interval: int = 2, branch: int = 0, damping: float = 0.5) -> InheritFeatures:
-        """DeepCache's site with a forecast, damped: what wins at 15 to 30 steps of DPM-Solver++ 2M Karras.
+        """Return DeepCache's site with a damped forecast, for 15 to 30 steps of a multistep solver.
 
         Args:
             interval: every how many calls everything is computed.

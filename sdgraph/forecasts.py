@@ -26,15 +26,21 @@ class Forecast(Spec):
 
     @property
     def memory(self) -> int:
-        """How many refreshes the forecast looks back on."""
+        """The number of refreshes that the forecast looks back on."""
         raise NotImplementedError(f"{type(self).__name__}.memory")
 
     def weights(self, known: Sequence[int], call: int, run: Run) -> tuple[float, ...]:
-        """The weights of the values from the calls `known` (oldest first, `memory` of them or fewer) at call `call`."""
+        """Return the weights of earlier values at a call.
+
+        Args:
+            known: the calls that the values are from, oldest first; `memory` of them or fewer.
+            call: the number of the call.
+            run: what is known of the generation.
+        """
         raise NotImplementedError(f"{type(self).__name__}.weights")
 
     def doubt(self, run: Run) -> str:
-        """What a run makes of the forecast instead of what it says, and why, as a sentence; empty if nothing."""
+        """Return a sentence that says what replaces the forecast in a run, and why; empty if nothing does."""
         if run.random and self.memory > 1:
             return "the solver adds random numbers at each step, so the last features are repeated"
         return ""
@@ -44,17 +50,21 @@ class Forecast(Spec):
 class Polynomial(Forecast):
     """The polynomial through the last refreshes, damped towards the last value: last + damping · (polynomial - last).
 
-    At equal distances the undamped forecasts are TaylorSeer's by finite differences (Liu et al., 2025). Solvers with
-    two or more steps amplify what a line overshoots: with DPM-Solver++ 2M Karras a line damped by half wins.
+    At equal distances the undamped forecasts are TaylorSeer's by finite differences. Where a line overshoots, as it
+    does between few steps of a multistep solver, a damped forecast has the smaller error.
 
     Args:
         order: 0 repeats the last value, 1 is the line through the last two, 2 the parabola through the last three.
         damping: 0 repeats the last value, 1 is the polynomial.
-        along: what the values are a polynomial of: "call" (its number), "lambda" (log(alpha / sigma)) or "sigma". The
-            last two are known where a scheduler is: `sdgraph.attach(pipe)`, or `unet.expecting(scheduler)`; elsewhere
-            the number of the call stands in for them, and a warning says so.
+        along: the variable of the polynomial: "call" (its number), "lambda" (log(alpha / sigma)) or "sigma". The noise
+            levels are known of an attached scheduler, or from `unet.expecting(scheduler)`; elsewhere the number of the
+            call replaces them, and a warning says so.
     Raises:
-        ScheduleError: an order, damping or coordinate that there is not.
+        ScheduleError: the order, the damping or the variable is not one of those above.
+    Example:
+        `InheritFeatures("mid_block", Uniform(2), forecast=Polynomial(1, damping=0.5))`
+    Source:
+        TaylorSeer (Liu et al., 2025) for undamped forecasts.
     """
 
     order: int = 1
@@ -62,7 +72,7 @@ class Polynomial(Forecast):
     along: Coordinate = "call"
 
     def __post_init__(self) -> None:
-        if self.order not in (0, 1, 2) or isinstance(self.order, bool):
+        if type(self.order) is not int or self.order not in (0, 1, 2):
             raise ScheduleError(
                 f"there is no forecast of order {self.order!r}", where="forecast", hint="0 (the last value), 1 or 2"
             )
@@ -95,8 +105,8 @@ class Polynomial(Forecast):
     def doubt(self, run: Run) -> str:
         if self.along != "call" and run.lambdas is None and self.memory > 1:
             return (
-                f"the number of the call takes the place of {self.along}, which nobody tells: sdgraph.attach(pipe) "
-                "does, or unet.expecting(scheduler), for schedulers that have noise levels"
+                f"the noise levels are not known, so forecasts go by the number of the call instead of {self.along}. "
+                "Use sdgraph.attach(pipe) or unet.expecting(scheduler), with a scheduler that has noise levels"
             )
         return super().doubt(run)
 
@@ -108,8 +118,8 @@ class Fitted(Forecast):
     `sdgraph.fit_forecast` makes them. In another run `otherwise` takes their place, and a warning says so.
 
     Args:
-        table: the weights of the values from the last refreshes, oldest first, for call 0, 1, ...; empty for calls that
-            refresh.
+        table: a row for every call: the weights of the values from the last refreshes, oldest first. The row of a call
+            that refreshes is empty.
         solver: the solver they were fitted for, as `Run.solver` names it.
         otherwise: the forecast for other solvers and other numbers of calls.
     """
@@ -117,6 +127,21 @@ class Fitted(Forecast):
     table: tuple[tuple[float, ...], ...]
     solver: str = ""
     otherwise: Forecast = Polynomial(1, 0.5)
+
+    def __post_init__(self) -> None:
+        rows = self.table if isinstance(self.table, tuple) else (None,)
+        if not rows or not all(isinstance(row, tuple) and all(map(_is_weight, row)) for row in rows):
+            raise ScheduleError(
+                f"the table of fitted weights is {str(self.table)[:80]}",
+                where="forecast",
+                hint="a tuple of finite numbers for every call, as sdgraph.fit_forecast returns it",
+            )
+        if not isinstance(self.solver, str) or not isinstance(self.otherwise, Forecast):
+            raise ScheduleError(
+                f"the solver is {self.solver!r} and the other forecast {self.otherwise!r}",
+                where="forecast",
+                hint="a text, and a forecast such as Polynomial(1, 0.5)",
+            )
 
     @property
     def memory(self) -> int:
@@ -139,14 +164,16 @@ class Fitted(Forecast):
         return super().doubt(run)
 
 
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
+
+
 def weighted(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """The weighted sum of tensors of one shape; the tensor itself where it is the only one that counts."""
-    terms = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight]
-    if len(terms) == 1 and terms[0][1] == 1:
-        return terms[0][0]
-    (total, first), *others = terms or [(values[-1], 0.0)]
-    total = total * first
-    for value, weight in others:
+    """Return the weighted sum of tensors of one shape; if the last tensor alone counts, that tensor."""
+    if weights[-1] == 1 and not any(weights[:-1]):
+        return values[-1]
+    total = values[0] * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
         total = torch.add(total, value, alpha=weight)
     return total
 
@@ -155,11 +182,9 @@ REPEAT = Polynomial(0)
 
 
 def as_forecast(forecast: Forecast | int) -> Forecast:
-    """The forecast that an order stands for; a forecast as it is.
+    """Return the forecast itself, or the polynomial of an order.
 
     Raises:
-        ScheduleError: it is neither.
+        ScheduleError: it is neither a forecast nor an order.
     """
-    if isinstance(forecast, Forecast):
-        return forecast
-    return Polynomial(forecast)
+    return forecast if isinstance(forecast, Forecast) else Polynomial(forecast)

@@ -35,22 +35,26 @@ class Run:
     random: bool = False
 
     @classmethod
-    def of(cls, calls: Any, of: slice = slice(None)) -> Run:
-        """The run of a number of calls, of their timesteps, or of a diffusers scheduler.
+    def of(cls, calls: Any, part: slice = slice(None)) -> Run:
+        """Return the run of a number of calls, of their timesteps, or of a diffusers scheduler.
 
         Args:
-            calls: a scheduler whose `set_timesteps` has been called says the most: noise levels and solver as well.
-            of: the part of a scheduler's timesteps that is run.
+            calls: the number of calls, their timesteps, or a scheduler after `set_timesteps`, of which noise levels and
+                solver are known too.
+            part: the part of a scheduler's timesteps that is run, as image-to-image begins later.
         """
         if isinstance(calls, int):
             return cls(calls)
         if not hasattr(calls, "timesteps"):
-            timesteps = tuple(map(float, calls))
+            timesteps = _floats(calls)
             return cls(len(timesteps), timesteps)
-        timesteps = tuple(map(float, calls.timesteps))
-        lambdas = lambdas_of(calls, timesteps)
-        part = None if lambdas is None else lambdas[of]
-        return cls(len(timesteps[of]), timesteps[of], part, name_of(calls), is_random(calls))
+        timesteps = _floats(calls.timesteps)[part]
+        return cls(len(timesteps), timesteps, lambdas_of(calls, timesteps), name_of(calls), is_random(calls))
+
+
+def _floats(timesteps: Any) -> tuple[float, ...]:
+    """Read timesteps at once: one by one, a tensor on a GPU would make the host wait for every number."""
+    return tuple(map(float, timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps))
 
 
 @dataclass(frozen=True)
@@ -279,7 +283,7 @@ class Drift(Schedule):
     largest of their errors. The rule is that of the hold-out test of ComfyUI-Spectrum-SDXL-Proper, made gradual.
 
     Args:
-        bound: the relative error that is borne.
+        bound: the largest relative error (L2) at which the gap does not shrink.
         least: the fewest calls from a refresh to the next, with which a generation begins.
         most: the most calls from a refresh to the next.
     """

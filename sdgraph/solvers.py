@@ -1,4 +1,4 @@
-"""What a diffusers scheduler tells of a generation: the noise levels of its calls, its name, whether it is random."""
+"""Facts about a diffusers scheduler: the noise levels of its calls, its name, and whether its steps are random."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from math import isfinite, log
 from typing import Any
 
 import numpy as np
+import torch
 
 # Schedulers whose steps add random numbers, whatever the arguments of the call.
-RANDOM = ("Ancestral", "SDE", "LCM", "TCD", "DDPM", "SASolver")
+RANDOM = ("Ancestral", "SDE", "LCM", "TCD", "DDPM", "SASolver", "CosineDPM")
 # Options that change which calls a solver makes of the same number of steps, or how it combines them.
 OPTIONS = (
     "algorithm_type",
@@ -21,15 +22,16 @@ OPTIONS = (
     "use_beta_sigmas",
     "use_exponential_sigmas",
     "use_karras_sigmas",
+    "use_lu_lambdas",
 )
 
 
 def lambdas_of(scheduler: Any, timesteps: tuple[float, ...]) -> tuple[float, ...] | None:
-    """log(alpha / sigma) at timesteps of a scheduler; None if it does not tell.
+    """Return log(alpha / sigma) at timesteps of a scheduler; None if the scheduler has no noise levels.
 
     Args:
         scheduler: a diffusers scheduler on which `set_timesteps` has been called.
-        timesteps: of training, fractions included; where a scheduler's timesteps are log(sigma) / 4, these.
+        timesteps: training timesteps, also fractional; or log(sigma) / 4, if the scheduler's timesteps are that.
     """
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if _config(scheduler).get("timestep_type") == "continuous":
@@ -39,7 +41,7 @@ def lambdas_of(scheduler: Any, timesteps: tuple[float, ...]) -> tuple[float, ...
         ratios = 0.5 * (np.log(np.maximum(squares, 1e-30)) - np.log(np.maximum(1 - squares, 1e-30)))
         levels = np.interp(timesteps, np.arange(len(ratios)), ratios).tolist()
     else:
-        sigmas = [float(sigma) for sigma in getattr(scheduler, "sigmas", ())][: len(timesteps)]
+        sigmas = torch.as_tensor(getattr(scheduler, "sigmas", ())).tolist()[: len(timesteps)]
         if len(sigmas) < len(timesteps) or min(sigmas) <= 0:
             return None
         levels = [-log(sigma) for sigma in sigmas]
@@ -47,15 +49,14 @@ def lambdas_of(scheduler: Any, timesteps: tuple[float, ...]) -> tuple[float, ...
 
 
 def name_of(scheduler: Any) -> str:
-    """The class of a scheduler and those of its options that decide which calls it makes."""
+    """Return the class of a scheduler, with the options that decide which calls it makes."""
     config = _config(scheduler)
     options = [f"{option}={config[option]!r}" for option in OPTIONS if config.get(option) not in (None, False)]
     return f"{type(scheduler).__name__}({', '.join(options)})"
 
 
 def is_random(scheduler: Any) -> bool:
-    """Whether a scheduler's steps add random numbers. What `eta` and `s_churn` do is an argument of the call, and is
-    not seen here."""
+    """Whether the steps of a scheduler add random numbers; `eta` and `s_churn`, arguments of a call, are not seen."""
     kind = str(_config(scheduler).get("algorithm_type", ""))
     return any(word in type(scheduler).__name__ for word in RANDOM) or kind.startswith("sde")
 

@@ -92,11 +92,20 @@ def test_an_order_stands_for_its_polynomial() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"order": 3}, {"order": True}, {"damping": float("nan")}, {"damping": "half"}, {"along": "time"}]
+    "options",
+    [{"order": 3}, {"order": True}, {"order": 1.0}, {"damping": float("nan")}, {"damping": "half"}, {"along": "time"}],
 )
 def test_forecasts_that_make_no_sense(options: dict[str, Any]) -> None:
     with pytest.raises((ScheduleError, SpecError)):
         Polynomial(**options)
+
+
+@pytest.mark.parametrize("table", [3, (), (1.0,), ((float("inf"),),), (("1",),)])
+def test_fitted_weights_that_are_none(table: Any) -> None:
+    with pytest.raises(ScheduleError, match="the table of fitted weights"):
+        Fitted(table)
+    with pytest.raises(ScheduleError, match="the solver is"):
+        Fitted(((1.0,),), otherwise=1)  # type: ignore[arg-type]
 
 
 def test_a_weighted_sum() -> None:

@@ -1,32 +1,27 @@
-"""`fit_forecast`: the weights of a forecast that bring the final latents closest to where they should be.
+"""`fit_forecast`: the weights of a forecast with which the final latents have the least error.
 
-In a multistep solver the errors of neighbouring calls cancel or add up, so that weights which fit the *features* best
-are not those that fit the *image* best. So the damping of every inherited call is a parameter, and the error of the
-final latents is what is made small: it is nearly linear in the dampings, which a generation for each of them shows
-(Gauss-Newton with finite differences).
+In a multistep solver the errors of neighbouring calls cancel or add up, so weights that fit the *features* best do not
+fit the *image* best. Therefore the parameters are the dampings of all inherited calls, and what is minimised is the
+error of the final latents. That error is nearly linear in the dampings. One generation for every damping gives the
+derivatives, and a linear least-squares problem gives the next dampings (Gauss-Newton with finite differences).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ..compiler.base import Pass
 from ..errors import ScheduleError, SourceError, SpecError
-from ..forecasts import Fitted, Polynomial, weighted
-from ..graph import Graph
+from ..forecasts import REPEAT, Fitted, Forecast, Polynomial, as_forecast
 from ..runtime.apply import apply
-from ..runtime.interface import no_value
-from ..runtime.pipelines import with_unet
-from ..runtime.unet import GraphUNet
-from ..schedules import Run, Schedule
-from .replay import Array
+from ..schedules import Run
+from ..solvers import is_random, name_of
+from .latents import Array, check_request, final_latents, typical
 
 STEP = 0.25  # of a damping, to see what it does
 RIDGE = 0.03  # weight of the distance from the damping that all calls share, beside the error of the latents
@@ -38,7 +33,7 @@ class Fit:
 
     Args:
         fitted: the pass with the fitted forecast.
-        damping: of each inherited call, in order.
+        damping: (calls,) the damping of every call that inherits from two refreshes, in order.
         before: mean squared error of the final latents with the forecast that the fit began with, the geometric mean
             over the prompts that were fitted on.
         after: the same with the fitted forecast.
@@ -60,45 +55,9 @@ class Fit:
         return f"{self.fitted}\n  error of the final latents: {errors}; on held-out prompts: {held_out}\n  {dampings}"
 
 
-class DampedUNet(GraphUNet):
-    """A UNet that inherits along a line through the last two refreshes, with a damping for each call.
-
-    Args:
-        graph: with sites.
-        schedule: of all of them.
-        run: the calls of a generation.
-    """
-
-    def __init__(self, graph: Graph, schedule: Schedule, run: Run, along: str) -> None:
-        super().__init__(graph)
-        self.refreshes, self.expected, self.along = schedule.calls(run), run, along
-        self.inherited = [call for call in range(run.calls or 0) if call not in self.refreshes]
-        self.begin({})
-
-    def begin(self, damping: Mapping[int, float]) -> None:
-        """Start a generation with these dampings of inherited calls."""
-        self.damping, self.number, self.known = damping, -1, list[tuple[int, Mapping[str, Tensor]]]()
-
-    def run(self, flat: Mapping[str, Tensor]) -> Tensor:
-        self.number += 1
-        if self.number in self.refreshes:
-            output, values = self._step(flat, frozenset(), no_value)
-            self.known = [*self.known, (self.number, values)][-2:]
-            return output
-        weights = self.weights(self.number, self.damping[self.number])
-        held = [values for _, values in self.known]
-        value = lambda site: weighted([values[site] for values in held], weights)  # noqa: E731
-        return self._step(flat, frozenset(self._sites), value)[0]
-
-    def weights(self, call: int, damping: float) -> tuple[float, ...]:
-        """The weights at a call, of the values of the refreshes before it."""
-        known = [refresh for refresh in self.refreshes if refresh < call][-2:]
-        return Polynomial(1, damping, self.along).weights(known, call, self.expected)  # type: ignore[arg-type]
-
-
 def fit_forecast(
     pipe: Any,
-    one: Pass,
+    inherit: Pass,
     prompts: Sequence[str],
     *,
     held_out: Sequence[str] = (),
@@ -111,89 +70,109 @@ def fit_forecast(
     """Fit the damping of every inherited call to the error of the final latents, for the pipeline's solver and steps.
 
     Args:
-        pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. It is as it was afterwards.
-        one: a pass with `schedule` and `forecast`, such as `InheritFeatures.damped(2)`.
-        prompts: to fit on, in one batch.
+        pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. The call leaves it as it was.
+        inherit: a pass with `schedule` and `forecast`, such as `InheritFeatures.damped(2)`. The fit begins with its
+            forecast, of order 0 or 1, and keeps the dampings near that of this forecast where the error allows.
+        prompts: the prompts to fit on, in one batch.
         held_out: prompts on which the result is measured only.
-        reference_steps: steps of the generation whose final latents are aimed at; by default those of `call`, with
-            everything computed. Many steps aim at the converged image.
-        rounds: of Gauss-Newton; each makes a generation for every inherited call.
-        seed: of the latents.
-        progress: show a bar.
+        reference_steps: the number of steps of the generation whose final latents are aimed at. By default it is that
+            of `call`, with everything computed; many steps aim at the converged image.
+        rounds: the number of Gauss-Newton steps, each of which makes a generation for every inherited call.
+        seed: the seed of the latents.
+        progress: whether to show a bar.
         call: further arguments of the pipeline, such as `num_inference_steps=20`.
     Returns:
-        the pass with fitted weights, and its errors.
+        The pass with fitted weights, and its errors.
     Raises:
-        SourceError: the pipeline has no UNet, or a solver with random steps.
-        SpecError: the pass has no sites, or there are no prompts.
-        ScheduleError: the pass inherits at no call.
+        SourceError: the pipeline has no UNet, or its solver adds random numbers.
+        SpecError: the pass has no sites or another forecast, or there are no prompts.
+        ScheduleError: no call has two refreshes before it from which to inherit.
     Example:
         `fit = sdgraph.fit_forecast(pipe, InheritFeatures.damped(2), prompts, num_inference_steps=20)`
     """
-    if getattr(pipe, "unet", None) is None:
-        raise SourceError(f"{type(pipe).__name__} has no UNet", where="fit_forecast", hint="pass a pipeline with one")
-    if not prompts or not {"schedule", "forecast"} <= {field.name for field in fields(one)}:
-        raise SpecError(f"there is nothing to fit: {one}, {len(prompts)} prompts", where="fit_forecast",
-                        hint="pass InheritFeatures and some prompts")  # fmt: skip
-    source = apply(pipe.unet, ())
-    inheriting = apply(source, one, verify=False)
-
-    def generate(unet: GraphUNet, texts: Sequence[str], **options: Any) -> Tensor:
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
-        with with_unet(pipe, unet):
-            result = pipe(prompt=list(texts), generator=generators, **{**call, **options, "output_type": "latent"})
-        return result.images.double()  # type: ignore[no-any-return]
-
-    aim = {} if reference_steps is None else {"num_inference_steps": reference_steps}
-    references = {texts: generate(source, texts, **aim) for texts in map(tuple, (prompts, held_out)) if texts}
-    generate(source, tuple(prompts)[:1])  # sets the scheduler's timesteps
-    run = Run.of(pipe.scheduler)
-    if run.random:
-        raise SourceError(f"{run.solver} adds random numbers at each step", where="fit_forecast",
-                          hint="fit with a deterministic solver")  # fmt: skip
-    schedule, forecast = one.schedule, one.forecast  # type: ignore[attr-defined]
-    start = forecast if isinstance(forecast, Polynomial) and forecast.order == 1 else Polynomial(1, 0.5)
-    trial = DampedUNet(inheriting.graph.copy(), schedule, run, start.along)
-    if not trial.inherited:
-        raise ScheduleError(
-            f"{schedule} inherits at none of {run.calls} calls", where=str(one), hint="a larger interval"
+    check_request("fit_forecast", pipe, prompts, call)
+    start, schedule = _forecast_of(inherit), inherit.schedule  # type: ignore[attr-defined]
+    if is_random(pipe.scheduler):
+        raise SourceError(
+            f"{name_of(pipe.scheduler)} adds random numbers at each step",
+            where="fit_forecast",
+            hint="fit with a deterministic solver",
         )
-    free = [number for number in trial.inherited if len(trial.weights(number, 1.0)) > 1]
+    source = apply(pipe.unet, ())
+    trial = apply(source, inherit, verify=False)
+    names = trial.graph.sites.keys() - source.graph.sites.keys()
+    if not names:
+        raise SpecError(f"{inherit} has no sites", where="fit_forecast", hint="pass InheritFeatures")
+    aim = {} if reference_steps is None else {"num_inference_steps": reference_steps}
+    groups = [group for group in (tuple(prompts), tuple(held_out)) if group]
+    references = {group: final_latents(pipe, source, group, seed, {**call, **aim})[0] for group in groups}
 
-    def residual(damping: Array, texts: tuple[str, ...]) -> Array:
-        trial.begin({**dict.fromkeys(trial.inherited, 0.0), **dict(zip(free, damping, strict=True))})
-        error = (generate(trial, texts) - references[texts]).flatten(1)
-        found: Array = error.numpy()
-        return found
+    def residual(forecast: Forecast, group: tuple[str, ...]) -> tuple[Array, Run]:
+        """What the final latents are off by, (prompts, numbers), if the sites have a forecast."""
+        trial._sites = {n: replace(s, forecast=forecast) if n in names else s for n, s in trial._sites.items()}
+        latents, run = final_latents(pipe, trial, group, seed, call)
+        return (latents.double() - references[group].double()).flatten(1).cpu().numpy(), run
 
-    chosen, texts = np.full(len(free), float(start.damping)), tuple(prompts)
+    before = [residual(start, group) for group in groups]
+    run = before[0][1]
+    refreshes = schedule.calls(run)
+    known = {n: [r for r in refreshes if r < n][-2:] for n in range(run.calls or 0) if n not in refreshes}
+    free = [number for number, calls in known.items() if len(calls) == 2]
+    if not free:
+        raise ScheduleError(
+            f"{schedule} leaves nothing to fit in {run.calls} calls: none inherits from two refreshes",
+            where=str(inherit),
+            hint="more steps, or a schedule that refreshes at some calls only",
+        )
+
+    def fitted(dampings: Array) -> Fitted:
+        """The forecast with a damping for every call of `free`."""
+        damped = {n: Polynomial(1, float(d), start.along) for n, d in zip(free, dampings, strict=True)}
+        rows = [damped.get(n, REPEAT).weights(known[n], n, run) if n in known else () for n in range(run.calls or 0)]
+        return Fitted(tuple(tuple(round(weight, 4) for weight in row) for row in rows), run.solver, start)
+
+    begun = float(start.damping) if start.order else 0.0
+    dampings = np.full(len(free), begun)
     with tqdm(total=rounds * (1 + len(free)), desc="fit", unit="run", disable=not progress) as bar:
         for _ in range(rounds):
-            now = residual(chosen, texts)
+            now, _run = residual(fitted(dampings), groups[0])
             bar.update()
             columns = []
             for moved in STEP * np.eye(len(free)):
-                columns.append((residual(chosen + moved, texts) - now) / STEP)
+                columns.append((residual(fitted(dampings + moved), groups[0])[0] - now) / STEP)
                 bar.update()
-            chosen = _least_squares(now, np.array(columns), chosen, float(start.damping))
-    errors = {texts: (_typical(residual(np.full(len(free), float(start.damping)), texts)),
-                      _typical(residual(chosen, texts))) for texts in references}  # fmt: skip
-    damping = dict.fromkeys(trial.inherited, 0.0) | dict(zip(free, chosen.tolist(), strict=True))
-    table = tuple(
-        tuple(round(weight, 4) for weight in trial.weights(number, damping[number])) if number in damping else ()
-        for number in range(run.calls or 0)
-    )
-    fitted = replace(one, forecast=Fitted(table, run.solver, start))  # type: ignore[call-arg]
-    none = (float("nan"), float("nan"))
-    return Fit(fitted, tuple(damping.values()), *errors[texts], *(errors.get(tuple(held_out), none)))
+            dampings = _least_squares(now, np.array(columns), dampings, begun)
+    after = [residual(fitted(dampings), group) for group in groups]
+    errors = [typical((error**2).mean(1)) for error, _run in (*before, *after)]
+    best = replace(inherit, forecast=fitted(dampings))  # type: ignore[call-arg]
+    nan = float("nan")
+    if len(groups) == 1:
+        return Fit(best, tuple(dampings.tolist()), errors[0], errors[1], nan, nan)
+    return Fit(best, tuple(dampings.tolist()), errors[0], errors[2], errors[1], errors[3])
+
+
+def _forecast_of(inherit: Pass) -> Polynomial:
+    """The forecast that the fit of a pass begins with.
+
+    Raises:
+        SpecError: the pass has no schedule and forecast, or a forecast of another kind.
+    """
+    if not {"schedule", "forecast"} <= {field.name for field in fields(inherit)}:
+        raise SpecError(f"{inherit} has no forecast to fit", where="fit_forecast", hint="pass InheritFeatures")
+    forecast = as_forecast(inherit.forecast)  # type: ignore[attr-defined]
+    if not isinstance(forecast, Polynomial) or forecast.order > 1:
+        raise SpecError(f"{forecast} is no line", where="fit_forecast", hint="begin with a forecast of order 0 or 1")
+    return forecast
 
 
 def _least_squares(now: Array, columns: Array, chosen: Array, shared: float) -> Array:
-    """The dampings with the least error, prompts counted alike, near the shared one.
+    """Return the dampings with the least error, all prompts counting alike, near the damping that the fit began with.
 
     Args:
-        now: (prompts, numbers) of the final latents.
-        columns: (calls, prompts, numbers) by how much they move with each damping.
+        now: (prompts, numbers), what the final latents are off by.
+        columns: (calls, prompts, numbers), the derivatives of `now` by the dampings.
+        chosen: (calls,) dampings so far.
+        shared: the damping that the fit began with.
     """
     scale = np.sqrt((now**2).mean(1, keepdims=True)) + 1e-12  # some prompts are a hundred times as touchy as others
     rows, target = (columns / scale).reshape(len(columns), -1).T, -(now / scale).reshape(-1)
@@ -203,7 +182,3 @@ def _least_squares(now: Array, columns: Array, chosen: Array, shared: float) -> 
     moved, *_ = np.linalg.lstsq(rows, target, rcond=None)
     result: Array = np.clip(chosen + moved, -0.5, 1.5)
     return result
-
-
-def _typical(residual: Array) -> float:
-    return float(np.exp(np.log(np.maximum((residual**2).mean(1), 1e-300)).mean()))

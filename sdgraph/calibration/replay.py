@@ -18,9 +18,8 @@ from ..graph import Graph
 from ..runtime.interface import no_value
 from ..runtime.unet import GraphUNet
 from ..schedules import Run
-from ..solvers import lambdas_of, name_of
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from ..solvers import is_random, lambdas_of, name_of
+from .latents import Array
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class ReplayUNet(GraphUNet):
         self.final = generate(self)
         self.calls = Run.of(self.timesteps)
         if scheduler is not None:
-            lambdas = lambdas_of(scheduler, self.timesteps)
-            self.calls = replace(self.calls, lambdas=lambdas, solver=name_of(scheduler))
+            lambdas, random = lambdas_of(scheduler, self.timesteps), is_random(scheduler)
+            self.calls = replace(self.calls, lambdas=lambdas, solver=name_of(scheduler), random=random)
 
     @property
     def timesteps(self) -> tuple[float, ...]:

@@ -20,20 +20,19 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..compiler.base import Pass
 from ..compiler.chain import Chain
-from ..errors import ScheduleError, SourceError, SpecError
+from ..errors import ScheduleError, SpecError
 from ..forecasts import as_forecast
 from ..inheritance.timetable import Timetable
 from ..runtime.apply import apply
-from ..runtime.pipelines import with_unet
 from ..runtime.unet import GraphUNet
 from ..schedules import Explicit, Uniform
-from .replay import Array, MeasurementCache, ReplayUNet, distances
+from .latents import Array, check_request, final_latents, typical
+from .replay import MeasurementCache, ReplayUNet, distances
 
 TRUSTED = 2.0  # a prediction within this factor is as good as they are
 State = tuple[int, ...]  # the last refreshes, as many as a forecast goes through; the newest last
@@ -121,14 +120,11 @@ def search(
         SpecError: no candidates or prompts, a candidate without sites, or a budget that is no share.
         ScheduleError: the budget is not to be had; with the least that is.
     """
-    if not candidates or not prompts:
-        raise SpecError("nothing to search: no candidates or no prompts", where="search", hint="give some of each")
+    check_request("search", pipe, prompts, call)
+    if not candidates:
+        raise SpecError("there are no candidates to search", where="search", hint="pass InheritFeatures passes")
     if not 0 < budget <= 1:
         raise SpecError(f"the budget is {budget}", where="search", hint="a share of all, above 0 and at most 1")
-    if "output_type" in call:
-        raise SpecError("search sets output_type itself", where="search", hint="leave it out: latents are compared")
-    if getattr(pipe, "unet", None) is None:
-        raise SourceError(f"{type(pipe).__name__} has no UNet", where="search", hint="a pipeline with one")
     source = apply(pipe.unet, ())
     inheriting, groups = source, []
     for one in candidates:
@@ -139,10 +135,7 @@ def search(
             raise SpecError(f"{one} has no sites to give a schedule", where="candidates", hint="InheritFeatures passes")
 
     def generate(unet: GraphUNet) -> Tensor:
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        with with_unet(pipe, unet):
-            result = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
-        return result.images  # type: ignore[no-any-return]
+        return final_latents(pipe, unet, prompts, seed, call)[0]
 
     replay = ReplayUNet(inheriting.graph.copy(), generate, pipe.scheduler)
     T = len(replay.recorded)
@@ -194,11 +187,7 @@ def search(
     terms = [term for errors, plan in zip(weighted, chosen, strict=True) for term in _errors(errors, plan, T)]
     predicted = _joint(np.array(terms))
     timetable = result.graph.timetable(replay.timesteps)
-    return SearchResult(passes, timetable, _typical(predicted), _typical(measured), len(prompts))
-
-
-def _typical(errors: Array) -> float:
-    return float(np.exp(np.log(np.maximum(errors, 1e-300)).mean()))
+    return SearchResult(passes, timetable, typical(predicted), typical(measured), len(prompts))
 
 
 def _stretches(T: int, reach: int, memory: int) -> dict[State, range]:

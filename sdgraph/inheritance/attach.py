@@ -57,7 +57,7 @@ class Attachment:
         self._timesteps = torch.empty(0)  # kept, so that no other tensor gets its memory
         self._values: list[float] = []
         self._first = self._end = 0
-        self._run = Run()
+        self.run = Run()
         generations.clocks.append(self)
 
     def read(self, timestep: torch.Tensor) -> Moment | None:
@@ -74,7 +74,7 @@ class Attachment:
             self._begin(index, self._calls())
         elif index < self._first or index >= self._end:  # not the calls that were foreseen
             self._begin(index, None)
-        return Moment(self._values[index], index - self._first, self._run, timesteps)
+        return Moment(self._values[index], index - self._first, self.run, timesteps)
 
     @property
     def _scheduler_timesteps(self) -> object:
@@ -99,7 +99,7 @@ class Attachment:
         """A run begins at the timestep `first`; image-to-image leaves out some, and SDXL's `denoising_end` others."""
         all_of_them = len(self._values)
         self._first, self._end = first, all_of_them if count is None else min(first + count, all_of_them)
-        self._run = Run.of(self._pipe().scheduler, slice(first, self._end))  # type: ignore[union-attr]
+        self.run = Run.of(self._pipe().scheduler, slice(first, self._end))  # type: ignore[union-attr]
 
     def detach(self) -> None:
         """Calls are counted as they come again."""

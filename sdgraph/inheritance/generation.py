@@ -164,17 +164,17 @@ class Generation:
         self.missed = {n for n, site in sites.items() if n not in refreshed and n not in stale and not site.bypassed}
 
     def _adapt(self, refreshed: Mapping[str, torch.Tensor], sites: Mapping[str, Site]) -> None:
-        """Widen or narrow the gaps of drift schedules, by how far forecasts are off at the call under way."""
-        drifts: dict[Drift, list[torch.Tensor]] = {}
+        """Widen or narrow the gaps of drift schedules, by the errors of forecasts at the call under way."""
+        errors: dict[Drift, list[torch.Tensor]] = {}
         for name, fresh in refreshed.items():
             schedule = sites[name].schedule
             if isinstance(schedule, Drift) and name in self.values and not fresh.is_meta:
                 expected = self.inherited(name, sites[name].forecast)
-                drift = (fresh - expected).float().norm() / fresh.float().norm().clamp_min(1e-12)
-                drifts.setdefault(schedule, []).append(drift)
-        for schedule, found in drifts.items():  # one number read from the device for each schedule
+                error = (fresh - expected).float().norm() / fresh.float().norm().clamp_min(1e-12)
+                errors.setdefault(schedule, []).append(error)
+        for schedule, of_sites in errors.items():  # the host reads one number for every schedule
             gap = self.gaps.get(schedule, schedule.least)
-            self.gaps[schedule] = schedule.next_gap(gap, float(torch.stack(found).max()))
+            self.gaps[schedule] = schedule.next_gap(gap, float(torch.stack(of_sites).max()))
 
     def take_over(self, before: Generation, sites: Mapping[str, Site]) -> None:
         """Take the values that depend on conditioning alone from an earlier generation with the same conditioning."""
@@ -216,7 +216,6 @@ class Generations:
         """
         with self.call(flat, constant, sites) as generation:
             stale = generation.stale(sites)
-            self._say_doubts(generation.run, sites)
             output, refreshed = step(flat, stale, lambda name: generation.inherited(name, sites[name].forecast))
             generation.keep(apart(refreshed, (*flat.values(), output)), sites, stale)
             if generation.loop is None and not generation.shared:
@@ -269,6 +268,9 @@ class Generations:
                 generation,
                 Generation(signature, constants, moment.loop, moment.run, moment.number or 0, moment.timestep, shared),
             )
+            for forecast in {site.forecast for site in sites.values()}:
+                if doubt := forecast.doubt(moment.run):
+                    self.say(doubt)
             if before is not None and before.has(signature, conditioning):
                 generation.take_over(before, sites)
             self._known[key] = generation
@@ -279,12 +281,6 @@ class Generations:
             self._known.pop(key, None)
             raise
         generation.advance()
-
-    def _say_doubts(self, run: Run, sites: Mapping[str, Site]) -> None:
-        """Warn where forecasts are others than the passes say."""
-        for forecast in {site.forecast for site in sites.values()}:
-            if doubt := forecast.doubt(run):
-                self.say(doubt)
 
     def _moment(self, timestep: torch.Tensor) -> Moment | None:
         """Where a call stands; None if its samples stand at different places."""

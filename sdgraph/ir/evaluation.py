@@ -5,17 +5,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
 from ..errors import EditError, SdgraphError, ShapeError
+from .dims import Dims
+from .inputs import Input
 from .nodes import called, residual_like, scope, values
 from .weights import meta_like, on_meta
-
-if TYPE_CHECKING:
-    from .state import GraphState
 
 SIGNS: Mapping[Any, str] = {
     operator.add: "+",
@@ -25,6 +24,23 @@ SIGNS: Mapping[Any, str] = {
     operator.truediv: "/",
     operator.mod: "%",
 }
+
+
+class Evaluated(Protocol):
+    """What evaluation reads of a graph; see `GraphState`, which is one."""
+
+    fx: torch.fx.Graph
+    inputs: tuple[Input, ...]
+    dims: Dims
+    _meta: dict[tuple[str, str], nn.Module]
+
+    def module(self, path: str) -> nn.Module: ...
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+    def shape(self, node: torch.fx.Node) -> str: ...
+
+    def probe_dtype(self, key: str) -> torch.dtype: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,7 @@ class Operation:
         return cls(node.op, node.target, repr(node.args), repr(node.kwargs))
 
 
-def infer(graph: GraphState, node: fx.Node) -> None:
+def infer(graph: Evaluated, node: fx.Node) -> None:
     """Compute both values of a node; see `GraphState.infer`."""
     node.meta.pop("macs", None)
     node.meta["evaluated"] = Operation.of(node)
@@ -66,7 +82,7 @@ def infer(graph: GraphState, node: fx.Node) -> None:
         node.meta["size"] = _size(graph, node, nominal, generic)
 
 
-def evaluate(graph: GraphState, node: fx.Node, key: str) -> Any:
+def evaluate(graph: Evaluated, node: fx.Node, key: str) -> Any:
     """The value of a node, computed from the values of its inputs.
 
     Args:
@@ -86,7 +102,7 @@ def evaluate(graph: GraphState, node: fx.Node, key: str) -> Any:
     raise EditError(f"a {node.op} node cannot be evaluated", where=node.name)
 
 
-def propagate(graph: GraphState, anew: bool) -> None:
+def propagate(graph: Evaluated, anew: bool) -> None:
     """Compute the values that edits have changed; see `GraphState.propagate`."""
     changed: set[fx.Node] = set()
     residuals = {i.name for i in graph.inputs if i.shape is None}
@@ -111,7 +127,7 @@ def propagate(graph: GraphState, anew: bool) -> None:
             changed.add(node)
 
 
-def _size(graph: GraphState, node: fx.Node, nominal: Any, generic: Any) -> str | None:
+def _size(graph: Evaluated, node: fx.Node, nominal: Any, generic: Any) -> str | None:
     """A number as an expression in the call's sizes: sizes are recognised, arithmetic is composed."""
     if node.op == "call_method":
         return graph.dims.name(nominal, generic)
@@ -121,7 +137,7 @@ def _size(graph: GraphState, node: fx.Node, nominal: Any, generic: Any) -> str |
     return f"({sides[0]} {SIGNS[node.target]} {sides[1]})"
 
 
-def _meta_module(graph: GraphState, path: str, key: str) -> nn.Module:
+def _meta_module(graph: Evaluated, path: str, key: str) -> nn.Module:
     if (path, key) not in graph._meta:
         graph._meta[path, key] = on_meta(graph.module(path), graph.probe_dtype(key))
     return graph._meta[path, key]

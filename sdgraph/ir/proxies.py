@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ..errors import TraceError
+from .dims import Probe
 from .nodes import values
+from .state import GraphState
 
-if TYPE_CHECKING:
-    from .tracer import Tracer
+
+class ProxyTracer(fx.proxy.TracerBase):
+    """What proxies ask of their tracer; `sdgraph.ir.tracer.Tracer` answers."""
+
+    owner: GraphState
+    outdated: set[fx.Node]
+
+    def once(self, kind: str, target: Any, node: fx.Node, *args: Any) -> Any:
+        """Return the proxy of an operation on a node, recorded at most once."""
+        raise NotImplementedError
+
+    def sharing_memory(self, node: fx.Node) -> set[fx.Node]:
+        """Return the nodes whose values share memory with that of a node."""
+        raise NotImplementedError
+
+    def expression(self, size: Any) -> str:
+        """Return a size as an expression in the sizes of the call."""
+        raise NotImplementedError
+
+    def decide(self, condition: str, outcomes: Probe | tuple[bool, bool]) -> bool:
+        """Return the outcome of a condition, and record a guard if it is not the same at all sizes."""
+        raise NotImplementedError
+
+    def error(self, what: str, hint: str) -> TraceError:
+        """Return an error that names the module which is being traced."""
+        raise NotImplementedError
 
 
 def edited(tensor: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
@@ -28,7 +55,7 @@ def edited(tensor: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
 class TensorProxy(fx.Proxy):
     """Stands for a tensor."""
 
-    tracer: Tracer
+    tracer: ProxyTracer
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -141,7 +168,7 @@ def _probes(sizes: tuple[Any, ...]) -> tuple[list[int], list[int]]:
 class SizeProxy(fx.Proxy):
     """Stands for a number that depends on the sizes of the call."""
 
-    tracer: Tracer
+    tracer: ProxyTracer
 
     def _decide(self, op: Callable[[Any, Any], Any], sign: str, other: Any) -> bool:
         mine = values(self.node)
@@ -183,7 +210,7 @@ class SizeProxy(fx.Proxy):
 class OpaqueProxy(fx.Proxy):
     """Stands for a dtype or a device, which follow the weights when the model is moved."""
 
-    tracer: Tracer
+    tracer: ProxyTracer
 
     def __eq__(self, other: object) -> bool:
         mine = values(self.node)

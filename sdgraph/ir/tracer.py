@@ -24,7 +24,7 @@ from .branches import EQUIVALENT_BRANCHES, calling_line
 from .dims import Probe
 from .guards import Guard
 from .nodes import residual_like, values
-from .proxies import OpaqueProxy, SizeProxy, TensorProxy
+from .proxies import OpaqueProxy, ProxyTracer, SizeProxy, TensorProxy
 from .state import GraphState
 from .weights import Shares
 
@@ -39,7 +39,7 @@ def is_leaf(module: nn.Module) -> bool:
     return ours and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
-class Tracer(fx.proxy.TracerBase):
+class Tracer(ProxyTracer):
     """Appends the operations of running code to a graph.
 
     Args:

@@ -141,7 +141,7 @@ class GraphUNet(SourceSettings, LoraLayers):
 
         Args:
             values: values of sites, as earlier calls returned them.
-            inherited: the sites to inherit from `values`; by default all that are there.
+            inherited: the sites to inherit from `values`, and those to bypass; by default all that have values.
             call: diffusers' arguments.
         Returns:
             the noise prediction, and the values of the refreshed sites that it depends on.

@@ -16,7 +16,7 @@ import sdgraph
 from sdgraph.calibration.fit import _least_squares
 from sdgraph.errors import ScheduleError, SourceError, SpecError
 from sdgraph.forecasts import Fitted
-from sdgraph.passes import InheritFeatures, PruneBlocks
+from sdgraph.passes import Bypass, HoistInvariants, InheritFeatures, PruneBlocks
 from sdgraph.schedules import Uniform
 
 
@@ -55,8 +55,20 @@ def test_the_error_falls_on_the_trained_model(scenes: Any) -> None:
         difference = (results[0].images - results[1].images).double().square().flatten(1).mean(1)
         return float(difference.log().mean().exp())
 
-    assert error(fit.fitted) == pytest.approx(fit.after, rel=0.02)  # its weights have four digits
-    assert error(InheritFeatures.damped(2)) == pytest.approx(fit.before, rel=1e-3)
+    assert error(fit.fitted) == pytest.approx(fit.after, rel=1e-6)
+    assert error(InheritFeatures.damped(2)) == pytest.approx(fit.before, rel=1e-6)
+
+
+def test_other_sites_keep_their_schedules_and_forecasts(scenes: Any) -> None:
+    own = scenes.unet
+    scenes.unet = sdgraph.apply(own, [HoistInvariants(), Bypass("mid_block", Uniform(3))])
+    fit = sdgraph.fit_forecast(
+        scenes, InheritFeatures.damped(2), ["a red circle"], rounds=1, progress=False, num_inference_steps=5
+    )
+    unet = sdgraph.apply(scenes.unet, fit.fitted)
+    scenes.unet = own
+    assert [unet.graph.timetable(5).row(name) for name in ("mid_block", "up_blocks.3.resnets.2")] == ["■·○·○", "■□■◪■"]
+    assert np.isfinite(fit.after)
 
 
 def test_least_squares_finds_what_cancels_an_error() -> None:
@@ -70,14 +82,19 @@ def test_least_squares_finds_what_cancels_an_error() -> None:
 
 def test_bad_input(scenes: Any) -> None:
     options: dict[str, Any] = {"num_inference_steps": 3, "progress": False}
-    with pytest.raises(SpecError, match="nothing to fit"):
+    with pytest.raises(SpecError, match="no prompts"):
         sdgraph.fit_forecast(scenes, InheritFeatures.damped(2), [], **options)
-    with pytest.raises(SpecError, match="nothing to fit"):
+    with pytest.raises(SpecError, match="has no forecast to fit"):
         sdgraph.fit_forecast(scenes, PruneBlocks("bk-sdm-base"), ["a red circle"], **options)
+    parabola = replace(InheritFeatures.damped(2), forecast=2)
+    with pytest.raises(SpecError, match="is no line"):
+        sdgraph.fit_forecast(scenes, parabola, ["a red circle"], **options)
+    with pytest.raises(SpecError, match="fit_forecast sets output_type itself"):
+        sdgraph.fit_forecast(scenes, InheritFeatures.damped(2), ["a red circle"], output_type="np", **options)
     with pytest.raises(SourceError, match="has no UNet"):
         sdgraph.fit_forecast(object(), InheritFeatures.damped(2), ["a red circle"], **options)
     everything = replace(InheritFeatures.damped(2), schedule=Uniform(1))
-    with pytest.raises(ScheduleError, match="inherits at none of 3 calls"):
+    with pytest.raises(ScheduleError, match="nothing to fit in 3 calls"):
         sdgraph.fit_forecast(scenes, everything, ["a red circle"], **options)
     own, scenes.scheduler = scenes.scheduler, EulerAncestralDiscreteScheduler.from_config(scenes.scheduler.config)
     with pytest.raises(SourceError, match="adds random numbers"):

@@ -1,0 +1,57 @@
+"""The final latents of a pipeline, by which calibration judges, and their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import SourceError, SpecError
+from ..inheritance.attach import attach
+from ..runtime.pipelines import with_unet
+from ..runtime.unet import GraphUNet
+from ..schedules import Run
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def check_request(where: str, pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
+    """Refuse to calibrate without a UNet or prompts, or with an output type.
+
+    Args:
+        where: the name of the function that calibrates.
+    Raises:
+        SourceError: the pipeline has no UNet.
+        SpecError: there are no prompts, or the call sets the output type.
+    """
+    if getattr(pipe, "unet", None) is None:
+        raise SourceError(f"{type(pipe).__name__} has no UNet", where=where, hint="pass a pipeline with a UNet")
+    if not prompts:
+        raise SpecError("there are no prompts to calibrate on", where=where, hint="pass 16 prompts or more")
+    if "output_type" in call:
+        raise SpecError(f"{where} sets output_type itself", where=where, hint="leave it out: latents are compared")
+
+
+def final_latents(
+    pipe: Any, unet: GraphUNet, prompts: Sequence[str], seed: int, call: Mapping[str, Any]
+) -> tuple[Tensor, Run]:
+    """Generate with a UNet in the place of the pipeline's, attached to the scheduler.
+
+    Args:
+        seed: the seed of the first prompt's latents; the others count up from it.
+        call: further arguments of the pipeline.
+    Returns:
+        The final latents, (prompts, channels, height, width), and the run that the UNet was called in.
+    """
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    with with_unet(pipe, unet), attach(pipe) as attachment:
+        result = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
+        return result.images, attachment.run
+
+
+def typical(errors: Array) -> float:
+    """Return the geometric mean of the errors of prompts, some of which are a hundred times as large as others."""
+    return float(np.exp(np.log(np.maximum(errors, 1e-300)).mean()))
