@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sdgraph.atomic import appearing
 from sdgraph.errors import SavedError
 
@@ -22,6 +24,7 @@ with appearing(sys.argv[1], lambda path: None, SavedError) as folder:
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
     target = tmp_path / "t"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False)

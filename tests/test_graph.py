@@ -105,6 +105,7 @@ def test_hooks_on_the_result_are_not_on_the_source(unet: UNet2DConditionModel) -
     assert not torch.equal(answer(result, call), answer(unet, call))
 
 
+@pytest.mark.slow
 def test_moving_the_result_lets_go_of_the_source_s_storage() -> None:
     unet = build("sd15")
     result = sdgraph.apply(unet, "CleanUp", verify=False).to(torch.bfloat16)

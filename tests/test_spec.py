@@ -205,6 +205,7 @@ def test_a_module_of_passes_is_imported_from_the_current_folder(
         import_module("breaks_here")
 
 
+@pytest.mark.slow
 def test_the_command_line_imports_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,7 @@ def test_the_error_falls_on_the_trained_model(scenes: Any) -> None:
     assert error(InheritFeatures.damped(2)) == pytest.approx(fit.before, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_other_sites_keep_their_schedules_and_forecasts(scenes: Any) -> None:
     own = scenes.unet
     scenes.unet = sdgraph.apply(own, [HoistInvariants(), Bypass("mid_block", Uniform(3))])
@@ -80,6 +81,7 @@ def test_least_squares_finds_what_cancels_an_error() -> None:
     np.testing.assert_allclose(found, wanted, atol=0.05)
 
 
+@pytest.mark.slow
 def test_bad_input(scenes: Any) -> None:
     options: dict[str, Any] = {"num_inference_steps": 3, "progress": False}
     with pytest.raises(SpecError, match="no prompts"):

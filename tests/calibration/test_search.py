@@ -57,6 +57,7 @@ def test_groups_share_a_budget() -> None:
         assert 3 / a + 1 / b <= 1.1 * least
 
 
+@pytest.mark.slow
 def test_an_error_is_followed_to_the_end(pipe: StableDiffusionPipeline) -> None:
     """A stretch that is inherited leaves what a generation with that schedule leaves, forecasts and all."""
     one = InheritFeatures(CANDIDATES[0].sites, forecast=1)
@@ -86,6 +87,7 @@ def test_an_error_is_followed_to_the_end(pipe: StableDiffusionPipeline) -> None:
     assert (rehearsal.errors((0, 1), sites, 4, 4) == found[:3]).all()
 
 
+@pytest.mark.slow
 def test_a_budget_is_met_and_the_error_foreseen(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     own = pipe.unet
     found = sdgraph.search(pipe, CANDIDATES, ["a red circle"], budget=0.85, folder=tmp_path, **OPTIONS)
@@ -130,6 +132,7 @@ def test_a_prediction_that_is_off_is_warned_of(predicted: float, measured: float
     assert ("more prompts, 16 to 32" in " ".join(str(found).split())) == bool(told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "error", "complaint"),
     [

@@ -16,6 +16,7 @@ from ..models import answer, build, call_of
 PRUNE = "PruneBlocks('mid_block')"
 
 
+@pytest.mark.slow
 def test_apply_prints_a_report_and_saves(unet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "made" / "pruned"
     assert main(["apply", str(unet), f"CleanUp, {PRUNE}", "--save", str(folder)]) == 0

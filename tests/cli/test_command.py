@@ -133,6 +133,7 @@ def test_interrupting_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().err == "\nsdgraph: interrupted\n"
 
 
+@pytest.mark.slow
 def test_libraries_may_talk_again_afterwards(unet: Path) -> None:
     before = diffusers.utils.logging.get_verbosity(), diffusers.utils.logging.is_progress_bar_enabled()
     assert main(["apply", str(unet), "CleanUp"]) == 0

@@ -68,6 +68,7 @@ class DecideBy(Pass):
         Scale(0.5).run(graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "one",
     [
@@ -118,6 +119,7 @@ def test_what_cannot_be_recorded_is_no_decision(graph: Graph, value: str, words:
     assert made.graph.passes[0].decisions[0].value == [1, {"2": 0.1}]  # as it comes back from a file
 
 
+@pytest.mark.slow
 def test_decisions_that_do_not_fit_the_pass_are_refused(
     unet: UNet2DConditionModel, graph: Graph, tmp_path: Path
 ) -> None:

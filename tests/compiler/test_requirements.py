@@ -59,6 +59,7 @@ def squares(unet: UNet2DConditionModel) -> GraphUNet:
     return sdgraph.apply(unet, [Squares()])
 
 
+@pytest.mark.slow
 def test_a_pass_requires_sizes_and_calls_that_have_others_are_refused(
     unet: UNet2DConditionModel, graph: Graph, squares: GraphUNet, tmp_path: Path
 ) -> None:

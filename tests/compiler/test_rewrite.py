@@ -110,6 +110,7 @@ def test_near_misses_carry_their_reason() -> None:
     assert after.output.name == "add"
 
 
+@pytest.mark.slow
 def test_defaults_need_not_be_written() -> None:
     """diffusers writes `attn_mask=None, dropout_p=0.0, is_causal=False`; a pattern need not."""
 
@@ -244,6 +245,7 @@ class DropSmall(Rewrite):
         return x * 1.0
 
 
+@pytest.mark.slow
 def test_a_check_that_reads_weights_is_recorded(tmp_path: Path) -> None:
     unet = build("sd15")
     convs = [m for m in unet.modules() if isinstance(m, nn.Conv2d) and m.stride == (1, 1)]

@@ -135,6 +135,7 @@ def test_editing_shared_weights_in_place_is_caught() -> None:
     assert "weight" in caught.value.where
 
 
+@pytest.mark.slow
 def test_a_source_made_in_inference_mode() -> None:
     with torch.inference_mode():
         unet = build("sd15")

@@ -90,6 +90,7 @@ def test_what_is_tried(name: str) -> None:
         assert same == spec.conditioning, spec.name
 
 
+@pytest.mark.slow
 def test_exact_passes_after_inheriting_ones_are_compared_at_inherited_calls(traced: Callable[[str], Any]) -> None:
     _, unet = traced("sd15-levels")
     unet = sdgraph.apply(unet, InheritFeatures.deep_cache(3))
@@ -120,6 +121,7 @@ class Requires(Pass):
         graph.require("H % 2 == 0", "the pass needs it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", [Reschedules(), SwapsAModule(), Requires()], ids=lambda one: type(one).__name__)
 def test_changes_without_a_changed_node_are_changes(one: Pass, traced: Callable[[str], Any]) -> None:
     unet = sdgraph.apply(traced("sd15-levels")[1], InheritFeatures.deep_cache(3), verify=False)

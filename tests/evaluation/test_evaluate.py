@@ -97,6 +97,7 @@ def test_images_are_those_of_the_pipeline(pipe: StableDiffusionPipeline) -> None
     del pipe._progress_bar_config
 
 
+@pytest.mark.slow
 def test_a_pass_list_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     def judge(images: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
         assert len(images) == len(prompts)
@@ -149,6 +150,7 @@ def test_a_pass_on_what_it_has_changed_already(
     assert pipe.unet is changed
 
 
+@pytest.mark.slow
 def test_passes_on_a_unet_that_inherits(pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two sides take turns, and neither takes over features of the other, or of its own earlier images."""
     own, call = pipe.unet, {**CALL, "num_inference_steps": 4}

@@ -27,6 +27,7 @@ def counts(unet: sdgraph.GraphUNet) -> dict[str, int]:
     return {each.spec: len(each.edits) for each in unet.report.passes if each.spec.startswith("Lower")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "upscaler", "inpaint", "lcm"])
 def test_every_place_is_lowered_and_numbers_stay(name: str) -> None:
     source = build(name)
@@ -47,6 +48,7 @@ def test_every_place_is_lowered_and_numbers_stay(name: str) -> None:
     assert not any(node.target is torch.nn.functional.group_norm for node in unet.graph.nodes)
 
 
+@pytest.mark.slow
 def test_a_width_without_a_kernel_is_left() -> None:
     narrow = sdgraph.apply(build(), (LowerGEGLU(),), verify=False).report.passes[-1]
     assert not narrow.edits
@@ -65,6 +67,7 @@ def test_none_where_there_should_be_some_is_an_error() -> None:
         LowerAttention().run(graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("sd15", torch.float16), ("sd21", torch.float32)])
 def test_attention_is_upcast_where_the_configuration_says_so(name: str, dtype: torch.dtype) -> None:
     unet = sdgraph.apply(build(name).half(), ("CleanUp", LowerAttention()), verify=False)
@@ -82,6 +85,7 @@ def test_what_is_left_alone_is_told() -> None:
     assert {miss.reason for miss in report.near_misses} == {"it has a mask, or options"}
 
 
+@pytest.mark.slow
 def test_hoisted_keys_are_joined_again() -> None:
     source = build()
     unet = sdgraph.apply(source, (HoistInvariants(), "CleanUp", LowerAttention()))
@@ -91,6 +95,7 @@ def test_hoisted_keys_are_joined_again() -> None:
         torch.testing.assert_close(answer(unet, now), answer(source, now), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_passes_that_find_nothing_to_lower_change_nothing() -> None:
     unet = sdgraph.apply(build(), ("CleanUp", LowerAttention(), LowerBiasAdd()), verify=False)
     again = sdgraph.apply(unet, (LowerAttention(), LowerBiasAdd()), verify=False)

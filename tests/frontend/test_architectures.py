@@ -23,6 +23,7 @@ from ..models import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_trace_serves_all_calls(name: str, traced: Any) -> None:
     unet, graph = traced(name)
@@ -90,6 +91,7 @@ def test_channels_last_weights() -> None:
     assert all(same(unet, trace(unet), **sizes) for sizes in FEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_last_bits_follow_requires_grad(trainable: bool) -> None:
     """PyTorch multiplies a 3-d tensor with a weight in another order when the weight requires gradients."""
@@ -100,6 +102,7 @@ def test_the_last_bits_follow_requires_grad(trainable: bool) -> None:
 MORE_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 2, 102, 149, (101, 149), (16, 8))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [None, 101, 104, *MORE_SIZES], ids=str)
 def test_no_sample_size_is_frozen(size: Any) -> None:
     """101 and 149 are the sizes the trace tries by default: a model of such a size must not pass for a fixed one."""
@@ -119,6 +122,7 @@ def test_autocast() -> None:
         graph(**half)  # what autocast allowed is no longer allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sd21", "upscaler"])
 def test_attention_without_the_fused_function(name: str) -> None:
     unet = build(name)

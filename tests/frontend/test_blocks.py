@@ -63,6 +63,7 @@ FIRST = ("scale-shift", "resnet-sampling", "simple-attention", "self-attention",
 REST = [pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS if kind not in FIRST]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*FIRST, *REST])
 def test_other_blocks_are_exact_where_the_source_runs(kind: str) -> None:
     unet = build(**OTHERS[kind])
@@ -135,6 +136,7 @@ def test_karras_blocks_are_exact_where_the_source_runs() -> None:
             answer(graph, call_of(unet, **sizes))
 
 
+@pytest.mark.slow
 def test_karras_blocks_are_saved_and_go_back(tmp_path: Path) -> None:
     unet = build(**KARRAS)
     graph = trace(unet)

@@ -35,6 +35,7 @@ def test_autocast_with_adapter_residuals(traced: Any) -> None:
         assert torch.equal(answer(unet, call), answer(graph, call))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vanilla", [False, True])
 def test_encoder_attention_mask(vanilla: bool) -> None:
     unet = build()
@@ -110,6 +111,7 @@ def test_controlnet_and_adapter_together(traced: Any) -> None:
     assert torch.equal(answer(unet, call), answer(graph, call))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("kinds", "scale"), [(("base",), 1.0), (("plus",), 1.0), (("base", "plus"), 0.4), (("base",), 0.0)], ids=str

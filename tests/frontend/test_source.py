@@ -222,6 +222,7 @@ def test_processors_with_weights_of_their_own() -> None:
     assert exact(unet, processors=(processors.CustomDiffusionAttnProcessor2_0,))
 
 
+@pytest.mark.slow
 def test_fused_lora_is_honoured(tmp_path: Path) -> None:
     plain, unet = build(), lora(build())
     unet.fuse_lora(lora_scale=0.7)
@@ -273,6 +274,7 @@ def test_faults_cured_as_told_are_accepted() -> None:
     assert exact(mixed().float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("s1", [0.9, pytest.param(0.0, id="off to diffusers")])
 def test_freeu_is_honoured(s1: float, tmp_path: Path) -> None:
     unet = build()

@@ -27,6 +27,7 @@ from sdgraph.schedules import DenseLate, Run
 from ..loops import calls_that_compute
 
 
+@pytest.mark.slow
 def test_a_schedule_that_depends_on_the_run_is_told_it(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch, whole: Graph
 ) -> None:
@@ -41,6 +42,7 @@ def test_a_schedule_that_depends_on_the_run_is_told_it(
     assert [i for i, full in enumerate(counted) if full] == list(DenseLate(3).calls(Run(8)))
 
 
+@pytest.mark.slow
 def test_an_attached_pipeline_tells_the_run(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch, whole: Graph
 ) -> None:
@@ -95,6 +97,7 @@ def test_no_value_is_read_once_attached(
         assert reads(caching)[1:] == [0] * 4
 
 
+@pytest.mark.slow
 def test_two_pipelines_on_one_unet(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], caching: GraphUNet
 ) -> None:

@@ -28,6 +28,7 @@ def test_gaps_widen_and_narrow_within_bounds() -> None:
     assert drift.next_gap(3, float("nan")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bound", "computed"), [(9.0, [0, 1, 3, 6, 9]), (1e-9, list(range(11)))])
 def test_calls_that_compute(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], monkeypatch: Any, bound: float, computed: list[int]
@@ -39,6 +40,7 @@ def test_calls_that_compute(
     assert [number for number, whole in enumerate(calls) if whole] == computed
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_the_forecast(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], monkeypatch: Any
 ) -> None:
@@ -53,6 +55,7 @@ def test_the_error_is_that_of_the_forecast(
     assert repeated[1:] != line[1:]
 
 
+@pytest.mark.slow
 def test_a_timetable_holds_every_graph_that_drift_may_need(pipe: StableDiffusionPipeline) -> None:
     unet = sdgraph.apply(pipe.unet, replace(InheritFeatures.deep_cache(), schedule=Drift()))
     table = unet.graph.timetable(8)
@@ -60,6 +63,7 @@ def test_a_timetable_holds_every_graph_that_drift_may_need(pipe: StableDiffusion
     assert "if features drift" in str(table)
 
 
+@pytest.mark.slow
 def test_forecasts_are_not_made_of_random_steps(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], caplog: Any
 ) -> None:
@@ -78,6 +82,7 @@ def test_forecasts_are_not_made_of_random_steps(
     assert sum("adds random numbers" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.slow
 def test_noise_levels_are_known_from_an_attached_or_expected_scheduler(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], caplog: Any
 ) -> None:

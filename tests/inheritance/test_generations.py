@@ -50,6 +50,7 @@ SCHEDULERS = {
 RANDOM = ("euler ancestral", "dpm2 ancestral", "lcm")  # samplers that add noise at every step
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # diffusers' KDPM2
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_calls_are_counted_under_every_scheduler(
@@ -74,6 +75,7 @@ def test_calls_are_counted_under_every_scheduler(
     assert counted == expected
 
 
+@pytest.mark.slow
 def test_no_history_changes_an_image(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], caching: GraphUNet
 ) -> None:
@@ -157,6 +159,7 @@ def test_a_failed_call_ends_its_generation(caching: GraphUNet, monkeypatch: pyte
         assert counted == [True]
 
 
+@pytest.mark.slow
 def test_values_are_kept_no_longer_than_the_prompt(pipe: StableDiffusionPipeline, whole: Graph) -> None:
     unet = sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=1))
     prompt = torch.randn(1, 24, models.TEXT_WIDTH)
@@ -197,6 +200,7 @@ def test_threads_do_not_meet(pipe: StableDiffusionPipeline, caching: GraphUNet) 
         assert all(torch.equal(a, b) for a, b in zip(alone, found[seed], strict=True))
 
 
+@pytest.mark.slow
 def test_image_to_image_begins_anywhere(pipe: StableDiffusionPipeline, caching: GraphUNet) -> None:
     """At every strength, after every other: the image is that of a fresh module; attached or not."""
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -21,6 +21,7 @@ from sdgraph.passes import InheritFeatures
 from sdgraph.schedules import Uniform, Warm
 
 
+@pytest.mark.slow
 def test_what_a_step_costs(pipe: StableDiffusionPipeline, whole: Graph) -> None:
     unet = sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=0))
     (site,) = unet.graph.sites
@@ -34,6 +35,7 @@ def test_what_a_step_costs(pipe: StableDiffusionPipeline, whole: Graph) -> None:
     assert (partial.meta["takes"], partial.meta["gives"]) == ((site,), ())
 
 
+@pytest.mark.slow
 def test_a_timetable_says_what_calls_do(
     pipe: StableDiffusionPipeline,
     run: Callable[..., torch.Tensor],

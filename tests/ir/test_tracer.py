@@ -49,6 +49,7 @@ def test_other_threads_go_on_while_one_traces() -> None:
     assert all(same(unet, sdgraph.GraphUNet(graph)) for graph in graphs)
 
 
+@pytest.mark.slow
 def test_two_threads_trace_at_once() -> None:
     untouched = nn.Module.__call__, nn.Module.__getattr__, torch.arange
     unets, graphs = [build(seed=seed) for seed in range(2)], {}

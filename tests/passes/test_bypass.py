@@ -41,6 +41,7 @@ def counted(unet: GraphUNet, call: dict[str, Any], number: int) -> torch.Tensor:
     return output
 
 
+@pytest.mark.slow
 def test_in_a_pipeline(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:
     """Calls come in order there; what is left out at none is the source, at all but the first the pruned UNet."""
     own = pipe.unet
@@ -54,6 +55,7 @@ def test_in_a_pipeline(pipe: StableDiffusionPipeline, run: Callable[..., torch.T
     assert not torch.equal(run(unet), run(own))
 
 
+@pytest.mark.slow
 def test_by_timestep(pipe: StableDiffusionPipeline) -> None:
     """ALTER's masks: which modules are left out depends on the timestep alone."""
     unet = sdgraph.apply(pipe.unet, Bypass(ATTENTIONS, Range(200, 600, within=Uniform(1000))))
@@ -62,6 +64,7 @@ def test_by_timestep(pipe: StableDiffusionPipeline) -> None:
     assert rows == {"".join("○" if 200 < t < 600 else "■" for t in pipe.scheduler.timesteps.tolist())}
 
 
+@pytest.mark.slow
 def test_together_with_inheriting_and_others(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor]) -> None:
     passes = [
         CleanUp(),
@@ -75,6 +78,7 @@ def test_together_with_inheriting_and_others(pipe: StableDiffusionPipeline, run:
     assert run(unet).isfinite().all()
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_loaded(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], tmp_path: Path
 ) -> None:
@@ -83,6 +87,7 @@ def test_it_is_saved_and_loaded(
     assert torch.equal(run(GraphUNet.from_pretrained(tmp_path / "unet")), run(unet))
 
 
+@pytest.mark.slow
 def test_bad_input(unet: Any) -> None:
     with pytest.raises(EditError, match="within the site mid_block"):
         sdgraph.apply(unet, Bypass(("mid_block", "mid_block.resnets.0")))

@@ -98,6 +98,7 @@ def test_clean_up_s_own_examples(one: Rewrite) -> None:
     check(one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sd21", pytest.param("sdxl", marks=pytest.mark.slow), "lcm"])
 def test_clean_up_is_exact_and_final(name: str) -> None:
     unet = build(name)
@@ -115,6 +116,7 @@ def test_clean_up_is_exact_and_final(name: str) -> None:
         assert torch.equal(answer(clean.to(dtype), call), answer(unet, call))
 
 
+@pytest.mark.slow
 def test_clean_up_leaves_dropout_that_matters() -> None:
     unet = build("sd15", dropout=0.1)
     clean = sdgraph.apply(unet, [CleanUp()])

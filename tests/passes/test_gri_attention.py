@@ -112,6 +112,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
 def test_every_attention_layout(name: str) -> None:
     """One token per cell: nothing changes at any size; four: something does, at every size."""
@@ -126,6 +127,7 @@ def test_every_attention_layout(name: str) -> None:
         assert not torch.allclose(answer(other, call), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gated_variant_starts_as_the_joint_one_and_learns() -> None:
     """The gates are those that are told: σ of the difference of the logarithms of sums of exponentials."""
     source = build()
@@ -187,6 +189,7 @@ def test_on_trained_features_the_error_falls_with_larger_windows_and_smaller_cel
     assert by_pool[0] > 10 * max(by_pool[-1], 1e-9)
 
 
+@pytest.mark.slow
 def test_no_matrix_of_all_pairs_is_made() -> None:
     """At 128x128 tokens and two heads it would have 2.1 GB; the process grows by a tenth of that at most."""
     code = """
@@ -203,6 +206,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert 1024 * int(done.stdout) < 0.1 * 2 * (128 * 128) ** 2 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "error", "complaint"),
     [

@@ -30,6 +30,7 @@ def test_keys_and_values_of_the_text_are_inherited_from_the_first_call(small: Gr
     assert {site.schedule for site in after.sites.values()} == {Once()}
 
 
+@pytest.mark.slow
 def test_invariants_are_computed_once(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph
 ) -> None:
@@ -49,6 +50,7 @@ def test_invariants_are_computed_once(
         sdgraph.apply(unet, HoistInvariants())
 
 
+@pytest.mark.slow
 def test_all_conditioning_is_constant() -> None:
     """Also what SDXL adds; a generation ends when another tensor comes, whichever, or one is edited."""
     source = build("sdxl")

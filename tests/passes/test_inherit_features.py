@@ -77,6 +77,7 @@ class Broadcast(AttnProcessor2_0):
         return self.kept
 
 
+@pytest.mark.slow
 def test_units_are_broadcast(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
     """Self-attention every second call, cross-attention every third."""
     passes = [
@@ -106,6 +107,7 @@ def inherited_output(module: torch.nn.Module, interval: int) -> None:
     module.forward = forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["mid_block", "down_blocks.1", "up_blocks.2", "down_blocks.0.attentions.0"])
 def test_whole_modules(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], site: str, whole: Graph
@@ -116,6 +118,7 @@ def test_whole_modules(
     assert torch.equal(run(unet), run(reference))
 
 
+@pytest.mark.slow
 def test_the_branch_of_a_resnet(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
     """What comes past the resnet is fresh."""
     sites = ("down_blocks.0.resnets.1", "up_blocks.2.resnets.1")  # without and with a shortcut convolution
@@ -139,6 +142,7 @@ def on_schedule(module: torch.nn.Module, refreshes: Callable[[int], bool]) -> No
     module.forward = forward
 
 
+@pytest.mark.slow
 def test_faster_diffusion(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
     keys = (0, 1, 2, 4)
     unet = sdgraph.apply(whole, InheritFeatures.faster_diffusion(keys))
@@ -149,6 +153,7 @@ def test_faster_diffusion(pipe: StableDiffusionPipeline, run: Callable[..., torc
     assert InheritFeatures.faster_diffusion().schedule == Explicit((0, 1, 2, 3, 5, 10, 15, 25, 35))
 
 
+@pytest.mark.slow
 def test_t_gate(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
     gate, interval, warm_up = 6, 3, 1
     unet = sdgraph.apply(whole, InheritFeatures.t_gate(gate, interval, warm_up))
@@ -165,6 +170,7 @@ def test_t_gate(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor],
     assert torch.equal(run(unet, steps=8), run(reference, steps=8))
 
 
+@pytest.mark.slow
 def test_attention_broadcast(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
     unet = sdgraph.apply(whole, InheritFeatures.attention_broadcast(2, 3, (300, 800), (100, 900)))
     reference = copy.deepcopy(pipe.unet)
@@ -180,6 +186,7 @@ def test_attention_broadcast(pipe: StableDiffusionPipeline, run: Callable[..., t
     assert torch.equal(run(unet, steps=7), run(reference, steps=7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["block", "layer", "unit"])
 def test_levels(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], level: str, whole: Graph) -> None:
     """The paper's three levels, within two blocks."""
@@ -202,6 +209,7 @@ def test_levels(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor],
     assert torch.equal(run(unet), run(reference))
 
 
+@pytest.mark.slow
 def test_forecasts(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
     """A site that is not refreshed goes on along the line, or the parabola, of its last refreshes."""
     own, site, schedule = pipe.unet, "up_blocks.2", Explicit((0, 2, 3))
@@ -231,6 +239,7 @@ def test_forecasts(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tenso
     assert not torch.allclose(run(unet, steps=6), run(repeated, steps=6), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_what_no_call_needs_is_not_computed(pipe: StableDiffusionPipeline, whole: Graph) -> None:
     """Attention that is due at a call which inherits all that comes of it waits for the next call that needs it."""
     passes = [InheritFeatures.deep_cache(3, 0), InheritFeatures("**.attn2", Uniform(2))]
@@ -244,6 +253,7 @@ def test_what_no_call_needs_is_not_computed(pipe: StableDiffusionPipeline, whole
     assert max(v.macs for v in partial_calls) == reference.graph.step_macs(["up_blocks.3.resnets.2"])
 
 
+@pytest.mark.slow
 def test_it_composes_with_pruning(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph
 ) -> None:
@@ -291,6 +301,7 @@ def test_a_site_is_not_pruned_away(pipe: StableDiffusionPipeline, whole: Graph) 
             sdgraph.apply(whole, [first, PruneBlocks("bk-sdm-base")], verify=False)
 
 
+@pytest.mark.slow
 def test_a_pass_with_a_schedule_is_text(pipe: StableDiffusionPipeline, tmp_path: Any, whole: Graph) -> None:
     one = InheritFeatures("up_blocks.-1.attentions.*", Warm(Gate(10, Uniform(5)), first=2), part="branch")
     assert sdgraph.parse(str(one)) == (one,)
@@ -301,6 +312,7 @@ def test_a_pass_with_a_schedule_is_text(pipe: StableDiffusionPipeline, tmp_path:
     assert again.graph.sites == unet.graph.sites == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "error", "complaint"),
     [

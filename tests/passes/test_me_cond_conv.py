@@ -98,6 +98,7 @@ def test_it_starts_as_the_convolution_itself(gate: str) -> None:
     assert not torch.equal(module.mix.weight[0], module.mix.weight[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["timestep", "input"])
 def test_nothing_changes_at_first_and_all_calls_agree_later(routing: str) -> None:
     source = build("sd15-levels")
@@ -119,6 +120,7 @@ CONVOLUTIONS = ("conv_in", "conv_out", "**.conv", "**.conv1", "**.conv2", "**.co
 TIMESTEPS = {"one": 7, "the same for each sample": (7, 7, 7), "of each sample": (3, 500, 900)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("channels", [3, 4, 7, 8, 9])
@@ -156,6 +158,7 @@ def test_it_may_be_laid_out_otherwise() -> None:
     torch.testing.assert_close(answer(unet, call), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_sample_may_have_its_own_timestep() -> None:
     """As in training; then every sample has its own kernel."""
     source = build()
@@ -169,6 +172,7 @@ def test_every_sample_may_have_its_own_timestep() -> None:
         )
 
 
+@pytest.mark.slow
 def test_experts_are_what_was_pruned() -> None:
     source = build("sd15-levels")
     unet = sdgraph.apply(source, [PRUNE, MECondConv()])
@@ -190,6 +194,7 @@ def test_experts_are_what_was_pruned() -> None:
     assert "copies of its own" in told
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     source = build("sd15-levels")
     unet = moved(sdgraph.apply(source, [PRUNE, MECondConv(experts=3, gate="sigmoid")]))
@@ -215,6 +220,7 @@ def test_it_is_exported(routing: str, tmp_path: Path) -> None:
             answer(running, call_of(source, B=2, timestep=torch.tensor([3, 900])))
 
 
+@pytest.mark.slow
 def test_a_call_that_does_not_need_it_does_not_mix_it() -> None:
     unet = sdgraph.apply(
         build("sd15-levels"), [MECondConv("down_blocks.2.**.conv2", donors="copies"), InheritFeatures.deep_cache(2, 0)]

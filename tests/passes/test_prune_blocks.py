@@ -85,6 +85,7 @@ def test_a_resnet_is_removed_and_its_input_goes_on(small: sdgraph.Graph) -> None
     assert small.parameters().keys() - after.parameters().keys() == {n for n in small.parameters() if path in n}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", [n if n == "sd15" else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES])
 def test_a_preset_equals_the_plain_model_bit_for_bit(name: str, preset: str) -> None:
@@ -100,12 +101,14 @@ def test_a_preset_equals_the_plain_model_bit_for_bit(name: str, preset: str) -> 
         assert torch.equal(answer(back, call), answer(expected, call))
 
 
+@pytest.mark.slow
 def test_a_preset_after_clean_up_still_goes_back_to_diffusers(unet: UNet2DConditionModel) -> None:
     back = sdgraph.apply(unet, "CleanUp, PruneBlocks('bk-sdm-small')").to_diffusers()
     call = call_of(unet)
     assert torch.equal(answer(back, call), answer(student(unet, "bk-sdm-small"), call))
 
 
+@pytest.mark.slow
 def test_the_plain_model_has_weights_of_its_own(unet: UNet2DConditionModel) -> None:
     back = sdgraph.apply(unet, [], verify=False).to_diffusers()
     with torch.no_grad():
@@ -113,6 +116,7 @@ def test_the_plain_model_has_weights_of_its_own(unet: UNet2DConditionModel) -> N
     assert unet.conv_in.weight.abs().max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [
@@ -143,6 +147,7 @@ def test_any_region_can_go_alone(unet: UNet2DConditionModel, whole: sdgraph.Grap
         assert answer(pruned, call_of(unet, **sizes)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_what_takes_the_place_of_a_unit_is_its_residual() -> None:
     """Pruning attn2 and the feed-forward equals zeroing the last projections of both, up to nothing."""
     unet = build("sd15")
@@ -169,6 +174,7 @@ def test_a_resnet_leaves_its_shortcut_where_channels_change() -> None:
     assert "down_blocks.1.resnets.0.conv_shortcut.weight" in pruned.state_dict()
 
 
+@pytest.mark.slow
 def test_patterns_and_groups(unet: UNet2DConditionModel) -> None:
     pruned = sdgraph.apply(
         unet,
@@ -181,6 +187,7 @@ def test_patterns_and_groups(unet: UNet2DConditionModel) -> None:
     assert answer(pruned, call_of(unet)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_all_attention_of_a_level_gone_is_a_plain_block(unet: UNet2DConditionModel) -> None:
     pruned = sdgraph.apply(unet, "PruneBlocks(('down_blocks.1.attentions.*', 'up_blocks.2.attentions.*'))")
     back = pruned.to_diffusers()
@@ -190,6 +197,7 @@ def test_all_attention_of_a_level_gone_is_a_plain_block(unet: UNet2DConditionMod
     assert torch.equal(answer(back, call), answer(pruned, call))
 
 
+@pytest.mark.slow
 def test_no_plain_model_says_why(unet: UNet2DConditionModel) -> None:
     pruned = sdgraph.apply(unet, "PruneBlocks('down_blocks.0.attentions.0.transformer_blocks.0.attn2')")
     with pytest.raises(ModeError, match="no plain diffusers UNet") as caught:
@@ -197,6 +205,7 @@ def test_no_plain_model_says_why(unet: UNet2DConditionModel) -> None:
     assert "down_blocks.0" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_controlnet_residuals_go_where_they_went_before(unet: UNet2DConditionModel) -> None:
     """With a skip's down layer pruned, its residual is still added to what now flows over that skip."""
     pruned = sdgraph.apply(unet, "PruneBlocks('down_blocks.1.attentions.1')")
@@ -220,6 +229,7 @@ def test_controlnet_residuals_go_where_they_went_before(unet: UNet2DConditionMod
     assert not torch.equal(moved, plain)
 
 
+@pytest.mark.slow
 def test_unknown_paths_name_the_nearest(unet: UNet2DConditionModel) -> None:
     with pytest.raises(PathError, match=r"did you mean 'up_blocks\.1\.resnets\.0'"):
         sdgraph.apply(unet, "PruneBlocks('up_blocks.1.resnet.0')", verify=False)
@@ -231,6 +241,7 @@ def test_unknown_paths_name_the_nearest(unet: UNet2DConditionModel) -> None:
         PruneBlocks(())
 
 
+@pytest.mark.slow
 def test_inconsistent_shapes_are_refused_with_both_and_where(unet: UNet2DConditionModel) -> None:
     with pytest.raises(ShapeError) as caught:
         sdgraph.apply(unet, "PruneBlocks('up_blocks.0.upsamplers.0')", verify=False)
@@ -242,6 +253,7 @@ def test_inconsistent_shapes_are_refused_with_both_and_where(unet: UNet2DConditi
         sdgraph.apply(unet, "PruneBlocks('conv_in')", verify=False)
 
 
+@pytest.mark.slow
 def test_pruned_twice_is_refused(unet: UNet2DConditionModel) -> None:
     once = sdgraph.apply(unet, "PruneBlocks('bk-sdm-base')", verify=False)
     with pytest.raises(PathError, match="pruned already"):
@@ -258,6 +270,7 @@ def test_a_preset_needs_two_layers_per_block() -> None:
         sdgraph.apply(build("sd15"), "PruneBlocks('bk-sdm-base')", verify=False)
 
 
+@pytest.mark.slow
 def test_tiny_needs_two_inner_levels_of_one_width() -> None:
     """As SD's are: the level that becomes innermost must give what the removed one gave."""
     unet = build("sd15", layers_per_block=2)  # 16 and 32 channels
@@ -265,6 +278,7 @@ def test_tiny_needs_two_inner_levels_of_one_width() -> None:
         sdgraph.apply(unet, "PruneBlocks('bk-sdm-tiny')", verify=False)
 
 
+@pytest.mark.slow
 def test_the_report_counts(unet: UNet2DConditionModel) -> None:
     report = sdgraph.apply(unet, "PruneBlocks('bk-sdm-base')").report
     (row,) = report.passes
@@ -276,6 +290,7 @@ def test_the_report_counts(unet: UNet2DConditionModel) -> None:
     assert "bk-sdm-base" in str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "millions"), [("bk-sdm-base", 579.4), ("bk-sdm-small", 482.4), ("bk-sdm-tiny", 323.4)]
 )

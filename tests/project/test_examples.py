@@ -35,6 +35,7 @@ def test_the_custom_pass_claims_what_it_does(custom_pass: ModuleType) -> None:
     assert sdgraph.parse("SubsampleKeys(4, at_least=64)") == (custom_pass.SubsampleKeys(4, at_least=64),)
 
 
+@pytest.mark.slow
 def test_the_custom_pass_reads_fewer_keys_at_every_size(custom_pass: ModuleType) -> None:
     unet = build(sample_size=16)
     thinned = sdgraph.apply(unet, "SubsampleKeys(2, at_least=256)")
@@ -52,6 +53,7 @@ def test_the_custom_pass_reads_fewer_keys_at_every_size(custom_pass: ModuleType)
         sdgraph.apply(build(), "SubsampleKeys")
 
 
+@pytest.mark.slow
 def test_the_custom_pass_runs(custom_pass: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     custom_pass.main()
     out = capsys.readouterr().out

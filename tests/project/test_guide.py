@@ -72,6 +72,7 @@ PASSES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", PASSES)
 def test_the_passes_hold_and_come_back(text: str, tmp_path: Path) -> None:
     from extra_passes import fuse_projections, hard_swish, merge_tokens, separate_convs  # noqa: F401

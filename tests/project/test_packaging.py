@@ -105,11 +105,13 @@ def test_editable_install_imports_the_checkout(inside: bool, tmp_path: Path) -> 
     assert imported_from(ROOT if inside else tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_submodules_load_when_asked_for(tmp_path: Path) -> None:
     code = "import sdgraph; print(sdgraph.passes.CleanUp(), sdgraph.exporters.onnx.export.__name__, sdgraph.testing)"
     assert run(sys.executable, "-c", code, cwd=tmp_path).startswith("CleanUp() export <module 'sdgraph.testing'")
 
 
+@pytest.mark.slow
 def test_the_core_runs_without_the_extras(tmp_path: Path) -> None:
     """Exporters and pictures say which extra they need; everything else works."""
     code = """

@@ -212,6 +212,7 @@ def test_the_judge_reads_drawn_scenes(judge: Judge, held_out: bool) -> None:
     assert (MODEL / JUDGE).stat().st_size < 2e6
 
 
+@pytest.mark.slow
 def test_figures_of_drawn_scenes_are_at_the_ceiling(judge: Judge) -> None:
     scenes, captions = quality.held_out_captions(200)
     images = np.stack([draw(one) for one in scenes]) / 255

@@ -46,6 +46,7 @@ def test_merges_what_the_authors_merge(ratio: float) -> None:
     torch.testing.assert_close(unmerge(merged, places), back(merge(tokens)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_the_largest_maps_of_any_size() -> None:
     unet = build("sd15-levels")
     result = sdgraph.apply(unet, [MergeTokens()])

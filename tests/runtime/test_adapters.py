@@ -21,6 +21,7 @@ from ..models import INHERITING, answer, assert_same, build, call_of, load_ip_ad
 from ..pipelines import PIPELINES, PROMPT, SIZE, make, noise, plain
 
 
+@pytest.mark.slow
 def test_image_prompts_are_loaded_scaled_and_unloaded() -> None:
     pipes = [plain("StableDiffusionPipeline", build(), image_encoder=None) for _ in range(2)]
     pipes[1].unet = sdgraph.apply(pipes[1].unet, "CleanUp")
@@ -62,6 +63,7 @@ def adapter(*targets: str, seed: int = 1) -> dict[str, torch.Tensor]:
     return {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @pytest.mark.parametrize("passes", ["", "CleanUp, HoistInvariants", INHERITING])
 def test_lora(passes: str) -> None:
@@ -123,6 +125,7 @@ def test_lora_leaves_the_source_alone_and_is_not_forgotten(tmp_path: Path) -> No
     assert all(torch.equal(state[name], value) for name, value in unet.state_dict().items())
 
 
+@pytest.mark.slow
 def test_lora_and_passes() -> None:
     """What a pass removed takes its LoRA with it, as fusing before would; of what it rewrote, LoRA is refused."""
     pruned = sdgraph.apply(build(), "PruneBlocks('mid_block')")

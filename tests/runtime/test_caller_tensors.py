@@ -17,6 +17,7 @@ from sdgraph.schedules import Explicit
 from ..models import call_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["conv_out", "conv_in"])
 def test_callers_may_edit_what_they_gave_and_got(site: str, unet: Any) -> None:
     unet = sdgraph.apply(unet, f"InheritFeatures('{site}', Uniform(9))")

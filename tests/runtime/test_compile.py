@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch._dynamo
 from diffusers import (
@@ -16,6 +17,7 @@ from sdgraph import Graph
 from sdgraph.passes import InheritFeatures
 
 
+@pytest.mark.slow
 def test_variants_compile_without_breaks(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph
 ) -> None:

@@ -17,6 +17,7 @@ from sdgraph.passes import HoistInvariants, InheritFeatures
 from ..models import call_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["sample", "encoder_hidden_states"])
 @pytest.mark.parametrize(
     "passes", [InheritFeatures("up_blocks.-1.resnets.-1", part="entry"), HoistInvariants()], ids=["inherit", "hoist"]

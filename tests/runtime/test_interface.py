@@ -102,6 +102,7 @@ def test_a_pipeline_takes_it_without_a_word(tmp_path: Path, capfd: pytest.Captur
     assert torch.equal(expected, make(loaded, call))
 
 
+@pytest.mark.slow
 def test_from_pipe(pipe: Any) -> None:
     """diffusers asks for the very class here, and says that another is to be passed by hand."""
     pipe = type(pipe)(**{**pipe.components, "unet": sdgraph.apply(pipe.unet)}, requires_safety_checker=False)
@@ -138,6 +139,7 @@ def test_a_residual_beyond_the_down_blocks_that_fits_is_added(traced: Any) -> No
     assert torch.equal(answers[0], answers[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", ["", "CleanUp, HoistInvariants"])
 def test_the_latent_upscaler(passes: str) -> None:
     pipe = plain(

@@ -68,6 +68,7 @@ class MakesOnCpu(Pass):
         graph.replace("conv_out", new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", [LowRank(), HalveLast(), Chain((HalveLast(), LowRank()))])
 def test_weights_made_of_weights_come_back(unet: UNet2DConditionModel, one: Pass, tmp_path: Path) -> None:
     made = sdgraph.apply(unet, [one])
@@ -77,6 +78,7 @@ def test_weights_made_of_weights_come_back(unet: UNet2DConditionModel, one: Pass
     assert torch.equal(answer(GraphUNet.from_pretrained(tmp_path / "unet"), call), answer(made, call))
 
 
+@pytest.mark.slow
 def test_weights_copied_into_modules_on_another_device_are_named_when_saving(
     unet: UNet2DConditionModel, tmp_path: Path
 ) -> None:

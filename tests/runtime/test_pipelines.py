@@ -20,6 +20,7 @@ FIRST = ("text", "image", "inpaint-9", "controlnet", "xl-text", "lcm", "ip-adapt
 REST = [pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES if name not in FIRST]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FIRST, *REST])
 def test_same_images(name: str) -> None:
     build_pipe, call = PIPELINES[name]
@@ -62,6 +63,7 @@ def test_image_prompts_are_counted_and_told_apart() -> None:
     assert len(copy.deepcopy(unet).encoder_hid_proj.image_projection_layers) == 2
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_inside_a_pipeline(tmp_path: Any) -> None:
     build_pipe, call = PIPELINES["text"]
     pipe = build_pipe()

@@ -18,6 +18,7 @@ from ..models import INHERITING, answer, assert_same, build, call_of
 from ..pipelines import PIPELINES
 
 
+@pytest.mark.slow
 def test_pickle_is_not_written_and_that_is_said(pair: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pair[1].save_pretrained(tmp_path / "unet", safe_serialization=False)
     assert "safe_serialization=False" in caplog.text
@@ -25,6 +26,7 @@ def test_pickle_is_not_written_and_that_is_said(pair: Any, tmp_path: Path, caplo
     assert_same(pair[0], GraphUNet.from_pretrained(tmp_path / "unet"))
 
 
+@pytest.mark.slow
 def test_shards(pair: Any, tmp_path: Path) -> None:
     folder = tmp_path / "unet"
     pair[1].save_pretrained(folder, max_shard_size="200KB", variant="fp16")
@@ -48,6 +50,7 @@ def test_pipelines_pass_the_options_on(tmp_path: Path) -> None:
     assert not any(name.endswith(".bin") for name in names)
 
 
+@pytest.mark.slow
 def test_an_index_that_names_a_foreign_file_is_refused(pair: Any, tmp_path: Path) -> None:
     import hashlib
     import json
@@ -65,18 +68,21 @@ def test_an_index_that_names_a_foreign_file_is_refused(pair: Any, tmp_path: Path
         GraphUNet.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "cpu", torch.device("cpu"), {"": "cpu"}], ids=str)
 def test_device_maps_of_one_device(pair: Any, tmp_path: Path, device_map: Any) -> None:
     pair[1].save_pretrained(tmp_path / "unet")
     assert_same(pair[0], GraphUNet.from_pretrained(tmp_path / "unet", device_map=device_map))
 
 
+@pytest.mark.slow
 def test_device_maps_of_several_devices_are_refused(pair: Any, tmp_path: Path) -> None:
     pair[1].save_pretrained(tmp_path / "unet")
     with pytest.raises(SavedError, match=r"(?s)cpu, meta.*one device"):
         GraphUNet.from_pretrained(tmp_path / "unet", device_map={"conv_in": "cpu", "conv_out": "meta"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", ["", "PruneBlocks('mid_block')"])
 def test_moving_averages(passes: str, tmp_path: Path) -> None:
     graph = sdgraph.apply(build(), passes)
@@ -96,6 +102,7 @@ def test_moving_averages(passes: str, tmp_path: Path) -> None:
     assert torch.equal(answer(graph, call), answer(GraphUNet.from_pretrained(tmp_path / "average"), call))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", ["", "HoistInvariants", INHERITING])
 def test_torch_export(passes: str) -> None:
     graph = sdgraph.apply(build(), passes)
@@ -129,6 +136,7 @@ def test_group_offloading_by_leaves() -> None:
     assert_same(unet, graph)
 
 
+@pytest.mark.slow
 def test_loggers_are_quiet_by_default(pair: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         pair[1].save_pretrained(tmp_path / "unet")

@@ -20,6 +20,7 @@ from sdgraph.schedules import Uniform
 from ..models import answer, build, call_of, load_ip_adapter
 
 
+@pytest.mark.slow
 def test_round_trip(pruned: GraphUNet, folder: Path) -> None:
     back = GraphUNet.from_pretrained(folder)
     assert {p.name for p in folder.iterdir()} == {"config.json", "sdgraph.json", WEIGHTS}
@@ -42,6 +43,7 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     assert torch.equal(answer(back, call), answer(unet, call))
 
 
+@pytest.mark.slow
 def test_a_pass_that_changes_only_weights_comes_back(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class HalveConvIn(Pass):
@@ -60,6 +62,7 @@ def test_a_pass_that_changes_only_weights_comes_back(tmp_path: Path) -> None:
     assert not torch.equal(answer(back, call), answer(build("sd15"), call))
 
 
+@pytest.mark.slow
 def test_trained_weights_are_what_is_saved(tmp_path: Path) -> None:
     unet = sdgraph.apply(build("sd15"), "CleanUp", verify=False).train()
     with torch.no_grad():
@@ -71,6 +74,7 @@ def test_trained_weights_are_what_is_saved(tmp_path: Path) -> None:
     assert torch.equal(answer(back, call), answer(unet.eval(), call))
 
 
+@pytest.mark.slow
 def test_saving_again_replaces_and_leaves_nothing_else(pruned: GraphUNet, folder: Path) -> None:
     pruned.save_pretrained(folder)
     assert [p.name for p in folder.parent.iterdir()] == ["unet"]
@@ -93,6 +97,7 @@ def test_a_failed_save_leaves_the_old_folder(pruned: GraphUNet, folder: Path, mo
     assert [p.name for p in folder.parent.iterdir()] == ["unet"]
 
 
+@pytest.mark.slow
 def test_folders_of_earlier_versions_load(old_unet: Path, tmp_path: Path) -> None:
     """One that sdgraph 0.1.0 saved before its recipe had a schema."""
     unet = GraphUNet.from_pretrained(old_unet)
@@ -110,6 +115,7 @@ def test_what_cannot_come_back_is_not_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_options_that_would_be_ignored_are_refused(pruned: GraphUNet, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SavedError, match=r"(?s)push_to_hub.*unet.push_to_hub"):
         pruned.save_pretrained(tmp_path / "other", push_to_hub=True)
@@ -122,6 +128,7 @@ def test_options_that_would_be_ignored_are_refused(pruned: GraphUNet, folder: Pa
     GraphUNet.from_pretrained(tmp_path / "variant", variant="fp16")
 
 
+@pytest.mark.slow
 def test_edits_that_no_operation_shows_are_not_lost_in_silence(tmp_path: Path) -> None:
     """A schedule or a module changed outside of passes: loading and retracing would bring the old one back."""
     unet = sdgraph.apply(build(), "InheritFeatures('mid_block', Uniform(2))", verify=False)

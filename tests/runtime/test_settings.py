@@ -37,6 +37,7 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("passes", ["", pytest.param("CleanUp, HoistInvariants", marks=pytest.mark.slow)])
 def test_settings(setting: str, passes: str, tmp_path: Path) -> None:
@@ -51,6 +52,7 @@ def test_settings(setting: str, passes: str, tmp_path: Path) -> None:
     assert [str(p) for p in graph.graph.passes] == [str(p) for p in sdgraph.parse(passes)]
 
 
+@pytest.mark.slow
 def test_settings_are_taken_back() -> None:
     def there_and_back(unet: Any) -> None:
         unet.fuse_qkv_projections()
@@ -74,6 +76,7 @@ def test_settings_that_change_nothing_trace_nothing() -> None:
     assert graph.graph is before
 
 
+@pytest.mark.slow
 def test_settings_leave_the_weights_and_the_source_alone() -> None:
     unet = build()
     state = copy.deepcopy(unet.state_dict())
@@ -89,6 +92,7 @@ def test_settings_leave_the_weights_and_the_source_alone() -> None:
     assert all(torch.equal(state[name], value) for name, value in unet.state_dict().items())
 
 
+@pytest.mark.slow
 def test_settings_that_cannot_be_traced_change_nothing() -> None:
     unet = build()
     graph = sdgraph.apply(unet)
@@ -104,6 +108,7 @@ def test_settings_that_cannot_be_traced_change_nothing() -> None:
         GraphUNet(with_edits).enable_freeu(**FREEU)
 
 
+@pytest.mark.slow
 def test_settings_of_a_pruned_unet() -> None:
     unet = build()
     graph = sdgraph.apply(unet, "PruneBlocks('mid_block')")
@@ -121,6 +126,7 @@ def test_attention_slicing_says_that_it_changes_nothing(caplog: pytest.LogCaptur
     assert torch.equal(expected, make(pipe, PIPELINES["text"][1]))
 
 
+@pytest.mark.slow
 def test_large_pipelines_with_settings() -> None:
     pipe = large("StableDiffusionXLPipeline", build("sdxl"))
     call = {**PROMPT, **POOLED, **SIZE}

@@ -65,6 +65,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize(
     "flags", ["trainable", *(pytest.param(flags, marks=pytest.mark.slow) for flags in ("frozen", "training"))]
@@ -105,6 +106,7 @@ def test_loaded_weights_are_used() -> None:
         assert torch.equal(answer(other, call_of(other)), answer(graph, call_of(other)))
 
 
+@pytest.mark.slow
 def test_copies_are_independent() -> None:
     unet = build()
     graph = sdgraph.apply(unet)

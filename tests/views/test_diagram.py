@@ -77,6 +77,7 @@ def test_what_was_changed_and_inserted_is_marked(unet: Graph, tmp_path: Path) ->
     assert "inserted between the boxes: 1 sin" in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15-levels", "sdxl", "no-mid", "upscaler"])
 def test_all_shapes_of_unet(name: str, tmp_path: Path) -> None:
     unet = sdgraph.trace(build(name))
@@ -85,6 +86,7 @@ def test_all_shapes_of_unet(name: str, tmp_path: Path) -> None:
     assert len(states) > 10
 
 
+@pytest.mark.slow
 def test_whole_levels_may_be_gone(tmp_path: Path) -> None:
     unet = sdgraph.trace(build("sd15-levels"))
     tiny = pruned(unet, "PruneBlocks('bk-sdm-tiny')")

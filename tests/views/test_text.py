@@ -228,6 +228,7 @@ def test_the_difference_names_what_went(unet: Graph, pruned: Graph) -> None:
     assert diff(unet, unet) == ""
 
 
+@pytest.mark.slow
 def test_the_difference_of_a_clean_up_is_empty(unet: Graph) -> None:
     cleaned = sdgraph.apply(unet, "CleanUp", verify=False).graph
     assert len(cleaned.nodes) < len(unet.nodes)
