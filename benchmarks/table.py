@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,14 @@ def frontier(result: dict[str, Any]) -> str:
 
 
 def margin(ways: dict[str, Any], name: str) -> str:
-    """PSNR of a way less that of fewer plain steps in the same time, for the median image and the worst tenth."""
-    way, found = ways[name], []
+    """Return the PSNR of a way less that of fewer plain steps in its time, for the median image and the worst tenth."""
+    way, differences = ways[name], []
     for key in ("psnr", "psnr_low"):
-        plain = sorted((w["time"], w[key]) for w in ways.values() if w["kind"] == "fewer steps" and w[key] is not None)
-        if (
-            way["kind"] == "fewer steps"
-            or way[key] is None
-            or not plain
-            or not plain[0][0] <= way["time"] <= plain[-1][0]
-        ):
+        plain = plain_psnr(ways, way["time"], key)
+        if way["kind"] == "fewer steps" or way[key] is None or plain is None:
             return "-"
-        found.append(way[key] - float(np.interp(way["time"], *zip(*plain, strict=True))))
-    return f"{found[0]:+.1f}, {found[1]:+.1f} dB"
+        differences.append(way[key] - plain)
+    return f"{differences[0]:+.1f}, {differences[1]:+.1f} dB"
 
 
 def circumstances(result: dict[str, Any]) -> str:
@@ -84,23 +80,30 @@ def circumstances(result: dict[str, Any]) -> str:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """Of a frontier DeepCache's settings beside what costs the same: fewer steps, a forecast, a search; else memory."""
+    """Return the short table of a result: of plans, the settings beside fewer steps in the same time; else memory."""
     if "ways" not in result:
         measured = [case for case in result["cases"] if case["case"].startswith("memory/")]
         return f"{conditions(result)}\n\n{cases.KINDS['memory'].table(measured)}"
     ways = result["ways"]
-    steps = sorted((each["time"], each["psnr"]) for each in ways.values() if each["kind"] == "fewer steps")
-    times, quality = zip(*((time, psnr) for time, psnr in steps if psnr is not None), strict=True)
-    rows = [("DeepCache's interval", "time", "DeepCache", "fewer steps", "with a forecast", "and a searched schedule")]
-    for name, each in ways.items():
-        interval = re.fullmatch(r"DeepCache (\d+), branch 0", name)
-        if interval:
-            fewer = float(np.interp(each["time"], times, quality))
-            ours = (f"DeepCache {interval[1]}, forecast", f"as much as DeepCache {interval[1]}, searched, forecast")
-            shown = (decibels(one) for one in (each["psnr"], fewer, *(ways[our]["psnr"] for our in ours)))
-            rows.append((interval[1], f"{each['time']:.2f}", *shown))
-    told = "Fewer steps: between the two numbers of steps that take more and less."
+    settings = dict.fromkeys(name.rpartition(", ")[0] for name in ways if name.endswith(", fitted"))
+    kinds = ("repeated", "line", "damped by half", "fitted")
+    rows = [("setting", "time", "fewer steps", *kinds)]
+    for setting in settings:
+        series = [ways[f"{setting}, {kind}"] for kind in kinds]
+        time = statistics.median(way["time"] for way in series)
+        shown = (decibels(psnr) for psnr in (plain_psnr(ways, time, "psnr"), *(way["psnr"] for way in series)))
+        rows.append((setting, f"{time / ways['25 steps']['time']:.2f}", *shown))
+    told = "Time as a share of 25 steps. Fewer steps: interpolated between the plain runs that take less and more time."
     return f"{markdown(rows)}\n\n{told} {circumstances(result)}"
+
+
+def plain_psnr(ways: dict[str, Any], time: float, key: str) -> float | None:
+    """Return the PSNR of fewer plain steps in a time, interpolated; None outside of the measured times."""
+    fewer = (way for way in ways.values() if way["kind"] == "fewer steps")
+    plain = sorted((way["time"], way[key]) for way in fewer if way[key] is not None)
+    if not plain or not plain[0][0] <= time <= plain[-1][0]:
+        return None
+    return float(np.interp(time, *zip(*plain, strict=True)))
 
 
 def decibels(psnr: float | None) -> str:

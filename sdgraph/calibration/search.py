@@ -1,12 +1,14 @@
 """`search`: the refresh steps that cost the least quality, for a budget of multiply-accumulates.
 
-What inheriting does is measured on calibration prompts. The calls from one refresh to the next are a stretch. For each
-group of sites and each stretch, the sampler goes on from the undisturbed latents with that stretch inherited, and how
-far the latents are off at its end is its error: so the errors of its calls add up as they do in a generation, and a
-forecast is measured as what it is. Errors at different calls are made comparable by how far they move the final
-latents, and prompts by what they are like on the whole: some are a hundred times as touchy as others, and would else
-decide alone. The best refreshes of a group are then a shortest path from the first call to the end, one for each
-number of refreshes; the groups share the budget so that the last multiply-accumulate buys as much in each.
+A *stretch* is the sequence of calls from one refresh to the next. For every group of sites and every stretch, the
+sampler continues from undisturbed latents with the group inherited during the stretch. The error of the stretch is the
+error of the latents at its end, so the errors of its calls add up as they do in a generation, and a forecast is judged
+as a whole. Errors at different calls become comparable when they are multiplied by the factor with which they grow
+until the final latents. Errors of different prompts are divided by the sum of all errors of the prompt, because some
+prompts are a hundred times as sensitive as others and would decide alone.
+
+The best refreshes of a group are then a shortest path from the first call to the end, one path for every number of
+refreshes. The groups share the budget so that the last multiply-accumulate lowers the error equally in all of them.
 """
 
 from __future__ import annotations
@@ -100,25 +102,27 @@ def search(
     progress: bool = True,
     **call: Any,
 ) -> SearchResult:
-    """Give each candidate the schedule with which all together cost the least quality within a budget.
+    """Find the schedules of candidates with the least error within a budget of multiply-accumulates.
 
     Args:
         pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. It is as it was afterwards.
-        candidates: `InheritFeatures` passes; each is a group of sites that gets a schedule of its own, in place of
-            the one it has. What groups cost is added up: they should lie beside each other, not one behind the other.
-        prompts: to calibrate on, in one batch. On a few a schedule is found that suits just these: give 16 or more.
-        budget: multiply-accumulates of a generation, as a share of all.
-        seed: of the latents.
-        reach: the most calls from a refresh to the next. Of n calls, n·reach are measured per group, without what is
-            inherited; reach times as many for each order of forecast.
-        probes: places at which it is measured how far a disturbance moves the final latents.
-        folder: where measurements are kept, so that a stopped search goes on and another budget costs little.
-        progress: show a bar.
+        candidates: `InheritFeatures` passes. The sites of a pass are a group, and get a schedule of their own that
+            replaces the schedule of the pass. The errors of groups are added up, so no group should feed another.
+        prompts: the prompts to calibrate on, in one batch; pass 16 or more, for a schedule from few suits only these.
+        budget: multiply-accumulates of a generation, as a share of those without inheritance.
+        seed: the seed of the first prompt's latents; the others count up from it.
+        reach: the largest number of calls from a refresh to the next. For n calls and a group, n·reach stretches are
+            measured, and reach times as many for every order of the forecast.
+        probes: the number of calls at which the growth of an error until the final latents is measured.
+        folder: the folder of measurements. With it, a stopped search continues, and another budget costs little.
+        progress: whether to show a bar.
         call: further arguments of the pipeline, such as `num_inference_steps=50`.
+    Returns:
+        The passes with their schedules, and the predicted and the measured error.
     Raises:
         SourceError: the pipeline has no UNet.
         SpecError: no candidates or prompts, a candidate without sites, or a budget that is no share.
-        ScheduleError: the budget is not to be had; with the least that is.
+        ScheduleError: no schedule meets the budget; the error names the smallest budget that is met.
     """
     check_request("search", pipe, prompts, call)
     if not candidates:
@@ -170,7 +174,7 @@ def search(
     most = budget * everything * (1 + 1e-9)  # a budget that was computed as such a share is met by it
     if (least := macs([min(choice) for choice in choices])) > most:
         raise ScheduleError(
-            f"a budget of {budget:.3g} is not to be had: these candidates leave {least / everything:.3g} at the least",
+            f"no schedule meets a budget of {budget:.3g}: these candidates need at least {least / everything:.3g}",
             where="search", hint="a larger budget or reach, or other candidates",
         )  # fmt: skip
     counts = _share(choices, macs, most)

@@ -136,7 +136,11 @@ def test_a_prediction_that_is_off_is_warned_of(predicted: float, measured: float
 @pytest.mark.parametrize(
     ("change", "error", "complaint"),
     [
-        ({"budget": 0.01}, ScheduleError, "a budget of 0.01 is not to be had: these candidates leave 0.[0-9]+"),
+        (
+            {"budget": 0.01},
+            ScheduleError,
+            "no schedule meets a budget of 0.01: these candidates need at least 0.[0-9]+",
+        ),
         ({"budget": 1.5}, SpecError, "the budget is 1.5"),
         ({"candidates": ()}, SpecError, "no candidates"),
         ({"candidates": (CleanUp(),)}, SpecError, "has no sites"),
