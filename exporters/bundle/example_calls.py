@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sdgraph import GraphUNet
+from sdgraph.errors import ExportError
 from sdgraph.ir.dims import evaluate
 from sdgraph.ir.inputs import random_value
 
@@ -15,13 +16,27 @@ from .manifest import Manifest, Model
 
 
 def example_call(unet: GraphUNet, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """The call to trace with. No two sizes agree and none is 1 at any level, so that torch ties and fixes none."""
+    """Return the call to trace with. No two sizes agree and none is 1, so that torch.export ties and fixes none.
+
+    Raises:
+        ExportError: a number that the graph computes from its sizes is 1 at all sizes that were tried.
+    """
     unit = unit_of(unet)
     symbols = unet.graph.dims.symbols
     column = {s.name: s.generic for s in symbols}
     if min(column.values()) < 2:
         column = {s.name: s.nominal for s in symbols}
-    return random_call(unet, manifest, column | unet.graph.allowed(B=2, H=4 * unit, W=5 * unit, L=7))
+    computed = {str(node.meta["size"]) for node in unet.graph.nodes if node.meta.get("size") is not None}
+    for scale in (1, 2, 3, 5, 8):
+        sizes = column | unet.graph.allowed(B=2, H=4 * unit * scale, W=5 * unit * scale, L=7)
+        ones = sorted(size for size in computed if evaluate(size, sizes) == 1)
+        if not ones:
+            return random_call(unet, manifest, sizes)
+    raise ExportError(
+        f"the graph computes {ones[0]} from its sizes, which is 1 for maps as large as {sizes['H']}x{sizes['W']}",
+        where="example call",
+        hint="use smaller windows, which a map of this size holds more than one of",
+    )
 
 
 def random_call(unet: Any, manifest: Manifest, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:

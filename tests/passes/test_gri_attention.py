@@ -232,3 +232,19 @@ def test_it_is_exported(tmp_path: Path) -> None:
     running = sdgraph.exporters.ort.ORTUNet.from_pretrained(tmp_path / "onnx", provider="CPUExecutionProvider")
     call = call_of(unet, B=3, H=6, W=14)
     torch.testing.assert_close(answer(running, call), answer(unet, call), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_window_as_large_as_the_map_that_is_usually_traced_is_exported(tmp_path: Path) -> None:
+    """There would be one window, exactly full, and torch.export would fix the size of the map."""
+    one_level = {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }
+    unet = sdgraph.apply(build(**one_level), "GRIAttention(4, pool=2)")
+    sdgraph.exporters.onnx.export(unet, tmp_path / "onnx", progress=False)
+    running = sdgraph.exporters.ort.ORTUNet.from_pretrained(tmp_path / "onnx", provider="CPUExecutionProvider")
+    for height, width in ((2, 3), (6, 14)):
+        call = call_of(unet, H=height, W=width)
+        torch.testing.assert_close(answer(running, call), answer(unet, call), rtol=1e-3, atol=1e-4)
