@@ -57,11 +57,14 @@ __all__ = [
     "search",
     "trace",
     "trace_code",
+    "tune",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`sdgraph.passes`, `sdgraph.exporters` and `sdgraph.testing` are loaded when first asked for."""
-    if name in ("exporters", "passes", "testing"):
+    """`sdgraph.tune` and the packages below are loaded when first asked for."""
+    if name == "tune":
+        return importlib.import_module(f"{__name__}.tuning").tune
+    if name in ("exporters", "passes", "testing", "tuning"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

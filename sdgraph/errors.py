@@ -108,6 +108,10 @@ class QualityError(SdgraphError):
     """Images fall short of a required figure, or cannot be compared."""
 
 
+class TuningError(SdgraphError):
+    """Training cannot begin, go on or be resumed. What was saved before is still there."""
+
+
 class ExtraError(SdgraphError, ImportError):
     """An optional dependency cannot be imported."""
 

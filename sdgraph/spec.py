@@ -28,6 +28,7 @@ ABSTRACT = (
     "sdgraph.compiler.base",
     "sdgraph.compiler.chain",
     "sdgraph.compiler.rewrite",
+    "sdgraph.tuning.losses.base",
 )  # modules of base classes and combinators, which are not offered by name
 
 
@@ -37,10 +38,12 @@ class Spec:
 
     def __str__(self) -> str:
         parts = []
-        for i, field in enumerate(f for f in dataclasses.fields(self) if f.init):
+        fields = [field for field in dataclasses.fields(self) if field.init]
+        for field in sorted(fields, key=lambda field: field.kw_only):
             value = getattr(self, field.name)
             if value != field.default:
-                parts.append(_text(value) if i == 0 else f"{field.name}={_text(value)}")
+                first = field is fields[0] and not field.kw_only
+                parts.append(_text(value) if first else f"{field.name}={_text(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def specs(self) -> Iterator[Spec]:

@@ -292,6 +292,7 @@ class EditableGraph(GraphState):
             fx=copy_nodes(self.fx),
             weights=self.weights.sharing(weights_read(self.fx.nodes)),
             frozen=False,
+            replays=False,
             classes=dict(self.classes),
             _sites=dict(self._sites),
             _meta=dict(self._meta),

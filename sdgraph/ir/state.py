@@ -47,6 +47,7 @@ class GraphState:
         removals: the modules that edits removed, in order; leaf modules are among them until a `GraphUNet` runs the
             graph.
         frozen: whether the graph belongs to a `GraphUNet`, so that only a copy of it can be edited.
+        replays: whether it was seen that its configuration and passes give it again, as a saved folder needs.
         source: the UNet that was traced, without the values of its weights; see `sdgraph.runtime.retrace`.
     """
 
@@ -62,6 +63,7 @@ class GraphState:
     passes: tuple[Applied, ...] = ()
     removals: tuple[Removed, ...] = ()
     frozen: bool = False
+    replays: bool = False
     source: Any = field(default=None, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _decisions: Decisions = field(default_factory=Decisions, repr=False)

@@ -87,7 +87,9 @@ def save(
     inputs = [i.name for i in graph.inputs if i.name == "encoder_attention_mask"]
     settings = settings_of(graph.source)
     _warn_of_scripts(graph.passes)
-    _check_can_come_back(graph, traced, inputs, settings)
+    if not graph.replays:
+        _check_can_come_back(graph, traced, inputs, settings)
+        graph.replays = graph.frozen
     name = f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors"
     with appearing(directory, _check_target, SavedError) as folder:
         name, files = write_weights(tensors, folder, name, max_shard_size)

@@ -1,0 +1,34 @@
+"""Training: a student learns from its teacher what a pass has lost. It may import every layer below the command line.
+
+A `Source` gives rows, `Batches` turns the rows of a step into noised latents and captions, teacher and student answer,
+the losses compare the answers, and `tune` takes the step and keeps the state.
+"""
+
+from .batch import Batch, Batches
+from .losses import Comparison, Denoising, Features, Loss, Output
+from .noising import Noising
+from .observe import Observed, Tap
+from .report import TuningReport
+from .settings import Settings
+from .source import Samples, Source, Tensors
+from .tune import DEFAULT, tune
+
+__all__ = [
+    "DEFAULT",
+    "Batch",
+    "Batches",
+    "Comparison",
+    "Denoising",
+    "Features",
+    "Loss",
+    "Noising",
+    "Observed",
+    "Output",
+    "Samples",
+    "Settings",
+    "Source",
+    "Tap",
+    "Tensors",
+    "TuningReport",
+    "tune",
+]

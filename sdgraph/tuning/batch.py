@@ -1,0 +1,128 @@
+"""The batch of a step: which rows, which noise, which timesteps and captions, all as functions of the step."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import TuningError
+from .counter import generator
+from .noising import Noising
+from .source import Source
+
+STEEPNESS = 5.0  # of random conditioning: p = 1 at the last timestep, 0.08 in the middle
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of a training step.
+
+    Args:
+        clean: clean latents, (B, C, H, W).
+        noise: the noise that was added to them, (B, C, H, W); None on a teacher's trajectory.
+        noisy: noised latents, (B, C, H, W).
+        timesteps: (B,), whole numbers.
+        conditions: the other inputs of the UNet, by name.
+    """
+
+    clean: Tensor
+    noise: Tensor | None
+    noisy: Tensor
+    timesteps: Tensor
+    conditions: dict[str, Tensor]
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The inputs of the UNet, by name."""
+        return {"sample": self.noisy, "timestep": self.timesteps, **self.conditions}
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("clean", "noisy", "timesteps")}
+        noise = None if self.noise is None else self.noise.to(device)
+        return replace(self, **moved, noise=noise, conditions={n: c.to(device) for n, c in self.conditions.items()})
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a training run. Each follows from the seed and the number of its step.
+
+    Args:
+        source: the data.
+        noising: the noise schedule.
+        size: the number of samples per step, of all processes and accumulated batches together.
+        seed: the seed of the run.
+        proportion_empty_prompts: the share of rows whose caption is left out, for classifier-free guidance.
+        random_conditioning: give noisy rows the caption of another row, with a probability that rises exponentially
+            with the timestep. The teacher's answer then teaches captions of which there are no images.
+    Source:
+        Kim et al., "Random Conditioning with Distillation for Data-Efficient Diffusion Model Compression", 2025.
+    """
+
+    source: Source
+    noising: Noising
+    size: int
+    seed: int = 0
+    proportion_empty_prompts: float = 0.0
+    random_conditioning: bool = False
+
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
+        """Return rows of the batch of a step, on the CPU.
+
+        Args:
+            step: the number of the step, from 0.
+            rows: numbers below `size`.
+        Raises:
+            TuningError: latents are not finite.
+        """
+        indices = [self._index(step * self.size + row) for row in rows]
+        draws = [generator(self.seed, "row", step, row) for row in rows]
+        samples = self.source.samples(indices, draws)
+        if not torch.isfinite(samples.latents).all():
+            raise TuningError(
+                f"latents of the rows {indices} have values that are not finite",
+                where="data",
+                hint="leave them out, or encode them in float32",
+            )
+        noise, noisy, timesteps = None, samples.noisy, samples.timesteps
+        if noisy is None or timesteps is None:
+            timesteps = self._timesteps(step, rows)
+            shape = samples.latents.shape[1:]
+            drawn = [generator(self.seed, "noise", step, row).standard_normal(shape, np.float32) for row in rows]
+            noise = torch.from_numpy(np.stack(drawn))
+            noisy = self.noising.noised(samples.latents, noise, timesteps)
+        captions = [
+            self._caption(index, int(t), generator(self.seed, "caption", step, row))
+            for index, t, row in zip(indices, timesteps, rows, strict=True)
+        ]
+        return Batch(samples.latents, noise, noisy, timesteps, self.source.conditions(captions))
+
+    def _index(self, count: int) -> int:
+        """Return the row of the data that is read as the given one since the beginning. Every epoch has its order."""
+        epoch, position = divmod(count, len(self.source))
+        return int(_order(self.seed, epoch, len(self.source))[position])
+
+    def _timesteps(self, step: int, rows: Sequence[int]) -> Tensor:
+        """Draw a timestep from each of `size` equal parts of the schedule, which varies less than drawing from all."""
+        parts = generator(self.seed, "parts", step).permutation(self.size)
+        inside = generator(self.seed, "timestep", step).random(self.size)
+        drawn = (parts + inside)[list(rows)] / self.size * len(self.noising)
+        return torch.from_numpy(drawn.astype(np.int64))
+
+    def _caption(self, index: int, timestep: int, draw: np.random.Generator) -> int | None:
+        empty, swapped, other = draw.random(), draw.random(), int(draw.integers(len(self.source)))
+        if empty < self.proportion_empty_prompts:
+            return None
+        probability = math.expm1(STEEPNESS * timestep / (len(self.noising) - 1)) / math.expm1(STEEPNESS)
+        return other if self.random_conditioning and swapped < probability else index
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return generator(seed, "order", epoch).permutation(count)

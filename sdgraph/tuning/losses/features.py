@@ -1,0 +1,78 @@
+"""Losses on features: what blocks, layers or attentions return."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import PathError, SpecError, did_you_mean
+from ...graph import Graph
+from ..observe import Tap
+from .base import Comparison, Loss, TapPairs, Values
+
+PRESETS = {
+    "stage": r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)",
+    "layer": r"((down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.\d+)",
+    "self-attention": r"(.+\.attn1)",
+}
+
+
+@dataclass(frozen=True)
+class Features(Loss):
+    """Distillation of features: the squared error of values inside the models, relative to the teacher's mean square.
+
+    Every pair of features counts alike, whatever its size. Where the widths differ, a 1x1 convolution that is trained
+    along maps the student's features to the teacher's width. Values farther than two standard deviations from their
+    mean, in either model, are left out: a few outliers dominate the sum otherwise, and can make it diverge.
+
+    Args:
+        at: a preset, or module paths; a pair of paths names the student's and the teacher's. "stage" is the output of
+            every block (BK-SDM), "layer" of every resnet and attention (SSD-1B), "self-attention" of every attn1
+            (KOALA). A preset leaves out what one of the models does not have.
+        sigma: standard deviations beyond which values are left out; None keeps all.
+    Raises:
+        SpecError: there is no such preset.
+    Example:
+        `Features("stage")`, `Features(("mid_block", ("up_blocks.1", "up_blocks.2")), weight=0.5)`
+    Source:
+        Kim et al., "BK-SDM", 2024; masks: Fang et al., "TinyFusion: Diffusion Transformers Learned Shallow", 2025;
+        normalisation: Zhang et al., "LAPTOP-Diff", 2024.
+    """
+
+    at: str | tuple[str | tuple[str, str], ...] = "stage"
+    sigma: float | None = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.at, str) and self.at not in PRESETS:
+            hint = did_you_mean(self.at, PRESETS) or f"presets: {', '.join(PRESETS)}; or a tuple of module paths"
+            raise SpecError(f"there are no features named {self.at!r}", where="Features", hint=hint)
+
+    def taps(self, student: Graph, teacher: Graph) -> TapPairs:
+        if not isinstance(self.at, str):
+            pairs = [(path, path) if isinstance(path, str) else path for path in self.at]
+            return [(Tap(mine), Tap(its)) for mine, its in pairs]
+        known = set(student.paths())
+        shared = [p for p in teacher.paths() if re.fullmatch(PRESETS[self.at], p) and p in known]
+        if not shared:
+            raise PathError(
+                f"student and teacher share no features of the preset {self.at!r}",
+                where="Features",
+                hint="name pairs of paths, Features((('mid_block', 'mid_block'),))",
+            )
+        return [(Tap(path), Tap(path)) for path in shared]
+
+    def __call__(self, comparison: Comparison, values: Values) -> Tensor:
+        return torch.stack([self._error(student.float(), teacher.float()) for student, teacher in values]).mean()
+
+    def _error(self, student: Tensor, teacher: Tensor) -> Tensor:
+        kept = torch.ones_like(teacher) if self.sigma is None else self._usual(student) * self._usual(teacher)
+        return (kept * (student - teacher).square()).sum() / (kept * teacher.square()).sum().clamp(min=1e-8)
+
+    def _usual(self, values: Tensor) -> Tensor:
+        """Return 1 where values lie within `sigma` standard deviations of their mean, 0 elsewhere."""
+        values = values.detach()
+        return ((values - values.mean()).abs() < self.sigma * values.std()).float()

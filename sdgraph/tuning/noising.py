@@ -1,0 +1,86 @@
+"""The noise schedule of training: from clean latents to noised ones, and from a prediction back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TuningError
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Noising:
+    """A noise schedule with discrete timesteps: noised = sqrt(alpha) clean + sqrt(1 - alpha) noise.
+
+    Args:
+        alphas: the cumulative products of 1 - beta, (T,).
+        prediction: what the UNet predicts: "epsilon", "v_prediction" or "sample".
+    """
+
+    alphas: Tensor
+    prediction: str
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Noising:
+        """Return the noise schedule of a diffusers scheduler.
+
+        Raises:
+            TuningError: the scheduler has no such schedule, as those of flow matching.
+        """
+        alphas = getattr(scheduler, "alphas_cumprod", None)
+        prediction = getattr(scheduler.config, "prediction_type", None)
+        if alphas is None or prediction not in PREDICTIONS:
+            raise TuningError(
+                f"{type(scheduler).__name__} has no noise schedule with alphas_cumprod and a prediction type of "
+                f"{', '.join(PREDICTIONS)}",
+                where="scheduler",
+                hint="pass the pipeline's own scheduler, or a DDPMScheduler of its configuration",
+            )
+        return cls(torch.as_tensor(alphas, dtype=torch.float32), prediction)
+
+    def to(self, device: torch.device) -> Noising:
+        """Return the schedule on a device."""
+        return Noising(self.alphas.to(device), self.prediction)
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    def noised(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return noised latents (B, C, H, W) at timesteps (B,)."""
+        signal, spread = self._at(timesteps)
+        return signal * clean + spread * noise
+
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the UNet should predict, (B, C, H, W)."""
+        signal, spread = self._at(timesteps)
+        return {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}[self.prediction]
+
+    def clean(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the clean latents (B, C, H, W) that a prediction implies."""
+        signal, spread = self._at(timesteps)
+        if self.prediction == "epsilon":
+            return (noisy - spread * prediction) / signal
+        return signal * noisy - spread * prediction if self.prediction == "v_prediction" else prediction
+
+    def min_snr(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Return the weights (B,) of the squared errors at timesteps (B,).
+
+        Args:
+            timesteps: the timesteps.
+            gamma: the signal-to-noise ratio above which all timesteps have the same weight on the clean latents.
+        Source:
+            Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", 2023.
+        """
+        alpha = self.alphas[timesteps]
+        snr = alpha / (1 - alpha)
+        weight = snr.clamp(max=gamma)
+        return {"epsilon": weight / snr, "v_prediction": weight / (snr + 1), "sample": weight}[self.prediction]
+
+    def _at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.alphas[timesteps][:, None, None, None]
+        return alpha.sqrt(), (1 - alpha).sqrt()

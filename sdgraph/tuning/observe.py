@@ -1,0 +1,87 @@
+"""Values inside a UNet as further outputs of its graph, by module path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import SpecError, TuningError
+from ..graph import Graph
+from ..ir.region import region_at
+from ..ir.sites import bypass, inherit, step
+from ..ir.specialize import drop_inputs
+from ..runtime.unet import GraphUNet
+
+PARTS = ("output", "query", "key")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A value inside a UNet.
+
+    Args:
+        path: a module path, such as `up_blocks.1`.
+        part: "output": what the module returns, of a down block the hidden state and not the skips; "query" or "key":
+            what its attention compares, (B, heads, tokens, features).
+    """
+
+    path: str
+    part: str = "output"
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise SpecError(f"there is no part {self.part!r}", where="Tap", hint=f"parts: {', '.join(PARTS)}")
+
+    def node(self, graph: Graph) -> fx.Node:
+        """Return the node of the value.
+
+        Raises:
+            PathError: the graph has no such module; the error names the nearest ones.
+            TuningError: the module has no attention that PyTorch's function computes.
+        """
+        region = region_at(graph, self.path)
+        if self.part == "output":
+            node = region.outputs[-1]
+        else:
+            attention = torch.nn.functional.scaled_dot_product_attention
+            found = [n for n in region.nodes if n.target is attention]
+            if len(found) != 1:
+                raise TuningError(
+                    f"{self.path} has {len(found)} calls of scaled_dot_product_attention",
+                    where=self.path,
+                    hint="name one attention, such as ...transformer_blocks.0.attn2, that no pass has replaced",
+                )
+            node = found[0].all_input_nodes[PARTS.index(self.part) - 1]
+        while node.target in (inherit, bypass):  # a call that computes everything has no such nodes
+            node = node.all_input_nodes[0]
+        return node
+
+
+class Observed(nn.Module):
+    """A UNet that computes everything and returns further values, as straight-line code over the UNet's own weights.
+
+    Further outputs instead of hooks, because hooks do not survive wrapping, compiling or checkpointing.
+
+    Args:
+        unet: the UNet.
+        taps: the values to return.
+        given: the inputs of its calls, by name.
+    """
+
+    def __init__(self, unet: GraphUNet, taps: Sequence[Tap], given: frozenset[str]) -> None:
+        super().__init__()
+        graph = unet.graph
+        call = step(drop_inputs(graph.fx, {i.name for i in graph.inputs} - given))
+        nodes = {node.name: node for node in call.nodes.nodes}
+        output = call.nodes.output_node()
+        prediction = output.args[0][0] if call.returns_tuple else output.args[0]  # type: ignore[index]
+        output.args = ((prediction, *(nodes[tap.node(graph).name] for tap in taps)),)
+        self.order = tuple(i.name for i in graph.inputs if i.name in given)
+        self.graph_module = fx.GraphModule(unet, call.nodes, class_name="Observed")
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return the prediction (B, C, H, W), and the values of the taps in order."""
+        return self.graph_module(*(inputs[name] for name in self.order))  # type: ignore[no-any-return]

@@ -1,0 +1,104 @@
+"""What a training run did: the terms of the loss by step, as numbers, as text and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..extra import imported
+
+LOG = "loss.csv"
+COLUMNS = ("learning_rate", "gradient_norm", "loss")  # before the terms of the loss
+WINDOW = 50  # steps that one figure of the text is the mean of
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """The log of a training run.
+
+    Args:
+        out: the folder of the run.
+        names: the columns: "step", "seconds", "learning_rate", "gradient_norm", "loss", and the terms of the loss.
+        rows: a row for every step.
+    """
+
+    out: Path
+    names: tuple[str, ...]
+    rows: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, out: Path) -> TuningReport:
+        """Read the log of a run."""
+        with (out / LOG).open() as lines:
+            names, *rows = csv.reader(lines)
+        return cls(out, tuple(names), tuple(tuple(map(float, row)) for row in rows))
+
+    def column(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """Return a column by name."""
+        return np.array([row[self.names.index(name)] for row in self.rows])
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.rows)} steps in {self.column('seconds')[-1]:.0f} s: {self.out}"]
+        width = max(len(name) for name in self.names[4:])
+        for name in self.names[4:]:
+            values = self.column(name)
+            lines.append(f"  {name.ljust(width)}  {values[:WINDOW].mean():.4g} -> {values[-WINDOW:].mean():.4g}")
+        return "\n".join(lines)
+
+    def picture(self, path: str | os.PathLike[str]) -> None:
+        """Draw the terms of the loss by step, on logarithmic axes, as means over a hundredth of the run.
+
+        Args:
+            path: the file, `.svg` or `.png`.
+        Raises:
+            ExtraError: matplotlib is missing.
+        """
+        figure = imported("matplotlib.figure", "plots").Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        window = max(1, len(self.rows) // 100)
+        count = len(self.rows) // window * window
+        steps = self.column("step")[:count].reshape(-1, window)[:, -1]
+        for name in self.names[4:]:
+            values = self.column(name)[:count].reshape(-1, window).mean(1)
+            axes.plot(steps, values, label=name, linewidth=2 if name == "loss" else 1)
+        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(path)
+
+
+class Log:
+    """The log of a run that is under way, one line for every step.
+
+    Args:
+        path: the file.
+        terms: the names of the terms of the loss.
+        step: the step that the run begins at; lines of later steps are removed.
+    """
+
+    def __init__(self, path: Path, terms: Sequence[str], step: int) -> None:
+        self._path = path
+        names = ("step", "seconds", *COLUMNS, *terms)
+        kept: list[list[str]] = []
+        if step and path.exists():
+            with path.open() as lines:
+                kept = [row for row in list(csv.reader(lines))[1:] if int(row[0]) <= step]
+        with path.open("w", newline="") as lines:
+            csv.writer(lines).writerows([names, *kept])
+        self._lines = path.open("a", newline="", buffering=1)
+
+    def write(self, step: int, seconds: float, figures: Mapping[str, float]) -> None:
+        """Add the line of a step.
+
+        Args:
+            figures: the learning rate, the norm of the gradient, the loss and its terms, in this order.
+        """
+        csv.writer(self._lines).writerow([step, f"{seconds:.2f}", *(f"{figure:.6g}" for figure in figures.values())])
+
+    def close(self) -> None:
+        self._lines.close()

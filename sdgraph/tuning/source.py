@@ -1,0 +1,142 @@
+"""What a model is tuned on: rows of clean latents, and of the conditions that the UNet is called with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import TuningError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of a source.
+
+    Args:
+        latents: clean latents, (B, C, H, W), scaled as the UNet expects them.
+        noisy: noised latents (B, C, H, W) where the source has its own, as on a teacher's trajectory; otherwise noise
+            is added to `latents`.
+        timesteps: the timesteps (B,) of `noisy`.
+    """
+
+    latents: Tensor
+    noisy: Tensor | None = None
+    timesteps: Tensor | None = None
+
+
+class Source(Protocol):
+    """Data that are read by row, so that what a step reads follows from its number."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def samples(self, rows: Sequence[int], generators: Sequence[np.random.Generator]) -> Samples:
+        """Return rows.
+
+        Args:
+            rows: the numbers of the rows.
+            generators: the random numbers of each row, for crops, flips or a sample of the VAE's distribution.
+        """
+
+    def conditions(self, rows: Sequence[int | None]) -> dict[str, Tensor]:
+        """Return the conditioning inputs of the UNet for rows, by the names that `graph.inputs` has for them.
+
+        Args:
+            rows: the numbers of the rows; None asks for the conditions of an empty caption.
+        """
+
+    def fingerprint(self) -> str:
+        """Return text that changes with the data, by which a resumed run recognises them."""
+
+
+class Tensors:
+    """Latents and conditions in memory.
+
+    Args:
+        latents: clean latents, (N, C, H, W), scaled as the UNet expects them.
+        conditions: the other inputs of the UNet by name, (N, ...), such as `encoder_hidden_states`.
+        empty: the same for an empty caption, without the first dimension; needed for dropped captions.
+    Raises:
+        TuningError: there are no rows, their numbers differ, or a number is not finite.
+    Example:
+        `Tensors(latents, {"encoder_hidden_states": embeddings})`
+    """
+
+    def __init__(
+        self, latents: Tensor, conditions: Mapping[str, Tensor], empty: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._latents, self._conditions, self._empty = latents, dict(conditions), dict(empty or {})
+        if latents.ndim != 4 or not len(latents):
+            raise TuningError(
+                f"latents have shape {tuple(latents.shape)}",
+                where="latents",
+                hint="pass at least one row, (N, C, H, W)",
+            )
+        for name, tensor in {"latents": latents, **self._conditions}.items():
+            if len(tensor) != len(latents):
+                raise TuningError(
+                    f"{name} has {len(tensor)} rows and latents has {len(latents)}", where=name, hint="pair the rows"
+                )
+            wrong = tensor.is_floating_point() and ~torch.isfinite(tensor).flatten(1).all(1)
+            if torch.is_tensor(wrong) and wrong.any():
+                first = int(wrong.nonzero()[0])
+                raise TuningError(
+                    f"row {first} of {name} has a value that is not finite", where=name, hint="leave that row out"
+                )
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Tensor]], empty: Mapping[str, Tensor] | None = None) -> Tensors:
+        """Return the source of an iterable of rows, which is read once.
+
+        Args:
+            rows: dicts of tensors without batch dimension: `latents`, and the other inputs of the UNet by name.
+            empty: see `Tensors`.
+        Raises:
+            TuningError: there are no rows, or they have different names or shapes.
+        """
+        read = list(rows)
+        if not read or any(row.keys() != read[0].keys() or "latents" not in row for row in read):
+            raise TuningError(
+                "the rows are not dicts with the same names, `latents` among them",
+                where="data",
+                hint="yield {'latents': (C, H, W), 'encoder_hidden_states': (L, F), ...} for every row",
+            )
+        try:
+            stacked = {name: torch.stack([row[name] for row in read]) for name in read[0]}
+        except RuntimeError as error:
+            raise TuningError(
+                f"rows have different shapes: {error}", where="data", hint="give them one size"
+            ) from error
+        return cls(stacked.pop("latents"), stacked, empty)
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    def samples(self, rows: Sequence[int], generators: Sequence[np.random.Generator]) -> Samples:
+        return Samples(self._latents[list(rows)].float())
+
+    def conditions(self, rows: Sequence[int | None]) -> dict[str, Tensor]:
+        if None in rows and self._empty.keys() != self._conditions.keys():
+            raise TuningError(
+                "there are no conditions of an empty caption",
+                where="data",
+                hint="pass Tensors(..., empty={...}), or proportion_empty_prompts=0",
+            )
+        return {
+            name: torch.stack([self._empty[name] if row is None else tensor[row] for row in rows])
+            for name, tensor in self._conditions.items()
+        }
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in {"latents": self._latents, **self._conditions}.items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            # The ends of the rows are enough to tell data sets apart, and all of them could be gigabytes.
+            digest.update(tensor.flatten(1)[:, :4].double().cpu().numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,207 @@
+"""What a training step changes, and how it is written to a checkpoint and read back, bit for bit.
+
+A checkpoint has the layout of diffusers' scripts: `unet/` and `unet_ema/` are saved UNets. The rest is safetensors and
+JSON; nothing is pickled. Random numbers have no state, because they follow from the number of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from ..atomic import appearing
+from ..errors import SdgraphError, TuningError
+from ..runtime.unet import GraphUNet
+from .settings import Settings
+
+STATE, OPTIMIZER, ADAPTERS = "state.json", "optimizer.safetensors", "adapters.safetensors"
+UNET, AVERAGE = "unet", "unet_ema"
+
+
+class State:
+    """The state of a training run.
+
+    Args:
+        unet: the student.
+        adapters: what is trained with it and thrown away afterwards.
+        optimizer: of the parameters of both.
+        rate: the schedule of the learning rate.
+        average: the moving average of the student's weights.
+        scaler: the scale of the loss, in fp16.
+    """
+
+    def __init__(
+        self,
+        unet: GraphUNet,
+        adapters: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rate: torch.optim.lr_scheduler.LRScheduler,
+        average: EMAModel | None,
+        scaler: Any = None,
+    ) -> None:
+        self.unet, self.adapters, self.optimizer, self.rate = unet, adapters, optimizer, rate
+        self.average, self.scaler = average, scaler
+        self.step, self.seconds = 0, 0.0
+
+    @contextmanager
+    def averaged(self) -> Iterator[GraphUNet]:
+        """Within this context the student has its averaged weights, and is in evaluation mode."""
+        parameters = list(self.unet.parameters())
+        if self.average is not None:
+            self.average.store(parameters)
+            self.average.copy_to(parameters)
+        self.unet.eval()
+        try:
+            yield self.unet
+        finally:
+            self.unet.train()
+            if self.average is not None:
+                self.average.restore(parameters)
+
+    def advance(self) -> None:
+        """Take the step that the gradients in the parameters ask for."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.rate.step()
+        if self.average is not None:
+            self.average.step(self.unet.parameters())
+        self.step += 1
+
+    def save(self, out: Path, settings: Settings, identity: Mapping[str, str]) -> Path:
+        """Write a checkpoint, whole or not at all, and then delete the oldest ones beyond their limit.
+
+        Args:
+            out: the folder of the run.
+            settings: the settings of the run.
+            identity: the models, the data and the losses, as text.
+        Returns:
+            The folder of the checkpoint.
+        Raises:
+            TuningError: nothing can be written there; earlier checkpoints are kept.
+        """
+        target = out / f"checkpoint-{self.step}"
+        try:
+            with appearing(target, lambda _: None, TuningError) as folder:
+                self.unet.save_pretrained(folder / UNET)
+                if self.average is not None:
+                    with self.averaged():
+                        self.unet.save_pretrained(folder / AVERAGE)
+                tensors, numbers = _flat(self.optimizer.state_dict()["state"])
+                safetensors.torch.save_file(tensors, folder / OPTIMIZER)
+                safetensors.torch.save_file(_contiguous(self.adapters.state_dict()), folder / ADAPTERS)
+                record = {
+                    "step": self.step,
+                    "seconds": self.seconds,
+                    "settings": asdict(settings),
+                    "identity": dict(identity),
+                    "optimizer": numbers,
+                    "lr_scheduler": self.rate.state_dict(),
+                    "averaged_steps": None if self.average is None else self.average.optimization_step,
+                    "scaler": None if self.scaler is None else self.scaler.state_dict(),
+                }
+                (folder / STATE).write_text(json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            raise TuningError(
+                f"the checkpoint of step {self.step} cannot be written: {error.strerror or error}",
+                where=str(target),
+                hint="free space there; the checkpoint before it is kept, and the same command goes on from it",
+            ) from error
+        for _, old in checkpoints(out)[: -settings.checkpoints_total_limit]:
+            shutil.rmtree(old)
+        return target
+
+    def load(self, folder: Path) -> None:
+        """Take over the state of a checkpoint.
+
+        Raises:
+            TuningError: a file is missing or damaged.
+        """
+        record = read(folder)
+        try:
+            self.unet.load_state_dict(_weights(folder / UNET))
+            self.adapters.load_state_dict(safetensors.torch.load_file(folder / ADAPTERS))
+            tensors = safetensors.torch.load_file(folder / OPTIMIZER)
+            self.optimizer.load_state_dict(
+                self.optimizer.state_dict() | {"state": _nested(tensors, record["optimizer"], self.optimizer)}
+            )
+            self.rate.load_state_dict(record["lr_scheduler"])
+            if self.average is not None:
+                kept = _weights(folder / AVERAGE)
+                named = dict(self.unet.named_parameters())
+                for name, shadow in zip(named, self.average.shadow_params, strict=True):
+                    shadow.copy_(kept[name])
+                self.average.optimization_step = record["averaged_steps"]
+            if self.scaler is not None and record["scaler"] is not None:
+                self.scaler.load_state_dict(record["scaler"])
+        except (OSError, KeyError, ValueError, RuntimeError, SdgraphError, safetensors.SafetensorError) as error:
+            raise TuningError(
+                f"the checkpoint cannot be read: {error}",
+                where=str(folder),
+                hint="delete it; the one before it remains",
+            ) from error
+        for group, rate in zip(self.optimizer.param_groups, self.rate.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.step, self.seconds = record["step"], record["seconds"]
+
+
+def checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """Return the steps and folders of the checkpoints of a run, in order."""
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*")]
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return the record of a checkpoint.
+
+    Raises:
+        TuningError: there is none, or it is damaged.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / STATE).read_text())
+        record["step"], record["settings"], record["identity"]
+    except (OSError, ValueError, KeyError) as error:
+        raise TuningError(
+            f"no checkpoint can be read: {error}", where=str(folder), hint="name a folder checkpoint-N of a run"
+        ) from error
+    return record
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in safetensors.torch.load_file(file).items()}
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _flat(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state of an optimizer as tensors and numbers, by the number of the parameter and the name."""
+    entries = {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    return _contiguous(tensors), {name: value for name, value in entries.items() if name not in tensors}
+
+
+def _nested(
+    tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], optimizer: torch.optim.Optimizer
+) -> dict[int, dict[str, Any]]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers}.items():
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            # In the layout of the parameter, or the kernels would go through memory in another order.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(int(number), {})[name] = value
+    return state

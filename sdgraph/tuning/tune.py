@@ -1,0 +1,247 @@
+"""The training loop: a student learns from its teacher until it has taken all steps, or stops with its state kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import TuningError
+from ..extra import imported
+from ..frontend.capture import trace
+from ..ir.guards import check_call
+from ..ir.structure import structure
+from ..runtime.unet import GraphUNet
+from .batch import Batches
+from .checks import check_models, check_same_run, checkpoint_to_resume, digest
+from .gradient import Gradient
+from .losses import Denoising, Features, Loss, Output
+from .noising import Noising
+from .objective import Objective, Student
+from .observe import Observed
+from .report import LOG, Log, TuningReport
+from .settings import Settings
+from .source import Source, Tensors
+from .state import State, read
+
+DEFAULT = (Output(), Features("stage"), Denoising(weight=0.01))
+Validate = Callable[[GraphUNet, int], Mapping[str, Any]]
+
+
+def tune(
+    student: GraphUNet,
+    teacher: GraphUNet | UNet2DConditionModel,
+    data: Source | Iterable[Mapping[str, Tensor]],
+    *,
+    scheduler: Any,
+    steps: int,
+    out: str | Path,
+    losses: Sequence[Loss] = DEFAULT,
+    validate: Validate | None = None,
+    resume_from_checkpoint: str | None = "latest",
+    **settings: Any,
+) -> tuple[GraphUNet, TuningReport]:
+    """Train a student to predict what its teacher predicts, and return the tuned student.
+
+    The run is kept in `out`: `checkpoint-N/` as diffusers' scripts write it, `unet/` with the result, `loss.csv` and
+    `loss.svg`. The same call goes on from the last checkpoint, and what it computes equals an uninterrupted run bit for
+    bit on one CPU. Started by `accelerate launch`, it runs on several GPUs or machines.
+
+    Args:
+        student: the UNet to train, as `sdgraph.apply` returns it. It stays as it is; a copy is trained.
+        teacher: the UNet to learn from, most often the one that the student was derived from. It stays as it is.
+        data: latents and conditions: a source of `sdgraph.tuning`, or an iterable of dicts of tensors.
+        scheduler: the diffusers scheduler that says how noise is added and what the UNet predicts.
+        steps: the number of optimizer steps.
+        out: the folder of the run.
+        losses: the terms to minimise; by default the teacher's output, its features by stage, and a hundredth of the
+            denoising loss.
+        validate: called with the student (its averaged weights) and the step; returns figures and PIL images by name,
+            which are logged and written to `out/validation`.
+        resume_from_checkpoint: "latest", a folder `checkpoint-N`, or None to begin in a folder without checkpoints.
+        settings: see `sdgraph.tuning.Settings`.
+    Returns:
+        The tuned student in evaluation mode, with its averaged weights where `use_ema` is set; and the log of the run.
+    Raises:
+        TuningError: the models do not fit each other, the data are unusable, a checkpoint belongs to another run, or a
+            loss is not finite. What was saved is kept.
+        PathError: a loss names a module that student or teacher does not have.
+        ExtraError: accelerate, or the tracker, is not installed.
+    Example:
+        ```python
+        student = sdgraph.apply(pipe.unet, [PruneBlocks("bk-sdm-base")])
+        tuned, report = sdgraph.tune(
+            student, pipe.unet, data, scheduler=pipe.scheduler, steps=5000, out="tuned", learning_rate=5e-5
+        )
+        ```
+    Source:
+        Kim et al., "BK-SDM", 2024; the default weights: Zhang et al., "ALTER", 2025. Exact resume is our own.
+    """
+    chosen, folder = Settings.of({"max_train_steps": steps, **settings}), Path(out)
+    source = Tensors.of(data) if isinstance(data, Iterable) else data
+    taught = copy.deepcopy(student).requires_grad_(True).train()
+    teaching = teacher if isinstance(teacher, GraphUNet) else GraphUNet(trace(teacher))
+    check_models(student, teaching)
+    resumed = checkpoint_to_resume(folder, resume_from_checkpoint)
+
+    accelerator = _accelerator(chosen, folder)
+    gradient = _gradient(taught, teaching, source, scheduler, losses, chosen, accelerator)
+    state = _state(taught, gradient, chosen)
+    about = {
+        "student": f"{structure(student.graph)} {digest(student)}",
+        "teacher": f"{structure(teaching.graph)} {digest(teaching)}",
+        "data": source.fingerprint(),
+        "losses": ", ".join(map(str, losses)),
+        "batch": str(gradient.batches.size),
+    }
+    if resumed is not None:
+        record = read(resumed)
+        check_same_run(about, record["identity"], resumed)
+        chosen.check_resumed(record["settings"], str(resumed))
+        state.load(resumed)
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            state.save(folder, chosen, about)
+        accelerator.wait_for_everyone()
+
+    begun, main = time.monotonic() - state.seconds, accelerator.is_main_process
+    log = Log(folder / LOG, gradient.objective.names, state.step) if main else None
+    bar = tqdm(total=steps, initial=state.step, desc="tuning", unit="step", disable=not main)
+    while state.step < steps:
+        figures = {"learning_rate": state.rate.get_last_lr()[0], **gradient(state.step)}
+        wrong = [name for name, figure in figures.items() if not math.isfinite(figure)]
+        if accelerator.scaler is not None and wrong == ["gradient_norm"]:
+            wrong = []  # the optimizer leaves such a step out, and the scale of the loss is lowered
+        if wrong:
+            save()
+            raise TuningError(
+                f"{' and '.join(wrong)} of step {state.step} is not finite",
+                where=str(folder / f"checkpoint-{state.step}"),
+                hint="the state before that step is kept there; lower learning_rate, or use bf16 instead of fp16",
+            )
+        state.advance()
+        state.seconds = time.monotonic() - begun
+        if log is not None:
+            log.write(state.step, state.seconds, figures)
+        accelerator.log(figures, state.step)
+        bar.update()
+        bar.set_postfix(loss=f"{figures['loss']:.4f}")
+        if state.step % chosen.checkpointing_steps == 0 or state.step == steps:
+            save()
+        if validate is not None and state.step % (chosen.validation_steps or chosen.checkpointing_steps) == 0:
+            with state.averaged() as unet:
+                _record(validate(unet, state.step) if main else {}, state.step, folder, accelerator)
+    bar.close()
+    accelerator.end_training()
+    return _finished(state, folder, main)
+
+
+def _accelerator(settings: Settings, folder: Path) -> Any:
+    accelerate = imported("accelerate", "tuning")
+    precision = settings.mixed_precision
+    if precision is None:
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    tracked = settings.report_to != "none"
+    if settings.report_to == "tensorboard":
+        imported("tensorboard", "tuning")
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=precision,
+        log_with=settings.report_to if tracked else None,
+        project_dir=folder,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if tracked:
+        accelerator.init_trackers("logs")
+    return accelerator
+
+
+def _gradient(
+    student: GraphUNet,
+    teacher: GraphUNet,
+    source: Source,
+    scheduler: Any,
+    losses: Sequence[Loss],
+    settings: Settings,
+    accelerator: Any,
+) -> Gradient:
+    """Put the models on their device, and connect them with the data and the losses."""
+    noising = Noising.of(scheduler)
+    batches = Batches(
+        source,
+        noising,
+        settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes,
+        settings.seed,
+        settings.proportion_empty_prompts,
+        settings.random_conditioning,
+    )
+    first = batches.batch(0, [0]).inputs
+    for unet in (student, teacher):
+        check_call(unet.graph.resolved_inputs(), unet.graph.guards, first, unet.dtype)
+    objective = Objective(losses, student, teacher)
+    student.to(accelerator.device)
+    precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, teacher.dtype)
+    if (teacher.device, teacher.dtype) != (accelerator.device, precision):
+        teacher = copy.deepcopy(teacher).to(accelerator.device, precision)
+    watched = Observed(teacher, [its for _, its in objective.pairs], frozenset(first))
+    model = Student(student, objective.pairs, teacher, frozenset(first))
+    trained = list(model.parameters())
+    return Gradient(
+        accelerator, settings, batches, noising.to(accelerator.device), objective, watched,
+        accelerator.prepare(model), trained,
+    )  # fmt: skip
+
+
+def _state(student: GraphUNet, gradient: Gradient, settings: Settings) -> State:
+    """Create the optimizer, the schedule of its rate, and the moving average."""
+    accelerator = gradient.accelerator
+    optimizer = torch.optim.AdamW(
+        gradient.trained,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+        fused=True,
+    )
+    rate = get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+    )
+    average = EMAModel(student.parameters(), decay=settings.ema_decay) if settings.use_ema else None
+    adapters = accelerator.unwrap_model(gradient.student).adapters
+    return State(student, adapters, accelerator.prepare(optimizer), rate, average, accelerator.scaler)
+
+
+def _record(results: Mapping[str, Any], step: int, folder: Path, accelerator: Any) -> None:
+    """Log the figures of a validation, and write its images."""
+    accelerator.log({name: value for name, value in results.items() if isinstance(value, float | int)}, step)
+    for name, image in results.items():
+        if hasattr(image, "save"):
+            (folder / "validation").mkdir(exist_ok=True)
+            image.save(folder / "validation" / f"{name}-{step:06}.png")
+    accelerator.wait_for_everyone()
+
+
+def _finished(state: State, folder: Path, main: bool) -> tuple[GraphUNet, TuningReport]:
+    """Return the student with its averaged weights, and write it."""
+    if state.average is not None:
+        state.average.copy_to(state.unet.parameters())
+    unet = state.unet.requires_grad_(False).eval()
+    report = TuningReport.of(folder)
+    if main:
+        unet.save_pretrained(folder / "unet")
+        report.picture(folder / "loss.svg")
+    return unet, report
