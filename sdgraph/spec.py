@@ -39,7 +39,7 @@ class Spec:
     def __str__(self) -> str:
         parts = []
         fields = [field for field in dataclasses.fields(self) if field.init]
-        for field in sorted(fields, key=lambda field: field.kw_only):
+        for field in sorted(fields, key=lambda field: field.kw_only is True):
             value = getattr(self, field.name)
             if value != field.default:
                 first = field is fields[0] and not field.kw_only

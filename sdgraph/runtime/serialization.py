@@ -83,13 +83,9 @@ def save(
         return
     if not safe_serialization:
         log.warning("a GraphUNet is saved as safetensors: safe_serialization=False, which would pickle it, is ignored")
-    traced = {k: v for k, v in graph.config.items() if not k.startswith("_")}
-    inputs = [i.name for i in graph.inputs if i.name == "encoder_attention_mask"]
-    settings = settings_of(graph.source)
+    traced, inputs, settings = _traced(graph)
     _warn_of_scripts(graph.passes)
-    if not graph.replays:
-        _check_can_come_back(graph, traced, inputs, settings)
-        graph.replays = graph.frozen
+    check_savable(graph)
     name = f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors"
     with appearing(directory, _check_target, SavedError) as folder:
         name, files = write_weights(tensors, folder, name, max_shard_size)
@@ -121,7 +117,21 @@ def _warn_of_scripts(passes: Sequence[Applied]) -> None:
         )
 
 
-def _check_can_come_back(graph: Graph, config: dict[str, Any], inputs: list[str], settings: Mapping[str, Any]) -> None:
+def _traced(graph: Graph) -> tuple[dict[str, Any], list[str], Mapping[str, Any]]:
+    """Return what a graph was traced from: the configuration, the inputs that were asked for, and settings."""
+    config = {k: v for k, v in graph.config.items() if not k.startswith("_")}
+    return config, [i.name for i in graph.inputs if i.name == "encoder_attention_mask"], settings_of(graph.source)
+
+
+def check_savable(graph: Graph) -> None:
+    """Refuse a graph that would not come back from its configuration and passes. A graph is replayed once.
+
+    Raises:
+        ModeError: see there.
+    """
+    if graph.replays:
+        return
+    config, inputs, settings = _traced(graph)
     try:
         # by the text of the passes, because that is what is saved
         passes = passes_of([entry(applied) for applied in graph.passes])
@@ -142,6 +152,7 @@ def _check_can_come_back(graph: Graph, config: dict[str, Any], inputs: list[str]
             hint="IP-Adapter layers, custom attention processors and edits outside of passes are not part of a recipe: "
             "save the source UNet and the adapter, and apply again after loading",
         ) from reason
+    graph.replays = graph.frozen
 
 
 def load(

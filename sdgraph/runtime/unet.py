@@ -322,6 +322,7 @@ class GraphUNet(SourceSettings, LoraLayers):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphUNet:
         twin = GraphUNet(self.graph.copy(), self.report)
+        twin.graph.replays = self.graph.replays
         twin._take_weights()
         return twin.train(True) if self.training else twin
 

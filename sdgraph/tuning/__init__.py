@@ -5,7 +5,17 @@ the losses compare the answers, and `tune` takes the step and keeps the state.
 """
 
 from .batch import Batch, Batches
-from .losses import Comparison, Denoising, Features, Loss, Output
+from .losses import (
+    AttentionMaps,
+    Comparison,
+    Denoising,
+    Features,
+    ImageFeatures,
+    Loss,
+    Output,
+    Similarity,
+    Wavelet,
+)
 from .noising import Noising
 from .observe import Observed, Tap
 from .report import TuningReport
@@ -15,20 +25,24 @@ from .tune import DEFAULT, tune
 
 __all__ = [
     "DEFAULT",
+    "AttentionMaps",
     "Batch",
     "Batches",
     "Comparison",
     "Denoising",
     "Features",
+    "ImageFeatures",
     "Loss",
     "Noising",
     "Observed",
     "Output",
     "Samples",
     "Settings",
+    "Similarity",
     "Source",
     "Tap",
     "Tensors",
     "TuningReport",
+    "Wavelet",
     "tune",
 ]

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import TuningError
 from ..ir.structure import alike
+from ..runtime.serialization import check_savable
 from ..runtime.unet import GraphUNet
 from .state import checkpoints
 
@@ -19,6 +20,7 @@ def check_models(student: GraphUNet, teacher: GraphUNet) -> None:
 
     Raises:
         TuningError: they take other inputs, return another shape, or compute the same already.
+        ModeError: the student could not be saved.
     """
     mine, its = ({i.name: i.shape for i in m.graph.resolved_inputs() if not i.optional} for m in (student, teacher))
     for name in sorted(mine.keys() | its.keys()):
@@ -41,6 +43,7 @@ def check_models(student: GraphUNet, teacher: GraphUNet) -> None:
             where="student",
             hint="apply a pass to the student, such as PruneBlocks, or pass the teacher that it was derived from",
         )
+    check_savable(student.graph)
 
 
 def _equal_weights(student: GraphUNet, teacher: GraphUNet) -> bool:

@@ -23,13 +23,19 @@ class Student(nn.Module):
         pairs: the values to compare, of the student and the teacher.
         teacher: the teacher, whose graph knows the widths.
         given: the inputs of its calls, by name.
+        recompute: compute the blocks again on the way back, to save memory.
     """
 
     def __init__(
-        self, unet: GraphUNet, pairs: Sequence[tuple[Tap, Tap]], teacher: GraphUNet, given: frozenset[str]
+        self,
+        unet: GraphUNet,
+        pairs: Sequence[tuple[Tap, Tap]],
+        teacher: GraphUNet,
+        given: frozenset[str],
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.observed = Observed(unet, [mine for mine, _ in pairs], given)
+        self.observed = Observed(unet, [mine for mine, _ in pairs], given, recompute)
         self.adapters = nn.ModuleDict()
         for number, (mine, its) in enumerate(pairs):
             (student, _), (other, _) = values(mine.node(unet.graph)), values(its.node(teacher.graph))
@@ -61,6 +67,8 @@ class Objective:
         self.losses = tuple(losses)
         taps = [tuple(loss.taps(student.graph, teacher.graph)) for loss in self.losses]
         self.pairs = tuple(dict.fromkeys(pair for pairs in taps for pair in pairs))
+        for mine, its in self.pairs:  # refuses unknown paths before anything is computed
+            mine.node(student.graph), its.node(teacher.graph)
         self._places = [[self.pairs.index(pair) for pair in pairs] for pairs in taps]
         self.names = tuple(_distinct([type(loss).__name__ for loss in self.losses]))
 

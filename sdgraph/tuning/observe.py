@@ -14,6 +14,7 @@ from ..ir.region import region_at
 from ..ir.sites import bypass, inherit, step
 from ..ir.specialize import drop_inputs
 from ..runtime.unet import GraphUNet
+from .recompute import recomputed
 
 PARTS = ("output", "query", "key")
 
@@ -69,9 +70,10 @@ class Observed(nn.Module):
         unet: the UNet.
         taps: the values to return.
         given: the inputs of its calls, by name.
+        recompute: compute the blocks again on the way back, to save memory.
     """
 
-    def __init__(self, unet: GraphUNet, taps: Sequence[Tap], given: frozenset[str]) -> None:
+    def __init__(self, unet: GraphUNet, taps: Sequence[Tap], given: frozenset[str], recompute: bool = False) -> None:
         super().__init__()
         graph = unet.graph
         call = step(drop_inputs(graph.fx, {i.name for i in graph.inputs} - given))
@@ -80,7 +82,8 @@ class Observed(nn.Module):
         prediction = output.args[0][0] if call.returns_tuple else output.args[0]  # type: ignore[index]
         output.args = ((prediction, *(nodes[tap.node(graph).name] for tap in taps)),)
         self.order = tuple(i.name for i in graph.inputs if i.name in given)
-        self.graph_module = fx.GraphModule(unet, call.nodes, class_name="Observed")
+        module = fx.GraphModule(unet, call.nodes, class_name="Observed")
+        self.graph_module = recomputed(module) if recompute else module
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Return the prediction (B, C, H, W), and the values of the taps in order."""

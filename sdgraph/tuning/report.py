@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -73,24 +74,31 @@ class TuningReport:
 
 
 class Log:
-    """The log of a run that is under way, one line for every step.
+    """The log of a run that is under way, one line for every step. It is a context manager, which closes the file.
 
     Args:
-        path: the file.
+        path: the file; None logs nothing, in all processes but the main one.
         terms: the names of the terms of the loss.
         step: the step that the run begins at; lines of later steps are removed.
     """
 
-    def __init__(self, path: Path, terms: Sequence[str], step: int) -> None:
-        self._path = path
-        names = ("step", "seconds", *COLUMNS, *terms)
+    def __init__(self, path: Path | None, terms: Sequence[str], step: int) -> None:
+        self._lines: TextIO | None = None
+        if path is None:
+            return
         kept: list[list[str]] = []
         if step and path.exists():
             with path.open() as lines:
                 kept = [row for row in list(csv.reader(lines))[1:] if int(row[0]) <= step]
-        with path.open("w", newline="") as lines:
-            csv.writer(lines).writerows([names, *kept])
-        self._lines = path.open("a", newline="", buffering=1)
+        self._lines = path.open("w", newline="", buffering=1)
+        csv.writer(self._lines).writerows([("step", "seconds", *COLUMNS, *terms), *kept])
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lines is not None:
+            self._lines.close()
 
     def write(self, step: int, seconds: float, figures: Mapping[str, float]) -> None:
         """Add the line of a step.
@@ -98,7 +106,6 @@ class Log:
         Args:
             figures: the learning rate, the norm of the gradient, the loss and its terms, in this order.
         """
-        csv.writer(self._lines).writerow([step, f"{seconds:.2f}", *(f"{figure:.6g}" for figure in figures.values())])
-
-    def close(self) -> None:
-        self._lines.close()
+        if self._lines is not None:
+            row = [step, f"{seconds:.2f}", *(f"{figure:.6g}" for figure in figures.values())]
+            csv.writer(self._lines).writerow(row)

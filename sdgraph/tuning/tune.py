@@ -89,10 +89,10 @@ def tune(
     """
     chosen, folder = Settings.of({"max_train_steps": steps, **settings}), Path(out)
     source = Tensors.of(data) if isinstance(data, Iterable) else data
-    taught = copy.deepcopy(student).requires_grad_(True).train()
     teaching = teacher if isinstance(teacher, GraphUNet) else GraphUNet(trace(teacher))
     check_models(student, teaching)
     resumed = checkpoint_to_resume(folder, resume_from_checkpoint)
+    taught = copy.deepcopy(student).requires_grad_(True).train()
 
     accelerator = _accelerator(chosen, folder)
     gradient = _gradient(taught, teaching, source, scheduler, losses, chosen, accelerator)
@@ -115,34 +115,32 @@ def tune(
             state.save(folder, chosen, about)
         accelerator.wait_for_everyone()
 
-    begun, main = time.monotonic() - state.seconds, accelerator.is_main_process
-    log = Log(folder / LOG, gradient.objective.names, state.step) if main else None
+    main, begun = accelerator.is_main_process, time.monotonic() - state.seconds
     bar = tqdm(total=steps, initial=state.step, desc="tuning", unit="step", disable=not main)
-    while state.step < steps:
-        figures = {"learning_rate": state.rate.get_last_lr()[0], **gradient(state.step)}
-        wrong = [name for name, figure in figures.items() if not math.isfinite(figure)]
-        if accelerator.scaler is not None and wrong == ["gradient_norm"]:
-            wrong = []  # the optimizer leaves such a step out, and the scale of the loss is lowered
-        if wrong:
-            save()
-            raise TuningError(
-                f"{' and '.join(wrong)} of step {state.step} is not finite",
-                where=str(folder / f"checkpoint-{state.step}"),
-                hint="the state before that step is kept there; lower learning_rate, or use bf16 instead of fp16",
-            )
-        state.advance()
-        state.seconds = time.monotonic() - begun
-        if log is not None:
+    with Log(folder / LOG if main else None, gradient.objective.names, state.step) as log, bar:
+        while state.step < steps:
+            figures: dict[str, float] = {"learning_rate": float(state.rate.get_last_lr()[0]), **gradient(state.step)}
+            wrong = [name for name, figure in figures.items() if not math.isfinite(figure)]
+            if accelerator.scaler is not None and wrong == ["gradient_norm"]:
+                wrong = []  # the optimizer leaves such a step out, and the scale of the loss is lowered
+            if wrong:
+                save()
+                raise TuningError(
+                    f"{' and '.join(wrong)} of step {state.step} is not finite",
+                    where=str(folder / f"checkpoint-{state.step}"),
+                    hint="the state before that step is kept there; lower learning_rate, or use bf16 instead of fp16",
+                )
+            state.advance()
+            state.seconds = time.monotonic() - begun
             log.write(state.step, state.seconds, figures)
-        accelerator.log(figures, state.step)
-        bar.update()
-        bar.set_postfix(loss=f"{figures['loss']:.4f}")
-        if state.step % chosen.checkpointing_steps == 0 or state.step == steps:
-            save()
-        if validate is not None and state.step % (chosen.validation_steps or chosen.checkpointing_steps) == 0:
-            with state.averaged() as unet:
-                _record(validate(unet, state.step) if main else {}, state.step, folder, accelerator)
-    bar.close()
+            accelerator.log(figures, state.step)
+            bar.update()
+            bar.set_postfix(loss=f"{figures['loss']:.4f}")
+            if state.step % chosen.checkpointing_steps == 0 or state.step == steps:
+                save()
+            if validate is not None and state.step % (chosen.validation_steps or chosen.checkpointing_steps) == 0:
+                with state.averaged() as unet:
+                    _record(validate(unet, state.step) if main else {}, state.step, folder, accelerator)
     accelerator.end_training()
     return _finished(state, folder, main)
 
@@ -195,7 +193,7 @@ def _gradient(
     if (teacher.device, teacher.dtype) != (accelerator.device, precision):
         teacher = copy.deepcopy(teacher).to(accelerator.device, precision)
     watched = Observed(teacher, [its for _, its in objective.pairs], frozenset(first))
-    model = Student(student, objective.pairs, teacher, frozenset(first))
+    model = Student(student, objective.pairs, teacher, frozenset(first), settings.gradient_checkpointing)
     trained = list(model.parameters())
     return Gradient(
         accelerator, settings, batches, noising.to(accelerator.device), objective, watched,

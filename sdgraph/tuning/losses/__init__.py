@@ -1,8 +1,23 @@
-"""Losses: what training minimises, one frozen dataclass for each term. They may import from `sdgraph.tuning` what
-describes a batch, and from the layers below it."""
+"""Losses: what training minimises, one frozen dataclass for each term.
 
+They import `batch`, `noising` and `observe` of `sdgraph.tuning`, and the layers below it.
+"""
+
+from .attention import AttentionMaps
 from .base import Comparison, Loss
 from .features import Features
+from .image import ImageFeatures, Wavelet
 from .prediction import Denoising, Output
+from .similarity import Similarity
 
-__all__ = ["Comparison", "Denoising", "Features", "Loss", "Output"]
+__all__ = [
+    "AttentionMaps",
+    "Comparison",
+    "Denoising",
+    "Features",
+    "ImageFeatures",
+    "Loss",
+    "Output",
+    "Similarity",
+    "Wavelet",
+]

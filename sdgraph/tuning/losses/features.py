@@ -69,10 +69,12 @@ class Features(Loss):
         return torch.stack([self._error(student.float(), teacher.float()) for student, teacher in values]).mean()
 
     def _error(self, student: Tensor, teacher: Tensor) -> Tensor:
-        kept = torch.ones_like(teacher) if self.sigma is None else self._usual(student) * self._usual(teacher)
+        kept = torch.ones_like(teacher)
+        if self.sigma is not None:
+            kept = _within(student.detach(), self.sigma) * _within(teacher, self.sigma)
         return (kept * (student - teacher).square()).sum() / (kept * teacher.square()).sum().clamp(min=1e-8)
 
-    def _usual(self, values: Tensor) -> Tensor:
-        """Return 1 where values lie within `sigma` standard deviations of their mean, 0 elsewhere."""
-        values = values.detach()
-        return ((values - values.mean()).abs() < self.sigma * values.std()).float()
+
+def _within(values: Tensor, sigma: float) -> Tensor:
+    """Return 1 where values lie within `sigma` standard deviations of their mean, 0 elsewhere."""
+    return ((values - values.mean()).abs() < sigma * values.std()).float()

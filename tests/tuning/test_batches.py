@@ -1,0 +1,84 @@
+"""Batches follow from the seed and the step; captions are dropped and swapped as often as asked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from sdgraph import errors
+from sdgraph.tuning import Batches, Noising, Tensors
+from sdgraph.tuning.counter import generator
+
+NOISING = Noising.of(DDPMScheduler())
+
+
+def rows(count: int) -> Tensors:
+    """Rows whose captions are their numbers."""
+    captions = torch.arange(count).float()[:, None, None].expand(count, 1, 1)
+    latents = torch.arange(count).float()[:, None, None, None].expand(count, 4, 2, 2)
+    return Tensors(latents, {"encoder_hidden_states": captions}, {"encoder_hidden_states": torch.full((1, 1), -1.0)})
+
+
+def test_numbers_follow_from_their_counters_alone() -> None:
+    draw = generator(1, "noise", 3, 2).standard_normal(4)
+    generator(1, "noise", 3, 1).standard_normal(1000)
+    assert np.array_equal(draw, generator(1, "noise", 3, 2).standard_normal(4))
+    others = [(2, "noise", 3, 2), (1, "caption", 3, 2), (1, "noise", 2, 3), (1, "noise", 3, 2, 1)]
+    assert all(not np.array_equal(draw, generator(*other).standard_normal(4)) for other in others)
+
+
+def test_a_row_does_not_depend_on_who_else_is_asked_for() -> None:
+    batches = Batches(rows(10), NOISING, 8, seed=5, random_conditioning=True)
+    whole, part = batches.batch(7, range(8)), batches.batch(7, [5, 6])
+    for name in ("clean", "noise", "noisy", "timesteps"):
+        assert torch.equal(getattr(whole, name)[5:7], getattr(part, name))
+    assert torch.equal(whole.conditions["encoder_hidden_states"][5:7], part.conditions["encoder_hidden_states"])
+
+
+def test_every_epoch_reads_every_row_once_in_its_own_order() -> None:
+    batches = Batches(rows(12), NOISING, 4)
+    read = [int(row) for step in range(6) for row in batches.batch(step, range(4)).clean[:, 0, 0, 0]]
+    assert sorted(read[:12]) == sorted(read[12:]) == list(range(12))
+    assert read[:12] != read[12:]
+
+
+def test_timesteps_are_stratified() -> None:
+    batches = Batches(rows(10), NOISING, 10)
+    for step in range(5):
+        timesteps = batches.batch(step, range(10)).timesteps
+        assert sorted(int(t) // 100 for t in timesteps) == list(range(10))
+
+
+def test_captions_are_dropped_by_proportion_and_swapped_by_noise() -> None:
+    batches = Batches(rows(50), NOISING, 500, proportion_empty_prompts=0.2, random_conditioning=True)
+    batch = batches.batch(0, range(500))
+    captions, own = batch.conditions["encoder_hidden_states"].flatten(), batch.clean[:, 0, 0, 0]
+    empty = captions == -1
+    swapped = (captions != own) & ~empty
+    early, late = batch.timesteps < 500, batch.timesteps > 900
+
+    assert 0.15 < empty.float().mean() < 0.25
+    assert swapped[early & ~empty].float().mean() < 0.06
+    assert swapped[late & ~empty].float().mean() > 0.65
+
+
+def test_data_that_cannot_be_used_are_refused() -> None:
+    captions = {"encoder_hidden_states": torch.zeros(3, 1, 1)}
+    with pytest.raises(errors.TuningError, match="at least one row"):
+        Tensors(torch.zeros(0, 4, 2, 2), {})
+    with pytest.raises(errors.TuningError, match="3 rows and latents has 2"):
+        Tensors(torch.zeros(2, 4, 2, 2), captions)
+    broken = torch.zeros(3, 4, 2, 2)
+    broken[1, 0, 0, 0] = torch.nan
+    with pytest.raises(errors.TuningError, match="row 1 of latents"):
+        Tensors(broken, captions)
+    with pytest.raises(errors.TuningError, match="same names"):
+        Tensors.of([{"latents": torch.zeros(4, 2, 2)}, {"pixels": torch.zeros(4, 2, 2)}])
+    with pytest.raises(errors.TuningError, match="different shapes"):
+        Tensors.of([{"latents": torch.zeros(4, 2, 2)}, {"latents": torch.zeros(4, 4, 2)}])
+    with pytest.raises(errors.TuningError, match="empty caption"):
+        Tensors(torch.zeros(3, 4, 2, 2), captions).conditions([None])
+    with pytest.raises(errors.TuningError, match="alphas_cumprod"):
+        Noising.of(FlowMatchEulerDiscreteScheduler())

@@ -1,0 +1,221 @@
+"""Each loss against its plain formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, mse_loss
+
+import sdgraph
+from sdgraph import errors
+from sdgraph.spec import read
+from sdgraph.tuning import (
+    AttentionMaps,
+    Batch,
+    Comparison,
+    Denoising,
+    Features,
+    ImageFeatures,
+    Loss,
+    Noising,
+    Output,
+    Similarity,
+    Wavelet,
+)
+from sdgraph.tuning.losses.image import high_bands
+from sdgraph.tuning.objective import Objective
+
+SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
+def comparison(prediction: str = "epsilon", timesteps: tuple[int, ...] = (1, 500, 999)) -> Comparison:
+    """Random latents and predictions."""
+    noising = Noising.of(DDPMScheduler.from_config(SCHEDULER.config, prediction_type=prediction))
+    clean, noise, student, teacher = torch.randn(4, len(timesteps), 4, 8, 8)
+    steps = torch.tensor(timesteps)
+    return Comparison(Batch(clean, noise, noising.noised(clean, noise, steps), steps, {}), noising, student, teacher)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_the_noise_schedule_is_the_schedulers(prediction: str) -> None:
+    it = comparison(prediction)
+    scheduler = DDPMScheduler.from_config(SCHEDULER.config, prediction_type=prediction)
+    clean, noise, steps = it.batch.clean, it.batch.noise, it.batch.timesteps
+    assert noise is not None
+    target = it.noising.target(clean, noise, steps)
+
+    torch.testing.assert_close(it.batch.noisy, scheduler.add_noise(clean, noise, steps))
+    if prediction == "v_prediction":
+        torch.testing.assert_close(target, scheduler.get_velocity(clean, noise, steps))
+    torch.testing.assert_close(it.noising.clean(it.batch.noisy, target, steps), clean, rtol=1e-3, atol=2e-3)
+    for row, step in enumerate(steps):
+        expected = scheduler.step(it.student[row : row + 1], int(step), it.batch.noisy[row : row + 1])
+        mine = it.noising.clean(it.batch.noisy, it.student, steps)[row : row + 1]
+        clipped = mine.clamp(-1, 1)  # as this scheduler does
+        torch.testing.assert_close(clipped, expected.pred_original_sample, rtol=1e-3, atol=2e-3)
+
+
+def test_denoising_and_output_are_mean_squared_errors() -> None:
+    it = comparison("v_prediction")
+    assert it.batch.noise is not None
+    target = it.noising.target(it.batch.clean, it.batch.noise, it.batch.timesteps)
+
+    torch.testing.assert_close(Denoising()(it, []), mse_loss(it.student, target))
+    torch.testing.assert_close(Output()(it, []), mse_loss(it.student, it.teacher))
+
+
+@pytest.mark.parametrize(("prediction", "weights"), [("epsilon", (0, 1)), ("v_prediction", (0, 1))])
+def test_min_snr_is_diffusers_formula(prediction: str, weights: object) -> None:
+    from diffusers.training_utils import compute_snr
+
+    it = comparison(prediction)
+    snr = compute_snr(SCHEDULER, it.batch.timesteps)
+    weight = torch.stack([snr, 5.0 * torch.ones_like(snr)], 1).min(1)[0]
+    weight = weight / snr if prediction == "epsilon" else weight / (snr + 1)
+    expected = (weight * (it.student - it.teacher).square().mean((1, 2, 3))).mean()
+    torch.testing.assert_close(Output(snr_gamma=5.0)(it, []), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_features_are_squared_errors_relative_to_the_teachers() -> None:
+    mine, its = torch.randn(2, 3, 8, 4, 4)
+    wide = 100 * mine, 100 * its
+    expected = mse_loss(mine, its) / its.square().mean()
+
+    torch.testing.assert_close(Features(sigma=None)(comparison(), [(mine, its)]), expected)
+    torch.testing.assert_close(Features(sigma=None)(comparison(), [(mine, its), wide]), expected)
+
+
+def test_features_leave_outliers_out() -> None:
+    mine, its = torch.randn(2, 3, 8, 4, 4).clamp(-1.5, 1.5)
+    plain = Features()(comparison(), [(mine, its)])
+    mine[0, 0, 0, 0] = 1e4
+    torch.testing.assert_close(Features()(comparison(), [(mine, its)]), plain, rtol=0.02, atol=0)
+    assert Features(sigma=None)(comparison(), [(mine, its)]) > 1000 * plain
+
+
+def test_attention_maps_are_compared_as_distributions() -> None:
+    query, key, other_query, other_key = (torch.randn(2, 3, count, 8) for count in (16, 5, 16, 5))
+    mine, its = (
+        torch.softmax(q @ k.transpose(2, 3) / 8**0.5, 3).mean(1) for q, k in ((query, key), (other_query, other_key))
+    )
+    expected = kl_div(mine.log(), its, reduction="none").sum(-1).mean()
+    loss = AttentionMaps()
+
+    torch.testing.assert_close(loss(comparison(), [(query, other_query), (key, other_key)]), expected)
+    assert loss(comparison(), [(query, query), (key, key)]) == 0
+
+
+def test_similarity_is_that_of_its_paper() -> None:
+    mine, its = torch.randn(6, 4, 2, 2), torch.randn(6, 10, 3, 3)  # other widths and sizes
+    products = [f.flatten(1) @ f.flatten(1).T for f in (mine, its)]
+    rows = [p / p.norm(dim=1, keepdim=True) for p in products]
+    torch.testing.assert_close(Similarity()(comparison(), [(mine, its)]), (rows[0] - rows[1]).square().sum() / 36)
+
+
+def test_haar_bands_keep_the_energy_and_see_no_constant() -> None:
+    image = torch.randn(2, 4, 8, 8)
+    bands = high_bands(image, 3)
+    low = image.mean((2, 3))
+    assert [tuple(band.shape) for band in bands] == [(2, 12, 4, 4), (2, 12, 2, 2), (2, 12, 1, 1)]
+    energy = sum((band.square().sum() for band in bands), 64 * low.square().sum())
+    torch.testing.assert_close(energy, image.square().sum())
+    assert all(band.abs().max() == 0 for band in high_bands(torch.ones(1, 1, 8, 8), 3))
+
+
+def test_wavelets_count_only_little_noise() -> None:
+    it = comparison()
+    few = comparison(timesteps=(900, 999, 950))
+    mine, its = (
+        torch.cat(
+            [band.flatten(1) for band in high_bands(it.noising.clean(it.batch.noisy, p, it.batch.timesteps), 2)], 1
+        )
+        for p in (it.student, it.teacher)
+    )
+    torch.testing.assert_close(Wavelet()(it, []), (mine - its)[0].abs().sum() / its[0].abs().sum())
+    assert Wavelet()(few, []) == 0
+
+
+def test_the_encoder_sees_decoded_images_and_stays_as_it_is(pipe: object) -> None:
+    it = comparison()
+    it = Comparison(it.batch, it.noising, it.student.clone().requires_grad_(), it.teacher)
+    vae = pipe.vae  # type: ignore[attr-defined]
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(), nn.LazyLinear(6))
+    seen = []
+    for prediction in (it.student, it.teacher):
+        clean = it.noising.clean(it.batch.noisy, prediction, it.batch.timesteps)
+        seen.append(encoder(vae.decode(clean / vae.config.scaling_factor).sample))
+    errors = (seen[0] - seen[1]).square().mean(1) / seen[1].square().mean()
+    expected = (errors * it.noising.alphas[it.batch.timesteps]).mean()
+
+    term = ImageFeatures(encoder, vae)(it, [])
+    term.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(term, expected)
+    assert it.student.grad is not None
+    assert it.student.grad.abs().sum() > 0
+    assert all(p.grad is None and p.requires_grad for p in (*encoder.parameters(), *vae.parameters()))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Output(),
+        Denoising(snr_gamma=5.0, weight=0.01),
+        Features("layer", weight=2.0),
+        Features(("mid_block", ("up_blocks.0", "up_blocks.1"))),
+        AttentionMaps(weight=0.1),
+        Similarity(),
+        Wavelet(3),
+    ],
+)
+def test_losses_are_text(loss: Loss) -> None:
+    assert read(str(loss), Loss) == loss
+
+
+def test_losses_add_up_by_weight_and_are_named_apart(student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet) -> None:
+    objective = Objective(
+        [Output(weight=3.0), Features(("mid_block",)), Features(("up_blocks.0",), weight=0.5)], student, teaching
+    )
+    it = comparison()
+    mine, its = torch.randn(2, 3, 8, 2, 2)
+    total, terms = objective(it.batch, it.noising, [it.student, mine, 2 * mine], [it.teacher, its, its])
+
+    assert objective.names == ("Output", "Features 1", "Features 2")
+    torch.testing.assert_close(total, 3 * terms[0] + terms[1] + 0.5 * terms[2])
+    torch.testing.assert_close(terms[2], Features()(it, [(2 * mine, its)]))
+
+
+def test_a_loss_of_ones_own(student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet) -> None:
+    @dataclass(frozen=True)
+    class Largest(Loss):
+        """The largest error."""
+
+        def __call__(self, comparison: Comparison, values: object) -> Tensor:
+            return (comparison.student - comparison.teacher).abs().max()
+
+    it = comparison()
+    total, _ = Objective([Largest(weight=2.0)], student, teaching)(it.batch, it.noising, [it.student], [it.teacher])
+    assert total == 2 * (it.student - it.teacher).abs().max()
+
+
+def test_presets_leave_out_what_one_model_lacks(student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet) -> None:
+    paths = {at: [tap.path for tap, _ in Features(at).taps(student.graph, teaching.graph)] for at in ("stage", "layer")}
+    assert paths["stage"] == ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
+    assert "down_blocks.0.resnets.0" in paths["layer"]
+    assert "down_blocks.0.resnets.1" not in paths["layer"]
+
+
+def test_unknown_presets_paths_and_weights_are_refused(student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet) -> None:
+    with pytest.raises(errors.SpecError, match="did you mean 'stage'"):
+        Features("stages")
+    with pytest.raises(errors.SpecError, match="weight"):
+        Output(weight=0.0)
+    with pytest.raises(errors.PathError, match="removed by PruneBlocks"):
+        Objective([Features(("down_blocks.0.resnets.1",))], student, teaching)
+    with pytest.raises(errors.PathError, match="did you mean"):
+        Objective([Features(("mid_blok",))], student, teaching)
+    with pytest.raises(errors.TuningError, match="calls of scaled_dot_product_attention"):
+        Objective([AttentionMaps(("mid_block.resnets.0",))], student, teaching)

@@ -1,0 +1,155 @@
+"""A run resumes bit for bit, from whatever moment it was stopped at; a run that was changed is not resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+import sdgraph
+from sdgraph import errors
+from sdgraph.tuning import Output, Tensors
+
+from ..models import CROSS, build
+from .conftest import Tune, equal, tensors
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one(tune: Tune, use_ema: bool, tmp_path: Path) -> None:
+    settings = {"use_ema": use_ema, "checkpointing_steps": 2, "random_conditioning": True}
+    settings |= {"proportion_empty_prompts": 0.1, "lr_warmup_steps": 5, "lr_scheduler": "constant_with_warmup"}
+    whole, report = tune(steps=7, out=tmp_path / "whole", **settings)
+    tune(steps=3, out=tmp_path / "parts", **settings)
+    resumed, resumed_report = tune(steps=7, out=tmp_path / "parts", **settings)
+
+    assert equal(tensors(whole), tensors(resumed))
+    for name in ("step", "loss", "gradient_norm", "learning_rate"):
+        assert list(report.column(name)) == list(resumed_report.column(name)), name
+
+
+SCRIPT = """
+import sys, torch, sdgraph
+from diffusers import DDPMScheduler
+from sdgraph.tuning import Tensors
+torch.set_num_threads(1)
+folder, out = sys.argv[1:]
+student, teacher = (sdgraph.GraphUNet.from_pretrained(f"{folder}/{name}") for name in ("student", "teacher"))
+kept = torch.load(f"{folder}/data.pt")
+data = Tensors(kept["latents"], {"encoder_hidden_states": kept["captions"]})
+sdgraph.tune(student, teacher, data, scheduler=DDPMScheduler(), steps=30, out=out, train_batch_size=4,
+             learning_rate=2e-3, report_to="none", use_ema=True, checkpointing_steps=1)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(
+    tune: Tune, student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, tmp_path: Path
+) -> None:
+    draw = torch.Generator().manual_seed(1)
+    kept = {
+        name: torch.randn(10, *shape, generator=draw)
+        for name, shape in (("latents", (4, 8, 8)), ("captions", (5, CROSS)))
+    }
+    torch.save(kept, tmp_path / "data.pt")
+    student.save_pretrained(tmp_path / "student")
+    teaching.save_pretrained(tmp_path / "teacher")
+
+    def start(out: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), str(tmp_path / out)]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def reached() -> int:
+        return max((int(p.name.partition("-")[2]) for p in (tmp_path / "killed").glob("checkpoint-*")), default=0)
+
+    assert start("whole").wait() == 0
+    for moment in (0.0, 0.05, 0.15):  # after a checkpoint appears: in a step, or while the next one is written
+        process, before = start("killed"), reached()
+        while reached() < before + 2 and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert start("killed").wait() == 0
+    whole, killed = (sdgraph.GraphUNet.from_pretrained(tmp_path / name / "unet") for name in ("whole", "killed"))
+    assert equal(tensors(whole), tensors(killed))
+    assert not [p for p in (tmp_path / "killed").iterdir() if p.name.startswith(".checkpoint")]
+
+
+def test_old_checkpoints_are_deleted(tune: Tune, tmp_path: Path) -> None:
+    tune(steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    files = [path for path in (tmp_path / "run" / "checkpoint-5").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+
+
+def test_a_finished_run_returns_its_result_again(tune: Tune) -> None:
+    tuned, report = tune()
+    again, same = tune()
+    assert equal(tensors(tuned), tensors(again))
+    assert same.rows == report.rows
+
+
+def test_a_changed_run_is_not_resumed(
+    tune: Tune, data: Tensors, student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, tmp_path: Path
+) -> None:
+    tune()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(errors.TuningError, match=r"learning_rate=0\.002, and now it is 0\.1"):
+        tune(learning_rate=0.1)
+    with pytest.raises(errors.TuningError, match="another losses: 'Output"):
+        tune(losses=(Output(),))
+    with pytest.raises(errors.TuningError, match="another batch: '4' then, '2' now"):
+        tune(train_batch_size=2)
+    with pytest.raises(errors.TuningError, match="another data"):
+        tune(data=Tensors(torch.zeros(3, 4, 8, 8), {"encoder_hidden_states": torch.zeros(3, 5, CROSS)}))
+    with pytest.raises(errors.TuningError, match="another teacher"):
+        sdgraph.tune(student, build("sd15", seed=1, layers_per_block=2), data, scheduler=DDPMScheduler(), steps=4,
+                     out=tmp_path / "run", train_batch_size=4, learning_rate=2e-3, report_to="none")  # fmt: skip
+    with pytest.raises(errors.TuningError, match="checkpoints of another run"):
+        tune(resume_from_checkpoint=None)
+    with pytest.raises(errors.TuningError, match="there are checkpoint-4"):
+        tune(resume_from_checkpoint="checkpoint-3")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_cosine_knows_its_end(tune: Tune) -> None:
+    tune(lr_scheduler="cosine")
+    with pytest.raises(errors.TuningError, match="max_train_steps=4, and now it is 5"):
+        tune(lr_scheduler="cosine", steps=5)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tune: Tune, tmp_path: Path) -> None:
+    tune(checkpointing_steps=2)
+    (tmp_path / "run" / "checkpoint-4" / "state.json").write_text("{")
+    with pytest.raises(errors.TuningError, match="no checkpoint can be read"):
+        tune(checkpointing_steps=2)
+    tuned, _ = tune(checkpointing_steps=2, resume_from_checkpoint="checkpoint-2")
+    assert isinstance(tuned, sdgraph.GraphUNet)
+
+
+def test_a_full_disk_loses_nothing(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    write, written = safetensors.torch.save_file, []
+
+    def full(tensors: Any, path: Any, **options: Any) -> None:
+        written.append(path)
+        if "checkpoint-4" in str(path) and "optimizer" in str(path):
+            raise OSError(28, "No space left on device")
+        write(tensors, path, **options)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(errors.TuningError, match="No space left on device"):
+        tune(checkpointing_steps=2)
+    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == ["checkpoint-2", "loss.csv"]
+    monkeypatch.undo()
+    resumed, _ = tune(checkpointing_steps=2)
+    assert equal(tensors(resumed), tensors(tune(out=tmp_path / "other", checkpointing_steps=2)[0]))

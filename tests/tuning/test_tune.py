@@ -1,0 +1,197 @@
+"""The loop: a student gets closer to its teacher, nothing that was passed changes, and a run resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+import sdgraph
+from sdgraph import errors
+from sdgraph.passes import InheritFeatures, PruneBlocks
+from sdgraph.tuning import Denoising, Features, Loss, Output, Tensors
+from sdgraph.tuning.losses import Comparison
+
+from ..models import CROSS, build, call_of
+from .conftest import Tune, equal, tensors
+
+# -- what a run does ---------------------------------------------------------------------------------------------------
+
+
+def test_the_student_learns_and_nothing_else_changes(
+    tune: Tune, student: sdgraph.GraphUNet, teacher: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    before = tensors(student), tensors(teacher)
+    tuned, report = tune(steps=40)
+
+    loss = report.column("loss")
+    assert loss[-5:].mean() < 0.5 * loss[:5].mean()
+    assert list(report.column("step")) == list(range(1, 41))
+    assert report.names[5:] == ("Output", "Features", "Denoising")
+    terms = [report.column(name) for name in report.names[5:]]
+    assert loss == pytest.approx(terms[0] + terms[1] + 0.01 * terms[2], rel=1e-4)
+    assert equal(tensors(student), before[0])
+    assert equal(tensors(teacher), before[1])
+    assert not equal(tensors(tuned), before[0])
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-40", "loss.csv", "loss.svg", "unet"}
+
+
+def test_the_result_is_a_pruned_unet_like_any_other(tune: Tune, teacher: UNet2DConditionModel, tmp_path: Path) -> None:
+    tuned, _ = tune()
+    call = call_of(teacher)
+    expected = tuned(**call).sample
+
+    loaded = sdgraph.GraphUNet.from_pretrained(tmp_path / "run" / "unet")
+    assert torch.equal(loaded(**call).sample, expected)
+    plain = tuned.to_diffusers()
+    plain.save_pretrained(tmp_path / "plain")
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(again(**call).sample, expected, rtol=1e-4, atol=1e-5)
+    inheriting = sdgraph.apply(tuned, [InheritFeatures.deep_cache(interval=2)])
+    assert torch.equal(inheriting(**call).sample, expected)
+
+
+def test_the_average_is_what_is_returned_and_kept(tune: Tune, tmp_path: Path) -> None:
+    averaged, _ = tune(use_ema=True, ema_decay=0.5, steps=6)
+    folder = tmp_path / "run" / "checkpoint-6"
+    kept = sdgraph.GraphUNet.from_pretrained(folder / "unet_ema")
+    last = sdgraph.GraphUNet.from_pretrained(folder / "unet")
+    assert equal(tensors(averaged), tensors(kept))
+    assert not equal(tensors(averaged), tensors(last))
+
+
+def test_gradient_checkpointing_and_accumulation_change_nothing_that_matters(tune: Tune, tmp_path: Path) -> None:
+    plain, _ = tune(out=tmp_path / "plain")
+    recomputed, _ = tune(out=tmp_path / "recomputed", gradient_checkpointing=True)
+    for name, weight in tensors(
+        plain
+    ).items():  # values that are used twice have their gradients added in another order
+        torch.testing.assert_close(tensors(recomputed)[name], weight, rtol=1e-3, atol=1e-5)
+    _, whole = tune(out=tmp_path / "whole", steps=1)
+    _, parts = tune(
+        out=tmp_path / "parts", steps=1, train_batch_size=2, gradient_accumulation_steps=2, losses=(Output(),)
+    )
+    _, once = tune(out=tmp_path / "once", steps=1, losses=(Output(),))
+    assert whole.column("Output")[0] == once.column("Output")[0]
+    for name in ("Output", "gradient_norm"):
+        assert parts.column(name)[0] == pytest.approx(once.column(name)[0], rel=1e-4)
+
+
+def test_widths_that_differ_are_mapped(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
+    narrow = sdgraph.apply(build("sd15", block_out_channels=(8, 16), norm_num_groups=4), [])
+    tuned, report = sdgraph.tune(
+        narrow, teacher, data, scheduler=DDPMScheduler(), steps=12, out=tmp_path / "run",
+        losses=(Features(("mid_block", "up_blocks.1.attentions.0")),), learning_rate=1e-2, report_to="none",
+        train_batch_size=4, checkpointing_steps=6,
+    )  # fmt: skip
+    assert report.column("loss")[-1] < report.column("loss")[0]
+    assert not any("adapter" in name for name in tuned.state_dict())
+
+
+def test_validation_sees_the_averaged_student(tune: Tune, tmp_path: Path) -> None:
+    from PIL import Image
+
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    def validate(unet: sdgraph.GraphUNet, step: int) -> dict[str, Any]:
+        assert not unet.training
+        seen[step] = tensors(unet)
+        return {"error": 0.5, "sheet": Image.new("RGB", (4, 4))}
+
+    tuned, _ = tune(steps=4, validate=validate, validation_steps=2, use_ema=True, ema_decay=0.9)
+    assert list(seen) == [2, 4]
+    assert equal(seen[4], tensors(tuned))
+    assert [p.name for p in sorted((tmp_path / "run" / "validation").iterdir())] == [
+        "sheet-000002.png",
+        "sheet-000004.png",
+    ]
+
+
+def test_figures_reach_tensorboard(tune: Tune, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, report = tune(report_to="tensorboard")
+    (events,) = {path.parent for path in (tmp_path / "run" / "logs").rglob("events.out.*")}
+    read = EventAccumulator(str(events)).Reload()
+    assert [e.value for e in read.Scalars("loss")] == pytest.approx(list(report.column("loss")), rel=1e-5)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_models_that_do_not_fit_are_refused(
+    student: sdgraph.GraphUNet, teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path
+) -> None:
+    def tune(student: sdgraph.GraphUNet, teacher: Any) -> None:
+        sdgraph.tune(student, teacher, data, scheduler=DDPMScheduler(), steps=1, out=tmp_path / "run", report_to="none")
+
+    with pytest.raises(errors.TuningError, match="nothing to learn"):
+        tune(student, student)
+    with pytest.raises(errors.TuningError, match="nothing to learn"):
+        tune(sdgraph.apply(teacher, []), teacher)
+    with pytest.raises(errors.TuningError, match="encoder_hidden_states has shape"):
+        tune(student, build("sd15", cross_attention_dim=32))
+    with pytest.raises(errors.TuningError, match="sample has shape"):
+        tune(student, build("sd15", in_channels=9))
+    with pytest.raises(errors.TuningError, match="the student predicts"):
+        tune(student, build("sd15", out_channels=8))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_do_not_fit_are_refused(tune: Tune, tmp_path: Path) -> None:
+    wrong = Tensors(torch.zeros(3, 4, 8, 8), {"encoder_hidden_states": torch.zeros(3, 5, CROSS + 1)})
+    with pytest.raises(errors.CallError, match="encoder_hidden_states has shape"):
+        tune(data=wrong)
+    with pytest.raises(errors.TuningError, match="did you mean 'learning_rate'"):
+        tune(learning_rat=1e-3)
+    assert not (tmp_path / "run" / "unet").exists()
+
+
+class Exploding(Loss):
+    """A loss that is not a number from the third step on."""
+
+    calls = 0
+
+    def __call__(self, comparison: Comparison, values: Any) -> Tensor:
+        type(self).calls += 1
+        error = (comparison.student - comparison.teacher).square().mean()
+        return error * (torch.nan if type(self).calls > 2 else 1.0)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_last_good_state(tune: Tune, tmp_path: Path) -> None:
+    Exploding.calls = 0
+    with pytest.raises(errors.TuningError, match="Exploding of step 2 is not finite") as error:
+        tune(losses=(Output(), Exploding(weight=0.5)))
+    kept = sdgraph.GraphUNet.from_pretrained(tmp_path / "run" / "checkpoint-2" / "unet")
+    assert all(torch.isfinite(value).all() for value in kept.state_dict().values())
+    assert "checkpoint-2" in error.value.where
+    assert json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())["step"] == 2
+
+
+def test_a_student_that_could_not_be_saved_is_refused_before_it_learns(
+    teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path
+) -> None:
+    graph = sdgraph.trace(teacher)
+    graph.bypass("mid_block")
+    with pytest.raises(errors.ModeError, match="cannot be rebuilt"):
+        sdgraph.tune(sdgraph.GraphUNet(graph), teacher, data, scheduler=DDPMScheduler(), steps=1,
+                     out=tmp_path / "run", report_to="none")  # fmt: skip
+    assert not (tmp_path / "run" / "loss.csv").exists()
+
+
+def test_chained_students_and_several_passes(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
+    """A student that was tuned is the teacher of a smaller one."""
+    options: dict[str, Any] = {"scheduler": DDPMScheduler(), "steps": 2, "report_to": "none", "train_batch_size": 4}
+    small = sdgraph.apply(teacher, [PruneBlocks("bk-sdm-base")])
+    first, _ = sdgraph.tune(small, teacher, data, out=tmp_path / "first", **options)
+    smaller = sdgraph.apply(first, [PruneBlocks("mid_block")])
+    second, report = sdgraph.tune(
+        smaller, first, data, out=tmp_path / "second", losses=(Output(), Denoising()), **options
+    )
+    assert len(report.rows) == 2
+    assert "mid_block" in second.graph.removed
