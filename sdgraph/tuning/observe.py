@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from ..errors import SpecError, TuningError
 from ..graph import Graph
 from ..ir.region import region_at
-from ..ir.sites import bypass, inherit, step
-from ..ir.specialize import drop_inputs
+from ..ir.sites import step
+from ..ir.specialize import copy_nodes, drop_inputs
 from ..runtime.unet import GraphUNet
 from .recompute import recomputed
 
@@ -56,8 +56,6 @@ class Tap:
                     hint="name one attention, such as ...transformer_blocks.0.attn2, that no pass has replaced",
                 )
             node = found[0].all_input_nodes[PARTS.index(self.part) - 1]
-        while node.target in (inherit, bypass):  # a call that computes everything has no such nodes
-            node = node.all_input_nodes[0]
         return node
 
 
@@ -76,11 +74,15 @@ class Observed(nn.Module):
     def __init__(self, unet: GraphUNet, taps: Sequence[Tap], given: frozenset[str], recompute: bool = False) -> None:
         super().__init__()
         graph = unet.graph
-        call = step(drop_inputs(graph.fx, {i.name for i in graph.inputs} - given))
-        nodes = {node.name: node for node in call.nodes.nodes}
-        output = call.nodes.output_node()
-        prediction = output.args[0][0] if call.returns_tuple else output.args[0]  # type: ignore[index]
-        output.args = ((prediction, *(nodes[tap.node(graph).name] for tap in taps)),)
+        nodes = copy_nodes(graph.fx)
+        copies = {node.name: node for node in nodes.nodes}
+        output = nodes.output_node()
+        output.args = ((output.args[0], *(copies[tap.node(graph).name] for tap in taps)),)
+        # Specialized with the further outputs in place, so that they follow where a node is replaced by another.
+        call = step(drop_inputs(nodes, {i.name for i in graph.inputs} - given))
+        if call.returns_tuple:
+            output = call.nodes.output_node()
+            output.args = (output.args[0][0],)  # type: ignore[index]
         self.order = tuple(i.name for i in graph.inputs if i.name in given)
         module = fx.GraphModule(unet, call.nodes, class_name="Observed")
         self.graph_module = recomputed(module) if recompute else module

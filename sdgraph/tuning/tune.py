@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,12 +19,13 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import TuningError
+from ..errors import ModeError, TuningError
 from ..extra import imported
 from ..frontend.capture import trace
 from ..ir.guards import check_call
 from ..ir.structure import structure
 from ..runtime.unet import GraphUNet
+from ..version import __version__
 from .batch import Batches
 from .checks import check_models, check_same_run, checkpoint_to_resume, digest
 from .gradient import Gradient
@@ -35,6 +39,8 @@ from .source import Source, Tensors
 from .state import State, read
 
 DEFAULT = (Output(), Features("stage"), Denoising(weight=0.01))
+PLAIN = "unet_diffusers"
+log = logging.getLogger("sdgraph")
 Validate = Callable[[GraphUNet, int], Mapping[str, Any]]
 
 
@@ -53,9 +59,10 @@ def tune(
 ) -> tuple[GraphUNet, TuningReport]:
     """Train a student to predict what its teacher predicts, and return the tuned student.
 
-    The run is kept in `out`: `checkpoint-N/` as diffusers' scripts write it, `unet/` with the result, `loss.csv` and
-    `loss.svg`. The same call goes on from the last checkpoint, and what it computes equals an uninterrupted run bit for
-    bit on one CPU. Started by `accelerate launch`, it runs on several GPUs or machines.
+    The run is kept in `out`: `checkpoint-N/` as diffusers' scripts write it, `unet/` with the result, `unet_diffusers/`
+    with a plain diffusers model where one computes the same, `tuning.json` with the recipe, `loss.csv` and `loss.svg`.
+    The same call goes on from the last checkpoint, and what it computes equals an uninterrupted run bit for bit on one
+    CPU. Started by `accelerate launch`, it runs on several GPUs or machines, as distributed data parallel.
 
     Args:
         student: the UNet to train, as `sdgraph.apply` returns it. It stays as it is; a copy is trained.
@@ -117,7 +124,7 @@ def tune(
 
     main, begun = accelerator.is_main_process, time.monotonic() - state.seconds
     bar = tqdm(total=steps, initial=state.step, desc="tuning", unit="step", disable=not main)
-    with Log(folder / LOG if main else None, gradient.objective.names, state.step) as log, bar:
+    with Log(folder / LOG if main else None, gradient.objective.names, state.step) as lines, bar:
         while state.step < steps:
             figures: dict[str, float] = {"learning_rate": float(state.rate.get_last_lr()[0]), **gradient(state.step)}
             wrong = [name for name, figure in figures.items() if not math.isfinite(figure)]
@@ -132,7 +139,7 @@ def tune(
                 )
             state.advance()
             state.seconds = time.monotonic() - begun
-            log.write(state.step, state.seconds, figures)
+            lines.write(state.step, state.seconds, figures)
             accelerator.log(figures, state.step)
             bar.update()
             bar.set_postfix(loss=f"{figures['loss']:.4f}")
@@ -142,7 +149,8 @@ def tune(
                 with state.averaged() as unet:
                     _record(validate(unet, state.step) if main else {}, state.step, folder, accelerator)
     accelerator.end_training()
-    return _finished(state, folder, main)
+    record = {"settings": dataclasses.asdict(chosen), **about, "passes": [str(p.one) for p in student.graph.passes]}
+    return _finished(state, folder, record if main else None)
 
 
 def _accelerator(settings: Settings, folder: Path) -> Any:
@@ -153,12 +161,24 @@ def _accelerator(settings: Settings, folder: Path) -> Any:
     tracked = settings.report_to != "none"
     if settings.report_to == "tensorboard":
         imported("tensorboard", "tuning")
-    accelerator = accelerate.Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=precision,
-        log_with=settings.report_to if tracked else None,
-        project_dir=folder,
-    )
+    try:
+        accelerator = accelerate.Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=precision,
+            log_with=settings.report_to if tracked else None,
+            project_dir=folder,
+        )
+    except ValueError as error:  # accelerate allows one precision in a process, and names its own trackers
+        raise TuningError(
+            f"accelerate refuses: {error}", where="mixed_precision, report_to", hint="start Python anew for another"
+        ) from error
+    kinds = accelerate.DistributedType
+    if accelerator.distributed_type in (kinds.FSDP, kinds.DEEPSPEED, kinds.MEGATRON_LM, kinds.XLA):
+        raise TuningError(
+            f"weights that are spread over processes ({accelerator.distributed_type.value}) are not supported",
+            where="accelerate",
+            hint="use distributed data parallel, gradient_checkpointing=True and mixed_precision='bf16'",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if tracked:
         accelerator.init_trackers("logs")
@@ -233,13 +253,22 @@ def _record(results: Mapping[str, Any], step: int, folder: Path, accelerator: An
     accelerator.wait_for_everyone()
 
 
-def _finished(state: State, folder: Path, main: bool) -> tuple[GraphUNet, TuningReport]:
-    """Return the student with its averaged weights, and write it."""
+def _finished(state: State, folder: Path, record: Mapping[str, Any] | None) -> tuple[GraphUNet, TuningReport]:
+    """Return the student with its averaged weights; the main process, which has a record, writes them."""
     if state.average is not None:
         state.average.copy_to(state.unet.parameters())
     unet = state.unet.requires_grad_(False).eval()
     report = TuningReport.of(folder)
-    if main:
+    if record is not None:
+        text = json.dumps({"sdgraph": __version__, "removed": unet.graph.removed, **record}, indent=1) + "\n"
+        (folder / "tuning.json").write_text(text)
         unet.save_pretrained(folder / "unet")
         report.picture(folder / "loss.svg")
+        try:
+            plain = unet.to_diffusers()
+        except ModeError as reason:
+            log.info("there is no plain diffusers model of the result: %s", reason.what)
+        else:
+            plain.save_pretrained(folder / PLAIN)
+            (folder / PLAIN / "tuning.json").write_text(text)
     return unet, report

@@ -14,7 +14,7 @@ from torch import Tensor
 import sdgraph
 from sdgraph import errors
 from sdgraph.passes import InheritFeatures, PruneBlocks
-from sdgraph.tuning import Denoising, Features, Loss, Output, Tensors
+from sdgraph.tuning import DEFAULT, AttentionMaps, Denoising, Features, Loss, Output, Similarity, Tensors, Wavelet
 from sdgraph.tuning.losses import Comparison
 
 from ..models import CROSS, build, call_of
@@ -38,7 +38,14 @@ def test_the_student_learns_and_nothing_else_changes(
     assert equal(tensors(student), before[0])
     assert equal(tensors(teacher), before[1])
     assert not equal(tensors(tuned), before[0])
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-40", "loss.csv", "loss.svg", "unet"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "checkpoint-40",
+        "loss.csv",
+        "loss.svg",
+        "tuning.json",
+        "unet",
+        "unet_diffusers",
+    }
 
 
 def test_the_result_is_a_pruned_unet_like_any_other(tune: Tune, teacher: UNet2DConditionModel, tmp_path: Path) -> None:
@@ -54,6 +61,18 @@ def test_the_result_is_a_pruned_unet_like_any_other(tune: Tune, teacher: UNet2DC
     torch.testing.assert_close(again(**call).sample, expected, rtol=1e-4, atol=1e-5)
     inheriting = sdgraph.apply(tuned, [InheritFeatures.deep_cache(interval=2)])
     assert torch.equal(inheriting(**call).sample, expected)
+
+
+@pytest.mark.slow
+def test_the_result_is_exported_and_inherits_on_onnx_runtime(
+    tune: Tune, teacher: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    tuned, _ = tune()
+    exported = sdgraph.apply(tuned, [InheritFeatures.deep_cache(interval=2)])
+    sdgraph.exporters.onnx.export(exported, tmp_path / "ort")  # compares all outputs with PyTorch
+    unet = sdgraph.exporters.ort.ORTUNet.from_pretrained(tmp_path / "ort", provider="CPUExecutionProvider")
+    call = call_of(teacher)
+    torch.testing.assert_close(unet(**call).sample, tuned(**call).sample, rtol=1e-3, atol=1e-4)
 
 
 def test_the_average_is_what_is_returned_and_kept(tune: Tune, tmp_path: Path) -> None:
@@ -184,6 +203,12 @@ def test_a_student_that_could_not_be_saved_is_refused_before_it_learns(
     assert not (tmp_path / "run" / "loss.csv").exists()
 
 
+def test_another_precision_in_the_same_process_is_refused(tune: Tune) -> None:
+    tune(steps=1)
+    with pytest.raises(errors.TuningError, match="accelerate refuses: AcceleratorState has already"):
+        tune(mixed_precision="bf16")
+
+
 def test_chained_students_and_several_passes(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
     """A student that was tuned is the teacher of a smaller one."""
     options: dict[str, Any] = {"scheduler": DDPMScheduler(), "steps": 2, "report_to": "none", "train_batch_size": 4}
@@ -195,3 +220,25 @@ def test_chained_students_and_several_passes(teacher: UNet2DConditionModel, data
     )
     assert len(report.rows) == 2
     assert "mid_block" in second.graph.removed
+
+
+@pytest.mark.parametrize("name", ["sd21", "sdxl"])
+def test_every_architecture_and_every_loss(name: str, tmp_path: Path) -> None:
+    teacher = build(name, layers_per_block=2)
+    call = call_of(teacher, B=8, H=8, W=8)
+    conditions = {"encoder_hidden_states": call["encoder_hidden_states"], **call.get("added_cond_kwargs", {})}
+    losses = (*DEFAULT, AttentionMaps(), Similarity(), Wavelet())
+    tuned, report = sdgraph.tune(
+        sdgraph.apply(teacher, [PruneBlocks("bk-sdm-base")]), teacher, Tensors(call["sample"], conditions),
+        scheduler=DDPMScheduler(prediction_type="v_prediction"), steps=20, out=tmp_path / "run", losses=losses,
+        train_batch_size=8, learning_rate=2e-3, report_to="none",
+    )  # fmt: skip
+    for column in report.names[5:]:
+        if column != "Denoising":  # random latents have nothing to be learned
+            assert report.column(column)[-4:].mean() < report.column(column)[:4].mean(), column
+    plain = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "unet_diffusers")
+    torch.testing.assert_close(plain(**call).sample, tuned(**call).sample, rtol=1e-3, atol=1e-4)
+    recipe = json.loads((tmp_path / "run" / "unet_diffusers" / "tuning.json").read_text())
+    assert recipe["passes"] == ["PruneBlocks('bk-sdm-base')"]
+    assert "down_blocks.0.resnets.1" in recipe["removed"]
+    assert recipe["losses"].startswith("Output(), Features()")
