@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import networkx as nx
+import torch
+
 from sdgraph import Contract, Findings, Graph, Pass
 from sdgraph.errors import EditError, PathError, SpecError, did_you_mean
 
@@ -55,13 +58,57 @@ class PruneBlocks(Pass):
             raise SpecError("nothing to prune", where="PruneBlocks", hint="pass a preset or module paths")
 
     def run(self, graph: Graph) -> Findings:
-        if isinstance(self.blocks, str) and self.blocks in PRESETS:
-            paths = list(_preset(graph, self.blocks))
-        else:
-            paths = _outermost(graph.matching(self.blocks))
+        paths = self._paths(graph)
         for path in paths:
             graph.bypass(path)
         return Findings(edits=tuple(f"removed {path}" for path in paths))
+
+    def stages(self, graph: Graph) -> tuple[PruneBlocks, ...]:
+        """Return the same removals as several passes, which can be trained apart.
+
+        Blocks change together if the skip connection that is removed with an up layer comes from the other block, or if
+        a block is removed as a whole and only its neighbours can learn to do without it.
+
+        Args:
+            graph: the graph that the pass would be applied to. It is not changed.
+        Example:
+            `PruneBlocks("bk-sdm-base").stages(sdgraph.trace(unet))`
+        """
+        paths = self._paths(graph)
+        order = list(dict.fromkeys(block for path in graph.paths() if (block := _block(path))))
+        together: nx.Graph[str] = nx.Graph()
+        for path in paths:
+            block = _block(path)
+            together.add_node(block)
+            entry = graph.region(path).main_input
+            if entry is not None and entry.target is torch.cat:
+                for skip in entry.all_input_nodes[1:]:
+                    together.add_edge(block, _origin(skip) or block)
+            if path == block:
+                place = order.index(block)
+                for side in (order[place::-1], order[place:]):
+                    together.add_edge(block, next((b for b in side if b not in paths), block))
+        parts = sorted(nx.connected_components(together), key=lambda part: min(map(order.index, part)))
+        stages = [tuple(path for path in paths if _block(path) in part) for part in parts]
+        return tuple(PruneBlocks(stage) for stage in stages if stage)
+
+    def _paths(self, graph: Graph) -> list[str]:
+        if isinstance(self.blocks, str) and self.blocks in PRESETS:
+            return list(_preset(graph, self.blocks))
+        return _outermost(graph.matching(self.blocks))
+
+
+def _block(path: str) -> str:
+    """Return the path of the block that a path lies in, "" outside of blocks."""
+    match = re.match(r"(down_blocks|up_blocks)\.\d+|mid_block", path)
+    return match[0] if match else ""
+
+
+def _origin(skip: torch.fx.Node) -> str:
+    """Return the block that a skip connection comes from, "" if it comes from none."""
+    while not (block := _block(next(iter(skip.meta.get("nn_module_stack", {})), ""))) and skip.all_input_nodes:
+        skip = skip.all_input_nodes[0]  # past the sum with a ControlNet's residual
+    return block
 
 
 def _outermost(paths: list[str]) -> list[str]:

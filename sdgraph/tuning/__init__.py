@@ -5,6 +5,8 @@ the losses compare the answers, and `tune` takes the step and keeps the state.
 """
 
 from .batch import Batch, Batches
+from .chain import chain
+from .incubate import IncubationReport, assemble, incubate
 from .losses import (
     AttentionMaps,
     Comparison,
@@ -32,6 +34,7 @@ __all__ = [
     "Denoising",
     "Features",
     "ImageFeatures",
+    "IncubationReport",
     "Loss",
     "Noising",
     "Observed",
@@ -44,5 +47,8 @@ __all__ = [
     "Tensors",
     "TuningReport",
     "Wavelet",
+    "assemble",
+    "chain",
+    "incubate",
     "tune",
 ]

@@ -98,7 +98,7 @@ def check_same_run(now: Mapping[str, str], saved: Mapping[str, str], checkpoint:
     """
     for name, value in now.items():
         if value != saved.get(name):
-            shown = f": {saved.get(name)!r} then, {value!r} now" if name in ("losses", "batch") else ""
+            shown = f": {saved.get(name)!r} then, {value!r} now" if name in ("losses", "batch", "train") else ""
             raise TuningError(
                 f"the checkpoint is of a run with another {name}{shown}",
                 where=str(checkpoint),

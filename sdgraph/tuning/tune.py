@@ -53,6 +53,7 @@ def tune(
     steps: int,
     out: str | Path,
     losses: Sequence[Loss] = DEFAULT,
+    train: Sequence[str] | None = None,
     validate: Validate | None = None,
     resume_from_checkpoint: str | None = "latest",
     **settings: Any,
@@ -73,6 +74,7 @@ def tune(
         out: the folder of the run.
         losses: the terms to minimise; by default the teacher's output, its features by stage, and a hundredth of the
             denoising loss.
+        train: module paths, or patterns of `sdgraph.Graph.matching`, whose weights are trained; by default all.
         validate: called with the student (its averaged weights) and the step; returns figures and PIL images by name,
             which are logged and written to `out/validation`.
         resume_from_checkpoint: "latest", a folder `checkpoint-N`, or None to begin in a folder without checkpoints.
@@ -99,7 +101,10 @@ def tune(
     teaching = teacher if isinstance(teacher, GraphUNet) else GraphUNet(trace(teacher))
     check_models(student, teaching)
     resumed = checkpoint_to_resume(folder, resume_from_checkpoint)
-    taught = copy.deepcopy(student).requires_grad_(True).train()
+    taught = copy.deepcopy(student).requires_grad_(train is None).train()
+    for path in taught.graph.matching(train) if train is not None else ():
+        for parameter in taught.graph.region(path).parameters.values():
+            parameter.requires_grad_(True)
 
     accelerator = _accelerator(chosen, folder)
     gradient = _gradient(taught, teaching, source, scheduler, losses, chosen, accelerator)
@@ -109,6 +114,7 @@ def tune(
         "teacher": f"{structure(teaching.graph)} {digest(teaching)}",
         "data": source.fingerprint(),
         "losses": ", ".join(map(str, losses)),
+        "train": "all" if train is None else ", ".join(train),
         "batch": str(gradient.batches.size),
     }
     if resumed is not None:
@@ -214,7 +220,7 @@ def _gradient(
         teacher = copy.deepcopy(teacher).to(accelerator.device, precision)
     watched = Observed(teacher, [its for _, its in objective.pairs], frozenset(first))
     model = Student(student, objective.pairs, teacher, frozenset(first), settings.gradient_checkpointing)
-    trained = list(model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
     return Gradient(
         accelerator, settings, batches, noising.to(accelerator.device), objective, watched,
         accelerator.prepare(model), trained,
@@ -264,11 +270,17 @@ def _finished(state: State, folder: Path, record: Mapping[str, Any] | None) -> t
         (folder / "tuning.json").write_text(text)
         unet.save_pretrained(folder / "unet")
         report.picture(folder / "loss.svg")
-        try:
-            plain = unet.to_diffusers()
-        except ModeError as reason:
-            log.info("there is no plain diffusers model of the result: %s", reason.what)
-        else:
-            plain.save_pretrained(folder / PLAIN)
-            (folder / PLAIN / "tuning.json").write_text(text)
+        if record["train"] == "all":
+            _write_plain(unet, folder / PLAIN, text)
     return unet, report
+
+
+def _write_plain(unet: GraphUNet, folder: Path, recipe: str) -> None:
+    """Write the plain diffusers model that computes the same, where there is one, with the recipe beside it."""
+    try:
+        plain = unet.to_diffusers()
+    except ModeError as reason:
+        log.info("there is no plain diffusers model of the result: %s", reason.what)
+    else:
+        plain.save_pretrained(folder)
+        (folder / "tuning.json").write_text(recipe)

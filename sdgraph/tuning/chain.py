@@ -1,0 +1,58 @@
+"""A chain of small prunings, each taught by the student before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from ..compiler.base import Pass
+from ..errors import TuningError
+from ..frontend.capture import trace
+from ..runtime.apply import apply
+from ..runtime.unet import GraphUNet
+from .report import TuningReport
+from .source import Source, Tensors
+from .tune import tune
+
+
+def chain(
+    teacher: GraphUNet | UNet2DConditionModel,
+    passes: Sequence[Pass | str],
+    data: Source | Iterable[Mapping[str, Tensor]],
+    *,
+    steps: int,
+    out: str | Path,
+    **options: Any,
+) -> tuple[GraphUNet, tuple[TuningReport, ...]]:
+    """Apply passes one after the other, and tune after each of them; the result of a link teaches the next.
+
+    Args:
+        teacher: the first teacher.
+        passes: a pass for each link.
+        data: see `sdgraph.tune`.
+        steps: the number of optimizer steps of every link.
+        out: the folder of the runs: `link-1/`, `link-2/`, ...
+        options: further arguments of `sdgraph.tune`.
+    Returns:
+        The last student, and the logs of all links.
+    Raises:
+        TuningError: there are no passes.
+    Example:
+        `chain(unet, ["PruneBlocks('mid_block')", "PruneBlocks('bk-sdm-base')"], data, **options)`
+    Source:
+        Fang et al., "TinyFusion", 2025: a student of a student recovers better than one that was cut at once.
+    """
+    if not passes:
+        raise TuningError("a chain has no passes", where="passes", hint="pass one pass for each link")
+    source = Tensors.of(data) if isinstance(data, Iterable) else data
+    last = teacher if isinstance(teacher, GraphUNet) else GraphUNet(trace(teacher))
+    reports = []
+    for number, link in enumerate(passes, 1):
+        student = apply(last, link if isinstance(link, str) else [link], verify=False)
+        last, report = tune(student, last, source, steps=steps, out=Path(out) / f"link-{number}", **options)
+        reports.append(report)
+    return last, tuple(reports)

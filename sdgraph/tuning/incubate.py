@@ -1,0 +1,249 @@
+"""Incubation: the stages of a student are trained apart, each inside the frozen teacher, then assembled and tuned."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from ..compiler.base import Pass
+from ..compiler.parse import as_passes
+from ..errors import TuningError
+from ..frontend.capture import trace
+from ..runtime.apply import apply
+from ..runtime.unet import GraphUNet
+from .losses import Features, Loss, Output
+from .report import TuningReport
+from .settings import Settings
+from .source import Source, Tensors
+from .tune import DEFAULT, tune
+
+
+@dataclass(frozen=True)
+class IncubationReport:
+    """The logs of an incubation.
+
+    Args:
+        stages: of the stages, in order.
+        whole: of the tuning of the assembled student.
+    """
+
+    stages: tuple[TuningReport, ...]
+    whole: TuningReport
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, (*self.stages, self.whole)))
+
+
+def incubate(
+    teacher: GraphUNet | UNet2DConditionModel,
+    stages: Sequence[Pass | str],
+    data: Source | Iterable[Mapping[str, Tensor]],
+    *,
+    scheduler: Any,
+    stage_steps: int,
+    steps: int,
+    out: str | Path,
+    losses: Sequence[Loss] = DEFAULT,
+    progressive: bool = False,
+    processes: int = 1,
+    **settings: Any,
+) -> tuple[GraphUNet, IncubationReport]:
+    """Train the stages of a student inside its teacher, assemble them, and tune the whole.
+
+    A stage is a pass that changes some blocks. Its blocks are trained while all others are the teacher's and stay as
+    they are, on the teacher's output through the rest of the teacher, and on the features of the blocks themselves.
+    Stages do not depend on each other, so they may run at the same time. Every stage, and the tuning, is a resumable
+    run of `sdgraph.tune` in a folder of its own.
+
+    Args:
+        teacher: the UNet to learn from.
+        stages: the passes, whose changes lie in different blocks, such as `PruneBlocks("bk-sdm-base").stages(graph)`.
+        data: see `sdgraph.tune`.
+        scheduler: see `sdgraph.tune`.
+        stage_steps: the number of optimizer steps of every stage.
+        steps: the number of optimizer steps of the assembled student.
+        out: the folder of all runs: `stage-1/`, `stage-2/`, ... and `whole/`.
+        losses: of the assembled student.
+        progressive: train a stage inside the teacher with all earlier stages in place, one after the other.
+        processes: the number of stages that are trained at the same time, in processes of their own. The data must be
+            picklable then.
+        settings: see `sdgraph.tuning.Settings`.
+    Returns:
+        The tuned student in evaluation mode, and the logs of all runs.
+    Raises:
+        TuningError: two stages change the same block, or a stage changes nothing that could be trained.
+    Example:
+        ```python
+        stages = PruneBlocks("bk-sdm-base").stages(sdgraph.trace(pipe.unet))
+        tuned, report = sdgraph.tuning.incubate(
+            pipe.unet, stages, data, scheduler=pipe.scheduler, stage_steps=1000, steps=2000, out="incubated"
+        )
+        ```
+    Source:
+        Ni et al., "Deep Incubation: Training Large Models by Divide-and-Conquering", 2023; A-SDM, model assembly. The
+        frozen teacher in the place of their meta model is our decision.
+    """
+    Settings.of({"max_train_steps": stage_steps, **settings})
+    folder, source = Path(out), Tensors.of(data) if isinstance(data, Iterable) else data
+    teaching = teacher if isinstance(teacher, GraphUNet) else GraphUNet(trace(teacher))
+    passes = [as_passes(stage) if isinstance(stage, str) else [stage] for stage in stages]
+    alone = [apply(teaching, stage, verify=False) for stage in passes]
+    trained = [changed_blocks(student, teaching) for student in alone]
+    _check_apart(trained, passes)
+    jobs = [
+        Job(folder / f"stage-{number}", blocks, stage_steps, {"scheduler": scheduler, **settings})
+        for number, blocks in enumerate(trained, 1)
+    ]
+    student = apply(teaching, [p for stage in passes for p in stage], verify=False)
+    tuned: list[tuple[tuple[str, ...], GraphUNet]] = []
+    if processes > 1 and not progressive:
+        teaching.save_pretrained(folder / "teacher")
+        _run_apart(jobs, alone, folder / "teacher", source, processes)
+        tuned = [(job.blocks, GraphUNet.from_pretrained(job.out / "unet")) for job in jobs]
+    else:
+        for number, job in enumerate(jobs):
+            begun = alone[number]
+            if progressive:
+                earlier = [p for stage in passes[: number + 1] for p in stage]
+                begun = assemble(apply(teaching, earlier, verify=False), tuned)
+            tuned.append((job.blocks, job.run(begun, teaching, source)))
+    whole = assemble(student, tuned)
+    options = {"scheduler": scheduler, "out": folder / "whole", "losses": losses, **settings}
+    result, report = tune(whole, teaching, source, steps=steps, **options)
+    return result, IncubationReport(tuple(TuningReport.of(job.out) for job in jobs), report)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The training of one stage.
+
+    Args:
+        out: the folder of the run.
+        blocks: the blocks that are trained.
+        steps: the number of optimizer steps.
+        options: further arguments of `tune`.
+    """
+
+    out: Path
+    blocks: tuple[str, ...]
+    steps: int
+    options: dict[str, Any]
+
+    def run(self, student: GraphUNet, teacher: GraphUNet, data: Source) -> GraphUNet:
+        fixed: dict[str, Any] = {"steps": self.steps, "out": self.out, "train": self.blocks}
+        return tune(student, teacher, data, losses=(Output(), Features(self.blocks)), **fixed, **self.options)[0]
+
+
+def changed_blocks(student: GraphUNet, teacher: GraphUNet) -> tuple[str, ...]:
+    """Return the blocks that a stage trains: those that a pass changed, and the neighbours of those that are gone.
+
+    Args:
+        student: the teacher with one stage applied.
+        teacher: the teacher.
+    Raises:
+        TuningError: the stage changes no block.
+    """
+    before, after = _blocks(teacher), _blocks(student)
+    order = list(before)
+    kept = [block for block in order if block in after]
+    changed = {block for block in kept if before[block] != after[block]}
+    for place, block in enumerate(order):
+        if block not in after:
+            changed |= {next((b for b in side if b in after), block) for side in (order[place::-1], order[place:])}
+    result = tuple(block for block in kept if block in changed)
+    if not result:
+        raise TuningError(
+            f"the stage {', '.join(str(p.one) for p in student.graph.passes)} changes no block",
+            where="stages",
+            hint="a stage is a pass that changes down blocks, the mid block or up blocks",
+        )
+    return result
+
+
+def _blocks(unet: GraphUNet) -> dict[str, tuple[str, ...]]:
+    """Return the operations of every block, in graph order."""
+    blocks: dict[str, list[str]] = {}
+    for node in unet.graph.nodes:
+        stack = [path for path in node.meta.get("nn_module_stack", {}) if path]
+        block = ".".join(stack[0].split(".")[:2]) if stack else ""
+        if block.split(".")[0] in ("down_blocks", "mid_block", "up_blocks"):
+            blocks.setdefault(block, []).append(f"{node.op} {node.target}")
+    return {block: tuple(operations) for block, operations in blocks.items()}
+
+
+def _check_apart(trained: Sequence[tuple[str, ...]], stages: Sequence[Sequence[Pass]]) -> None:
+    owner: dict[str, int] = {}
+    for number, blocks in enumerate(trained):
+        for block in blocks:
+            if block in owner:
+                first, second = (", ".join(map(str, stages[i])) for i in (owner[block], number))
+                raise TuningError(
+                    f"two stages change {block}: {first} and {second}",
+                    where=block,
+                    hint="join them into one stage, PruneBlocks((...)).stages(graph) finds what must change together",
+                )
+            owner[block] = number
+
+
+def assemble(student: GraphUNet, parts: Iterable[tuple[Sequence[str], GraphUNet]]) -> GraphUNet:
+    """Return a student with the weights of blocks that were trained apart.
+
+    Args:
+        student: the UNet whose graph is kept; it stays as it is.
+        parts: blocks, and the UNet whose weights they get.
+    Raises:
+        TuningError: a UNet has other weights in a block than the student.
+    Example:
+        `assemble(student, [(("mid_block",), tuned)])`
+    """
+    whole = copy.deepcopy(student)
+    weights = whole.state_dict()
+    for blocks, unet in parts:
+        others = unet.state_dict()
+        for block in blocks:
+            names = [name for name in weights if name.startswith(f"{block}.")]
+            wrong = [n for n in names if n not in others or others[n].shape != weights[n].shape]
+            wrong += [n for n in others if n.startswith(f"{block}.") and n not in weights]
+            if wrong or not names:
+                raise TuningError(
+                    f"{block} does not fit: the student and the UNet that it is taken from differ at "
+                    f"{(wrong or ['all weights'])[0]}",
+                    where=block,
+                    hint="take a block from a UNet that had the same passes applied to it",
+                )
+            weights |= {name: others[name] for name in names}
+    whole.load_state_dict(weights)
+    return whole
+
+
+def _run_apart(jobs: Sequence[Job], students: Sequence[GraphUNet], teacher: Path, data: Source, processes: int) -> None:
+    """Run stages in processes of their own."""
+    try:
+        pickle.dumps((data, [job.options for job in jobs]))
+    except Exception as error:  # whatever the data hold
+        raise TuningError(
+            f"the data or the scheduler cannot be sent to another process: {error}",
+            where="data",
+            hint="pass sdgraph.tuning.Tensors, a picklable source, or processes=1",
+        ) from error
+    for job, student in zip(jobs, students, strict=True):
+        student.save_pretrained(job.out / "begin")
+    threads = max(1, torch.get_num_threads() // processes)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (threads,)) as pool:
+        for future in [pool.submit(_run_saved, job, teacher, data) for job in jobs]:
+            future.result()
+
+
+def _run_saved(job: Job, teacher: Path, data: Source) -> None:
+    job.run(GraphUNet.from_pretrained(job.out / "begin"), GraphUNet.from_pretrained(teacher), data)

@@ -1,0 +1,136 @@
+"""Stages that are trained apart: found from the graph, refused where they overlap, assembled by weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+import sdgraph
+from sdgraph import errors
+from sdgraph.passes import PruneBlocks
+from sdgraph.tuning import IncubationReport, Output, Tensors, assemble, chain, incubate
+from sdgraph.tuning.incubate import changed_blocks
+
+from ..models import build
+from .conftest import equal, tensors
+
+OPTIONS: dict[str, Any] = {
+    "scheduler": DDPMScheduler(),
+    "train_batch_size": 4,
+    "learning_rate": 2e-3,
+    "report_to": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def deep() -> sdgraph.GraphUNet:
+    """A teacher with four levels. Leave it as it is."""
+    return sdgraph.GraphUNet(sdgraph.trace(build("sd15-levels")))
+
+
+@pytest.fixture(scope="module")
+def stages(teaching: sdgraph.GraphUNet) -> tuple[PruneBlocks, ...]:
+    return PruneBlocks("bk-sdm-base").stages(teaching.graph)
+
+
+def test_stages_are_blocks_that_share_skips(deep: sdgraph.GraphUNet) -> None:
+    def blocks(preset: str) -> list[set[str]]:
+        stages = PruneBlocks(preset).stages(deep.graph)
+        return [{".".join(path.split(".")[:2]) for path in stage.blocks} for stage in stages]
+
+    assert blocks("bk-sdm-base") == [{f"down_blocks.{i}", f"up_blocks.{3 - i}"} for i in range(4)]
+    small = {"down_blocks.3", "mid_block", "up_blocks.0"}  # what is left of the mid block are its neighbours
+    assert blocks("bk-sdm-small") == [*blocks("bk-sdm-base")[:3], small]
+
+
+@pytest.mark.parametrize("preset", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"])
+def test_stages_together_are_the_whole(deep: sdgraph.GraphUNet, preset: str) -> None:
+    stages = PruneBlocks(preset).stages(deep.graph)
+    together = sdgraph.apply(deep, stages, verify=False)
+    assert set(together.graph.removed) == set(sdgraph.apply(deep, [PruneBlocks(preset)], verify=False).graph.removed)
+    trained = [block for stage in stages for block in changed_blocks(sdgraph.apply(deep, [stage], verify=False), deep)]
+    assert len(trained) == len(set(trained))
+
+
+def test_a_stage_trains_its_blocks_alone(
+    stages: tuple[PruneBlocks, ...], teaching: sdgraph.GraphUNet, data: Tensors, tmp_path: Path
+) -> None:
+    student = sdgraph.apply(teaching, [stages[0]], verify=False)
+    blocks = changed_blocks(student, teaching)
+    assert blocks == ("down_blocks.0", "up_blocks.1")
+    before = tensors(student)
+    tuned, report = sdgraph.tune(student, teaching, data, steps=20, out=tmp_path, train=blocks, **OPTIONS)
+    for name, weight in tensors(tuned).items():
+        assert torch.equal(weight, before[name]) != name.startswith(blocks), name
+    assert report.column("loss")[-3:].mean() < report.column("loss")[:3].mean()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_incubated_stages_are_assembled(
+    progressive: bool, stages: tuple[PruneBlocks, ...], teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path
+) -> None:
+    def run() -> tuple[sdgraph.GraphUNet, IncubationReport]:
+        options: dict[str, Any] = {"stage_steps": 10, "steps": 2, "losses": (Output(),), **OPTIONS}
+        return incubate(teacher, stages, data, out=tmp_path, progressive=progressive, **options)
+
+    tuned, report = run()
+    student = sdgraph.apply(teacher, stages, verify=False)
+    _, alone = sdgraph.tune(student, teacher, data, steps=1, out=tmp_path / "alone", losses=(Output(),), **OPTIONS)
+    assert report.whole.column("loss")[0] < alone.column("loss")[0]  # the assembled student begins better
+    assert len(report.stages) == len(stages)
+    again, _ = run()
+    assert equal(tensors(tuned), tensors(again))
+
+
+@pytest.mark.slow
+def test_processes_give_what_one_process_gives(
+    stages: tuple[PruneBlocks, ...], teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    results = [
+        incubate(
+            teacher, stages, data, stage_steps=2, steps=1, out=tmp_path / str(processes), processes=processes, **OPTIONS
+        )[0]
+        for processes in (1, 2)
+    ]
+    assert equal(*map(tensors, results))
+
+
+def test_parts_that_do_not_fit_are_refused(
+    teacher: UNet2DConditionModel,
+    teaching: sdgraph.GraphUNet,
+    student: sdgraph.GraphUNet,
+    data: Tensors,
+    tmp_path: Path,
+) -> None:
+    def run(stages: Sequence[Any], data: Tensors = data, **more: Any) -> None:
+        incubate(teacher, stages, data, stage_steps=1, steps=1, out=tmp_path, **{**OPTIONS, **more})
+
+    overlapping = [PruneBlocks("up_blocks.1.resnets.1"), PruneBlocks("up_blocks.1.resnets.2")]
+    with pytest.raises(errors.TuningError, match=r"two stages change up_blocks\.1"):
+        run(overlapping)
+    with pytest.raises(errors.TuningError, match="there is no option"):
+        run(["PruneBlocks('mid_block')"], rate=3)
+    unpicklable = Tensors(torch.zeros(2, 4, 8, 8), {})
+    unpicklable.local = lambda: None  # type: ignore[attr-defined]
+    with pytest.raises(errors.TuningError, match="cannot be sent to another process"):
+        run(["PruneBlocks('mid_block')"], unpicklable, processes=2)
+    unchanged = sdgraph.apply(teaching, [], verify=False)
+    with pytest.raises(errors.TuningError, match="changes no block"):
+        changed_blocks(unchanged, teaching)
+    with pytest.raises(errors.TuningError, match=r"down_blocks\.0 does not fit"):
+        assemble(student, [(("down_blocks.0",), teaching)])
+    with pytest.raises(errors.TuningError, match="chain has no passes"):
+        chain(teacher, [], data, steps=1, out=tmp_path)
+
+
+def test_a_chain_teaches_link_by_link(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
+    links = ["PruneBlocks('mid_block')", PruneBlocks("up_blocks.0.resnets.1")]
+    last, reports = chain(teacher, links, data, steps=2, out=tmp_path, losses=(Output(),), **OPTIONS)
+    assert set(last.graph.removed) == {"mid_block", "up_blocks.0.resnets.1"}
+    assert [report.out.name for report in reports] == ["link-1", "link-2"]
