@@ -116,9 +116,7 @@ def replay(passes: Iterable[Applied], graph: Graph) -> Graph:
     return graph
 
 
-def _edit(
-    pass_: Pass, original: Graph, work: Graph, decisions: Decisions
-) -> tuple[Findings, tuple[PassReport, ...]]:
+def _edit(pass_: Pass, original: Graph, work: Graph, decisions: Decisions) -> tuple[Findings, tuple[PassReport, ...]]:
     """Run a pass on a copy of a graph, and return its findings and the reports of inner passes.
 
     Args:

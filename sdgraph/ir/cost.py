@@ -29,8 +29,13 @@ def count_macs(node: fx.Node, module: nn.Module | None, run: Callable[[], object
         return 0
     if node.target in ELEMENTWISE or node.target in VIEWS or node.target == "to":
         return 0
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):  # each value is one product of a row
-        return node.meta["val"].numel() * module.weight[0].numel()
+    # What most graphs cost is counted here, because PyTorch's counter evaluates the node, which is slow.
+    val = node.meta["val"]
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        return val.numel() * module.weight[0].numel()
+    if node.target is F.scaled_dot_product_attention:
+        query, key = (source.meta["val"] for source in node.args[:2])
+        return (query.numel() + val.numel()) * key.shape[-2]
     if module is not None and all(p.ndim < 2 for p in module.parameters()):
         return 0
     with FlopCounterMode(display=False) as counter:
