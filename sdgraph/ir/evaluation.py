@@ -124,7 +124,7 @@ def propagate(graph: Evaluated, anew: bool) -> None:
                 shaped.add(arg)
                 if arg.meta["val"] is None or _kinds(arg) != _kinds(other):
                     changed.add(arg)
-                residual_like(arg, other)
+                    residual_like(arg, other)
         current = not anew and node.meta.get("evaluated") == Operation.of(node)
         if current and changed.isdisjoint(node.all_input_nodes):
             continue

@@ -6,6 +6,7 @@ repeats them at the same sizes again and again.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 # What the result depends on besides the arguments is in `extra_repr` and the weights; the result shares no memory.
 MODULES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
-FUNCTIONS = (F.scaled_dot_product_attention, F.gelu)
+FUNCTIONS = (F.scaled_dot_product_attention, F.gelu, operator.add, operator.truediv)
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _known: dict[tuple[Any, ...], Layout] = {}
@@ -29,9 +30,10 @@ def computed(code: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     """
     module = getattr(code, "__self__", None)
     with torch.no_grad():
+        about: tuple[Any, ...]
         if type(module) in MODULES:
             about = (type(module), module.extra_repr(), *map(_layout, module.parameters()))
-        elif code in FUNCTIONS:
+        elif code in FUNCTIONS and isinstance(args[0], torch.Tensor):
             about = (code,)
         else:
             return code(*args, **kwargs)
