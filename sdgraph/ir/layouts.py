@@ -28,7 +28,7 @@ def computed(code: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     Args:
         code: a function, or a method such as the `forward` of a module.
     """
-    module = getattr(code, "__self__", None)
+    module: Any = getattr(code, "__self__", None)
     with torch.no_grad():
         about: tuple[Any, ...]
         if type(module) in MODULES:
