@@ -35,11 +35,14 @@ class HoistInvariants(Pass):
             and isinstance(node.meta["val"], torch.Tensor)
             and any(user in changing or user.op == "output" for user in node.users)
         ]
-        edits = []
+        edits: list[str] = []
+        names = set(graph.sites)
         for node in invariants:
             source = _costly(graph, node)
             if source is not None:
-                name = _free_name(graph, source)
+                stem = str(source.target) if source.op == "call_module" else source.name
+                name = stem if stem not in names else f"{stem}:{source.name}"
+                names.add(name)
                 graph.inherit(node, name, ONCE)
                 edits.append(f"{name} is computed once per generation")
         return Findings(edits=tuple(edits))
@@ -49,8 +52,3 @@ def _costly(graph: Graph, node: fx.Node) -> fx.Node | None:
     """Return a node with multiply-accumulates that a value is computed from; None if it is kept or costs nothing."""
     sources = graph.ancestors(node, stop=lambda source: source.target is inherit)
     return next((source for source in sources if graph.macs_of(source)), None)
-
-
-def _free_name(graph: Graph, node: fx.Node) -> str:
-    stem = str(node.target) if node.op == "call_module" else node.name
-    return stem if stem not in graph.sites else f"{stem}:{node.name}"

@@ -19,7 +19,6 @@ from ..ir.guards import raised
 from ..ir.inputs import random_value
 from ..ir.nodes import scope
 from ..ir.sites import Step, step
-from ..ir.specialize import drop_inputs
 
 Call = dict[str, torch.Tensor]
 
@@ -107,7 +106,7 @@ def play(graph: Graph, calls: Sequence[Mapping[str, torch.Tensor]], stale: Colle
 
 
 def _step(graph: Graph, flat: Mapping[str, torch.Tensor], stale: Collection[str]) -> Step:
-    return step(drop_inputs(graph.fx, {i.name for i in graph.inputs if i.name not in flat}), stale)
+    return step(graph.fx, {i.name for i in graph.inputs if i.name not in flat}, stale)
 
 
 def _arguments(

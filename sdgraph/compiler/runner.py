@@ -67,8 +67,9 @@ def run_pass(
     # Tensors made in inference mode do not count their edits.
     versions = [(name, p, p._version) for name, p in graph.parameters().items() if not p.is_inference()]
     decisions = Decisions(recorded)
-    size_before = size(graph)  # before the copies, which take over what its nodes cost
-    after, findings, children = _edited(pass_, graph, decisions)
+    size_before = size(graph)  # before the copy, which takes over what its nodes cost
+    after = graph.copy()
+    findings, children = _edit(pass_, graph, after, decisions)
     if fingerprint(after) == fingerprint(graph) and not pass_.may_change_nothing:
         closest = "; ".join(f"{m.where}: {m.reason}" for m in findings.near_misses[:3])
         raise NoChangeError(
@@ -115,16 +116,21 @@ def replay(passes: Iterable[Applied], graph: Graph) -> Graph:
     return graph
 
 
-def _edited(pass_: Pass, graph: Graph, decisions: Decisions) -> tuple[Graph, Findings, tuple[PassReport, ...]]:
-    """Return a copy of the graph with the edits of the pass, the findings, and the reports of inner passes."""
+def _edit(pass_: Pass, original: Graph, work: Graph, decisions: Decisions) -> tuple[Findings, tuple[PassReport, ...]]:
+    """Run a pass on a copy of a graph, and return its findings and the reports of inner passes.
+
+    Args:
+        original: the graph before the outermost pass.
+        work: the copy, with the edits of earlier inner passes.
+    """
     if isinstance(pass_, Chain):
-        return _edited_in_turn(pass_, graph, decisions)
-    work = graph.copy()
+        return _edit_in_turn(pass_, original, work, decisions)
+    guards = work.guards
     work._decisions, work._editor = decisions, str(pass_)
     try:
         findings = pass_.run(work)
-        work.guards = tuple(g if g in graph.guards else _named(g, pass_) for g in work.guards)
-        _settle(pass_, graph, work)
+        work.guards = tuple(g if g in guards else _named(g, pass_) for g in work.guards)
+        _settle(pass_, original, work)
     except SdgraphError as error:
         ours = type(pass_).__module__.startswith(
             "sdgraph."
@@ -134,7 +140,7 @@ def _edited(pass_: Pass, graph: Graph, decisions: Decisions) -> tuple[Graph, Fin
     except Exception as error:
         raise _failed(pass_, error, work) from error
     work._decisions, work._editor = Decisions(), ""
-    return work, findings or Findings(), ()
+    return findings or Findings(), ()
 
 
 def _named(guard: Guard, pass_: Pass) -> Guard:
@@ -155,26 +161,28 @@ def _failed(pass_: Pass, error: Exception, graph: Graph) -> PassError:
     )
 
 
-def _edited_in_turn(pass_: Chain, graph: Graph, decisions: Decisions) -> tuple[Graph, Findings, tuple[PassReport, ...]]:
+def _edit_in_turn(
+    pass_: Chain, original: Graph, work: Graph, decisions: Decisions
+) -> tuple[Findings, tuple[PassReport, ...]]:
     reports: list[PassReport] = []
     edits: list[str] = []
     misses: list[NearMiss] = []
-    mark = fingerprint(graph)
+    mark, size_before = fingerprint(work), size(work)
     for _ in range(pass_.repeat):
         mark_before, misses = mark, []
         for inner in pass_.passes:
             start = time.perf_counter()
-            after, findings, children = _edited(inner, graph, decisions)
-            mark_after = fingerprint(after)
+            findings, children = _edit(inner, original, work, decisions)
+            mark_after = fingerprint(work)
             if mark_after != mark:
                 seconds = time.perf_counter() - start
-                sizes = size(graph), size(after)
+                sizes = size_before, size(work)
                 reports.append(
                     PassReport(str(inner), str(inner.contract), *sizes, None, seconds, findings.edits, (), children)
                 )
+                mark, size_before = mark_after, sizes[1]
             edits += findings.edits
             misses += findings.near_misses
-            graph, mark = after, mark_after
         if mark == mark_before:
             break
     else:
@@ -182,7 +190,7 @@ def _edited_in_turn(pass_: Chain, graph: Graph, decisions: Decisions) -> tuple[G
             raise PassError(
                 f"{pass_} still changes the graph after {pass_.repeat} rounds", hint="raise repeat, or break the cycle"
             )
-    return graph, Findings(tuple(edits), tuple(misses)), tuple(reports)
+    return Findings(tuple(edits), tuple(misses)), tuple(reports)
 
 
 def _settle(pass_: Pass, before: Graph, after: Graph) -> None:
@@ -257,7 +265,8 @@ def _compare(
 def _blame(pass_: Chain, graph: Graph) -> None:
     """Run the passes of a failed sequence one by one, so that the error names the guilty pass."""
     for inner in pass_.passes:
-        after, _, _ = _edited(inner, graph, Decisions())
+        after = graph.copy()
+        _edit(inner, graph, after, Decisions())
         _verify(inner, graph, after)
         graph = after
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import fx, nn
 from ..errors import EditError, SdgraphError, ShapeError
 from .dims import Dims
 from .inputs import Input
+from .layouts import computed
 from .nodes import called, residual_like, scope, values
 from .weights import meta_like, on_meta
 
@@ -66,7 +67,7 @@ def infer(graph: Evaluated, node: fx.Node) -> None:
     node.meta["evaluated"] = Operation.of(node)
     for key in ("val", "probe"):
         try:
-            node.meta[key] = evaluate(graph, node, key)
+            node.meta[key] = computed(*_call(graph, node, key))
         except SdgraphError:
             raise
         except Exception as error:
@@ -88,17 +89,23 @@ def evaluate(graph: Evaluated, node: fx.Node, key: str) -> Any:
     Args:
         key: "val" for the nominal sizes, "probe" for the generic ones.
     """
+    code, args, kwargs = _call(graph, node, key)
+    with torch.no_grad():
+        return code(*args, **kwargs)
+
+
+def _call(graph: Evaluated, node: fx.Node, key: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """What a node calls, with the values of its inputs as arguments."""
     args = fx.map_arg(node.args, lambda n: n.meta[key])
     kwargs = fx.map_arg(node.kwargs, lambda n: n.meta[key])
-    with torch.no_grad():
-        if node.op == "call_module":
-            return _meta_module(graph, str(node.target), key).forward(*args, **kwargs)
-        if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "get_attr":
-            return meta_like(graph.tensor(str(node.target)), graph.probe_dtype(key))
+    if node.op == "call_module":
+        return _meta_module(graph, str(node.target), key).forward, args, kwargs
+    if node.op == "call_function":
+        return node.target, args, kwargs  # type: ignore[return-value]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target)), args[1:], kwargs
+    if node.op == "get_attr":
+        return meta_like, (graph.tensor(str(node.target)), graph.probe_dtype(key)), {}
     raise EditError(f"a {node.op} node cannot be evaluated", where=node.name)
 
 
@@ -117,7 +124,7 @@ def propagate(graph: Evaluated, anew: bool) -> None:
                 shaped.add(arg)
                 if arg.meta["val"] is None or _kinds(arg) != _kinds(other):
                     changed.add(arg)
-                residual_like(arg, other)
+                    residual_like(arg, other)
         current = not anew and node.meta.get("evaluated") == Operation.of(node)
         if current and changed.isdisjoint(node.all_input_nodes):
             continue

@@ -20,7 +20,7 @@ from ..forecasts import REPEAT, Forecast, as_forecast
 from ..schedules import Drift, Schedule
 from .inputs import Input
 from .liveness import ancestors, eliminate_dead_code
-from .specialize import copy_nodes
+from .specialize import drop_inputs
 
 
 def inherit(value: torch.Tensor, site: str) -> torch.Tensor:
@@ -114,13 +114,17 @@ class Step:
     returns_tuple: bool = True
 
 
-def step(nodes: fx.Graph, stale: Collection[str] = ()) -> Step:
-    """Return the graph for a call at which the sites in `stale` are inherited or bypassed.
+def step(nodes: fx.Graph, absent: Collection[str] = (), stale: Collection[str] = ()) -> Step:
+    """Return the graph for a call that leaves out the optional inputs `absent`, and at which the sites in `stale` are
+    inherited or bypassed.
 
     Every other site that the output depends on is computed, and its value is returned; nodes that only feed values that
     are not used are removed. A graph without sites returns its output as it is.
+
+    Raises:
+        EditError: the output cannot be computed without the absent inputs.
     """
-    variant = copy_nodes(nodes)
+    variant = drop_inputs(nodes, absent)
     if not sites(variant):
         return Step(variant, (), (), returns_tuple=False)
     given = [node for node in variant.nodes if node.op == "placeholder"]

@@ -11,8 +11,10 @@ take ten times as long for the same graph.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +41,33 @@ def is_leaf(module: nn.Module) -> bool:
     return ours and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
+@dataclass
+class Names:
+    """Names of modules and tensors.
+
+    Args:
+        modules: by id.
+        tensors: by id; a tied tensor has the first of its names.
+        transient: the names of buffers that no `state_dict` holds.
+    """
+
+    modules: dict[int, str] = field(default_factory=dict)
+    tensors: dict[int, str] = field(default_factory=dict)
+    transient: set[str] = field(default_factory=set)
+
+    def add(self, root: nn.Module, prefix: str) -> None:
+        """Add a module tree, whose names begin with `prefix`."""
+        for inner, module in root.named_modules():
+            path = ".".join(filter(None, (prefix, inner)))
+            path = path.replace(".base_layer", "")  # inside a fused LoRA layer: the layer it stands for
+            dotted = f"{path}." if path else ""
+            self.modules[id(module)] = path
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self.tensors.setdefault(id(tensor), dotted + name)
+            self.transient.update(dotted + name for name in module._non_persistent_buffers_set)
+
+
 class Tracer(ProxyTracer):
     """Appends the operations of running code to a graph.
 
@@ -63,20 +92,16 @@ class Tracer(ProxyTracer):
         self._staying = set(graph.fx.nodes).difference(leaving)
         self._once: dict[Any, Any] = {}
         self.outdated: set[fx.Node] = set()  # values from before an edit in place that eager code would show in them
-        dotted = prefix + "." if prefix else ""
-        self._paths: dict[int, str] = {}
-        self._tensors: dict[int, str] = {}
-        self._transient: set[str] = set()  # buffers that no state_dict holds
-        for start, model in (("", graph.weights), (dotted, root)):  # code may use the graph's own leaves too
-            for path, module in model.named_modules() if model is not None else ():
-                path = f"{start}{path}" if path else start[:-1]
-                path = path.replace(".base_layer", "")  # inside a fused LoRA layer: the layer it stands for
-                self._paths[id(module)] = path
-                for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                    if tensor is not None:
-                        self._tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
-                for name in module._non_persistent_buffers_set:
-                    self._transient.add(f"{path}.{name}" if path else name)
+        self._prefix = prefix
+
+    @functools.cached_property
+    def _names(self) -> Names:
+        """The names of what the code may use: the modules and tensors of `root`, and those of the graph."""
+        names = Names()  # made when it is first asked for: most of the code that rewrites insert uses none
+        names.add(self.owner.weights, "")
+        if self.root is not None:
+            names.add(self.root, self._prefix)
+        return names
 
     # -- what fx calls ------------------------------------------------------------------------------------------
 
@@ -199,7 +224,7 @@ class Tracer(ProxyTracer):
 
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Append a node for a leaf; run the code of any other module, in its own scope."""
-        path = self._paths.get(id(module))
+        path = self._names.modules.get(id(module))
         if path is None:
             raise self.error(
                 f"a {type(module).__name__} is called that is no submodule of what is traced",
@@ -225,17 +250,17 @@ class Tracer(ProxyTracer):
 
     def read(self, tensor: torch.Tensor) -> Any:
         """Return the proxy of a parameter or buffer of the traced code; any other tensor is returned as it is."""
-        return self.proxy(self._tensor(tensor)) if id(tensor) in self._tensors else tensor
+        return self.proxy(self._tensor(tensor)) if id(tensor) in self._names.tensors else tensor
 
     def _tensor(self, tensor: torch.Tensor) -> fx.Node:
-        name = self._tensors.get(id(tensor))
+        name = self._names.tensors.get(id(tensor))
         if name is None:
             name = self.owner.free_name("constant")
-            self._tensors[id(tensor)] = name
+            self._names.tensors[id(tensor)] = name
         held = self.owner.weights.get(name)
         if held is not tensor and held is not self.shares.tensor(tensor):
             self._displace(name)
-            self.owner.add_tensor(name, tensor, self.shares, persistent=name not in self._transient)
+            self.owner.add_tensor(name, tensor, self.shares, persistent=name not in self._names.transient)
         key = ("get_attr", name)
         if key not in self._once:
             self._once[key] = self.create_proxy("get_attr", name, (), {})

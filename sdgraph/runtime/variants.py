@@ -9,7 +9,6 @@ from torch import fx, nn
 from ..errors import ModeError
 from ..graph import Graph
 from ..ir.sites import step
-from ..ir.specialize import drop_inputs
 
 
 class Variants:
@@ -37,7 +36,7 @@ class Variants:
         if key not in self._modules:
             _check_offload(module, graph)
             absent = {i.name for i in graph.inputs} - given
-            call = step(drop_inputs(graph.fx, absent), inherited)
+            call = step(graph.fx, absent, inherited)
             variant = fx.GraphModule(module, call.nodes, class_name="UNet")
             variant.meta |= {"takes": call.takes, "gives": call.gives}
             if self._compile is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sdgraph
-from sdgraph import GraphUNet, Pass
+from sdgraph import Graph, GraphUNet, Pass
 from sdgraph.errors import SdgraphError
 from sdgraph.passes import CleanUp, GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.schedules import Uniform
@@ -34,10 +34,15 @@ def generation(unet: GraphUNet) -> list[torch.Tensor]:
         return [unet(**{**call, "timestep": t})[0] for t in (900, 600, 300)]
 
 
+@pytest.fixture(scope="module")
+def source() -> Graph:
+    """The graph of a UNet with a place for each pass. Leave it as it is; passes do."""
+    return sdgraph.trace(build("sd15-levels", sample_size=16))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), list(combinations(PASSES, 2)))
-def test_two_passes_in_both_orders(one: str, other: str) -> None:
-    source = build("sd15-levels", sample_size=16)
+def test_two_passes_in_both_orders(source: Graph, one: str, other: str) -> None:
     results = []
     for order in ((one, other), (other, one)):
         chain = [PASSES[name] for name in order]
@@ -52,8 +57,7 @@ def test_two_passes_in_both_orders(one: str, other: str) -> None:
 
 
 @pytest.mark.slow
-def test_all_passes_in_some_orders() -> None:
-    source = build("sd15-levels", sample_size=16)
+def test_all_passes_in_some_orders(source: Graph) -> None:
     legal = [o for o in permutations(PASSES) if o.index("prune") < o.index("hoist")]
     results = [generation(sdgraph.apply(source, [PASSES[n] for n in order], verify=False)) for order in legal[::60]]
     assert len(results) == 6

@@ -68,18 +68,24 @@ def test_an_index_that_names_a_foreign_file_is_refused(pair: Any, tmp_path: Path
         GraphUNet.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def in_one_file(pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the pair's graph, saved without options. To be read only."""
+    folder = tmp_path_factory.mktemp("saved") / "unet"
+    pair[1].save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "cpu", torch.device("cpu"), {"": "cpu"}], ids=str)
-def test_device_maps_of_one_device(pair: Any, tmp_path: Path, device_map: Any) -> None:
-    pair[1].save_pretrained(tmp_path / "unet")
-    assert_same(pair[0], GraphUNet.from_pretrained(tmp_path / "unet", device_map=device_map))
+def test_device_maps_of_one_device(pair: Any, in_one_file: Path, device_map: Any) -> None:
+    assert_same(pair[0], GraphUNet.from_pretrained(in_one_file, device_map=device_map))
 
 
 @pytest.mark.slow
-def test_device_maps_of_several_devices_are_refused(pair: Any, tmp_path: Path) -> None:
-    pair[1].save_pretrained(tmp_path / "unet")
+def test_device_maps_of_several_devices_are_refused(in_one_file: Path) -> None:
     with pytest.raises(SavedError, match=r"(?s)cpu, meta.*one device"):
-        GraphUNet.from_pretrained(tmp_path / "unet", device_map={"conv_in": "cpu", "conv_out": "meta"})
+        GraphUNet.from_pretrained(in_one_file, device_map={"conv_in": "cpu", "conv_out": "meta"})
 
 
 @pytest.mark.slow

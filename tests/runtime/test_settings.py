@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,15 @@ from ..pipelines import PIPELINES, POOLED, PROMPT, SIZE, large, make
 FREEU = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
 
 
-def both(change: Callable[[Any], Any], passes: str = "", **build_with: Any) -> tuple[Any, GraphUNet]:
+@functools.cache
+def applied(passes: str) -> GraphUNet:
+    """A graph to be copied: `apply` takes longer than the settings."""
+    return sdgraph.apply(build(), passes)
+
+
+def both(change: Callable[[Any], Any], passes: str = "") -> tuple[Any, GraphUNet]:
     """A UNet and the graph of another such, each after the same change."""
-    unet, graph = build(**build_with), sdgraph.apply(build(**build_with), passes)
+    unet, graph = build(), copy.deepcopy(applied(passes))
     change(unet)
     change(graph)
     return unet, graph
