@@ -12,7 +12,7 @@ from ..errors import SpecError, TuningError
 from ..graph import Graph
 from ..ir.region import region_at
 from ..ir.sites import step
-from ..ir.specialize import copy_nodes, drop_inputs
+from ..ir.specialize import copy_nodes
 from ..runtime.unet import GraphUNet
 from .recompute import recomputed
 
@@ -79,7 +79,7 @@ class Observed(nn.Module):
         output = nodes.output_node()
         output.args = ((output.args[0], *(copies[tap.node(graph).name] for tap in taps)),)
         # Specialized with the further outputs in place, so that they follow where a node is replaced by another.
-        call = step(drop_inputs(nodes, {i.name for i in graph.inputs} - given))
+        call = step(nodes, absent={i.name for i in graph.inputs} - given)
         if call.returns_tuple:
             output = call.nodes.output_node()
             output.args = (output.args[0][0],)  # type: ignore[index]
