@@ -141,7 +141,8 @@ class Candidates:
         return Explicit(refreshes, calls)
 
     def _forecast(self, plan: Plan, number: int, run: Run) -> Forecast:
-        along = getattr(as_forecast(getattr(self.passes[number], "forecast", 0)), "along", "call")
+        own = as_forecast(getattr(self.passes[number], "forecast", 0))
+        along = own.along if isinstance(own, Polynomial) else "call"
         known = self._known(plan, number)
         dampings = sorted(plan.calls[n].damping for n, at in known.items() if len(at) == 2)
         if not any(dampings):
@@ -151,6 +152,5 @@ class Candidates:
             return shared
         rows: list[tuple[float, ...]] = [()] * len(plan.calls)
         for n, at in known.items():
-            weights = Polynomial(1, plan.calls[n].damping, along).weights(at, n, run)
-            rows[n] = tuple(round(weight, 4) for weight in weights)
-        return Fitted(tuple(rows), run.solver, shared)
+            rows[n] = Polynomial(1, plan.calls[n].damping, along).weights(at, n, run)
+        return Fitted.of(rows, run, shared)

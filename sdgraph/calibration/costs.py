@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ScheduleError, SpecError
+from ..runtime.interface import no_value
 from ..runtime.unet import GraphUNet
 
 Cost = Callable[[frozenset[str]], float]  # of a call, by the sites that are stale and that it comes by
@@ -36,7 +37,7 @@ def seconds_here(unet: GraphUNet, flat: Mapping[str, Tensor]) -> Cost:
         return time.perf_counter() - start
 
     with torch.no_grad():
-        _, values = unet._step(flat, frozenset(), {}.__getitem__)
+        _, values = unet._step(flat, frozenset(), no_value)
     whole = statistics.median(timed(frozenset(), values) for _ in range(TURNS))
 
     def cost(stale: frozenset[str]) -> float:

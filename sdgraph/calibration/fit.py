@@ -122,7 +122,7 @@ def fit_forecast(
         """The forecast with a damping for every call of `free`."""
         damped = {n: Polynomial(1, float(d), start.along) for n, d in zip(free, dampings, strict=True)}
         rows = [damped.get(n, REPEAT).weights(known[n], n, run) if n in known else () for n in range(run.calls or 0)]
-        return Fitted(tuple(tuple(round(weight, 4) for weight in row) for row in rows), run.solver, start)
+        return Fitted.of(rows, run, start)
 
     begun = float(start.damping) if start.order else 0.0
     with tqdm(total=rounds * (1 + len(free)), desc="fit", unit="run", disable=not progress) as bar:

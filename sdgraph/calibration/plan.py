@@ -54,10 +54,12 @@ class Plan:
     def spaced(cls, calls: int, refreshes: int, stale: frozenset[int], damping: float, shape: str = "even") -> Plan:
         """Return a plan with some calls that compute everything, spaced by one of `SHAPES`.
 
-        An even spacing of every n-th call is that of `Uniform(n)`.
+        An even spacing is that of `Uniform(n)` if that has as many.
         """
-        # A hair less, for multiplying and dividing may end above a whole number that it should end at.
         at = {ceil(calls * SHAPES[shape](i / refreshes) - 1e-9) for i in range(refreshes)}
+        uniform = set(range(0, calls, -(-calls // refreshes)))
+        if shape == "even" and len(uniform) == refreshes:
+            at = uniform
         return cls(tuple(Call() if n in at else Call(stale, damping) for n in range(calls)))
 
     def changed(self, number: int, call: Call) -> Plan:

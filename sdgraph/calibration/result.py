@@ -71,8 +71,8 @@ class SearchResult:
             return ""
         off = f"{ratio:.2g} times" if ratio > 1 else f"1/{1 / ratio:.2g} of"
         return (
-            f"the error on the held-out prompts is {off} what was predicted (prompts: {self.prompts}), so other prompts "
-            "may have other errors again: search on more prompts, 16 to 32"
+            f"the error on the held-out prompts is {off} what was predicted (prompts: {self.prompts}), so the error on "
+            "other prompts is not known either: search on more prompts, 16 to 32"
         )
 
     def __str__(self) -> str:

@@ -3,17 +3,17 @@
 What is measured is always a whole generation, by the pipeline's own solver and steps. In a multistep solver the errors
 of neighbouring calls cancel or add up, so parts of a generation do not tell what they are worth in another plan.
 
-The prompts are dealt into three groups. The search begins with the best of a few plans that are simple: even spacings
-and others, of each candidate, with a few dampings, and whatever fits the budget of what was measured before. It fits
-the dampings of all calls on the *tuning* prompts, and then tries moves: two neighbouring calls change places, a call
-leaves out something else, a damping is changed. A change is accepted if it is better on the tuning prompts and also on
-the *validation* prompts, by more than the standard error. The *held-out* prompts tell what to expect. If the plan is not better than
-the best even spacing on these, the even spacing is the result.
+The prompts are dealt into three groups. The search begins with the best of a few simple plans: even spacings and
+others, of each candidate, with a few dampings, and whatever fits the budget of what was measured before. It fits the
+dampings of all calls on the *tuning* prompts, and then tries moves: two neighbouring calls change places, a call leaves
+out something else, or a damping is changed. A change is accepted if it is better on the tuning prompts and also on the
+*validation* prompts, by more than the standard error. The *held-out* prompts tell what to expect. If the plan is not
+better than the best even spacing on these, the even spacing is the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
