@@ -64,7 +64,8 @@ def seconds_of(path: Path) -> Cost:
     """
     try:
         figures: Any = json.loads(path.read_text())
-        seconds = {frozenset(map(str, figures["stale"][name])): float(t) for name, t in figures["models"].items()}
+        stale = {name: frozenset(map(str, sites)) for name, sites in figures["stale"].items()}
+        seconds = {stale[name]: float(took) for name, took in figures["models"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(
             f"{path} has no times of calls ({type(error).__name__}: {error})",

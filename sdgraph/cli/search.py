@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--cost", default="time", metavar="COST",
-        help="what the time of a call is: time, measured here; macs, multiply-accumulates; or the JSON file of `sdgraph "
-        "bench --out` for a bundle with these candidates (default: %(default)s)",
+        help="time, measured here; macs, which counts multiply-accumulates; or the JSON file of `sdgraph bench "
+        "--out` for a bundle with these candidates (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--held-out", type=Path, metavar="FILE",
