@@ -108,7 +108,7 @@ def search(
         for number, part in ((fewer, fewer / steps), (steps, 1.0)):
             rows.append(Row(f"{number} steps, all computed", part, None, typical(judge.computed(number))))
     chain = options.chain(chosen, rehearsal.run)
-    result = apply(source, chain, verify=False)
+    result = apply(source, chain.passes, verify=False)
     return SearchResult(chain, timetable(result.graph, rehearsal.run), tuple(rows), moved, len(prompts), aim)
 
 
