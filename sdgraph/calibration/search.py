@@ -87,6 +87,8 @@ def search(
     if len(prompts) < (2 if held_out else 3):
         hint = "16 to 32 prompts: some are tuned on, some validate, and some are held out"
         raise SpecError(f"there are {len(prompts)} prompts, too few to search on", where="search", hint=hint)
+    if cost not in ("time", "macs"):
+        seconds_of(Path(cost))  # a bad file is refused before anything is generated
     dealt = 2 if held_out else 3
     groups = {TUNING: prompts[0::dealt], VALIDATION: prompts[1::dealt], HELD_OUT: held_out or prompts[2::dealt]}
     source = apply(pipe.unet, ())
@@ -251,12 +253,12 @@ def _improved(judge: _Judge, plan: Plan, trials: int, seed: int) -> Plan:
 
     random, tried = np.random.default_rng(seed), {plan}
     plan = fitted if better(fitted := judge.fitted(plan)) else plan
-    while True:
+    while len(tried) <= trials:
         moves = [judge.options.plain(move) for move in plan.neighbours(judge.options.kinds())]
-        moves = [move for move in dict.fromkeys(moves) if move not in tried and judge.fits(move)]
-        if not moves or len(tried) > trials:
+        random.shuffle(moves)  # type: ignore[arg-type]
+        move = next((move for move in moves if move not in tried and judge.fits(move)), None)
+        if move is None:
             break
-        move = moves[random.integers(len(moves))]
         tried.add(move)
         if better(move):
             plan = move
