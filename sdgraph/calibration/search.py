@@ -255,7 +255,7 @@ def _improved(judge: _Judge, plan: Plan, trials: int, seed: int) -> Plan:
     plan = fitted if better(fitted := judge.fitted(plan)) else plan
     while len(tried) <= trials:
         moves = [judge.options.plain(move) for move in plan.neighbours(judge.options.kinds())]
-        random.shuffle(moves)  # type: ignore[arg-type]
+        random.shuffle(moves)
         move = next((move for move in moves if move not in tried and judge.fits(move)), None)
         if move is None:
             break
