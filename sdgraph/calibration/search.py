@@ -68,7 +68,8 @@ def search(
             default 100, or twice the number of steps if that is more.
         trials: the number of moves that are tried.
         seed: the seed of the first image's latents; the others count up from it.
-        folder: the folder of measurements. With it, a stopped search continues, and another budget reuses them.
+        folder: the folder of measurements. With it, a search goes on from the best plan that is known to fit, after it
+            was stopped or for another budget.
         progress: whether to show a bar.
         call: further arguments of the pipeline, such as `num_inference_steps=20`.
     Returns:
