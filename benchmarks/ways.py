@@ -94,7 +94,7 @@ def inheritance(pipe: Any, quick: bool, folder: Path) -> Ways:
         ways.add("published", "attention broadcast", InheritFeatures.attention_broadcast())
         ways.add("published", "all layers, every 2nd", InheritFeatures.at_level("layer", within=EVERYWHERE))
     _, prompts = held_out_captions(2000)
-    prompts = prompts[-2:] if quick else prompts[-CALIBRATION:]
+    prompts = prompts[-3:] if quick else prompts[-CALIBRATION:]
     for forecast in (0, 1):
         candidate = replace(deep, forecast=forecast)
         for interval in intervals:
@@ -103,8 +103,8 @@ def inheritance(pipe: Any, quick: bool, folder: Path) -> Ways:
             budget = ways[f"DeepCache {interval}, branch 0"].macs
             assert budget is not None
             result = sdgraph.search(
-                pipe, [candidate], prompts, budget=budget, folder=folder,
-                num_inference_steps=ways.steps, reach=4 if quick else 10,
+                pipe, [candidate], prompts, budget=budget, cost="macs", folder=folder, trials=1 if quick else 60,
+                reference_steps=ways.steps, num_inference_steps=ways.steps,
             )  # fmt: skip
             kind = "searched, forecast" if forecast else "searched"
             ways.add(kind, f"as much as DeepCache {interval}, {kind}", result.passes)

@@ -121,12 +121,21 @@ class Fitted(Forecast):
         table: a row for every call: the weights of the values from the last refreshes, oldest first. The row of a call
             that refreshes is empty.
         solver: the solver they were fitted for, as `Run.solver` names it.
-        otherwise: the forecast for other solvers and other numbers of calls.
+        otherwise: the forecast for other solvers, and other calls of the same.
+        timesteps: of the calls they were fitted for; without any, only the number of calls is compared. An image that
+            is not made from pure noise, and timesteps of the caller's own, may have as many calls elsewhere.
     """
 
     table: tuple[tuple[float, ...], ...]
     solver: str = ""
     otherwise: Forecast = Polynomial(1, 0.5)
+    timesteps: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, table: Sequence[Sequence[float]], run: Run, otherwise: Forecast) -> Fitted:
+        """Return the forecast with the weights of a table, fitted for a run; numbers are rounded, to print short."""
+        rows = tuple(tuple(round(weight, 4) for weight in row) for row in table)
+        return cls(rows, run.solver, otherwise, _rounded(run.timesteps))
 
     def __post_init__(self) -> None:
         rows = self.table if isinstance(self.table, tuple) else (None,)
@@ -142,6 +151,10 @@ class Fitted(Forecast):
                 where="forecast",
                 hint="a text, and a forecast such as Polynomial(1, 0.5)",
             )
+        times = self.timesteps if isinstance(self.timesteps, tuple) else (None,)
+        if not all(map(_is_weight, times)) or len(times) not in (0, len(self.table)):
+            hint = "none, or one for every row of the table"
+            raise ScheduleError(f"the timesteps are {str(self.timesteps)[:80]}", where="forecast", hint=hint)
 
     @property
     def memory(self) -> int:
@@ -161,7 +174,16 @@ class Fitted(Forecast):
                 f"{run.calls or 'an unknown number'} of {run.solver or 'an unknown solver'}, so {self.otherwise} takes "
                 "their place"
             )
+        if self.timesteps and self.timesteps != _rounded(run.timesteps):
+            return (
+                f"the weights are fitted for other timesteps than this run has, so {self.otherwise} takes their place"
+            )
         return super().doubt(run)
+
+
+def _rounded(timesteps: tuple[float, ...] | None) -> tuple[float, ...]:
+    """Timesteps as forecasts keep them: whole numbers print as such."""
+    return tuple(int(time) if float(time).is_integer() else round(time, 2) for time in timesteps or ())
 
 
 def _is_weight(value: object) -> bool:

@@ -49,7 +49,7 @@ class Run:
             timesteps = _floats(calls)
             return cls(len(timesteps), timesteps)
         timesteps = _floats(calls.timesteps)[part]
-        return cls(len(timesteps), timesteps, lambdas_of(calls, timesteps), name_of(calls), is_random(calls))
+        return cls(len(timesteps), timesteps, lambdas_of(calls, timesteps, part), name_of(calls), is_random(calls))
 
 
 def _floats(timesteps: Any) -> tuple[float, ...]:

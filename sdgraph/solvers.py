@@ -26,12 +26,13 @@ OPTIONS = (
 )
 
 
-def lambdas_of(scheduler: Any, timesteps: tuple[float, ...]) -> tuple[float, ...] | None:
+def lambdas_of(scheduler: Any, timesteps: tuple[float, ...], part: slice = slice(None)) -> tuple[float, ...] | None:
     """Return log(alpha / sigma) at timesteps of a scheduler; None if the scheduler has no noise levels.
 
     Args:
         scheduler: a diffusers scheduler on which `set_timesteps` has been called.
         timesteps: training timesteps, also fractional; or log(sigma) / 4, if the scheduler's timesteps are that.
+        part: the part of the scheduler's timesteps that these are.
     """
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if _config(scheduler).get("timestep_type") == "continuous":
@@ -41,7 +42,7 @@ def lambdas_of(scheduler: Any, timesteps: tuple[float, ...]) -> tuple[float, ...
         ratios = 0.5 * (np.log(np.maximum(squares, 1e-30)) - np.log(np.maximum(1 - squares, 1e-30)))
         levels = np.interp(timesteps, np.arange(len(ratios)), ratios).tolist()
     else:
-        sigmas = torch.as_tensor(getattr(scheduler, "sigmas", ())).tolist()[: len(timesteps)]
+        sigmas = torch.as_tensor(getattr(scheduler, "sigmas", ())).tolist()[part][: len(timesteps)]
         if len(sigmas) < len(timesteps) or min(sigmas) <= 0:
             return None
         levels = [-log(sigma) for sigma in sigmas]

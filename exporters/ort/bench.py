@@ -27,6 +27,7 @@ class Figures:
 
     Args:
         models: of one call, by graph.
+        stale: the sites that each graph does not compute; `sdgraph.search` finds the time of a call by them.
         generation: of all calls as they are scheduled.
         everything: of as many calls that compute everything.
         calls, batch, size: what was run.
@@ -34,6 +35,7 @@ class Figures:
     """
 
     models: dict[str, float]
+    stale: dict[str, list[str]]
     generation: float
     everything: float
     calls: int
@@ -106,7 +108,8 @@ def bench(
         "device": torch.cuda.get_device_name(unet.device) if unet.device.type == "cuda" else platform.machine(),
     }
     models = {name: medians[name] for name in names}
-    return Figures(models, medians["generation"], medians["everything"], calls, batch, (height, width), on)
+    stale = {name: sorted(model.stale) for name, model in zip(names, unet.manifest.models, strict=True)}
+    return Figures(models, stale, medians["generation"], medians["everything"], calls, batch, (height, width), on)
 
 
 def _side(unet: ORTUNet) -> tuple[int, int]:

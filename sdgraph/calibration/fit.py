@@ -8,7 +8,7 @@ derivatives, and a linear least-squares problem gives the next dampings (Gauss-N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,11 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ..compiler.base import Pass
-from ..errors import ScheduleError, SourceError, SpecError
+from ..errors import ScheduleError, SpecError
 from ..forecasts import REPEAT, Fitted, Forecast, Polynomial, as_forecast
 from ..runtime.apply import apply
 from ..schedules import Run
-from ..solvers import is_random, name_of
 from .latents import Array, check_request, final_latents, typical
 
 STEP = 0.25  # of a damping, to see what it does
@@ -92,12 +91,6 @@ def fit_forecast(
     """
     check_request("fit_forecast", pipe, prompts, call)
     start, schedule = _forecast_of(inherit), inherit.schedule  # type: ignore[attr-defined]
-    if is_random(pipe.scheduler):
-        raise SourceError(
-            f"{name_of(pipe.scheduler)} adds random numbers at each step",
-            where="fit_forecast",
-            hint="fit with a deterministic solver",
-        )
     source = apply(pipe.unet, ())
     trial = apply(source, inherit, verify=False)
     names = trial.graph.sites.keys() - source.graph.sites.keys()
@@ -129,19 +122,16 @@ def fit_forecast(
         """The forecast with a damping for every call of `free`."""
         damped = {n: Polynomial(1, float(d), start.along) for n, d in zip(free, dampings, strict=True)}
         rows = [damped.get(n, REPEAT).weights(known[n], n, run) if n in known else () for n in range(run.calls or 0)]
-        return Fitted(tuple(tuple(round(weight, 4) for weight in row) for row in rows), run.solver, start)
+        return Fitted.of(rows, run, start)
 
     begun = float(start.damping) if start.order else 0.0
-    dampings = np.full(len(free), begun)
     with tqdm(total=rounds * (1 + len(free)), desc="fit", unit="run", disable=not progress) as bar:
-        for _ in range(rounds):
-            now, _run = residual(fitted(dampings), groups[0])
+
+        def off(dampings: Array) -> Array:
             bar.update()
-            columns = []
-            for moved in STEP * np.eye(len(free)):
-                columns.append((residual(fitted(dampings + moved), groups[0])[0] - now) / STEP)
-                bar.update()
-            dampings = _least_squares(now, np.array(columns), dampings, begun)
+            return residual(fitted(dampings), groups[0])[0]
+
+        dampings = gauss_newton(off, np.full(len(free), begun), begun, rounds)
     after = [residual(fitted(dampings), group) for group in groups]
     errors = [typical((error**2).mean(1)) for error, _run in (*before, *after)]
     best = replace(inherit, forecast=fitted(dampings))  # type: ignore[call-arg]
@@ -165,14 +155,30 @@ def _forecast_of(inherit: Pass) -> Polynomial:
     return forecast
 
 
+def gauss_newton(residual: Callable[[Array], Array], dampings: Array, shared: float, rounds: int) -> Array:
+    """Return the dampings with the least error, near the damping that they share otherwise.
+
+    Args:
+        residual: returns, of dampings (calls,), what the final latents are off by, (prompts, numbers).
+        dampings: (calls,) the dampings to begin with.
+        shared: the damping that is kept where the error does not tell.
+        rounds: the number of steps, each of which measures the residual once and for every damping.
+    """
+    for _ in range(rounds):
+        now = residual(dampings)
+        columns = [(residual(dampings + moved) - now) / STEP for moved in STEP * np.eye(len(dampings))]
+        dampings = _least_squares(now, np.array(columns), dampings, shared)
+    return dampings
+
+
 def _least_squares(now: Array, columns: Array, chosen: Array, shared: float) -> Array:
-    """Return the dampings with the least error, all prompts counting alike, near the damping that the fit began with.
+    """Return the dampings with the least error, all prompts counting alike, near the damping that they share otherwise.
 
     Args:
         now: (prompts, numbers), what the final latents are off by.
         columns: (calls, prompts, numbers), the derivatives of `now` by the dampings.
         chosen: (calls,) dampings so far.
-        shared: the damping that the fit began with.
+        shared: the damping that they share otherwise.
     """
     scale = np.sqrt((now**2).mean(1, keepdims=True)) + 1e-12  # some prompts are a hundred times as touchy as others
     rows, target = (columns / scale).reshape(len(columns), -1).T, -(now / scale).reshape(-1)

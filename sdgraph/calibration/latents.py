@@ -14,21 +14,28 @@ from ..inheritance.attach import attach
 from ..runtime.pipelines import with_unet
 from ..runtime.unet import GraphUNet
 from ..schedules import Run
+from ..solvers import is_random, name_of
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def check_request(where: str, pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
-    """Refuse to calibrate without a UNet or prompts, or with an output type.
+    """Refuse to calibrate without a UNet or prompts, with random steps, or with an output type.
 
     Args:
         where: the name of the function that calibrates.
     Raises:
-        SourceError: the pipeline has no UNet.
+        SourceError: the pipeline has no UNet, or its solver adds random numbers.
         SpecError: there are no prompts, or the call sets the output type.
     """
     if getattr(pipe, "unet", None) is None:
         raise SourceError(f"{type(pipe).__name__} has no UNet", where=where, hint="pass a pipeline with a UNet")
+    if is_random(pipe.scheduler):
+        raise SourceError(
+            f"{name_of(pipe.scheduler)} adds random numbers at each step",
+            where=where,
+            hint="calibrate with a deterministic solver",
+        )
     if not prompts:
         raise SpecError("there are no prompts to calibrate on", where=where, hint="pass 16 prompts or more")
     if "output_type" in call:
@@ -41,15 +48,23 @@ def final_latents(
     """Generate with a UNet in the place of the pipeline's, attached to the scheduler.
 
     Args:
-        seed: the seed of the first prompt's latents; the others count up from it.
+        seed: the seed of the first image's latents; the others count up from it.
         call: further arguments of the pipeline.
     Returns:
         The final latents, (prompts, channels, height, width), and the run that the UNet was called in.
     """
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    images = len(prompts) * int(call.get("num_images_per_prompt") or 1)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(images)]
     with with_unet(pipe, unet), attach(pipe) as attachment:
         result = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
         return result.images, attachment.run
+
+
+def relative_errors(latents: Tensor, reference: Tensor) -> Array:
+    """Return the root mean square of the error of each image's latents, relative to that of its reference."""
+    off = (latents.double() - reference.double()).square().flatten(1).mean(1)
+    errors: Array = (off / reference.double().square().flatten(1).mean(1)).sqrt().cpu().numpy()
+    return errors
 
 
 def typical(errors: Array) -> float:

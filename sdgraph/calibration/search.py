@@ -1,92 +1,41 @@
-"""`search`: the refresh steps that cost the least quality, for a budget of multiply-accumulates.
+"""`search`: the plan with the least error of the final latents, for a budget of time.
 
-A *stretch* is the sequence of calls from one refresh to the next. For every group of sites and every stretch, the
-sampler continues from undisturbed latents with the group inherited during the stretch. The error of the stretch is the
-error of the latents at its end, so the errors of its calls add up as they do in a generation, and a forecast is judged
-as a whole. Errors at different calls become comparable when they are multiplied by the factor with which they grow
-until the final latents. Errors of different prompts are divided by the sum of all errors of the prompt, because some
-prompts are a hundred times as sensitive as others and would decide alone.
+What is measured is always a whole generation, by the pipeline's own solver and steps. In a multistep solver the errors
+of neighbouring calls cancel or add up, so parts of a generation do not tell what they are worth in another plan.
 
-The best refreshes of a group are then a shortest path from the first call to the end, one path for every number of
-refreshes. The groups share the budget so that the last multiply-accumulate lowers the error equally in all of them.
+The prompts are dealt into three groups. The search begins with the best of a few simple plans: even spacings and
+others, of each candidate, with a few dampings, and whatever fits the budget of what was measured before. It fits the
+dampings of all calls on the *tuning* prompts, and then tries moves: two neighbouring calls change places, a call leaves
+out something else, or a damping is changed. A change is accepted if it is better on the tuning prompts and also on the
+*validation* prompts, by more than the standard error. The *held-out* prompts tell what to expect. If the plan is not
+better than the best even spacing on these, the even spacing is the result.
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import networkx as nx
 import numpy as np
-from torch import Tensor
 from tqdm import tqdm
 
 from ..compiler.base import Pass
-from ..compiler.chain import Chain
 from ..errors import ScheduleError, SpecError
-from ..forecasts import as_forecast
-from ..inheritance.timetable import Timetable
+from ..inheritance.timetable import timetable
 from ..runtime.apply import apply
-from ..runtime.unet import GraphUNet
-from ..schedules import Explicit, Uniform
-from .latents import Array, check_request, final_latents, typical
-from .replay import MeasurementCache, ReplayUNet, distances
+from .candidates import Candidates
+from .costs import Cost, seconds_here, seconds_of
+from .latents import Array, check_request, relative_errors, typical
+from .measurements import Measurements
+from .plan import SHAPES, Plan
+from .rehearsal import Rehearsal, with_dampings
+from .result import Row, SearchResult
 
-TRUSTED = 2.0  # a prediction within this factor is as good as they are
-State = tuple[int, ...]  # the last refreshes, as many as a forecast goes through; the newest last
-Choice = Mapping[int, tuple[float, tuple[int, ...]]]  # by the number of refreshes: the least error, and which they are
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The result of a search.
-
-    Args:
-        passes: the candidates with their schedules, but for those that are better never inherited.
-        timetable: what the calls do.
-        predicted: mean squared error of the final latents, the geometric mean over the prompts, from what was measured
-            stretch by stretch. It holds for small errors, and better for many prompts than for one.
-        measured: the same of whole generations with these passes, on the same prompts.
-        prompts: how many there were.
-    """
-
-    passes: Chain
-    timetable: Timetable
-    predicted: float
-    measured: float
-    prompts: int
-
-    @property
-    def warning(self) -> str:
-        """What is to be said if the prediction is off by more than a factor of two; else nothing."""
-        ratio = self.measured / self.predicted
-        if 1 / TRUSTED <= ratio <= TRUSTED:
-            return ""
-        off = f"{ratio:.2g} times" if ratio > 1 else f"1/{1 / ratio:.2g} of"
-        return (
-            f"what was measured is {off} what was predicted (prompts: {self.prompts}), so another schedule may be "
-            "better: search on more prompts, 16 to 32, or with a larger budget, for predictions hold for small errors"
-        )
-
-    def __str__(self) -> str:
-        error = f"  error of the final latents: {self.predicted:.3g} predicted, {self.measured:.3g} measured"
-        told = [textwrap.fill(f"warning: {self.warning}", 110, initial_indent="  ", subsequent_indent="  ")]
-        return "\n".join([*map(str, self.passes.passes), str(self.timetable), error, *told * bool(self.warning)])
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data; `sdgraph.parse` reads the passes."""
-        return {
-            "passes": str(self.passes),
-            "predicted": self.predicted,
-            "measured": self.measured,
-            "prompts": self.prompts,
-            "warning": self.warning or None,
-            "timetable": self.timetable.as_dict(),
-        }
+CONVERGED = 100  # steps of the generation that is aimed at, unless told
+DAMPINGS = (0.0, 0.5, 1.0)
+TUNING, VALIDATION, HELD_OUT = "tuning", "validation", "held out"
 
 
 def search(
@@ -95,169 +44,230 @@ def search(
     prompts: Sequence[str],
     *,
     budget: float,
+    held_out: Sequence[str] = (),
+    cost: str | Path = "time",
+    reference_steps: int | None = None,
+    trials: int = 60,
     seed: int = 0,
-    reach: int = 10,
-    probes: int = 8,
     folder: str | Path | None = None,
     progress: bool = True,
     **call: Any,
 ) -> SearchResult:
-    """Find the schedules of candidates with the least error within a budget of multiply-accumulates.
+    """Find what each call should compute, inherit, forecast or bypass, for the pipeline's solver and number of steps.
 
     Args:
         pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. It is as it was afterwards.
-        candidates: `InheritFeatures` passes. The sites of a pass are a group, and get a schedule of their own that
-            replaces the schedule of the pass. The errors of groups are added up, so no group should feed another.
-        prompts: the prompts to calibrate on, in one batch; pass 16 or more, for a schedule from few suits only these.
-        budget: multiply-accumulates of a generation, as a share of those without inheritance.
-        seed: the seed of the first prompt's latents; the others count up from it.
-        reach: the largest number of calls from a refresh to the next. For n calls and a group, n·reach stretches are
-            measured, and reach times as many for every order of the forecast.
-        probes: the number of calls at which the growth of an error until the final latents is measured.
-        folder: the folder of measurements. With it, a stopped search continues, and another budget costs little.
+        candidates: `InheritFeatures` and `Bypass` passes, each with sites that a call may leave out. They may be
+            alternatives, such as the branches of DeepCache. The search replaces their schedules and forecasts.
+        prompts: the prompts to tune and to validate on, by turns; pass 16 or more.
+        budget: time of a generation, as a share of that which computes everything.
+        held_out: prompts on which the result is measured only. By default every third of `prompts`.
+        cost: "time" measures the kinds of calls on this machine, "macs" counts multiply-accumulates, and anything else
+            is the JSON file of `sdgraph bench --out` for a bundle with these candidates, on the machine it is for.
+        reference_steps: the number of steps of the generation whose final latents are aimed at, all computed. By
+            default 100, or twice the number of steps if that is more.
+        trials: the number of moves that are tried.
+        seed: the seed of the first image's latents; the others count up from it.
+        folder: the folder of measurements. With it, a search goes on from the best plan that is known to fit, after it
+            was stopped or for another budget.
         progress: whether to show a bar.
-        call: further arguments of the pipeline, such as `num_inference_steps=50`.
+        call: further arguments of the pipeline, such as `num_inference_steps=20`.
     Returns:
-        The passes with their schedules, and the predicted and the measured error.
+        The passes with their schedules and forecasts, and their errors beside those of the best even spacing and of
+        fewer steps of the same solver.
     Raises:
-        SourceError: the pipeline has no UNet.
-        SpecError: no candidates or prompts, a candidate without sites, or a budget that is no share.
-        ScheduleError: no schedule meets the budget; the error names the smallest budget that is met.
+        SourceError: the pipeline has no UNet, or its solver adds random numbers.
+        SpecError: no candidates, a candidate without sites, too few prompts, a budget that is no share, or a bad file.
+        ScheduleError: no plan meets the budget, or the file has no time of a call.
+    Example:
+        `sdgraph.search(pipe, [InheritFeatures.damped(2)], prompts, budget=0.5, num_inference_steps=20)`
     """
     check_request("search", pipe, prompts, call)
-    if not candidates:
-        raise SpecError("there are no candidates to search", where="search", hint="pass InheritFeatures passes")
     if not 0 < budget <= 1:
         raise SpecError(f"the budget is {budget}", where="search", hint="a share of all, above 0 and at most 1")
+    if len(prompts) < (2 if held_out else 3):
+        hint = "16 to 32 prompts: some are tuned on, some validate, and some are held out"
+        raise SpecError(f"there are {len(prompts)} prompts, too few to search on", where="search", hint=hint)
+    if cost not in ("time", "macs"):
+        seconds_of(Path(cost))  # a bad file is refused before anything is generated
+    dealt = 2 if held_out else 3
+    groups = {TUNING: prompts[0::dealt], VALIDATION: prompts[1::dealt], HELD_OUT: held_out or prompts[2::dealt]}
     source = apply(pipe.unet, ())
-    inheriting, groups = source, []
-    for one in candidates:
-        before = set(inheriting.graph.sites)
-        inheriting = apply(inheriting, one, verify=False)
-        groups.append(frozenset(inheriting.graph.sites) - before)
-        if not groups[-1] or not {"schedule", "forecast"} <= {field.name for field in fields(one)}:
-            raise SpecError(f"{one} has no sites to give a schedule", where="candidates", hint="InheritFeatures passes")
-
-    def generate(unet: GraphUNet) -> Tensor:
-        return final_latents(pipe, unet, prompts, seed, call)[0]
-
-    replay = ReplayUNet(inheriting.graph.copy(), generate, pipe.scheduler)
-    T = len(replay.recorded)
-    ways = [_stretches(T, reach, as_forecast(one.forecast).memory) for one in candidates]  # type: ignore[attr-defined]
-    kept = MeasurementCache(Path(folder) if folder else None, replay.final)
-    with tqdm(total=probes + sum(map(len, ways)), desc="search", unit="run", disable=not progress) as bar:
-        names = [str(replace(one, schedule=Uniform(1))) for one in candidates]  # type: ignore[call-arg]
-        all_sites: frozenset[str] = frozenset().union(*groups)
-        weights = kept(f"{probes} probes: {', '.join(names)}", partial(replay.weights, all_sites, probes))
-        bar.update(probes)
-        weighted: list[dict[State, Array]] = []
-        for name, group, stretches in zip(names, groups, ways, strict=True):
-            weighted.append({})
-            for state, ends in stretches.items():
-                measure = partial(replay.errors, state, group, ends[-1], ends[-1])
-                errors = kept(f"{name}: {state} to {ends[-1]}", measure)
-                weighted[-1][state] = errors * weights[ends[0] : ends[-1] + 1]
-                bar.update()
-    scale = sum(error.sum(0) for errors in weighted for error in errors.values())  # of each prompt
-    choices = [
-        _best(stretches, {state: (error / (scale + 1e-300)).mean(1) for state, error in errors.items()}, T)
-        for stretches, errors in zip(ways, weighted, strict=True)
-    ]
-    inherited = cache(inheriting.graph.step_macs)
-
-    def macs(counts: Sequence[int]) -> int:
-        plan = [choice[count][1] for choice, count in zip(choices, counts, strict=True)]
-        stale = (frozenset(g for g, refreshes in enumerate(plan) if call not in refreshes) for call in range(T))
-        return sum(inherited(frozenset().union(*(groups[g] for g in inheriting_groups))) for inheriting_groups in stale)
-
-    everything = source.graph.macs * T
-    most = budget * everything * (1 + 1e-9)  # a budget that was computed as such a share is met by it
-    if (least := macs([min(choice) for choice in choices])) > most:
-        raise ScheduleError(
-            f"no schedule meets a budget of {budget:.3g}: these candidates need at least {least / everything:.3g}",
-            where="search", hint="a larger budget or reach, or other candidates",
-        )  # fmt: skip
-    counts = _share(choices, macs, most)
-    chosen = [choice[count][1] for choice, count in zip(choices, counts, strict=True)]
-    passes = Chain(
-        tuple(
-            replace(one, schedule=Explicit(refreshes, T))  # type: ignore[call-arg]
-            for one, refreshes in zip(candidates, chosen, strict=True)
-            if len(refreshes) < T
-        )
-    )
-    result = apply(source, passes, verify=False)
-    measured = distances(generate(result), replay.final, len(prompts))
-    terms = [term for errors, plan in zip(weighted, chosen, strict=True) for term in _errors(errors, plan, T)]
-    predicted = _joint(np.array(terms))
-    timetable = result.graph.timetable(replay.timesteps)
-    return SearchResult(passes, timetable, typical(predicted), typical(measured), len(prompts))
+    options = Candidates(source, candidates)
+    rehearsal = Rehearsal(pipe, source, options, groups, seed, call)
+    steps = int(call.get("num_inference_steps") or rehearsal.run.calls or 0)
+    aim = max(CONVERGED, 2 * steps) if reference_steps is None else reference_steps
+    key = "\n".join([*map(str, options.passes), str(aim)]).encode()
+    key += b"".join(latents.cpu().float().numpy().tobytes() for latents in rehearsal.whole.values())
+    with tqdm(desc="search", unit="generation", disable=not progress) as bar:
+        judge = _Judge(options, rehearsal, Measurements(Path(folder) if folder else None, key), cost, aim, budget, bar)
+        even, start = _starts(judge)
+        found = _improved(judge, start, trials, seed)
+        moved = bool(_gains(judge, even, found, HELD_OUT).mean() > 0)
+        chosen = found if moved else even
+        share = judge.share(chosen)
+        fewer = int(np.ceil(steps * share - 1e-9))
+        rows = [judge.row("chosen", chosen), judge.row("best even spacing", even)]
+        for number, part in ((fewer, fewer / steps), (steps, 1.0)):
+            rows.append(Row(f"{number} steps, all computed", part, None, typical(judge.computed(number))))
+    chain = options.chain(chosen, rehearsal.run)
+    result = apply(source, chain.passes, verify=False)
+    return SearchResult(chain, timetable(result.graph, rehearsal.run), tuple(rows), moved, len(prompts), aim)
 
 
-def _stretches(T: int, reach: int, memory: int) -> dict[State, range]:
-    """All the states that refreshes may come to, each with the calls at which the next refresh, or the end, may be."""
-    stretches: dict[State, range] = {}
-    todo: list[State] = [(0,)]
-    while todo:
-        state = todo.pop()
-        if state not in stretches:
-            stretches[state] = range(state[-1] + 1, min(state[-1] + reach, T) + 1)
-            todo += [(*state, k)[-memory:] for k in stretches[state] if k < T]
-    return dict(sorted(stretches.items(), key=lambda stretch: (stretch[0][-1], stretch[0])))
-
-
-def _best(stretches: Mapping[State, range], errors: Mapping[State, Array], T: int) -> Choice:
-    """Shortest paths from the first call to the end: of states and the number of refreshes so far.
+class _Judge:
+    """What plans cost, and the errors that they have.
 
     Args:
-        errors: of the stretches from each state, by their ends.
+        cost: see `search`.
+        aim: the number of steps of the references.
+        budget: the largest share of the cost.
+        bar: counts generations.
     """
-    memory = max(map(len, stretches))
-    net: nx.DiGraph[tuple[State, int]] = nx.DiGraph()
-    for state, ends in stretches.items():
-        for end, error in zip(ends, errors[state], strict=True):
-            for count in range(len(state), state[-1] + 2):
-                then = ((T,), count) if end == T else ((*state, end)[-memory:], count + 1)
-                net.add_edge((state, count), then, weight=error)
-    shortest: Any = nx.single_source_dijkstra(net, ((0,), 1))
-    length, path = shortest
-    return {
-        count: (length[(T,), count], tuple(state[-1] for state, _ in path[(T,), count][:-1]))
-        for count in range(1, T + 1)
-        if ((T,), count) in length
-    }
+
+    def __init__(
+        self,
+        options: Candidates,
+        rehearsal: Rehearsal,
+        kept: Measurements,
+        cost: str | Path,
+        aim: int,
+        budget: float,
+        bar: Any,
+    ) -> None:
+        self.options, self.rehearsal, self.kept, self.budget, self._bar = options, rehearsal, kept, budget, bar
+        self._cost, self._costs = cost, dict[frozenset[str], float]()
+        self._measure: Cost | None = None
+        self._references = {
+            group: kept.latents(group.replace(" ", "-"), partial(rehearsal.computed, aim, group))
+            for group in rehearsal.whole
+        }
+        self.calls = rehearsal.run.calls or 0
+        self._whole = options.cost(Plan.spaced(self.calls, self.calls, frozenset(), 0.0), rehearsal.run, self._of_call)
+
+    def share(self, plan: Plan) -> float:
+        """Return the cost of a plan as a share of that of computing everything."""
+        return self.options.cost(plan, self.rehearsal.run, self._of_call) / self._whole
+
+    def fits(self, plan: Plan) -> bool:
+        """Return whether a plan meets the budget; one that was computed as such a share does."""
+        return self.share(plan) <= self.budget * (1 + 1e-9)
+
+    def errors(self, plan: Plan, group: str) -> Array:
+        """Return the relative errors of the final latents of a group, with a plan."""
+        return self._errors(group, str(plan), lambda: self.rehearsal.latents(plan, group))
+
+    def computed(self, steps: int) -> Array:
+        """Return the relative errors of the held-out prompts with a number of steps, everything computed."""
+        return self._errors(HELD_OUT, f"{steps} steps", lambda: self.rehearsal.computed(steps, HELD_OUT))
+
+    def fitted(self, plan: Plan) -> Plan:
+        """Return the plan with dampings that are fitted to the tuning prompts."""
+        free = self.options.free(plan)
+        if not free:
+            return plan
+        reference = self._references[TUNING]
+        found = self.kept.numbers("fit", str(plan), lambda: self.rehearsal.fitted(plan, TUNING, reference))
+        return self.options.plain(with_dampings(plan, free, found))
+
+    def row(self, name: str, plan: Plan) -> Row:
+        """Return what is known of a plan."""
+        validated, held_out = (typical(self.errors(plan, group)) for group in (VALIDATION, HELD_OUT))
+        return Row(name, self.share(plan), validated, held_out)
+
+    def _errors(self, group: str, name: str, generate: Any) -> Array:
+        def measure() -> Array:
+            self._bar.update()
+            return relative_errors(generate(), self._references[group])
+
+        return self.kept.numbers(group, name, measure)
+
+    def _of_call(self, stale: frozenset[str]) -> float:
+        if stale not in self._costs:
+            if self._cost == "macs":
+                self._costs[stale] = self.options.unet.graph.step_macs(stale)
+            elif self._cost == "time":
+                name = ", ".join(sorted(stale))
+                self._costs[stale] = float(self.kept.numbers("seconds", name, lambda: self._seconds(stale))[0])
+            else:
+                self._measure = self._measure or seconds_of(Path(self._cost))
+                self._costs[stale] = self._measure(stale)
+        return self._costs[stale]
+
+    def _seconds(self, stale: frozenset[str]) -> Array:
+        if self._measure is None:
+            self._measure = seconds_here(self.options.unet, self.rehearsal.first_call(TUNING))
+        return np.array([self._measure(stale)])
 
 
-def _errors(errors: Mapping[State, Array], refreshes: Sequence[int], T: int) -> list[Array]:
-    """The errors of the stretches between refreshes, for each prompt."""
-    memory = max(map(len, errors))
-    states = [tuple(refreshes[max(n - memory, 0) : n]) for n in range(1, len(refreshes) + 1)]
-    return [errors[state][end - state[-1] - 1] for state, end in zip(states, (*refreshes[1:], T), strict=True)]
+def _starts(judge: _Judge) -> tuple[Plan, Plan]:
+    """Return the best even spacing, and the best of it, of other spacings and of all plans that are known.
 
-
-def _joint(errors: Array) -> Array:
-    """The error of a generation, of the errors of its stretches, (stretches, samples).
-
-    Were they unrelated, their squares would add up; were they alike, they themselves would. They are somewhat alike,
-    for what is inherited always lags behind what would be computed. So it is the mean of both, in logarithms.
+    Raises:
+        ScheduleError: no plan meets the budget.
     """
-    unrelated, alike = errors.sum(0), np.sqrt(errors).sum(0) ** 2
-    joint: Array = np.sqrt(unrelated * alike)
-    return joint
+    options, calls = judge.options, judge.calls
+
+    def error(plan: Plan) -> float:
+        return typical(np.concatenate([judge.errors(plan, group) for group in (TUNING, VALIDATION)]))
+
+    kinds = [kind for kind in options.kinds() if kind]
+    most = {kind: _refreshes(judge, kind) for kind in kinds}
+    if not any(most.values()):
+        least = min(judge.share(Plan.spaced(calls, 1, kind, 0.0)) for kind in kinds)
+        raise ScheduleError(
+            f"no plan meets a budget of {judge.budget:.3g}: these candidates need at least {least:.3g}",
+            where="search",
+            hint="a larger budget, or other candidates",
+        )
+    spacings = [
+        (number, kind, damping)
+        for kind, largest in most.items()
+        if largest
+        for number in dict.fromkeys((largest, -(-calls // -(-calls // largest))))  # the second is that of a Uniform
+        for damping in DAMPINGS
+    ]
+    best = min(spacings, key=lambda spacing: error(options.plain(Plan.spaced(calls, *spacing))))
+    even = options.plain(Plan.spaced(calls, *best))
+    number, kind, damping = max(best[0], most[best[1]]), best[1], best[2]
+    shaped = [options.plain(Plan.spaced(calls, number, kind, damping, shape)) for shape in SHAPES]
+    known = map(Plan.read, judge.kept.subjects(VALIDATION))
+    others = [plan for plan in (*shaped, options.given(judge.rehearsal.run), *known) if judge.fits(plan)]
+    return even, min((even, *others), key=error)
 
 
-def _share(choices: Sequence[Choice], macs: Callable[[Sequence[int]], int], most: float) -> list[int]:
-    """How many refreshes each group gets: always those next that lower the error the most per multiply-accumulate."""
-    counts = [min(choice) for choice in choices]
-    while True:
-        spent, steps = macs(counts), []
-        for g, choice in enumerate(choices):
-            for count in choice:
-                more = [*counts[:g], count, *counts[g + 1 :]]
-                if count > counts[g] and macs(more) <= most:
-                    gain = choice[counts[g]][0] - choice[count][0]
-                    steps.append((gain / max(macs(more) - spent, 1), more))
-        gain, more = max(steps, default=(0.0, counts))
-        if gain <= 0:
-            return counts
-        counts = more
+def _refreshes(judge: _Judge, kind: frozenset[int]) -> int:
+    """The largest number of calls that may compute everything if the others leave out a kind; 0 if none may."""
+    numbers = range(judge.calls, 0, -1)
+    return next((n for n in numbers if judge.fits(Plan.spaced(judge.calls, n, kind, 0.0))), 0)
+
+
+def _improved(judge: _Judge, plan: Plan, trials: int, seed: int) -> Plan:
+    """Return the plan after fits and moves, each accepted if it is better on tuning and on validation prompts."""
+
+    def better(other: Plan) -> bool:
+        for group in (TUNING, VALIDATION):
+            gains = _gains(judge, plan, other, group)
+            if gains.mean() <= gains.std() / np.sqrt(len(gains)):
+                return False
+        return True
+
+    random, tried = np.random.default_rng(seed), {plan}
+    plan = fitted if better(fitted := judge.fitted(plan)) else plan
+    while len(tried) <= trials:
+        moves = [judge.options.plain(move) for move in plan.neighbours(judge.options.kinds())]
+        random.shuffle(moves)
+        move = next((move for move in moves if move not in tried and judge.fits(move)), None)
+        if move is None:
+            break
+        tried.add(move)
+        if better(move):
+            plan = move
+    return fitted if better(fitted := judge.fitted(plan)) else plan
+
+
+def _gains(judge: _Judge, before: Plan, after: Plan, group: str) -> Array:
+    """By how much the errors of the prompts of a group fall, in logarithms."""
+    errors = [np.maximum(judge.errors(plan, group), 1e-12) for plan in (before, after)]
+    gains: Array = np.log(errors[0] / errors[1])
+    return gains

@@ -1,13 +1,12 @@
-"""Search for a schedule of feature inheritance.
+"""Search for what the calls of a generation inherit.
 
-  sdgraph search stable-diffusion-v1-5/stable-diffusion-v1-5 "InheritFeatures.deep_cache()" \\
-      --prompts prompts.txt --budget 0.4
+  sdgraph search stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.txt --steps 20 --budget 0.55
 
-The search decides at which calls of a generation the features are refreshed, so that the images lose as little as
-possible within a budget of multiply-accumulates. Each CANDIDATE is an InheritFeatures pass; the search replaces its
-schedule. Use 16 to 32 prompts. A candidate that forecasts its features is
-"InheritFeatures('up_blocks.-1.resnets.-1', part='entry', forecast=1)". Measurements are kept in --folder, so that an
-interrupted search resumes, and a search for another budget takes one generation only.
+The search decides what each call of a generation computes, inherits, forecasts or bypasses, so that the images lose as
+little as possible within a budget of time. Each CANDIDATE is an InheritFeatures or Bypass pass, whose schedule and
+forecast the search replaces. Use 24 prompts or more. Some are tuned on, some validate, and some are held out: these say
+what to expect, beside the best even spacing and fewer steps of the same solver in the same time. Measurements are kept
+in --folder, so that an interrupted search resumes, and a search for another budget reuses them.
 """
 
 from __future__ import annotations
@@ -20,22 +19,36 @@ from ..compiler.parse import parse
 from .arguments import add_generation, add_imports, add_overwrite, add_pipeline, positive, write_json
 from .sources import load_pipeline, read_prompts
 
+BRANCHES = tuple(f"InheritFeatures.damped(branch={branch})" for branch in range(3))
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline(parser)
     parser.add_argument(
-        "candidates", nargs="+", metavar="CANDIDATE", help="an InheritFeatures pass; several are applied together"
-    )
+        "candidates", nargs="*", default=BRANCHES, metavar="CANDIDATE",
+        help="an InheritFeatures or Bypass pass; several may be alternatives (default: DeepCache's branches 0, 1 and "
+        "2)",
+    )  # fmt: skip
     add_generation(parser)
     parser.add_argument(
         "--budget", type=float, required=True, metavar="SHARE",
-        help="largest share, above 0 and at most 1, of the multiply-accumulates of a generation without inheritance",
+        help="largest share, above 0 and at most 1, of the time of a generation that computes everything",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first latents (default: %(default)s)")
     parser.add_argument(
-        "--reach", type=positive, default=10, metavar="N",
-        help="largest number of calls between two refreshes (default: %(default)s)",
+        "--cost", default="time", metavar="COST",
+        help="time, measured here; macs, which counts multiply-accumulates; or the JSON file of `sdgraph bench "
+        "--out` for a bundle with these candidates (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--held-out", type=Path, metavar="FILE",
+        help="text file with the prompts to hold out (default: every third of --prompts)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference-steps", type=positive, metavar="N",
+        help="steps of the generation whose latents are aimed at (default: 100, or twice --steps)",
+    )  # fmt: skip
+    parser.add_argument("--trials", type=positive, default=60, metavar="N", help="moves to try (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first latents (default: %(default)s)")
     parser.add_argument(
         "--folder", type=Path, default=Path("out/search"), metavar="DIR",
         help="folder to keep measurements in (default: %(default)s)",
@@ -51,11 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     candidates = parse(", ".join(args.candidates))
     prompts = read_prompts(args.prompts)
+    held_out = () if args.held_out is None else read_prompts(args.held_out)
     pipe = load_pipeline(args.pipeline, args.dtype, args.device)
     guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
     result = search(
-        pipe, candidates, prompts, budget=args.budget, seed=args.seed, reach=args.reach, folder=args.folder,
-        num_inference_steps=args.steps, **guidance,
+        pipe, candidates, prompts, budget=args.budget, held_out=held_out, cost=args.cost, seed=args.seed,
+        reference_steps=args.reference_steps, trials=args.trials, folder=args.folder, num_inference_steps=args.steps,
+        **guidance,
     )  # fmt: skip
     print(result)
     if args.out is not None:

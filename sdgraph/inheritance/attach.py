@@ -28,7 +28,7 @@ def attach(pipe: Any) -> Attachment:
     Returns:
         an `Attachment`; `detach()` it, or use it in a `with`.
     Raises:
-        ModeError: the pipeline has no scheduler, or its UNet inherits nothing.
+        ModeError: the pipeline has no scheduler, its UNet inherits nothing, or it guides by perturbed attention.
     """
     unet = getattr(pipe, "unet", None)
     generations = getattr(getattr(unet, "_orig_mod", unet), "generations", None)
@@ -37,6 +37,12 @@ def attach(pipe: Any) -> Attachment:
         raise ModeError(f"the pipeline has {found}", where="attach", hint="pipe.unet = sdgraph.apply(pipe.unet, ...)")
     if not hasattr(pipe, "scheduler"):
         raise ModeError("the pipeline has no scheduler", where="attach", hint="use `with unet.expecting(timesteps)`")
+    if hasattr(pipe, "pag_applied_layers"):
+        raise ModeError(
+            "perturbed-attention guidance exchanges the processors of attention modules, which a graph does not have",
+            where=type(pipe).__name__,
+            hint="use the pipeline without it, or leave it the source UNet",
+        )
     return Attachment(pipe, generations)
 
 

@@ -1,0 +1,156 @@
+"""The passes that a search chooses from, and what a plan means for their sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from itertools import combinations
+from typing import Any
+
+from torch import Tensor
+
+from ..compiler.base import Pass
+from ..compiler.chain import Chain
+from ..errors import SpecError
+from ..forecasts import REPEAT, Fitted, Forecast, Polynomial, as_forecast
+from ..inheritance.timetable import played
+from ..ir.sites import live_nodes
+from ..ir.sites import sites as nodes_of_sites
+from ..runtime.apply import apply
+from ..runtime.unet import GraphUNet
+from ..schedules import Explicit, Run, Schedule, Uniform
+from .costs import Cost
+from .plan import Call, Plan
+
+
+class Candidates:
+    """Passes that plans refer to by number, and one UNet with the sites of all of them.
+
+    Args:
+        source: the UNet without them.
+        passes: each with a schedule, and with sites to inherit or to bypass.
+    Raises:
+        SpecError: there are none, or one has no schedule or no sites.
+    """
+
+    def __init__(self, source: GraphUNet, passes: Sequence[Pass]) -> None:
+        if not passes:
+            hint = "pass InheritFeatures or Bypass"
+            raise SpecError("there are no candidates to search", where="search", hint=hint)
+        self.passes, self.unet = tuple(passes), source
+        self._sites: list[frozenset[str]] = []
+        for one in self.passes:
+            before = self.unet.graph.sites.keys()
+            if "schedule" in {field.name for field in fields(one)}:
+                self.unet = apply(self.unet, replace(one, schedule=Uniform(1)), verify=False)  # type: ignore[call-arg]
+            self._sites.append(frozenset(self.unet.graph.sites.keys() - before))
+            if not self._sites[-1]:
+                hint = "InheritFeatures and Bypass have"
+                raise SpecError(f"{one} has no sites to give a schedule", where="candidates", hint=hint)
+        self._nodes = nodes_of_sites(self.unet.graph.fx)
+        self._live: dict[frozenset[str], frozenset[str]] = {}
+
+    # -- plans ---------------------------------------------------------------------------------------------------
+
+    def given(self, run: Run) -> Plan:
+        """Return the plan of the candidates' own schedules, with the largest damping of their forecasts."""
+        refreshes = [one.schedule.calls(run) for one in self.passes]  # type: ignore[attr-defined]
+        forecasts = [as_forecast(getattr(one, "forecast", 0)) for one in self.passes]
+        damping = max(float(f.damping) if isinstance(f, Polynomial) and f.order else 0.0 for f in forecasts)
+        stale = (frozenset(c for c, at in enumerate(refreshes) if n not in at) for n in range(run.calls or 0))
+        return self.plain(Plan(tuple(Call(kind, damping) for kind in stale)))
+
+    def kinds(self) -> list[frozenset[int]]:
+        """Return what a call may leave out: nothing, one candidate, two, or all; each kind of call once."""
+        number = len(self.passes)
+        chosen = [frozenset(some) for size in (0, 1, 2, number) for some in combinations(range(number), size)]
+        return list(dict.fromkeys(kind & self._reached(kind) for kind in chosen))
+
+    def plain(self, plan: Plan) -> Plan:
+        """Return the plan without what makes no difference, so that plans that do the same are equal."""
+        stale = [call.stale & self._reached(call.stale) for call in plan.calls]
+        plan = Plan(tuple(replace(call, stale=kind) for call, kind in zip(plan.calls, stale, strict=True)))
+        free = set(self.free(plan))
+        return Plan(tuple(c if n in free else replace(c, damping=0.0) for n, c in enumerate(plan.calls)))
+
+    def free(self, plan: Plan) -> tuple[int, ...]:
+        """Return the calls whose damping makes a difference: they inherit from two refreshes."""
+        inheriting = (number for number in range(len(self.passes)) if self._forecasts(number))
+        return tuple(sorted({n for c in inheriting for n, known in self._known(plan, c).items() if len(known) == 2}))
+
+    def chain(self, plan: Plan, run: Run) -> Chain:
+        """Return the candidates that a plan uses, with their schedules and forecasts."""
+        chosen = []
+        for number, one in enumerate(self.passes):
+            if any(number in call.stale for call in plan.calls):
+                options: dict[str, Any] = {"schedule": self._schedule(plan, number)}
+                if self._forecasts(number):
+                    forecast = self._forecast(plan, number, run)
+                    options["forecast"] = 0 if forecast == REPEAT else forecast
+                chosen.append(replace(one, **options))
+        return Chain(tuple(chosen))
+
+    def play(self, plan: Plan, run: Run) -> GraphUNet:
+        """Return the UNet, whose sites now have the schedules and forecasts of a plan."""
+        for number, names in enumerate(self._sites):
+            schedule, forecast = self._schedule(plan, number), self._forecast(plan, number, run)
+            for name in names:
+                self.unet._sites[name] = replace(self.unet._sites[name], schedule=schedule, forecast=forecast)
+        return self.unet
+
+    def cost(self, plan: Plan, run: Run, of_call: Cost) -> float:
+        """Return what the calls of a plan cost together."""
+        sites = self.play(plan, run)._sites
+
+        def refreshed(stale: frozenset[str]) -> dict[str, Tensor]:
+            fresh = self._live_sites(stale) - stale
+            return {name: self._nodes[name].meta["val"] for name in fresh if not sites[name].bypassed}
+
+        return sum(of_call(stale & self._live_sites(stale)) for stale, _ in played(run, sites, refreshed))
+
+    # -- one candidate -------------------------------------------------------------------------------------------
+
+    def _forecasts(self, number: int) -> bool:
+        return "forecast" in {field.name for field in fields(self.passes[number])}
+
+    def _live_sites(self, stale: frozenset[str]) -> frozenset[str]:
+        """The sites that a call comes by at which some are stale; others only serve to compute those."""
+        if stale not in self._live:
+            live = live_nodes(self.unet.graph.fx, stale)
+            self._live[stale] = frozenset(name for name, node in self._nodes.items() if node in live)
+        return self._live[stale]
+
+    def _reached(self, stale: frozenset[int]) -> frozenset[int]:
+        live = self._live_sites(frozenset().union(*(self._sites[number] for number in stale)))
+        return frozenset(number for number, sites in enumerate(self._sites) if not live.isdisjoint(sites))
+
+    def _refreshes(self, plan: Plan, number: int) -> tuple[int, ...]:
+        return tuple(n for n, c in enumerate(plan.calls) if number not in c.stale and number in self._reached(c.stale))
+
+    def _known(self, plan: Plan, number: int) -> dict[int, list[int]]:
+        """The last two refreshes, or the only one, before each call that leaves a candidate out."""
+        refreshes = self._refreshes(plan, number)
+        left_out = (n for n, call in enumerate(plan.calls) if number in call.stale)
+        return {n: [at for at in refreshes if at < n][-2:] for n in left_out}
+
+    def _schedule(self, plan: Plan, number: int) -> Schedule:
+        refreshes, calls = self._refreshes(plan, number), len(plan.calls)
+        for interval in range(1, calls):
+            if refreshes == tuple(range(0, calls, interval)):
+                return Uniform(interval)
+        return Explicit(refreshes, calls)
+
+    def _forecast(self, plan: Plan, number: int, run: Run) -> Forecast:
+        own = as_forecast(getattr(self.passes[number], "forecast", 0))
+        along = own.along if isinstance(own, Polynomial) else "call"
+        known = self._known(plan, number)
+        dampings = sorted(plan.calls[n].damping for n, at in known.items() if len(at) == 2)
+        if not any(dampings):
+            return REPEAT
+        shared = Polynomial(1, dampings[len(dampings) // 2], along)
+        if dampings[0] == dampings[-1]:
+            return shared
+        rows: list[tuple[float, ...]] = [()] * len(plan.calls)
+        for n, at in known.items():
+            rows[n] = Polynomial(1, plan.calls[n].damping, along).weights(at, n, run)
+        return Fitted.of(rows, run, shared)

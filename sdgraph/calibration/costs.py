@@ -1,0 +1,85 @@
+"""What a call costs, by the sites that it does not compute: seconds of this machine or another, or arithmetic."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ScheduleError, SpecError
+from ..runtime.interface import no_value
+from ..runtime.unet import GraphUNet
+
+Cost = Callable[[frozenset[str]], float]  # of a call, by the sites that are stale and that it comes by
+TURNS = 7  # of which the first two are not counted
+
+
+def seconds_here(unet: GraphUNet, flat: Mapping[str, Tensor]) -> Cost:
+    """Return a cost in seconds, measured here in turns with calls that compute everything.
+
+    Args:
+        unet: the UNet, whose variants are timed.
+        flat: the inputs of a call.
+    """
+
+    @torch.no_grad()
+    def timed(stale: frozenset[str], values: Mapping[str, Tensor]) -> float:
+        _wait(flat["sample"])
+        start = time.perf_counter()
+        unet._step(flat, stale, values.__getitem__)
+        _wait(flat["sample"])
+        return time.perf_counter() - start
+
+    with torch.no_grad():
+        _, values = unet._step(flat, frozenset(), no_value)
+    whole = statistics.median(timed(frozenset(), values) for _ in range(TURNS))
+
+    def cost(stale: frozenset[str]) -> float:
+        ratios = [timed(stale, values) / timed(frozenset(), values) for _ in range(TURNS)] if stale else [1.0]
+        return whole * statistics.median(ratios[2:] or ratios)  # the speed of the machine may have changed since
+
+    return cost
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def seconds_of(path: Path) -> Cost:
+    """Return a cost in seconds, as `sdgraph bench --out` measured it on the machine of a bundle.
+
+    Args:
+        path: a JSON file with the seconds of graphs under "models", and under "stale" the sites that each does not
+            compute.
+    Raises:
+        SpecError: the file cannot be read, or says something else.
+        ScheduleError: a kind of call is not among those that were measured; raised where its cost is asked for.
+    """
+    try:
+        figures: Any = json.loads(path.read_text())
+        stale = {name: frozenset(map(str, sites)) for name, sites in figures["stale"].items()}
+        seconds = {stale[name]: float(took) for name, took in figures["models"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpecError(
+            f"{path} has no times of calls ({type(error).__name__}: {error})",
+            where="cost",
+            hint="'time', 'macs', or the JSON file of `sdgraph bench BUNDLE --out FILE`",
+        ) from error
+
+    def cost(stale: frozenset[str]) -> float:
+        if stale not in seconds:
+            raise ScheduleError(
+                f"{path} has no time of a call without {', '.join(sorted(stale)) or 'anything left out'}",
+                where="cost",
+                hint="export the candidates, each with its own schedule, and measure that bundle",
+            )
+        return seconds[stale]
+
+    return cost

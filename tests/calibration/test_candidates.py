@@ -1,0 +1,87 @@
+"""Candidates: what a plan says is what the step driver does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import sdgraph
+from sdgraph import GraphUNet
+from sdgraph.calibration.candidates import Candidates
+from sdgraph.calibration.plan import Call, Plan
+from sdgraph.errors import SpecError
+from sdgraph.forecasts import Fitted, Polynomial
+from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures
+from sdgraph.schedules import Explicit, Run, Uniform
+
+from ..models import build
+
+RUN = Run(8, solver="DDIM")
+
+
+@pytest.fixture(scope="module")
+def source(traced: Callable[[str], tuple[object, GraphUNet]]) -> GraphUNet:
+    return traced("sd15")[1]
+
+
+@pytest.fixture(scope="module")
+def options(source: GraphUNet) -> Candidates:
+    """A shallow site, a deep one behind it, and a module to bypass behind both."""
+    shallow, deep = InheritFeatures.damped(), InheritFeatures.damped(branch=1)
+    return Candidates(source, [shallow, deep, Bypass("mid_block")])
+
+
+def test_a_site_behind_another_makes_no_difference(options: Candidates) -> None:
+    assert options.kinds() == [frozenset(), frozenset({0}), frozenset({1}), frozenset({2})]
+    assert str(options.plain(Plan.read("* 0+1:0.5 1+2:0.5 0+2:0.5 * 2:0.5"))) == "* 0:0 1:0 0:0.5 * 2:0"
+
+
+def test_a_damping_counts_from_the_second_refresh(options: Candidates) -> None:
+    plan = options.plain(Plan.read("* 0:0.5 * 0:0.5 1:0.5 0:0.5 2:0.5 1:0.5"))
+    assert options.free(plan) == (3, 4, 5, 7)
+    assert str(plan) == "* 0:0 * 0:0.5 1:0.5 0:0.5 2:0 1:0.5"
+
+
+def test_the_passes_of_a_plan(options: Candidates) -> None:
+    chain = options.chain(Plan.read("* 0:0 * 0:0.5 * 0:0.5 * 0:0.5"), RUN)
+    assert chain.passes == (InheritFeatures.damped(2),)
+    chain = options.chain(Plan.read("* 0:0 * 0:0.5 0:0.75 * 2:0 *"), RUN)
+    inherit, bypass = chain.passes
+    assert isinstance(inherit, InheritFeatures)
+    assert isinstance(bypass, Bypass)
+    assert inherit.schedule == Explicit((0, 2, 5, 6, 7), 8)
+    assert inherit.forecast == Fitted(
+        ((), (1.0,), (), (-0.25, 1.25), (-0.75, 1.75), (), (), ()), "DDIM", Polynomial(1, 0.75)
+    )
+    assert bypass.schedule == Explicit((0, 2, 5, 7), 8)
+    assert sdgraph.parse(str(chain)) == (chain,)
+    assert options.chain(Plan.read("* * * *"), Run(4)).passes == ()
+    assert options.chain(Plan.read("* 1:0 * 1:0"), Run(4)).passes == (InheritFeatures.deep_cache(2, 1),)
+
+
+def test_plans_cost_and_do_what_their_passes_do(options: Candidates, source: GraphUNet) -> None:
+    rng = np.random.default_rng(0)
+    kinds = options.kinds()
+    for _ in range(6):
+        drawn = [Call(kinds[rng.integers(len(kinds))], 0.5) for _ in range(7)]
+        plan = options.plain(Plan((Call(), *drawn)))
+        alone = sdgraph.apply(source, options.chain(plan, RUN), verify=False)
+        assert options.cost(plan, RUN, options.unet.graph.step_macs) == alone.graph.timetable(8).macs
+
+
+def test_the_plan_of_schedules_that_were_given(source: GraphUNet) -> None:
+    given = [InheritFeatures.damped(2, damping=0.75), Bypass("mid_block", Uniform(3))]
+    assert str(Candidates(source, given).given(Run(7))) == "* 0:0 1:0 0:0.75 1:0 0:0.75 *"
+
+
+@pytest.mark.parametrize("one", [CleanUp(), HoistInvariants()])
+def test_passes_without_sites_to_schedule(source: GraphUNet, one: sdgraph.Pass) -> None:
+    with pytest.raises(SpecError, match="has no sites to give a schedule"):
+        Candidates(source, [one])
+
+
+def test_no_candidates() -> None:
+    with pytest.raises(SpecError, match="there are no candidates"):
+        Candidates(sdgraph.apply(build(), (), verify=False), [])

@@ -1,0 +1,62 @@
+"""What calls cost: measured here, or read from the figures of another machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import sdgraph
+from sdgraph import GraphUNet
+from sdgraph.calibration.costs import seconds_here, seconds_of
+from sdgraph.errors import ScheduleError, SpecError
+from sdgraph.passes import InheritFeatures
+
+from ..models import CROSS
+
+
+def test_seconds_of_calls_here(traced: Callable[[str], tuple[object, GraphUNet]]) -> None:
+    unet = sdgraph.apply(traced("sd15")[1], InheritFeatures.deep_cache(), verify=False)
+    flat = {
+        "sample": torch.randn(2, 4, 32, 32),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(2, 7, CROSS),
+    }
+    cost = seconds_here(unet, flat)
+    assert 0 < cost(frozenset(unet.graph.sites)) < cost(frozenset()) < 60
+
+
+def figures(**change: object) -> dict[str, object]:
+    return {
+        "models": {"refresh.onnx": 2.0, "branch.onnx": 0.25},
+        "stale": {"refresh.onnx": [], "branch.onnx": ["b", "a"]},
+        **change,
+    }
+
+
+def test_seconds_of_a_bundle(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    path.write_text(json.dumps(figures()))
+    cost = seconds_of(path)
+    assert cost(frozenset()) == 2
+    assert cost(frozenset({"a", "b"})) == 0.25
+    with pytest.raises(ScheduleError, match=r"no time of a call without a\n(.*\n)*.*export the candidates"):
+        cost(frozenset({"a"}))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", json.dumps(figures(stale={})), json.dumps(figures(models=[1])), json.dumps({"models": {}})]
+)
+def test_files_that_are_no_figures(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=r"has no times of calls(.*\n)*.*bench"):
+        seconds_of(path)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="FileNotFoundError"):
+        seconds_of(tmp_path / "nothing.json")
