@@ -22,7 +22,7 @@ from .noising import Noising
 from .observe import Observed, Tap
 from .report import TuningReport
 from .settings import Settings
-from .source import Samples, Source, Tensors
+from .sources import Images, Prompts, Samples, Source, Tensors
 from .tune import DEFAULT, tune
 
 __all__ = [
@@ -33,12 +33,14 @@ __all__ = [
     "Comparison",
     "Denoising",
     "Features",
+    "Images",
     "ImageFeatures",
     "IncubationReport",
     "Loss",
     "Noising",
     "Observed",
     "Output",
+    "Prompts",
     "Samples",
     "Settings",
     "Similarity",
