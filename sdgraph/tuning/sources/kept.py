@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -13,14 +14,14 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import TuningError
 
 RECORD = "kept.json"
-LOCK = ".lock"
+LOCK = ".lock"  # of the folder, and the ending of those of chunks
 OPEN = 64  # chunks that are mapped into memory at a time
 GIGABYTE = 10**9
 
@@ -48,7 +49,7 @@ class Kept:
             raise self._unwritable(error) from error
 
     def fill(self, compute: Callable[[range], dict[str, Tensor]], title: str) -> None:
-        """Compute the chunks that are missing, one process at a time.
+        """Compute the chunks that are missing. Several processes may do so at a time, and share the work.
 
         Args:
             compute: returns the tensors of rows, by name, (rows, ...) each.
@@ -58,13 +59,17 @@ class Kept:
         """
         with FileLock(self.folder / LOCK):
             self._check_or_begin()
-            chunks = [range(i, min(i + self._size, self._count)) for i in range(0, self._count, self._size)]
-            missing = [rows for rows in chunks if not self._path(rows[0]).exists()]
-            for rows in tqdm(missing, desc=title, unit="batch", disable=not missing):
-                tensors = {name: tensor.contiguous() for name, tensor in compute(rows).items()}
-                if rows is missing[0]:
-                    self._check_space(sum(t.nbytes for t in tensors.values()) / len(rows), sum(map(len, missing)))
-                self._write(self._path(rows[0]), tensors)
+        chunks = [range(i, min(i + self._size, self._count)) for i in range(0, self._count, self._size)]
+        missing = [rows for rows in chunks if not self._path(rows[0]).exists()]
+        with tqdm(total=len(missing), desc=title, unit="batch", disable=not missing) as bar:
+            for wait in (False, True):  # first those that no other process is at, then those that others have left
+                for rows in missing:
+                    with contextlib.suppress(Timeout), FileLock(self._path(rows[0]).with_suffix(LOCK), blocking=wait):
+                        if not self._path(rows[0]).exists():
+                            self._write(rows, compute(rows))
+                            bar.update()
+        for rows in missing:
+            self._path(rows[0]).with_suffix(LOCK).unlink(missing_ok=True)
 
     def rows(self, rows: Sequence[int], *names: str) -> dict[str, Tensor]:
         """Return tensors of rows, (B, ...) each.
@@ -111,24 +116,26 @@ class Kept:
                     hint="name another folder, or delete this one to encode anew",
                 )
 
-    def _check_space(self, bytes_per_row: float, rows_to_go: int) -> None:
-        whole, needed = bytes_per_row * self._count, bytes_per_row * rows_to_go
+    def _write(self, rows: range, tensors: Mapping[str, Tensor]) -> None:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self._check_space(sum(tensor.nbytes for tensor in contiguous.values()) / len(rows), rows)
+        self._replace(self._path(rows[0]), lambda new: safetensors.torch.save_file(contiguous, new))
+
+    def _check_space(self, row: float, rows: range) -> None:
+        """Refuse rows of a size in bytes, of which all have the same, before the first of them is written."""
+        whole, free = row * self._count, shutil.disk_usage(self.folder).free
         if whole > self._limit:
             raise TuningError(
                 f"{self._count} rows take {whole / GIGABYTE:.3g} GB, and the limit is {self._limit / GIGABYTE:.3g} GB",
                 where=str(self.folder),
                 hint=f"raise cache_limit to {int(whole) + 1} bytes, or pass fewer rows",
             )
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        if row * (self._count - rows[0]) > free:
             raise TuningError(
-                f"the rows take {needed / GIGABYTE:.3g} GB, and the disk has {free / GIGABYTE:.3g} GB left",
+                f"the rows take {whole / GIGABYTE:.3g} GB, and the disk has {free / GIGABYTE:.3g} GB left",
                 where=str(self.folder),
                 hint="free space, or name a folder on another disk",
             )
-
-    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        self._replace(path, lambda new: safetensors.torch.save_file(dict(tensors), new))
 
     def _replace(self, path: Path, write: Callable[[Path], Any]) -> None:
         new = path.with_suffix(".new")

@@ -35,7 +35,7 @@ class Prompts:
         cache: the folder to keep the calls in. Generating that was stopped goes on there, and loses one batch at most.
         num_inference_steps: the steps of a generation.
         guidance_scale: the guidance; by default the pipeline's own.
-        keep: the calls that are kept of a generation, drawn at random from equal parts of it.
+        calls_per_prompt: the calls that are kept of a generation, drawn at random from equal parts of it.
         height: of the images, in pixels; by default the pipeline's own.
         width: of the images, in pixels.
         batch: the prompts of a call of the pipeline.
@@ -59,7 +59,7 @@ class Prompts:
         cache: str | Path,
         num_inference_steps: int = 25,
         guidance_scale: float | None = None,
-        keep: int = 4,
+        calls_per_prompt: int = 4,
         height: int | None = None,
         width: int | None = None,
         batch: int = 8,
@@ -69,14 +69,16 @@ class Prompts:
         self._prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not self._prompts or not all(isinstance(prompt, str) for prompt in self._prompts):
             raise TuningError("there are no prompts, or some are no text", where="prompts", hint="pass texts")
-        if not 1 <= keep <= num_inference_steps:
+        if not 1 <= calls_per_prompt <= num_inference_steps:
             raise TuningError(
-                f"{keep} calls cannot be kept of {num_inference_steps} steps", where="keep", hint="pass 1 to steps"
+                f"{calls_per_prompt} calls cannot be kept of {num_inference_steps} steps",
+                where="calls_per_prompt",
+                hint=f"pass 1 to {num_inference_steps}",
             )
         _check_scheduler(pipe.scheduler)
         captions = Captions(pipe)
         self._empty = dict(captions.empty)
-        self._keep, self._seed, self._pipe, self._captions = keep, seed, pipe, captions
+        self._calls, self._seed, self._pipe, self._captions = calls_per_prompt, seed, pipe, captions
         self._call = {"num_inference_steps": num_inference_steps, "height": height, "width": width}
         if guidance_scale is not None:
             self._call["guidance_scale"] = guidance_scale
@@ -89,7 +91,7 @@ class Prompts:
             "scheduler": f"{type(pipe.scheduler).__name__} {hashlib.sha256(scheduler.encode()).hexdigest()[:8]}",
             **{name: str(value) for name, value in self._call.items()},
             "guidance_scale": str(guidance_scale),
-            "keep": str(keep),
+            "calls_per_prompt": str(calls_per_prompt),
             "seed": str(seed),
         }
         self._fingerprint = hashlib.sha256(repr(made).encode()).hexdigest()
@@ -100,16 +102,16 @@ class Prompts:
             self._empty["time_ids"] = self._kept.rows([0], "time_ids")["time_ids"][0]  # one size for all
 
     def __len__(self) -> int:
-        return len(self._prompts) * self._keep
+        return len(self._prompts) * self._calls
 
     def samples(self, rows: Sequence[int], generators: Sequence[np.random.Generator]) -> Samples:
-        prompts, calls = zip(*(divmod(row, self._keep) for row in rows), strict=True)
+        prompts, calls = zip(*(divmod(row, self._calls) for row in rows), strict=True)
         kept = self._kept.rows(prompts, "latents", "noisy", "timesteps")
         noisy, timesteps = (kept[name][torch.arange(len(rows)), list(calls)] for name in ("noisy", "timesteps"))
         return Samples(kept["latents"].float(), noisy.float(), timesteps)
 
     def conditions(self, rows: Sequence[int | None]) -> dict[str, Tensor]:
-        known = self._kept.rows([row // self._keep for row in rows if row is not None], *self._empty)
+        known = self._kept.rows([row // self._calls for row in rows if row is not None], *self._empty)
         return with_empty(rows, known, self._empty)
 
     def fingerprint(self) -> str:
@@ -123,7 +125,7 @@ class Prompts:
         with without_bar(self._pipe), _recorded(self._pipe.unet, len(rows)) as calls:
             result = self._pipe(prompt=prompts, generator=generators, output_type="latent", **self._call)
         latents = result.images.cpu()
-        chosen = torch.tensor([_drawn(len(calls), self._keep, generator(self._seed, "calls", row)) for row in rows])
+        chosen = torch.tensor([_drawn(len(calls), self._calls, generator(self._seed, "calls", row)) for row in rows])
         noisy = torch.stack([sample for sample, _ in calls], 1)[torch.arange(len(rows))[:, None], chosen]
         for prompt, final, kept in zip(prompts, latents, noisy, strict=True):
             if not (torch.isfinite(final).all() and torch.isfinite(kept).all()):
@@ -153,9 +155,9 @@ def _check_scheduler(scheduler: Any) -> None:
         )
 
 
-def _drawn(count: int, keep: int, draw: np.random.Generator) -> list[int]:
-    """Return calls of a generation, one at random from each of `keep` equal parts of it."""
-    return [int((part + draw.random()) * count / keep) for part in range(keep)]
+def _drawn(count: int, parts: int, draw: np.random.Generator) -> list[int]:
+    """Return calls of a generation, one at random from each of equal parts of it."""
+    return [int((part + draw.random()) * count / parts) for part in range(parts)]
 
 
 @contextmanager
