@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,11 @@ class Kept:
         with tqdm(total=len(missing), desc=title, unit="batch", disable=not missing) as bar:
             for wait in (False, True):  # first those that no other process is at, then those that others have left
                 for rows in missing:
-                    with contextlib.suppress(Timeout), FileLock(self._path(rows[0]).with_suffix(LOCK), blocking=wait):
-                        if not self._path(rows[0]).exists():
+                    path = self._path(rows[0])
+                    with contextlib.suppress(Timeout), _alone(path.with_suffix(LOCK), wait):
+                        if not path.exists():
                             self._write(rows, compute(rows))
                             bar.update()
-        for rows in missing:
-            self._path(rows[0]).with_suffix(LOCK).unlink(missing_ok=True)
 
     def rows(self, rows: Sequence[int], *names: str) -> dict[str, Tensor]:
         """Return tensors of rows, (B, ...) each.
@@ -160,3 +159,17 @@ class Kept:
     @staticmethod
     def _opened(path: Path) -> Any:
         return safetensors.safe_open(path, "pt")
+
+
+@contextlib.contextmanager
+def _alone(path: Path, wait: bool) -> Iterator[None]:
+    """A context that one process at a time is in, by a file that is gone afterwards.
+
+    Raises:
+        Timeout: another process is in it, and `wait` is False.
+    """
+    with FileLock(path, blocking=wait):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
