@@ -24,6 +24,7 @@ from .report import TuningReport
 from .settings import Settings
 from .sources import Images, Prompts, Samples, Source, Tensors
 from .tune import DEFAULT, tune
+from .validation import ValidationImages
 
 __all__ = [
     "DEFAULT",
@@ -48,6 +49,7 @@ __all__ = [
     "Tap",
     "Tensors",
     "TuningReport",
+    "ValidationImages",
     "Wavelet",
     "assemble",
     "chain",

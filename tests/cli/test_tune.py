@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from scenes.pipeline import MODEL
+from scenes import models
 
 import sdgraph
 from sdgraph.cli import main
 from sdgraph.cli.configuration import read
+from sdgraph.cli.sources import load_pipeline, load_unet
 from sdgraph.errors import SpecError, TuningError
 
+from ..models import build
 from ..photos import write_photos
 
 PASSES = ["PruneBlocks('bk-sdm-base')"]
 RUN: dict[str, Any] = {
-    "pretrained_model_name_or_path": str(MODEL),
+    "pretrained_model_name_or_path": "model",
     "passes": PASSES,
     "train_data_dir": "photos",
     "resolution": 16,
@@ -98,49 +99,52 @@ def test_passes_and_losses_are_read_before_anything_is_loaded(capsys: pytest.Cap
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a pipeline with a tiny UNet."""
+    folder, words = tmp_path_factory.mktemp("model"), models.tokenizer()
+    unet = build("sd15", layers_per_block=2, cross_attention_dim=models.TEXT_WIDTH)
+    models.pipeline(words, models.text_encoder(words), models.vae(), unet).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_a_run_ends_with_a_pipeline_that_other_commands_load(capsys: pytest.CaptureFixture[str], prompts: Path) -> None:
+def test_a_run_ends_with_a_pipeline_that_other_commands_load(
+    model: Path, capsys: pytest.CaptureFixture[str], prompts: Path
+) -> None:
     write_photos(Path("photos"))
     config = written(
-        use_ema=True, losses=["Output", "Features('stage')"], validation_prompts=["a red circle"],
-        validation_steps=2, data_cache="encoded", checkpointing_steps=1,
+        pretrained_model_name_or_path=str(model), use_ema=True, losses=["Output", "Features('stage')"],
+        validation_prompts=["a red circle"], validation_steps=2, data_cache="encoded", checkpointing_steps=1,
     )  # fmt: skip
     assert main(["tune", str(config)]) == 0
-    assert "saved in tuned" in capsys.readouterr().out
+    assert main(["tune", str(config), "--set", "max_train_steps=3"]) == 0  # goes on
+    assert "3 steps" in capsys.readouterr().out
     names = {path.name for path in Path("tuned").iterdir()}
-    assert {"model_index.json", "unet", "vae", "scheduler", "checkpoint-1", "checkpoint-2", "validation"} <= names
+    assert {"model_index.json", "unet", "vae", "scheduler", "checkpoint-2", "checkpoint-3", "validation"} <= names
     assert [path.name for path in Path("tuned/validation").iterdir()] == ["validation-000002.png"]
-    tuned = DiffusionPipeline.from_pretrained("tuned").unet
-    source = DiffusionPipeline.from_pretrained(MODEL).unet
-    untuned = sdgraph.apply(source, PASSES[0], verify=False)
+    tuned = load_pipeline("tuned", "float32", "cpu").unet
+    untuned = sdgraph.apply(load_unet(str(model), "float32"), PASSES[0], verify=False)
     assert isinstance(tuned, sdgraph.GraphUNet)
     assert tuned.state_dict().keys() == untuned.state_dict().keys()
     assert not torch.equal(tuned.state_dict()["conv_in.weight"], untuned.state_dict()["conv_in.weight"])
-    # once more, it is finished; with more steps, it goes on
-    assert main(["tune", str(config)]) == 0
-    assert main(["tune", str(config), "--set", "max_train_steps=3"]) == 0
-    assert Path("tuned/checkpoint-3").is_dir()
-    options = ["--prompts", str(prompts), "--steps", "2"]
-    assert main(["evaluate", str(MODEL), "tuned", *options]) == 0
-    assert main(["evaluate", "tuned", "CleanUp", *options]) == 0
-    assert main(["apply", "tuned", "CleanUp"]) == 0
-    # the next student learns from this one
+    assert main(["evaluate", str(model), "tuned", "--prompts", str(prompts), "--steps", "2"]) == 0
+    # the next student is made from this one, and learns from the first teacher
     second = written(
         "second.json", pretrained_model_name_or_path="tuned", passes="PruneBlocks('mid_block')", output_dir="second",
-        pretrained_teacher_model=str(MODEL), data_cache="encoded",
+        pretrained_teacher_model=str(model), data_cache="encoded",
     )  # fmt: skip
     assert main(["tune", str(second)]) == 0
-    applied = [str(a.one) for a in sdgraph.GraphUNet.from_pretrained("second/unet").graph.passes]
+    applied = [str(a.one) for a in load_unet("second", "float32").graph.passes]
     assert applied == [*PASSES, "PruneBlocks('mid_block')"]
 
 
 @pytest.mark.slow
-def test_a_run_from_prompts_alone(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = written(without="train_data_dir", prompts=str(prompts), calls_per_prompt=2, losses=["Output"])
-    assert main(["tune", str(config)]) == 0
-    assert (Path("tuned/data/rows-00000000.safetensors")).is_file()
-    assert "Output" in capsys.readouterr().out
-    # the loss on images is not for prompts
-    other = written(without="train_data_dir", prompts=str(prompts), calls_per_prompt=2, output_dir="other")
-    assert main(["tune", str(other), "--set", "data_cache=tuned/data"]) == 2
+def test_a_run_from_prompts_alone(model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = {"pretrained_model_name_or_path": str(model), "prompts": str(prompts), "calls_per_prompt": 2}
+    assert main(["tune", str(written(without="train_data_dir", losses=["Output"], **run))]) == 0
+    assert Path("tuned/data/rows-00000000.safetensors").is_file()
+    # the noise that was added is not known on trajectories
+    other = written(without="train_data_dir", data_cache="tuned/data", output_dir="other", **run)
+    assert main(["tune", str(other)]) == 2
     assert "leave this loss out" in capsys.readouterr().err
