@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import TuningError
+from ..digest import digest
 
 
 class Captions:
@@ -16,13 +17,18 @@ class Captions:
 
     Args:
         pipe: the pipeline.
+    Attributes:
+        empty: the conditions of a caption that is left out, without the first dimension, as the pipeline passes them
+            for guidance.
+        digest: text that changes with the weights of the text encoders.
     Raises:
         TuningError: the pipeline has no text encoder, or its UNet needs other conditions than captions.
     """
 
     def __init__(self, pipe: Any) -> None:
         name = type(pipe).__name__
-        if getattr(pipe, "text_encoder", None) is None and getattr(pipe, "text_encoder_2", None) is None:
+        encoders = [part for part in ("text_encoder", "text_encoder_2") if getattr(pipe, part, None) is not None]
+        if not encoders:
             raise TuningError(f"{name} has no text encoder", where="pipe", hint="load the whole pipeline")
         if pipe.unet.config.get("time_cond_proj_dim"):
             raise TuningError(
@@ -31,14 +37,11 @@ class Captions:
                 hint="tune the UNet that it was distilled from, or pass tensors: sdgraph.tuning.Tensors",
             )
         self._pipe = pipe
+        self.digest = " ".join(digest(getattr(pipe, encoder)) for encoder in encoders)
         self.empty = {key: value[0] for key, value in self._encoded([""], guided=True).items()}
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the conditions of captions by the names of the UNet's inputs, (B, ...) each.
-
-        The attribute `empty` has those of a caption that is left out, without the first dimension, as the pipeline
-        passes them for guidance.
-        """
+        """Return the conditions of captions by the names of the UNet's inputs, (B, ...) each."""
         return self._encoded(texts, guided=False)
 
     @torch.no_grad()
@@ -49,15 +52,14 @@ class Captions:
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
         )
-        names = ("encoder_hidden_states", "text_embeds")[: len(encoded) // 2]
         if len(encoded) not in (2, 4):
             raise TuningError(
                 f"{type(self._pipe).__name__} encodes a prompt as {len(encoded)} tensors",
                 where="pipe.encode_prompt",
                 hint="covered are the pipelines of Stable Diffusion and SDXL; or pass tensors: sdgraph.tuning.Tensors",
             )
-        # the pairs are (with the caption, without it)
-        return {name: encoded[2 * i + guided].cpu() for i, name in enumerate(names)}
+        names = ("encoder_hidden_states", "text_embeds")[: len(encoded) // 2]
+        return {name: encoded[2 * i + guided].cpu() for i, name in enumerate(names)}  # pairs: the caption, none
 
 
 def time_ids(original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> Tensor:

@@ -79,11 +79,10 @@ class Images:
             self._empty["time_ids"] = time_ids((resolution, resolution), (0, 0), (resolution, resolution))
         listed = [f"{i.path.relative_to(folder)} {i.size} {i.caption}" for i in self._images]
         files = [f"{i.path.stat().st_size}" for i in self._images]
-        encoders = [part for name in ("text_encoder", "text_encoder_2") if (part := getattr(pipe, name, None))]
         made = {
             "folder of images": hashlib.sha256("\n".join([*listed, *files]).encode()).hexdigest(),
             "VAE": digest(pipe.vae),
-            "text encoder": " ".join(map(digest, encoders)),
+            "text encoder": self._captions.digest,
             "resolution": str(resolution),
             "choice of crops": "centre" if center_crop else f"random, seed {seed}",
             "random_flip": str(random_flip),

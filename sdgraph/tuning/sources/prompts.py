@@ -83,11 +83,10 @@ class Prompts:
         if guidance_scale is not None:
             self._call["guidance_scale"] = guidance_scale
         scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
-        encoders = [part for name in ("text_encoder", "text_encoder_2") if (part := getattr(pipe, name, None))]
         made = {
             "list of prompts": hashlib.sha256("\n".join(self._prompts).encode()).hexdigest(),
             "teacher": digest(pipe.unet),
-            "text encoder": " ".join(map(digest, encoders)),
+            "text encoder": captions.digest,
             "scheduler": f"{type(pipe.scheduler).__name__} {hashlib.sha256(scheduler.encode()).hexdigest()[:8]}",
             **{name: str(value) for name, value in self._call.items()},
             "guidance_scale": str(guidance_scale),
