@@ -74,7 +74,7 @@ def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settin
         TuningError: a value is impossible.
     """
     given = _file(path) | dict(map(_change, changes))
-    of_run, of_loop = ([field.name for field in fields(kind)] for kind in (Configuration, Settings))
+    of_run, of_loop = [field.name for field in fields(Configuration)], [field.name for field in fields(Settings)]
     for name in given:
         if name not in of_run and name not in of_loop:
             hint = did_you_mean(name, [*of_run, *of_loop]) or f"names: {', '.join([*of_run, *of_loop])}"

@@ -59,7 +59,10 @@ def run(args: argparse.Namespace) -> None:
     student = apply(source, passes)
     if config.pretrained_teacher_model is not None:
         pipe.unet = load_unet(config.pretrained_teacher_model, "float32").to(process.device)
-    generation = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    generation: dict[str, Any] = {
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+    }
     tuned, report = tune(
         student,
         source if config.pretrained_teacher_model is None else pipe.unet,

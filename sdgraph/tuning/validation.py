@@ -32,7 +32,7 @@ class ValidationImages:
 
     def __call__(self, unet: GraphUNet, step: int) -> dict[str, Any]:
         """Return PSNR in dB and SSIM of the student's images to the teacher's, and the images as a sheet."""
-        guidance = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        guidance: dict[str, Any] = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
         steps = self.num_inference_steps
         evaluation = evaluate(
             self.pipe, unet, self.prompts, seeds=[self.seed], progress=False, num_inference_steps=steps, **guidance

@@ -52,8 +52,8 @@ def test_two_processes_are_one_with_the_whole_batch(
     student.save_pretrained(tmp_path / "student")
     teaching.save_pretrained(tmp_path / "teacher")
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # as `accelerate launch` starts processes for several GPUs; on a CPU it starts one, or needs MPI
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, str(tmp_path / "script.py"), str(tmp_path)],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -15,12 +15,11 @@ from ..digest import digest
 class Captions:
     """Encodes captions as a pipeline of Stable Diffusion or SDXL does.
 
+    `empty` has the conditions of a caption that is left out, without the first dimension, as the pipeline passes them
+    for guidance; `digest` is text that changes with the weights of the text encoders.
+
     Args:
         pipe: the pipeline.
-    Attributes:
-        empty: the conditions of a caption that is left out, without the first dimension, as the pipeline passes them
-            for guidance.
-        digest: text that changes with the weights of the text encoders.
     Raises:
         TuningError: the pipeline has no text encoder, or its UNet needs other conditions than captions.
     """

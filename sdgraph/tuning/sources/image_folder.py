@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,7 +151,8 @@ def _lines(table: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
     number = 0
     try:
         with table.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.DictReader(lines) if table.suffix == ".csv" else (json.loads(x) for x in lines if x.strip())
+            objects: Iterable[Any] = (json.loads(line) for line in lines if line.strip())
+            rows = csv.DictReader(lines) if table.suffix == ".csv" else objects
             for number, row in enumerate(rows, 1):
                 if not isinstance(row, dict):
                     raise ValueError("a line is not an object")

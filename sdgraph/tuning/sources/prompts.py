@@ -79,7 +79,7 @@ class Prompts:
         captions = Captions(pipe)
         self._empty = dict(captions.empty)
         self._calls, self._seed, self._pipe, self._captions = calls_per_prompt, seed, pipe, captions
-        self._call = {"num_inference_steps": num_inference_steps, "height": height, "width": width}
+        self._call: dict[str, Any] = {"num_inference_steps": num_inference_steps, "height": height, "width": width}
         if guidance_scale is not None:
             self._call["guidance_scale"] = guidance_scale
         scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
