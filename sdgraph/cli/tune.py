@@ -20,6 +20,7 @@ which all commands load.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config, settings = read(args.config, args.set)
     passes = parse(config.passes if isinstance(config.passes, str) else ", ".join(config.passes))
-    losses = [read_spec(text, Loss) for text in config.losses] or DEFAULT
+    losses: Sequence[Any] = [read_spec(text, Loss) for text in config.losses] or DEFAULT
     process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
     pipe = load_pipeline(config.pretrained_model_name_or_path, "float32", process.device)
     source = apply(pipe.unet, ())
