@@ -13,6 +13,7 @@ from scenes import models
 import sdgraph
 from sdgraph.cli import main
 from sdgraph.cli.configuration import read
+from sdgraph.cli.quiet import quiet
 from sdgraph.cli.sources import load_pipeline, load_unet
 from sdgraph.errors import SpecError, TuningError
 
@@ -123,8 +124,9 @@ def test_a_run_ends_with_a_pipeline_that_other_commands_load(
     names = {path.name for path in Path("tuned").iterdir()}
     assert {"model_index.json", "unet", "vae", "scheduler", "checkpoint-2", "checkpoint-3", "validation"} <= names
     assert [path.name for path in Path("tuned/validation").iterdir()] == ["validation-000002.png"]
-    tuned = load_pipeline("tuned", "float32", "cpu").unet
-    untuned = sdgraph.apply(load_unet(str(model), "float32"), PASSES[0], verify=False)
+    with quiet():
+        tuned = load_pipeline("tuned", "float32", "cpu").unet
+        untuned = sdgraph.apply(load_unet(str(model), "float32"), PASSES[0], verify=False)
     assert isinstance(tuned, sdgraph.GraphUNet)
     assert tuned.state_dict().keys() == untuned.state_dict().keys()
     assert not torch.equal(tuned.state_dict()["conv_in.weight"], untuned.state_dict()["conv_in.weight"])
@@ -135,7 +137,8 @@ def test_a_run_ends_with_a_pipeline_that_other_commands_load(
         pretrained_teacher_model=str(model), data_cache="encoded",
     )  # fmt: skip
     assert main(["tune", str(second)]) == 0
-    applied = [str(a.one) for a in load_unet("second", "float32").graph.passes]
+    with quiet():
+        applied = [str(a.one) for a in load_unet("second", "float32").graph.passes]
     assert applied == [*PASSES, "PruneBlocks('mid_block')"]
 
 

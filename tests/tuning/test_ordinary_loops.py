@@ -75,7 +75,8 @@ def test_lora_on_a_tuned_student(tune: Tune, data: Tensors, tmp_path: Path) -> N
     before = tensors(tuned)
     unet = sdgraph.apply(tuned)
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=2, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian", target_modules=targets))
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(12):
