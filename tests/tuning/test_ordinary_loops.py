@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -70,7 +70,7 @@ def test_the_loop_of_train_text_to_image(student: sdgraph.GraphUNet, data: Tenso
 
 @pytest.mark.slow
 def test_lora_on_a_tuned_student(tune: Tune, data: Tensors, tmp_path: Path) -> None:
-    """It trains what it adds alone; and loads on the student as well as on its plain diffusers model."""
+    """It trains what it adds alone, and loads on the saved student."""
     tuned, _ = tune(steps=2)
     before = tensors(tuned)
     unet = sdgraph.apply(tuned)
@@ -91,9 +91,6 @@ def test_lora_on_a_tuned_student(tune: Tune, data: Tensors, tmp_path: Path) -> N
     call = call_of(tuned)
     expected = answer(unet, call)
     assert not torch.allclose(expected, answer(tuned, call))
-    weights = get_peft_model_state_dict(unet)
     again = sdgraph.GraphUNet.from_pretrained(tmp_path / "run" / "unet")
-    plain = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "unet_diffusers")
-    for other in (again, plain):
-        other.load_lora_adapter(weights, prefix=None)
-        torch.testing.assert_close(answer(other, call), expected, rtol=1e-3, atol=1e-5)
+    again.load_lora_adapter(get_peft_model_state_dict(unet), prefix=None)
+    torch.testing.assert_close(answer(again, call), expected, rtol=1e-3, atol=1e-5)
