@@ -8,6 +8,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler
+from scenes import models
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from .models import CROSS, build, load_ip_adapter, perturbed
 
@@ -42,6 +44,17 @@ def large(kind: str, unet: Any, **parts: Any) -> Any:
     """A pipeline of SDXL."""
     absent = dict.fromkeys(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"))
     return _pipeline(kind, unet, add_watermarker=False, **absent, **parts)
+
+
+def large_with_text() -> Any:
+    """A pipeline of SDXL with both text encoders, for prompts of the scenes' words."""
+    words = models.tokenizer()
+    torch.manual_seed(4)
+    first = models.text_encoder(words).eval()
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**{**first.config.to_dict(), "projection_dim": 16})).eval()
+    unet = build("sdxl", cross_attention_dim=2 * models.TEXT_WIDTH)
+    parts = {"tokenizer": words, "tokenizer_2": words, "text_encoder": first, "text_encoder_2": second}
+    return _pipeline("StableDiffusionXLPipeline", unet, add_watermarker=False, **parts)
 
 
 def _pipeline(kind: str, unet: Any, **parts: Any) -> Any:

@@ -16,13 +16,13 @@ from types import ModuleType
 from ..errors import ContractError, ExportError, PassError, QualityError, SdgraphError
 from ..spec import import_module
 from ..version import __version__
-from . import apply, bench, evaluate, export, inspect, passes, search
+from . import apply, bench, evaluate, export, inspect, passes, search, tune
 from .arguments import check_outputs
 from .quiet import quiet
 
 __all__ = ["main"]
 
-COMMANDS = (apply, evaluate, search, export, inspect, bench, passes)
+COMMANDS = (apply, evaluate, search, tune, export, inspect, bench, passes)
 DESCRIPTION = """\
 A graph-transformation compiler for diffusion UNets: change a UNet by passes, compare its images, export it.
 

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..errors import QualityError, SourceError, SpecError, did_you_mean
 from ..inheritance.attach import attach
 from ..runtime.apply import apply
 from ..runtime.interface import UNetCall
-from ..runtime.pipelines import with_unet
+from ..runtime.pipelines import with_unet, without_bar
 from ..runtime.unet import GraphUNet
 from ..views.format import columns
 from . import metrics
@@ -221,7 +221,7 @@ def evaluate(
     seconds: tuple[list[float], list[float]] = ([], [])
     with contextlib.ExitStack() as stack:
         for pipeline in {id(side.pipe): side.pipe for side in (first, second)}.values():
-            stack.enter_context(_without_bar(pipeline))
+            stack.enter_context(without_bar(pipeline))
         bar = stack.enter_context(tqdm(total=2 * len(runs), desc="evaluate", unit="image", disable=not progress))
         for turn, part in enumerate(batches):
             order = (0, 1) if turn % 2 == 0 else (1, 0)
@@ -329,17 +329,3 @@ def _side(subject: Any, pipe: DiffusionPipeline, where: str, base: Any = None) -
         f"{type(subject).__name__} is neither a pipeline nor a UNet nor passes", where=where,
         hint="pass a diffusers pipeline, a UNet or passes",
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _without_bar(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Hide the progress bar of a pipeline, and restore its settings afterwards."""
-    settings = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(**{**(settings or {}), "disable": True})
-    try:
-        yield
-    finally:
-        if settings is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = settings

@@ -1,4 +1,4 @@
-"""Another UNet in a diffusers pipeline, for the time being."""
+"""Another UNet in a diffusers pipeline, or no progress bar, for the time being."""
 
 from __future__ import annotations
 
@@ -18,3 +18,17 @@ def with_unet(pipe: Any, unet: Any) -> Iterator[None]:
         yield
     finally:
         pipe.unet = own
+
+
+@contextlib.contextmanager
+def without_bar(pipe: Any) -> Iterator[None]:
+    """Hide the progress bar of a pipeline, and restore its settings afterwards."""
+    settings = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**{**(settings or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if settings is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = settings

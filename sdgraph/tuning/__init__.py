@@ -22,8 +22,9 @@ from .noising import Noising
 from .observe import Observed, Tap
 from .report import TuningReport
 from .settings import Settings
-from .source import Samples, Source, Tensors
+from .sources import Images, Prompts, Samples, Source, Tensors
 from .tune import DEFAULT, tune
+from .validation import ValidationImages
 
 __all__ = [
     "DEFAULT",
@@ -34,11 +35,13 @@ __all__ = [
     "Denoising",
     "Features",
     "ImageFeatures",
+    "Images",
     "IncubationReport",
     "Loss",
     "Noising",
     "Observed",
     "Output",
+    "Prompts",
     "Samples",
     "Settings",
     "Similarity",
@@ -46,6 +49,7 @@ __all__ = [
     "Tap",
     "Tensors",
     "TuningReport",
+    "ValidationImages",
     "Wavelet",
     "assemble",
     "chain",

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import TuningError
 from .counter import generator
 from .noising import Noising
-from .source import Source
+from .sources import Source
 
 STEEPNESS = 5.0  # of random conditioning: p = 1 at the last timestep, 0.08 in the middle
 

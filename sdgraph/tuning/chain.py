@@ -15,7 +15,7 @@ from ..frontend.capture import trace
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from .report import TuningReport
-from .source import Source, Tensors
+from .sources import Source, Tensors
 from .tune import tune
 
 

@@ -24,7 +24,7 @@ from ..runtime.unet import GraphUNet
 from .losses import Features, Loss, Output
 from .report import TuningReport
 from .settings import Settings
-from .source import Source, Tensors
+from .sources import Source, Tensors
 from .tune import DEFAULT, tune
 
 

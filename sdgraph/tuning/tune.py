@@ -27,7 +27,8 @@ from ..ir.structure import structure
 from ..runtime.unet import GraphUNet
 from ..version import __version__
 from .batch import Batches
-from .checks import check_models, check_same_run, checkpoint_to_resume, digest
+from .checks import check_models, check_same_run, checkpoint_to_resume
+from .digest import digest
 from .gradient import Gradient
 from .losses import Denoising, Features, Loss, Output
 from .noising import Noising
@@ -35,7 +36,7 @@ from .objective import Objective, Student
 from .observe import Observed
 from .report import LOG, Log, TuningReport
 from .settings import Settings
-from .source import Source, Tensors
+from .sources import Source, Tensors
 from .state import State, read
 
 DEFAULT = (Output(), Features("stage"), Denoising(weight=0.01))

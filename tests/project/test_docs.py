@@ -17,13 +17,22 @@ from scenes import models
 
 import sdgraph
 from sdgraph.cli import COMMANDS, main
+from sdgraph.cli.configuration import read
+from sdgraph.spec import read as read_spec
+from sdgraph.tuning import Loss
 
 from ..documents import ROOT, blocks, commands, inline_code, links, prose, run
 from ..models import build
+from ..photos import write_photos
 
 DOCS = ROOT / "docs"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 RUN = [document for document in DOCUMENTS if blocks(document, "python")]
+QUICKER = {
+    "num_inference_steps=25": "num_inference_steps=2",
+    "steps=5000": "steps=2",
+    "resolution=512": "resolution=64",
+}
 QUICK = ["drop-in.md"]  # the others run pipelines, passes and exports
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -54,13 +63,14 @@ def test_the_python_blocks_run_in_order(document: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", tiny)
     monkeypatch.chdir(tmp_path)
-    run(document, monkeypatch, {"num_inference_steps=25": "num_inference_steps=2"})
+    write_photos(tmp_path / "photos")
+    run(document, monkeypatch, QUICKER)
 
 
 def test_documents_have_code_that_runs() -> None:
     named = {name(document) for document in RUN}
     assert {"README.md", "docs/getting-started.md", "docs/passes.md", "docs/inheriting-features.md"} <= named
-    assert {"docs/deploying.md", "docs/drop-in.md", "docs/writing-a-pass.md"} <= named
+    assert {"docs/deploying.md", "docs/drop-in.md", "docs/writing-a-pass.md", "docs/tuning.md"} <= named
 
 
 @every_document
@@ -81,6 +91,8 @@ def test_commands_are_as_their_parsers_have_them(
     for program, *words in [*commands(document), *(shlex.split(" ".join(line.split())) for line in written)]:
         if program == "make":
             assert words[0] in TARGETS, words
+        elif program == "accelerate":
+            assert main(words[words.index("sdgraph") + 1 :]) == 0, (words, capsys.readouterr().err)
         elif program == "python":
             assert (ROOT / words[0]).is_file(), words
         elif program == "sdgraph" and not {"COMMAND", "--import"} & set(words):
@@ -91,6 +103,17 @@ def test_commands_are_as_their_parsers_have_them(
         for text in (getattr(one, "passes", ""), *getattr(one, "candidates", ())):
             if "ScaleSkips" not in text:  # of the package that the guide makes
                 sdgraph.parse(text)
+
+
+@every_document
+def test_configurations_of_runs_are_complete(document: Path, tmp_path: Path) -> None:
+    for block in blocks(document, "toml"):
+        if "max_train_steps" in block.text:
+            (tmp_path / "tuning.toml").write_text(block.text)
+            config, settings = read(tmp_path / "tuning.toml")
+            assert sdgraph.parse(", ".join(config.passes))
+            assert [str(read_spec(text, Loss)) for text in config.losses]
+            assert settings.max_train_steps > 1
 
 
 # -- names and links --------------------------------------------------------------------------------------------------

@@ -1,58 +1,16 @@
-"""What a model is tuned on: rows of clean latents, and of the conditions that the UNet is called with."""
+"""Latents and conditions in memory, as a source."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import TuningError
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Rows of a source.
-
-    Args:
-        latents: clean latents, (B, C, H, W), scaled as the UNet expects them.
-        noisy: noised latents (B, C, H, W) where the source has its own, as on a teacher's trajectory; otherwise noise
-            is added to `latents`.
-        timesteps: the timesteps (B,) of `noisy`.
-    """
-
-    latents: Tensor
-    noisy: Tensor | None = None
-    timesteps: Tensor | None = None
-
-
-class Source(Protocol):
-    """Data that are read by row, so that what a step reads follows from its number."""
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-
-    def samples(self, rows: Sequence[int], generators: Sequence[np.random.Generator]) -> Samples:
-        """Return rows.
-
-        Args:
-            rows: the numbers of the rows.
-            generators: the random numbers of each row, for crops, flips or a sample of the VAE's distribution.
-        """
-
-    def conditions(self, rows: Sequence[int | None]) -> dict[str, Tensor]:
-        """Return the conditioning inputs of the UNet for rows, by the names that `graph.inputs` has for them.
-
-        Args:
-            rows: the numbers of the rows; None asks for the conditions of an empty caption.
-        """
-
-    def fingerprint(self) -> str:
-        """Return text that changes with the data, by which a resumed run recognises them."""
+from ...errors import TuningError
+from .base import Samples
 
 
 class Tensors:

@@ -1,0 +1,123 @@
+"""What `sdgraph tune` is told: a file with the argument names of diffusers' training scripts."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from ..errors import SpecError, did_you_mean
+from ..tuning.settings import Settings
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a training run is of. The settings of `sdgraph.tuning.Settings` stand beside these in the file.
+
+    Args:
+        pretrained_model_name_or_path: folder of a diffusers pipeline, or its name on the hub.
+        output_dir: the folder of the run, and of the tuned pipeline.
+        passes: the passes that make the student, as text; none if the pipeline's UNet is the student already.
+        pretrained_teacher_model: folder of the pipeline or UNet to learn from; by default the pipeline's UNet, before
+            the passes.
+        losses: the terms to minimise, as text.
+        train_data_dir: a folder of images with captions.
+        prompts: a file with one prompt per line, instead of images.
+        resolution: height and width of the images, in pixels; by default 512, and for prompts the pipeline's own.
+        center_crop: cut out the centre of images instead of a random place.
+        random_flip: mirror half of the images.
+        caption_column: the column of the captions.
+        data_cache: the folder to keep encoded data in; for prompts by default `data` in `output_dir`.
+        data_cache_limit: the largest size of that folder, in bytes.
+        num_inference_steps: of the teacher's generations from prompts, and of validation.
+        guidance_scale: of the same; by default the pipeline's own.
+        calls_per_prompt: the calls that are kept of a generation from a prompt.
+        validation_prompts: prompts to generate from at every validation.
+        resume_from_checkpoint: "latest", or a folder checkpoint-N.
+    """
+
+    pretrained_model_name_or_path: str
+    output_dir: str
+    passes: str | tuple[str, ...] = ()
+    pretrained_teacher_model: str | None = None
+    losses: tuple[str, ...] = ()
+    train_data_dir: str | None = None
+    prompts: str | None = None
+    resolution: int | None = None
+    center_crop: bool = False
+    random_flip: bool = False
+    caption_column: str = "text"
+    data_cache: str | None = None
+    data_cache_limit: int = 10**11
+    num_inference_steps: int = 25
+    guidance_scale: float | None = None
+    calls_per_prompt: int = 4
+    validation_prompts: tuple[str, ...] = ()
+    resume_from_checkpoint: str = "latest"
+
+
+def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settings]:
+    """Read the configuration of a training run.
+
+    Args:
+        path: the file, `.toml` or `.json`.
+        changes: "NAME=VALUE" with values as in TOML; text may do without quotes.
+    Raises:
+        SpecError: the file is missing or damaged, a name is unknown, or a value has the wrong type.
+        TuningError: a value is impossible.
+    """
+    given = _file(path) | dict(map(_change, changes))
+    of_run, of_loop = [field.name for field in fields(Configuration)], [field.name for field in fields(Settings)]
+    for name in given:
+        if name not in of_run and name not in of_loop:
+            hint = did_you_mean(name, [*of_run, *of_loop]) or f"names: {', '.join([*of_run, *of_loop])}"
+            raise SpecError(f"there is no setting {name!r}", where=str(path), hint=hint)
+    settings = _typed(Settings, {name: given[name] for name in given if name in of_loop}, path)
+    run = _typed(Configuration, {name: given[name] for name in given if name in of_run}, path)
+    if (run.train_data_dir is None) == (run.prompts is None):
+        raise SpecError(
+            "there is no data, or there are two kinds",
+            where=str(path),
+            hint="name either train_data_dir, a folder of images with captions, or prompts, a text file",
+        )
+    return run, settings
+
+
+def _file(path: Path) -> dict[str, Any]:
+    hint = "give a file .toml or .json with names and values, as the guide on tuning shows"
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"the configuration cannot be read: {error}", where=str(path), hint=hint) from error
+    if not isinstance(content, dict):
+        raise SpecError("the configuration is not an object with names and values", where=str(path), hint=hint)
+    return content
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip().isidentifier():
+        raise SpecError(f"{text!r} is no change", where="--set", hint="write NAME=VALUE, as in learning_rate=1e-4")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
+
+
+def _typed(kind: type[Kind], given: Mapping[str, Any], path: Path) -> Kind:
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        raise SpecError(
+            f"the configuration is incomplete or has a wrong value: {error}",
+            where=str(path),
+            hint="`sdgraph tune --help` shows an example",
+        ) from error

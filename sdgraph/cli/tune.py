@@ -1,0 +1,110 @@
+"""Train a UNet that passes have changed to predict what its teacher predicts.
+
+  sdgraph tune tuning.toml
+  accelerate launch -m sdgraph tune tuning.toml             # several GPUs
+
+CONFIG is a TOML or JSON file with the argument names of diffusers' training scripts:
+
+  pretrained_model_name_or_path = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+  passes = ["PruneBlocks('bk-sdm-base')"]
+  train_data_dir = "photos"         # images with captions; or prompts = "prompts.txt", without images
+  output_dir = "tuned"
+  max_train_steps = 5000
+  learning_rate = 5e-5
+  losses = ["Output", "Features('stage')", "Denoising(weight=0.01)"]
+
+The same command goes on from the last checkpoint. At the end `output_dir` is a diffusers pipeline with the tuned UNet,
+which all commands load.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compiler.parse import parse
+from ..extra import imported
+from ..runtime.apply import apply
+from ..runtime.pipelines import with_unet
+from ..spec import read as read_spec
+from ..tuning.losses import Loss
+from ..tuning.sources import Images, Prompts, Source
+from ..tuning.tune import DEFAULT, tune
+from ..tuning.validation import ValidationImages
+from .arguments import add_imports
+from .configuration import Configuration, read
+from .sources import load_pipeline, load_unet, read_prompts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML or JSON file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="another value than the file has, such as learning_rate=1e-4; may be repeated",
+    )  # fmt: skip
+    add_imports(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    config, settings = read(args.config, args.set)
+    passes = parse(config.passes if isinstance(config.passes, str) else ", ".join(config.passes))
+    losses: Sequence[Any] = [read_spec(text, Loss) for text in config.losses] or DEFAULT
+    process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
+    pipe = load_pipeline(config.pretrained_model_name_or_path, "float32", process.device)
+    source = apply(pipe.unet, ())
+    student = apply(source, passes)
+    if config.pretrained_teacher_model is not None:
+        pipe.unet = load_unet(config.pretrained_teacher_model, "float32").to(process.device)
+    generation: dict[str, Any] = {
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+    }
+    tuned, report = tune(
+        student,
+        source if config.pretrained_teacher_model is None else pipe.unet,
+        _data(config, pipe, settings.seed),
+        scheduler=pipe.scheduler,
+        steps=settings.max_train_steps,
+        out=config.output_dir,
+        losses=losses,
+        validate=ValidationImages(pipe, config.validation_prompts, **generation) if config.validation_prompts else None,
+        resume_from_checkpoint=config.resume_from_checkpoint,
+        **{name: value for name, value in asdict(settings).items() if name != "max_train_steps"},
+    )
+    if process.is_main_process:
+        with with_unet(pipe, tuned):
+            pipe.save_pretrained(config.output_dir)
+        print(f"{report}\nsaved in {config.output_dir}")
+
+
+def _data(config: Configuration, pipe: Any, seed: int) -> Source:
+    """Return the images or the prompts that a configuration names, encoded."""
+    if config.prompts is not None:
+        return Prompts(
+            read_prompts(Path(config.prompts)),
+            pipe,
+            cache=config.data_cache or Path(config.output_dir, "data"),
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            calls_per_prompt=config.calls_per_prompt,
+            height=config.resolution,
+            width=config.resolution,
+            seed=seed,
+            cache_limit=config.data_cache_limit,
+        )
+    return Images(
+        str(config.train_data_dir),
+        pipe,
+        resolution=config.resolution or 512,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        caption_column=config.caption_column,
+        seed=seed,
+        cache=config.data_cache,
+        cache_limit=config.data_cache_limit,
+    )

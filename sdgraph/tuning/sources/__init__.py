@@ -1,0 +1,9 @@
+"""What a model is tuned on: tensors, a folder of images with captions, or prompts alone. It imports of `sdgraph.tuning`
+only random numbers and digests."""
+
+from .base import Samples, Source
+from .images import Images
+from .prompts import Prompts
+from .tensors import Tensors
+
+__all__ = ["Images", "Prompts", "Samples", "Source", "Tensors"]

@@ -1,0 +1,86 @@
+"""Captions as the conditions that a pipeline calls its UNet with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import TuningError
+from ..digest import digest
+
+
+class Captions:
+    """Encodes captions as a pipeline of Stable Diffusion or SDXL does.
+
+    `empty` has the conditions of a caption that is left out, without the first dimension, as the pipeline passes them
+    for guidance; `digest` is text that changes with the weights of the text encoders.
+
+    Args:
+        pipe: the pipeline.
+    Raises:
+        TuningError: the pipeline has no text encoder, or its UNet needs other conditions than captions.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        name = type(pipe).__name__
+        encoders = [part for part in ("text_encoder", "text_encoder_2") if getattr(pipe, part, None) is not None]
+        if not encoders:
+            raise TuningError(f"{name} has no text encoder", where="pipe", hint="load the whole pipeline")
+        if pipe.unet.config.get("time_cond_proj_dim"):
+            raise TuningError(
+                f"the UNet of {name} is called with an embedding of the guidance scale, which no source provides",
+                where="pipe.unet.config.time_cond_proj_dim",
+                hint="tune the UNet that it was distilled from, or pass tensors: sdgraph.tuning.Tensors",
+            )
+        self._pipe = pipe
+        self.digest = " ".join(digest(getattr(pipe, encoder)) for encoder in encoders)
+        self.empty = {key: value[0] for key, value in self._encoded([""], guided=True).items()}
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the conditions of captions by the names of the UNet's inputs, (B, ...) each."""
+        return self._encoded(texts, guided=False)
+
+    @torch.no_grad()
+    def _encoded(self, texts: Sequence[str], guided: bool) -> dict[str, Tensor]:
+        encoded = self._pipe.encode_prompt(
+            prompt=list(texts),
+            device=self._pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+        )
+        if len(encoded) not in (2, 4):
+            raise TuningError(
+                f"{type(self._pipe).__name__} encodes a prompt as {len(encoded)} tensors",
+                where="pipe.encode_prompt",
+                hint="covered are the pipelines of Stable Diffusion and SDXL; or pass tensors: sdgraph.tuning.Tensors",
+            )
+        names = ("encoder_hidden_states", "text_embeds")[: len(encoded) // 2]
+        return {name: encoded[2 * i + guided].cpu() for i, name in enumerate(names)}  # pairs: the caption, none
+
+
+def time_ids(original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Return SDXL's condition on sizes (6,): the original size, the corner of the crop, and the size of the target, as
+    height and width, or top and left, in pixels."""
+    return torch.tensor([*original, *corner, *target], dtype=torch.float32)
+
+
+def with_empty(
+    rows: Sequence[int | None], known: Mapping[str, Tensor], empty: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the conditions of rows, (B, ...) each.
+
+    Args:
+        rows: the numbers of the rows, None where the caption is left out.
+        known: the conditions of the rows that are not None, in order.
+        empty: the conditions of an empty caption, without the first dimension.
+    """
+    places = [sum(r is not None for r in rows[:i]) for i in range(len(rows))]
+    return {
+        name: torch.stack(
+            [value if row is None else known[name][place] for row, place in zip(rows, places, strict=True)]
+        ).float()
+        for name, value in empty.items()
+    }

@@ -1,0 +1,146 @@
+"""A folder of images with captions, encoded by the VAE and the text encoder of a pipeline, as a source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import TuningError
+from ..counter import generator
+from ..digest import digest
+from .base import Samples
+from .captions import Captions, time_ids, with_empty
+from .image_folder import Crop, captioned, pixels
+from .kept import GIGABYTE, Kept
+from .latents import encoded, scaled
+
+BATCH = 16  # images that are encoded at a time
+
+
+class Images:
+    """A folder of images with captions, as diffusers' scripts read `--train_data_dir`.
+
+    The shorter side of an image becomes `resolution`, and a square is cut out of it. Its latents are a sample of the
+    VAE's distribution, another one whenever the row is read. SDXL is told the original size and the corner of the crop.
+
+    Args:
+        folder: the folder. Captions are in `metadata.jsonl` or `metadata.csv`, with columns `file_name` and
+            `caption_column`, or else in NAME.txt beside each image. Folders below it count as well.
+        pipe: the pipeline of the teacher; its VAE and text encoder encode the data where they are.
+        resolution: height and width of the crops, in pixels.
+        center_crop: cut out the centre; otherwise a random place, which an image keeps in all epochs.
+        random_flip: mirror half of the images, other ones in every epoch.
+        caption_column: the column of the captions.
+        seed: of the crops.
+        cache: a folder to keep everything encoded in, so that training runs neither VAE nor text encoder; None encodes
+            the rows of every step anew. Encoding that was stopped goes on there.
+        cache_limit: the largest size of that folder, in bytes.
+    Raises:
+        TuningError: a folder, an image or a caption is missing or unreadable; the VAE returns values that are not
+            finite; the cache is of something else, or too large.
+    Example:
+        `Images("photos", pipe, resolution=512, cache="photos-encoded")`
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        pipe: Any,
+        *,
+        resolution: int = 512,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        caption_column: str = "text",
+        seed: int = 0,
+        cache: str | Path | None = None,
+        cache_limit: int = 100 * GIGABYTE,
+    ) -> None:
+        if resolution < 1 or resolution % pipe.vae_scale_factor:
+            raise TuningError(
+                f"the resolution is {resolution}, and the VAE scales by {pipe.vae_scale_factor}",
+                where="resolution",
+                hint=f"pass a multiple of {pipe.vae_scale_factor}",
+            )
+        self._images = captioned(Path(folder), caption_column)
+        self._crops = [
+            Crop.of(image.size, resolution, None if center_crop else generator(seed, "crop", row))
+            for row, image in enumerate(self._images)
+        ]
+        self._flip, self._vae, self._captions = random_flip, pipe.vae, Captions(pipe)
+        self._scaling = pipe.vae.config
+        self._empty = dict(self._captions.empty)
+        if "text_embeds" in self._empty:
+            self._empty["time_ids"] = time_ids((resolution, resolution), (0, 0), (resolution, resolution))
+        listed = [f"{i.path.relative_to(folder)} {i.size} {i.caption}" for i in self._images]
+        files = [f"{i.path.stat().st_size}" for i in self._images]
+        made = {
+            "folder of images": hashlib.sha256("\n".join([*listed, *files]).encode()).hexdigest(),
+            "VAE": digest(pipe.vae),
+            "text encoder": self._captions.digest,
+            "resolution": str(resolution),
+            "choice of crops": "centre" if center_crop else f"random, seed {seed}",
+            "random_flip": str(random_flip),
+        }
+        self._fingerprint = hashlib.sha256(repr(made).encode()).hexdigest()
+        self._kept = None
+        if cache is not None:
+            self._kept = Kept(Path(cache), made, len(self), BATCH, cache_limit)
+            self._kept.fill(self._encoded, "encoding images")
+            del self._vae, self._captions  # so that their memory can be freed
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def samples(self, rows: Sequence[int], generators: Sequence[np.random.Generator]) -> Samples:
+        flipped = [self._flip and draw.random() < 0.5 for draw in generators]
+        if self._kept is None:
+            seen = self._seen(rows, flipped)
+        else:
+            both = self._kept.rows(rows, "latents")["latents"]
+            seen = torch.stack([of_row[int(flip)] for of_row, flip in zip(both, flipped, strict=True)])
+        mean, std = seen.float().unbind(1)
+        noise = np.stack([draw.standard_normal(mean.shape[1:], np.float32) for draw in generators])
+        return Samples(scaled(self._scaling, mean + std * torch.from_numpy(noise)))
+
+    def conditions(self, rows: Sequence[int | None]) -> dict[str, Tensor]:
+        given = [row for row in rows if row is not None]
+        if self._kept is None:
+            known = self._conditions(given) if given else {}
+        else:
+            known = self._kept.rows(given, *self._empty)
+        return with_empty(rows, known, self._empty)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def _encoded(self, rows: range) -> dict[str, Tensor]:
+        """Return everything that is kept of rows: their latents, as they are and mirrored, and their conditions."""
+        ways = [self._seen(rows, [flip] * len(rows)) for flip in ([False, True] if self._flip else [False])]
+        return {"latents": torch.stack(ways, 1), **self._conditions(rows)}
+
+    def _seen(self, rows: Sequence[int], flipped: Sequence[bool]) -> Tensor:
+        """Return the distributions of latents of rows, (B, 2, C, h, w)."""
+        crops = [pixels(self._images[row], self._crops[row]) for row in rows]
+        crops = [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flipped, strict=True)]
+        seen = encoded(self._vae, torch.stack(crops))
+        for row, one in zip(rows, seen, strict=True):
+            if not torch.isfinite(one).all():
+                raise TuningError(
+                    f"the VAE returns values that are not finite, in {self._vae.dtype}",
+                    where=str(self._images[row].path),
+                    hint="encode in float32: pipe.vae.to(torch.float32)",
+                )
+        return seen
+
+    def _conditions(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        known = self._captions([self._images[row].caption for row in rows])
+        if "time_ids" in self._empty:
+            places = [(self._images[row].size, self._crops[row]) for row in rows]
+            known["time_ids"] = torch.stack([time_ids(s, c.corner, (c.side, c.side)) for s, c in places])
+        return known

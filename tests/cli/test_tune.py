@@ -1,0 +1,153 @@
+"""`sdgraph tune`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scenes import models
+
+import sdgraph
+from sdgraph.cli import main
+from sdgraph.cli.configuration import read
+from sdgraph.cli.quiet import quiet
+from sdgraph.cli.sources import load_pipeline, load_unet
+from sdgraph.errors import SpecError, TuningError
+
+from ..models import build
+from ..photos import write_photos
+
+PASSES = ["PruneBlocks('bk-sdm-base')"]
+RUN: dict[str, Any] = {
+    "pretrained_model_name_or_path": "model",
+    "passes": PASSES,
+    "train_data_dir": "photos",
+    "resolution": 16,
+    "output_dir": "tuned",
+    "max_train_steps": 2,
+    "train_batch_size": 2,
+    "num_inference_steps": 2,
+    "report_to": "none",
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, where the run is."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written(path: str = "tuning.json", without: str = "", **changes: Any) -> Path:
+    """A configuration as a file."""
+    run = {name: value for name, value in {**RUN, **changes}.items() if name != without}
+    Path(path).write_text(json.dumps(run))
+    return Path(path)
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_toml_and_json_say_the_same_and_settings_can_be_changed() -> None:
+    Path("tuning.toml").write_text(
+        'pretrained_model_name_or_path = "model"\noutput_dir = "out"\nmax_train_steps = 10\nlearning_rate = 1\n'
+        'passes = ["CleanUp", "PruneBlocks(\'mid_block\')"]\nprompts = "prompts.txt"\nuse_ema = true\n'
+    )
+    config, settings = read(Path("tuning.toml"), ["learning_rate=1e-4", "output_dir=other", "passes=['CleanUp']"])
+    assert (settings.max_train_steps, settings.learning_rate, settings.use_ema) == (10, 1e-4, True)
+    assert (config.output_dir, config.passes, config.prompts) == ("other", ("CleanUp",), "prompts.txt")
+    assert read(written())[0].passes == tuple(PASSES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"learning_rat": 1e-4}, "no setting 'learning_rat'(.|\n)*did you mean 'learning_rate'"),
+        ({"without": "output_dir"}, "missing required field `output_dir`"),
+        ({"without": "max_train_steps"}, "missing required field `max_train_steps`"),
+        ({"resolution": "large"}, r"got `str` - at `\$.resolution`"),
+        ({"prompts": "prompts.txt"}, "no data, or there are two kinds"),
+        ({"without": "train_data_dir"}, "no data, or there are two kinds"),
+        ({"max_train_steps": 0}, "max_train_steps is 0"),
+    ],
+)
+def test_wrong_configurations_are_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises((SpecError, TuningError), match=reason):
+        read(written(**changes))
+
+
+def test_files_that_are_no_configurations() -> None:
+    Path("tuning.toml").write_text("a = [")
+    Path("list.json").write_text("[]")
+    for path, reason in (("none.toml", "No such file"), ("tuning.toml", "cannot be read"), ("list.json", "no object")):
+        with pytest.raises(SpecError, match=reason.replace("no object", "not an object")):
+            read(Path(path))
+    with pytest.raises(SpecError, match=r"'learning_rate' is no change(.|\n)*NAME=VALUE"):
+        read(written(), ["learning_rate"])
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_passes_and_losses_are_read_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", str(written(passes=["PruneBlock('mid_block')"]))]) == 2
+    assert "did you mean 'PruneBlocks'" in capsys.readouterr().err
+    assert main(["tune", str(written(losses=["Outputs"]))]) == 2
+    assert "did you mean 'Output'" in capsys.readouterr().err
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a pipeline with a tiny UNet."""
+    folder, words = tmp_path_factory.mktemp("model"), models.tokenizer()
+    unet = build("sd15", layers_per_block=2, cross_attention_dim=models.TEXT_WIDTH)
+    models.pipeline(words, models.text_encoder(words), models.vae(), unet).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_a_pipeline_that_other_commands_load(
+    model: Path, capsys: pytest.CaptureFixture[str], prompts: Path
+) -> None:
+    write_photos(Path("photos"))
+    config = written(
+        pretrained_model_name_or_path=str(model), use_ema=True, losses=["Output", "Features('stage')"],
+        validation_prompts=["a red circle"], validation_steps=2, data_cache="encoded", checkpointing_steps=1,
+    )  # fmt: skip
+    assert main(["tune", str(config)]) == 0
+    assert main(["tune", str(config), "--set", "max_train_steps=3"]) == 0  # goes on
+    assert "3 steps" in capsys.readouterr().out
+    names = {path.name for path in Path("tuned").iterdir()}
+    assert {"model_index.json", "unet", "vae", "scheduler", "checkpoint-2", "checkpoint-3", "validation"} <= names
+    assert [path.name for path in Path("tuned/validation").iterdir()] == ["validation-000002.png"]
+    with quiet():
+        tuned = load_pipeline("tuned", "float32", "cpu").unet
+        untuned = sdgraph.apply(load_unet(str(model), "float32"), PASSES[0], verify=False)
+    assert isinstance(tuned, sdgraph.GraphUNet)
+    assert tuned.state_dict().keys() == untuned.state_dict().keys()
+    assert not torch.equal(tuned.state_dict()["conv_in.weight"], untuned.state_dict()["conv_in.weight"])
+    assert main(["evaluate", str(model), "tuned", "--prompts", str(prompts), "--steps", "2"]) == 0
+    # the next student is made from this one, and learns from the first teacher
+    second = written(
+        "second.json", pretrained_model_name_or_path="tuned", passes="PruneBlocks('mid_block')", output_dir="second",
+        pretrained_teacher_model=str(model), data_cache="encoded",
+    )  # fmt: skip
+    assert main(["tune", str(second)]) == 0
+    with quiet():
+        applied = [str(a.one) for a in load_unet("second", "float32").graph.passes]
+    assert applied == [*PASSES, "PruneBlocks('mid_block')"]
+
+
+@pytest.mark.slow
+def test_a_run_from_prompts_alone(model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = {"pretrained_model_name_or_path": str(model), "prompts": str(prompts), "calls_per_prompt": 2}
+    assert main(["tune", str(written(without="train_data_dir", losses=["Output"], **run))]) == 0
+    assert Path("tuned/data/rows-00000000.safetensors").is_file()
+    # the noise that was added is not known on trajectories
+    other = written(without="train_data_dir", data_cache="tuned/data", output_dir="other", **run)
+    assert main(["tune", str(other)]) == 2
+    assert "leave this loss out" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""What sources keep in a folder: whole chunks within a bound, which several processes fill and kills do not hurt."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sdgraph.errors import TuningError
+from sdgraph.tuning.sources.kept import RECORD, Kept
+
+COUNT, SIZE = 10, 4
+
+
+def kept(folder: Path, made: str = "this", limit: int = 10**6) -> Kept:
+    return Kept(folder, {"thing": made}, COUNT, SIZE, limit)
+
+
+def numbers(rows: range) -> dict[str, Tensor]:
+    return {"number": torch.tensor(list(rows)), "square": torch.tensor([[float(row**2)] for row in rows])}
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    rows = kept(tmp_path / "new" / "folder")
+    rows.fill(numbers, "test")
+    found = rows.rows([9, 0, 5, 5])
+    assert found["number"].tolist() == [9, 0, 5, 5]
+    assert found["square"].tolist() == [[81], [0], [25], [25]]
+    assert rows.rows([3], "square").keys() == {"square"}
+    assert rows.rows([]) == {}
+
+
+def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
+    """An error in the middle is as a kill there: chunks appear by renaming."""
+    asked: list[range] = []
+
+    def stopping(rows: range) -> dict[str, Tensor]:
+        asked.append(rows)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return numbers(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path).fill(stopping, "test")
+    (tmp_path / "rows-00000004.new").write_bytes(b"half")  # what a kill while writing leaves
+    kept(tmp_path).fill(stopping, "test")
+    kept(tmp_path).fill(stopping, "test")
+    assert asked == [range(4), range(4, 8), range(4, 8), range(8, 10)]
+    assert kept(tmp_path).rows(range(COUNT))["number"].tolist() == list(range(COUNT))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".lock", RECORD, *(f"rows-{i:08}.safetensors" for i in (0, 4, 8))}
+
+
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    """The first waits within its first chunk until the second has computed the others."""
+    asked: dict[str, list[int]] = {"first": [], "second": []}
+    begun, done = threading.Event(), threading.Event()
+
+    def first(rows: range) -> dict[str, Tensor]:
+        asked["first"].append(rows[0])
+        begun.set()
+        assert done.wait(20)
+        return numbers(rows)
+
+    def second(rows: range) -> dict[str, Tensor]:
+        asked["second"].append(rows[0])
+        if rows[0] == 8:
+            done.set()
+        return numbers(rows)
+
+    other = threading.Thread(target=lambda: kept(tmp_path).fill(first, "first"))
+    other.start()
+    assert begun.wait(20)
+    kept(tmp_path).fill(second, "second")
+    other.join(20)
+    assert asked == {"first": [0], "second": [4, 8]}
+    assert kept(tmp_path).rows(range(COUNT))["number"].tolist() == list(range(COUNT))
+
+
+def test_bounds_are_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TuningError, match=r"10 rows take 1.2e-07 GB(.|\n)*raise cache_limit to 121 bytes"):
+        kept(tmp_path, limit=119).fill(numbers, "test")
+    kept(tmp_path, limit=120).fill(numbers, "test")
+    shutil.rmtree(tmp_path)
+    usage = shutil.disk_usage(tmp_path.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(TuningError, match="the disk has 1e-07 GB left"):
+        kept(tmp_path).fill(numbers, "test")
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_full_disk_keeps_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = safetensors.torch.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if "00000004" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(TuningError, match="cannot be written: No space left on device"):
+        kept(tmp_path).fill(numbers, "test")
+    assert [path.name for path in tmp_path.glob("rows*4.*")] == []
+    monkeypatch.undo()
+    kept(tmp_path).fill(numbers, "test")
+    assert kept(tmp_path).rows([0, 4])["number"].tolist() == [0, 4]
+
+
+def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
+    kept(tmp_path / "mine").fill(numbers, "test")
+    with pytest.raises(TuningError, match="another thing: this then, that now"):
+        kept(tmp_path / "mine", "that").fill(numbers, "test")
+    (tmp_path / "mine" / RECORD).write_text("{")
+    with pytest.raises(TuningError, match="cannot be read"):
+        kept(tmp_path / "mine").fill(numbers, "test")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.png").touch()
+    with pytest.raises(TuningError, match=r"holds other files, such as 1.png"):
+        kept(tmp_path / "photos").fill(numbers, "test")
+    with pytest.raises(TuningError, match="cannot be written: Not a directory"):
+        kept(tmp_path / "photos" / "1.png" / "folder")
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    kept(tmp_path).fill(numbers, "test")
+    damaged = tmp_path / "rows-00000004.safetensors"
+    damaged.write_bytes(b"nothing")
+    with pytest.raises(TuningError, match=r"cannot be read(.|\n)*rows-00000004(.|\n)*delete it"):
+        kept(tmp_path).rows([5])
+    damaged.unlink()
+    kept(tmp_path).fill(numbers, "test")
+    assert kept(tmp_path).rows([5])["number"].tolist() == [5]
