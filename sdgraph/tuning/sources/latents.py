@@ -42,5 +42,7 @@ def scaled(vae_config: Any, latents: Tensor) -> Tensor:
     mean, std = getattr(vae_config, "latents_mean", None), getattr(vae_config, "latents_std", None)
     if mean is not None and std is not None:
         shape = (1, -1, 1, 1)
-        return (latents - torch.tensor(mean).view(shape)) * vae_config.scaling_factor / torch.tensor(std).view(shape)
-    return (latents - (getattr(vae_config, "shift_factor", None) or 0.0)) * vae_config.scaling_factor  # type: ignore[no-any-return]
+        latents = (latents - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    else:
+        latents = latents - (getattr(vae_config, "shift_factor", None) or 0.0)
+    return latents * float(vae_config.scaling_factor)
