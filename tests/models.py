@@ -147,7 +147,9 @@ def answer(unet: Any, call: Mapping[str, Any]) -> torch.Tensor:
         return unet(**call).sample  # type: ignore[no-any-return]
 
 
-def load_ip_adapter(unet: UNet2DConditionModel, *kinds: str, scale: float = 1.0) -> UNet2DConditionModel:
+def load_ip_adapter(
+    unet: UNet2DConditionModel, *kinds: str, scale: float = 1.0, low_cpu_mem_usage: bool = False
+) -> UNet2DConditionModel:
     """Give a UNet image prompts through diffusers' own loader; one adapter per kind: "base" or "plus"."""
     from diffusers.models.embeddings import IPAdapterPlusImageProjection
 
@@ -175,7 +177,7 @@ def load_ip_adapter(unet: UNet2DConditionModel, *kinds: str, scale: float = 1.0)
             f"{2 * i + 1}.to_{which}_ip.weight": noise(width, CROSS) for i, width in enumerate(widths) for which in "kv"
         }
         states.append({"image_proj": image, "ip_adapter": attention})
-    unet._load_ip_adapter_weights(states, low_cpu_mem_usage=False)
+    unet._load_ip_adapter_weights(states, low_cpu_mem_usage=low_cpu_mem_usage)
     for processor in unet.attn_processors.values():
         if hasattr(processor, "scale"):
             processor.scale = [scale] * len(kinds)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import ImageProjection
 from torch import nn
@@ -101,7 +102,9 @@ class SourceSettings(DropIn):
             self._change(lambda source: source.disable_freeu())
 
     def _load_ip_adapter_weights(self, state_dicts: Any, low_cpu_mem_usage: bool = False) -> None:
-        self._change(lambda source: source._load_ip_adapter_weights(state_dicts, low_cpu_mem_usage=False))
+        # With low_cpu_mem_usage diffusers draws no first weights, so whatever is drawn next must be the same here.
+        with torch.random.fork_rng(devices=(), enabled=low_cpu_mem_usage):
+            self._change(lambda source: source._load_ip_adapter_weights(state_dicts, low_cpu_mem_usage=False))
 
     def take_scales(self) -> None:
         """Remember the scales of IP-Adapters, which pipelines set in the attention processors."""

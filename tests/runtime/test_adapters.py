@@ -52,6 +52,16 @@ def test_image_prompts_are_loaded_scaled_and_unloaded() -> None:
     assert torch.equal(before, make(pipes[1], call))
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_image_prompts_draws_as_many_random_numbers_as_diffusers(low_cpu_mem_usage: bool) -> None:
+    states = []
+    for unet in (build(), sdgraph.apply(build())):
+        torch.manual_seed(0)
+        load_ip_adapter(unet, "base", low_cpu_mem_usage=low_cpu_mem_usage)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 def adapter(*targets: str, seed: int = 1) -> dict[str, torch.Tensor]:
     """A state dict as LoRA is distributed."""
     unet = build()
