@@ -12,8 +12,8 @@ margin of a way is by how much its median is above that of the plain solver, on 
 
 The script writes JSON after every batch of captions, with the number of those that are complete.
 
-Result (`results/2026-11-27-cpu-float32-guidance-streams.json`): only at guidance 1.5 is a thinned difference better than
-the plain solver in the same time. From 3 on it is worse, by more the larger the scale, so the library has none of it.
+Result (`results/guidance-streams/`, of the first eight captions): only at guidance 1.5 is a thinned difference better
+than the plain solver in the same time. From 3 on it is worse, by more the larger the scale, so the library has none of it.
 To have it, the driver would need to be told which part of a batch is which: calls of one part only are another batch,
 so each would need a timetable of its own, and the guidance scale would have to be known outside the pipeline.
 """
@@ -149,8 +149,8 @@ def main() -> None:
     costs = {name: compared[name].cost for name in others}
     psnrs: dict[float, dict[str, list[float]]] = {scale: {name: [] for name in others} for scale in scales}
     at = measure.circumstances("cpu")
-    out = args.out or ROOT / ("out/bench" if args.quick else "benchmarks/results")
-    out = out if out.suffix else out / f"{at['date'][:10]}-cpu-float32-guidance-streams.json"
+    folder = ROOT / ("out/bench" if args.quick else "benchmarks/results") / "guidance-streams"
+    out = args.out or folder / f"{at['date'][:10]}-cpu-float32.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     _, prompts = held_out_captions(images)
     began = time.process_time()
