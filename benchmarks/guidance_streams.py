@@ -12,10 +12,10 @@ margin of a way is by how much its median is above that of the plain solver, on 
 
 The script writes JSON after every batch of captions, with the number of those that are complete.
 
-Result (`results/guidance-streams/`, of the first eight captions): only at guidance 1.5 is a thinned difference better
-than the plain solver in the same time. From 3 on it is worse, by more the larger the scale, so the library has none of it.
-To have it, the driver would need to be told which part of a batch is which: calls of one part only are another batch,
-so each would need a timetable of its own, and the guidance scale would have to be known outside the pipeline.
+Result (`results/guidance-streams/`, of the first eight captions): a thinned difference is better than the plain solver
+in the same time at guidance 1.5 only. At 3 the best of it is as good, and from 5 on all of it is worse. So the library
+has none of it. It would need to be told which part of a batch is which, for calls of one part are another batch and
+another generation; a timetable for each part; and the guidance scale, which only the pipeline knows.
 """
 
 from __future__ import annotations
