@@ -209,7 +209,7 @@ def _starts(judge: _Judge) -> tuple[Plan, Plan]:
     options, calls = judge.options, judge.calls
 
     def error(plan: Plan) -> float:
-        return typical(np.concatenate([judge.errors(plan, group) for group in (TUNING, VALIDATION)]))
+        return typical(judge.errors(plan, VALIDATION))  # for plans that are known may be fitted to tuning prompts
 
     kinds = [kind for kind in options.kinds() if kind]
     most = {kind: _refreshes(judge, kind) for kind in kinds}
