@@ -103,7 +103,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.images, args.part = 2, 2
-    args.folder = args.folder or ROOT / "out" / "frontier" / f"{args.ways}-{args.device}-{args.dtype}-{args.part}"
+    kept = f"{args.ways}-{args.device}-{args.dtype}-{args.part}{'-quick' * args.quick}"
+    args.folder = args.folder or ROOT / "out" / "frontier" / kept
     ways, shelf = SETS[args.ways](args.quick), Shelf(args.folder / "images", args.part)
     firsts = list(range(0, args.images, args.part))
     tasks = [(first, i) for first in firsts for i, way in enumerate(ways) if not shelf.file(way, first).exists()]
@@ -116,7 +117,7 @@ def main() -> None:
             done = pool.imap_unordered(generate, tasks)
             for _ in tqdm(done, total=len(tasks), desc=args.ways, unit="turn", smoothing=0.02):
                 pass
-    kept = {way.name: shelf.read(way, firsts) for way in ways}
+    images = {way.name: shelf.read(way, firsts) for way in ways}
     result = {
         **measure.circumstances(args.device),
         "dtype": args.dtype,
@@ -125,14 +126,14 @@ def main() -> None:
         "quick": args.quick,
         "set": args.ways,
         "reference": ways[0].name,
-        "ways": figures(ways, kept),
+        "ways": figures(ways, images),
     }
     name = f"{result['date'][:10]}-{torch.device(args.device).type}-{args.dtype}-{args.ways}.json"
     out = args.out or (ROOT / "out" / "bench" if args.quick else RESULTS) / name
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     drawing.plot(result, out.with_suffix(".svg"))
-    drawing.sheets(ways, kept, args.folder / "worst")
+    drawing.sheets(ways, images, args.folder / "worst")
     print(f"\n{report(result)}\n\nwritten to {out}; the worst images to {args.folder / 'worst'}")
 
 
