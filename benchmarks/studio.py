@@ -156,11 +156,11 @@ def joined(passes: Any) -> str:
     return ", ".join(map(str, passes))
 
 
-def on_onnx_runtime(studio: Studio, way: Way, make: Callable[[Studio, Way], Any] | None = None) -> Any:
-    """Export the UNet of a way, and load it with one thread."""
-    folder = studio.folder / "onnx" / file_name(way.name)
+def on_onnx_runtime(studio: Studio, way: Way, of: Way) -> Any:
+    """Export the UNet of another way, and load it with as many threads as PyTorch has."""
+    folder = studio.folder / "onnx" / file_name(of.name)
     if not folder.exists():
-        onnx.export(make(studio, way) if make else studio.applied(way.passes), folder)
+        onnx.export(studio.unet(of), folder)
     return ort.ORTUNet.from_pretrained(folder, session_options={"intra_op_num_threads": torch.get_num_threads()})
 
 

@@ -72,10 +72,10 @@ def plans(quick: bool) -> list[Way]:
         return [replace(way, unit=many.name) for way in ways]
     ways = [CONVERGED, *plain(*SOLVERS, steps=(5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50))]
     for way in plain(*SOLVERS, steps=(20, 25)):
-        ways += [*peers(way), *forecasts(way, 2), *drift(way, 0.1)]
+        ways += [*peers(way), *forecasts(way, 2), *drift(way, 0.2)]
     for way in plain(KARRAS, steps=(20, 25)):
         mended = accelerated(way, "Spectrum", "Spectrum over the run", spectrum(calls=None))
-        ways += [mended, *drift(way, 0.05, 0.2), *bypasses(way, 2)]
+        ways += [mended, *drift(way, 0.1, 0.4), *bypasses(way, 2)]
     for steps, interval in ((20, 3), (30, 3), (40, 4)):
         for way in plain(KARRAS, steps=(steps,)):
             ways += forecasts(way, interval)
@@ -87,7 +87,7 @@ def on_another_runtime(unit: Way, *others: Way) -> Iterator[Way]:
     """The ways on ONNX Runtime, whose time is measured in the first of them."""
     name = f"{unit.name}, ONNX Runtime"
     for way in (unit, *others):
-        make = partial(on_onnx_runtime, make=way.make)
+        make = partial(on_onnx_runtime, of=way)
         yield accelerated(way, "ONNX Runtime", "ONNX Runtime", way.passes, make=make, unit=name)
 
 
