@@ -5,7 +5,7 @@
     python benchmarks/frontier.py attention             # global-regional attention, and token merging
     python benchmarks/frontier.py --quick               # a smoke test
     python benchmarks/frontier.py --device cuda --dtype float16
-    python benchmarks/frontier.py --images 64 --complete # the figures of the captions that are done, of 64 at most
+    python benchmarks/frontier.py --complete            # the figures of what is done, on captions that all ways have
 
 The images of every way are kept in a folder, and the same command goes on where it was stopped. The ways take turns,
 some captions at a time, so that after each turn all ways have images of the same captions. Every caption has a noise of
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes that generate")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--complete", action="store_true", help="generate nothing: use the captions that are done")
+    parser.add_argument("--complete", action="store_true", help="generate nothing: compare the ways that are done")
     parser.add_argument("--quick", action="store_true", help="smoke test with few images, ways and steps")
     parser.add_argument("--folder", type=Path, help="folder to keep images, fits and searches in; default: in out/")
     parser.add_argument("--out", type=Path, help="JSON file; the plot is written beside it")
@@ -109,9 +109,10 @@ def main() -> None:
     firsts = list(range(0, args.images, args.part))
     tasks = [(first, i) for first in firsts for i, way in enumerate(ways) if not shelf.file(way, first).exists()]
     if args.complete:
-        firsts = [first for first in firsts if first not in {first for first, _ in tasks}]
-        if not firsts:
-            parser.error(f"no captions are done in {args.folder}")
+        ways = [way for way in ways if shelf.file(way, 0).exists()]
+        firsts = [first for first in firsts if all(shelf.file(way, first).exists() for way in ways)]
+        if len(ways) < 2 or not all(any(other.name == way.unit for other in ways) for way in ways):
+            parser.error(f"too little is done in {args.folder}")
     elif tasks:
         with multiprocessing.get_context("spawn").Pool(args.jobs, begin, (args,)) as pool:
             done = pool.imap_unordered(generate, tasks)

@@ -69,15 +69,18 @@ def plans(quick: bool) -> list[Way]:
         few, many = plain(KARRAS, steps=(4, 6))
         ways = [CONVERGED, few, many, *peers(many), *forecasts(many, 2), *drift(many, 0.1), *bypasses(many, 2)]
         return [replace(way, unit=many.name) for way in ways]
-    ways = [CONVERGED, *plain(*SOLVERS, steps=(5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50))]
-    for way in plain(*SOLVERS, steps=(20, 25)):
-        ways += [*peers(way), *forecasts(way, 2), *drift(way, 0.2)]
-    for way in plain(KARRAS, steps=(20, 25)):
-        mended = accelerated(way, "Spectrum", "Spectrum over the run", spectrum(calls=None))
-        ways += [mended, *drift(way, 0.1, 0.4), *bypasses(way, 2)]
-    for steps, interval in ((20, 3), (30, 3), (40, 4)):
-        for way in plain(KARRAS, steps=(steps,)):
-            ways += forecasts(way, interval)
+    ways = [CONVERGED]
+    for solver in SOLVERS:
+        ways += plain(solver, steps=(5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50))
+        for way in plain(solver, steps=(20, 25)):
+            if solver != "Euler":  # it takes DDIM's steps
+                ways += [*peers(way), *forecasts(way, 2), *drift(way, 0.2)]
+            if solver == KARRAS:
+                mended = accelerated(way, "Spectrum", "Spectrum over the run", spectrum(calls=None))
+                ways += [mended, *drift(way, 0.1, 0.4), *bypasses(way, 2)]
+        if solver == KARRAS:
+            for steps, interval in ((20, 3), (30, 3), (40, 4)):
+                ways += forecasts(next(plain(KARRAS, steps=(steps,))), interval)
     best = next(way for way in ways if way.name == f"{UNIT}, fitted 2")
     return [*ways, *on_another_runtime(next(way for way in ways if way.name == UNIT), best)]
 
@@ -111,14 +114,11 @@ def inheritance(quick: bool) -> list[Way]:
         }
         ways += [accelerated(whole, "published", name, passes) for name, passes in published.items()]
     for forecast, interval in product((0, 1), intervals):
-        passes, kind = (
-            replace(deep, schedule=Uniform(interval), forecast=forecast),
-            "forecast" if forecast else "searched",
-        )
+        passes = replace(deep, schedule=Uniform(interval), forecast=forecast)
+        kind = "searched, forecast" if forecast else "searched"
         if forecast:
             ways.append(accelerated(whole, "forecast", f"DeepCache {interval}, forecast", passes))
-        what = f"as much as DeepCache {interval}, {'searched, ' * bool(forecast)}{kind}"
-        ways.append(accelerated(whole, f"{'searched, ' * bool(forecast)}{kind}", what, passes, make=searched))
+        ways.append(accelerated(whole, kind, f"as much as DeepCache {interval}, {kind}", passes, make=searched))
     return [replace(way, unit=whole.name) for way in ways]
 
 
