@@ -24,7 +24,7 @@ scenes: $(VENV)/.installed-plots,pipelines
 bench: $(VENV)/.installed-bench,pipelines
 	$(RUN)/python benchmarks/overhead.py $(ARGS)
 
-frontier: $(VENV)/.installed-bench,pipelines,plots
+frontier: $(VENV)/.installed-bench,onnx,pipelines,plots
 	$(RUN)/python benchmarks/frontier.py $(ARGS)
 
 # Tests trace small models, which is Python: a process per core, each with one thread.

@@ -57,6 +57,15 @@ def timed(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
+def spent(call: Callable[[], Any], device: str) -> float:
+    """Seconds of one call: of this process on a CPU, which others may share, and by the clock on another device."""
+    if torch.device(device).type != "cpu":
+        return timed(call, device)
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
 def wait(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

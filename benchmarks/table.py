@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
 import cases
-import numpy as np
-from tables import markdown
+import quality_tables
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"<!-- (?P<kind>figures|headline): (?P<file>\S+) -->\n.*?<!-- end of (?P=kind) -->", re.DOTALL)
@@ -27,7 +25,7 @@ MARKED = re.compile(r"<!-- (?P<kind>figures|headline): (?P<file>\S+) -->\n.*?<!-
 def report(result: dict[str, Any]) -> str:
     """All tables of a result, with what it was measured on."""
     if "ways" in result:
-        return frontier(result)
+        return quality_tables.report(result) if "set" in result else quality_tables.older(result)
     return "\n\n".join([conditions(result), *cases.tables(result["cases"])])
 
 
@@ -42,72 +40,12 @@ def conditions(result: dict[str, Any]) -> str:
     )
 
 
-def frontier(result: dict[str, Any]) -> str:
-    """Quality against time, way by way."""
-    rows = [("way", "MACs", "time", "PSNR", "its 10 % worst", "Fréchet", "shape and colour", "place")]
-    margins = [margin(result["ways"], name) for name in result["ways"]] if result.get("solver") else []
-    for name, each in result["ways"].items():
-        psnr = [decibels(each[key]) for key in ("psnr", "psnr_low")]
-        shares = (f"{100 * each[key]:.0f} %" for key in ("shape and colour", "place"))
-        macs = "-" if each["macs"] is None else f"{each['macs']:.3f}"
-        rows.append((name, macs, f"{each['time']:.3f}", *psnr, f"{each['frechet']:.3g}", *shares))
-    if margins:  # older results have a table of their own that compares
-        heading = "against fewer steps at its time, median and worst tenth"
-        rows = [(*row, last) for row, last in zip(rows, (heading, *margins), strict=True)]
-    return f"{circumstances(result)}\n\n{markdown(rows)}"
-
-
-def margin(ways: dict[str, Any], name: str) -> str:
-    """Return the PSNR of a way less that of fewer plain steps in its time, for the median image and the worst tenth."""
-    way, differences = ways[name], []
-    for key in ("psnr", "psnr_low"):
-        plain = plain_psnr(ways, way["time"], key)
-        if way["kind"] == "fewer steps" or way[key] is None or plain is None:
-            return "-"
-        differences.append(way[key] - plain)
-    return f"{differences[0]:+.1f}, {differences[1]:+.1f} dB"
-
-
-def circumstances(result: dict[str, Any]) -> str:
-    quick = " **A quick run: smoke test, no figures to quote.**" if result["quick"] else ""
-    return (
-        f"{result['device']}, {result['threads']} threads, {result['dtype']}; torch {result['torch']}, diffusers "
-        f"{result['diffusers']}; {result['images']} images of {result['steps']} {result.get('solver', 'DDIM')} steps, "
-        f"{result['batch']} at a "
-        f"time; MACs and time as shares of all steps; PSNR of the median image, and of the one that a tenth are not "
-        f"better than ({result['date'][:10]}).{quick}"
-    )
-
-
 def headline(result: dict[str, Any]) -> str:
-    """Return the short table of a result: of plans, the settings beside fewer steps in the same time; else memory."""
-    if "ways" not in result:
-        measured = [case for case in result["cases"] if case["case"].startswith("memory/")]
-        return f"{conditions(result)}\n\n{cases.KINDS['memory'].table(measured)}"
-    ways = result["ways"]
-    settings = dict.fromkeys(name.rpartition(", ")[0] for name in ways if name.endswith(", fitted"))
-    kinds = ("repeated", "line", "damped by half", "fitted")
-    rows = [("setting", "time", "fewer steps", *kinds)]
-    for setting in settings:
-        series = [ways[f"{setting}, {kind}"] for kind in kinds]
-        time = statistics.median(way["time"] for way in series)
-        shown = (decibels(psnr) for psnr in (plain_psnr(ways, time, "psnr"), *(way["psnr"] for way in series)))
-        rows.append((setting, f"{time / ways['25 steps']['time']:.2f}", *shown))
-    told = "Time as a share of 25 steps. Fewer steps: interpolated between the plain runs that take less and more time."
-    return f"{markdown(rows)}\n\n{told} {circumstances(result)}"
-
-
-def plain_psnr(ways: dict[str, Any], time: float, key: str) -> float | None:
-    """Return the PSNR of fewer plain steps in a time, interpolated; None outside of the measured times."""
-    fewer = (way for way in ways.values() if way["kind"] == "fewer steps")
-    plain = sorted((way["time"], way[key]) for way in fewer if way[key] is not None)
-    if not plain or not plain[0][0] <= time <= plain[-1][0]:
-        return None
-    return float(np.interp(time, *zip(*plain, strict=True)))
-
-
-def decibels(psnr: float | None) -> str:
-    return "-" if psnr is None else f"{psnr:.1f} dB"
+    """Return the short table of a result: of a frontier what no way beats, else memory."""
+    if "set" in result:
+        return quality_tables.headline(result)
+    measured = [case for case in result["cases"] if case["case"].startswith("memory/")]
+    return f"{conditions(result)}\n\n{cases.KINDS['memory'].table(measured)}"
 
 
 def newest() -> Path:

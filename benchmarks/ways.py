@@ -1,191 +1,145 @@
-"""The ways of generating images that `frontier.py` compares."""
+"""The ways of generating images that `frontier.py` compares, as tables."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import Any
 
-import tomesd
-import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler
-from scenes.quality import held_out_captions
-from torch import Tensor
+from peers import PooledKeys, spectrum
+from solvers import KARRAS
+from studio import UNIT, Way, fitted, merging_tokens, on_onnx_runtime, searched, skipping
 
-import sdgraph
-from sdgraph.passes import GRIAttention, InheritFeatures
-from sdgraph.passes.gri_attention import self_attentions
-from sdgraph.schedules import DenseCenter, DenseEarly, DenseLate, Uniform
+from sdgraph.passes import Bypass, GRIAttention, InheritFeatures
+from sdgraph.schedules import DenseCenter, DenseEarly, DenseLate, Drift, Schedule, Uniform
 
-CONVERGED = 100  # steps of DPM-Solver++ 2M Karras
-STEPS, FEWER = 50, (30, 25, 20, 17, 14, 12, 10)
-INTERVALS, BRANCHES = (2, 3, 5), (0, 1, 2)
+CONVERGED = Way("converged", "reference", KARRAS, 100)
+SOLVERS = (KARRAS, "DPM++ 2M", "UniPC", "AYS", "DDIM", "Euler")
 EVERYWHERE = "{down_blocks.*,mid_block,up_blocks.*}"
-CALIBRATION = 32  # number of prompts of a search
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way of generating images.
-
-    Args:
-        kind: the series of the plot that it belongs to.
-        unet: the UNet that replaces the pipeline's.
-        steps: the number of inference steps.
-        macs: the multiply-accumulates of the UNet per image, as a share of those of all steps; None if unknown.
-        passes: the passes of the UNet, as text.
-        scheduler: the scheduler of the pipeline; by default the one that it has.
-    """
-
-    kind: str
-    unet: Any
-    steps: int
-    macs: float | None
-    passes: str = ""
-    scheduler: Any = None
+def plain(*solvers: str, steps: tuple[int, ...]) -> Iterator[Way]:
+    """Each solver at each number of steps, with every call computed."""
+    for solver, number in product(solvers, steps):
+        way = Way("", "plain", solver, number)
+        yield replace(way, name=way.plain)
 
 
-class Ways(dict[str, Way]):
-    """Ways by name. The first is the reference: all steps, without passes.
-
-    Args:
-        pipe: the pipeline, to whose UNet passes are applied.
-        steps: the number of inference steps of the reference.
-    """
-
-    def __init__(self, pipe: Any, steps: int) -> None:
-        self.source = sdgraph.apply(pipe.unet, ())
-        self.steps = steps
-        pipe.scheduler.set_timesteps(steps)
-        self.timesteps = pipe.scheduler.timesteps.tolist()
-        super().__init__({"all steps": Way("fewer steps", self.source, steps, 1.0)})
-
-    def fewer(self, *numbers: int) -> None:
-        """Add the source with fewer inference steps."""
-        for steps in numbers:
-            self[f"{steps} steps"] = Way("fewer steps", self.source, steps, steps / self.steps)
-
-    def add(self, kind: str, name: str, passes: Any, steps: int | None = None) -> None:
-        """Add the source with passes; by default with all steps."""
-        unet, steps = sdgraph.apply(self.source, passes, verify=False), steps or self.steps
-        timesteps = self.timesteps if steps == self.steps else steps
-        macs = unet.graph.timetable(timesteps).macs / (self.steps * self.source.graph.macs)
-        self[name] = Way(kind, unet, steps, macs, ", ".join(map(str, unet.graph.passes)))
+def accelerated(way: Way, kind: str, what: str, passes: Any = (), **options: Any) -> Way:
+    """The way with passes, named after them."""
+    return replace(way, name=f"{way.name}, {what}", kind=kind, passes=passes, **options)
 
 
-def inheritance(pipe: Any, quick: bool, folder: Path) -> Ways:
-    """Feature inheritance: DeepCache and other published methods, forecasts, and searched schedules."""
-    ways = Ways(pipe, 6 if quick else STEPS)
-    ways.fewer(*((3,) if quick else FEWER))
-    intervals = (2,) if quick else INTERVALS
-    for interval in intervals:
-        for branch in (0,) if quick else BRANCHES:
-            ways.add(
-                "DeepCache", f"DeepCache {interval}, branch {branch}", InheritFeatures.deep_cache(interval, branch)
-            )
-    deep = InheritFeatures.deep_cache()
+def peers(way: Way) -> Iterator[Way]:
+    """Published methods, with their published constants."""
+    for interval in (2, 3, 5):
+        yield accelerated(way, "DeepCache", f"DeepCache {interval}", InheritFeatures.deep_cache(interval))
+    yield accelerated(way, "Spectrum", "Spectrum", spectrum())
+    yield accelerated(way, "SADA", "SADA", make=skipping)
+
+
+def forecasts(way: Way, interval: int) -> Iterator[Way]:
+    """Our forecasts with a refresh at every `interval`-th call; a fit takes minutes, so for one solver only."""
+    damped = InheritFeatures.damped(interval)
+    yield accelerated(way, "damped", f"damped {interval}", damped)
+    if way.solver == KARRAS:
+        yield accelerated(way, "fitted", f"fitted {interval}", damped, make=fitted)
+
+
+def drift(way: Way, *bounds: float) -> Iterator[Way]:
+    """Damped forecasts that are refreshed as often as the features drift."""
+    for bound in bounds:
+        passes = replace(InheritFeatures.damped(), schedule=Drift(bound))
+        yield accelerated(way, "drift", f"drift {bound}", passes)
+
+
+def bypasses(way: Way, interval: int) -> Iterator[Way]:
+    """Modules left out at calls that do not refresh, alone and together with a forecast."""
+    schedule: Schedule = Uniform(interval)
+    yield accelerated(way, "bypass", f"bypass {interval}", Bypass("mid_block", schedule))
+    damped, last = InheritFeatures.damped(interval), Bypass("up_blocks.3.attentions.2", schedule)
+    yield accelerated(way, "bypass", f"damped {interval} and bypass", (damped, last))
+
+
+def plans(quick: bool) -> list[Way]:
+    """The steps people use: plain solvers, published methods, and ours."""
+    if quick:
+        few, many = plain(KARRAS, steps=(4, 6))
+        ways = [CONVERGED, few, many, *peers(many), *forecasts(many, 2), *drift(many, 0.1), *bypasses(many, 2)]
+        return [replace(way, unit=many.name) for way in ways]
+    ways = [CONVERGED]
+    for solver in SOLVERS:
+        ways += plain(solver, steps=(5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50))
+        for way in plain(solver, steps=(20, 25)):
+            if solver != "Euler":  # it takes DDIM's steps
+                ways += [*peers(way), *forecasts(way, 2), *drift(way, 0.2)]
+            if solver == KARRAS:
+                mended = accelerated(way, "Spectrum", "Spectrum over the run", spectrum(calls=None))
+                ways += [mended, *drift(way, 0.1, 0.4), *bypasses(way, 2)]
+        if solver == KARRAS:
+            for steps, interval in ((20, 3), (30, 3), (40, 4)):
+                ways += forecasts(next(plain(KARRAS, steps=(steps,))), interval)
+    best = next(way for way in ways if way.name == f"{UNIT}, fitted 2")
+    return [*ways, *on_another_runtime(next(way for way in ways if way.name == UNIT), best)]
+
+
+def on_another_runtime(unit: Way, *others: Way) -> Iterator[Way]:
+    """The ways on ONNX Runtime, whose time is measured in the first of them."""
+    name = f"{unit.name}, ONNX Runtime"
+    for way in (unit, *others):
+        make = partial(on_onnx_runtime, of=way)
+        yield accelerated(way, "ONNX Runtime", "ONNX Runtime", way.passes, make=make, unit=name)
+
+
+def inheritance(quick: bool) -> list[Way]:
+    """Feature inheritance at 50 steps of DDIM: published methods, forecasts, and searched schedules."""
+    solver, steps = "DDIM of the model", 6 if quick else 50
+    (whole,) = plain(solver, steps=(steps,))
+    fewer = plain(solver, steps=(3,) if quick else (30, 25, 20, 17, 14, 12, 10))
+    intervals, deep = (2,) if quick else (2, 3, 5), InheritFeatures.deep_cache()
+    ways = [whole, *fewer]
+    for interval, branch in product(intervals, (0,) if quick else (0, 1, 2)):
+        passes = InheritFeatures.deep_cache(interval, branch)
+        ways.append(accelerated(whole, "DeepCache", f"DeepCache {interval}, branch {branch}", passes))
     if not quick:
         for schedule in (DenseEarly(5), DenseLate(5), DenseCenter(5)):
-            ways.add("DeepCache", f"DeepCache {schedule}, branch 0", replace(deep, schedule=schedule))
-        ways.add("published", "Faster Diffusion", InheritFeatures.faster_diffusion())
-        ways.add("published", "T-GATE", InheritFeatures.t_gate(20))
-        ways.add("published", "attention broadcast", InheritFeatures.attention_broadcast())
-        ways.add("published", "all layers, every 2nd", InheritFeatures.at_level("layer", within=EVERYWHERE))
-    _, prompts = held_out_captions(2000)
-    prompts = prompts[-3:] if quick else prompts[-CALIBRATION:]
-    for forecast in (0, 1):
-        candidate = replace(deep, forecast=forecast)
-        for interval in intervals:
-            if forecast:
-                ways.add("forecast", f"DeepCache {interval}, forecast", replace(candidate, schedule=Uniform(interval)))
-            budget = ways[f"DeepCache {interval}, branch 0"].macs
-            assert budget is not None
-            result = sdgraph.search(
-                pipe, [candidate], prompts, budget=budget, cost="macs", folder=folder, trials=1 if quick else 60,
-                reference_steps=ways.steps, num_inference_steps=ways.steps,
-            )  # fmt: skip
-            kind = "searched, forecast" if forecast else "searched"
-            ways.add(kind, f"as much as DeepCache {interval}, {kind}", result.passes)
-    return ways
+            ways.append(accelerated(whole, "DeepCache", f"DeepCache {schedule}", replace(deep, schedule=schedule)))
+        published = {
+            "Faster Diffusion": InheritFeatures.faster_diffusion(),
+            "T-GATE": InheritFeatures.t_gate(20),
+            "attention broadcast": InheritFeatures.attention_broadcast(),
+            "all layers, every 2nd": InheritFeatures.at_level("layer", within=EVERYWHERE),
+        }
+        ways += [accelerated(whole, "published", name, passes) for name, passes in published.items()]
+    for forecast, interval in product((0, 1), intervals):
+        passes = replace(deep, schedule=Uniform(interval), forecast=forecast)
+        kind = "searched, forecast" if forecast else "searched"
+        if forecast:
+            ways.append(accelerated(whole, "forecast", f"DeepCache {interval}, forecast", passes))
+        ways.append(accelerated(whole, kind, f"as much as DeepCache {interval}, {kind}", passes, make=searched))
+    return [replace(way, unit=whole.name) for way in ways]
 
 
-def plans(pipe: Any, quick: bool, folder: Path) -> Ways:
-    """Forecasts at the steps people use, on DPM-Solver++ 2M Karras, beside fewer steps of it and of DDIM.
-
-    All steps are so many that the image does not change with more of them.
-    """
-    ddim = pipe.scheduler
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(ddim.config, use_karras_sigmas=True)
-    ways = Ways(pipe, 8 if quick else CONVERGED)
-    ways.fewer(*((4,) if quick else (6, 8, 10, 12, 15, 20, 25, 30)))
-    for steps in (4,) if quick else (10, 20, 30, 50):
-        ways[f"DDIM, {steps} steps"] = Way("DDIM", ways.source, steps, steps / ways.steps, scheduler=ddim)
-    _, prompts = held_out_captions(2000)
-    prompts = prompts[-2:] if quick else prompts[-16:]
-    for steps, interval in ((5, 2),) if quick else ((20, 2), (25, 2), (30, 3), (20, 3), (40, 4)):
-        setting = f"{steps} steps, every {interval}."
-        one = InheritFeatures.damped(interval)
-        ways.add("DeepCache", f"{setting}, repeated", InheritFeatures.deep_cache(interval), steps)
-        ways.add("line", f"{setting}, line", replace(one, forecast=1), steps)
-        ways.add("damped", f"{setting}, damped by half", one, steps)
-        fit = sdgraph.fit_forecast(pipe, one, prompts, reference_steps=ways.steps, rounds=1, num_inference_steps=steps)
-        ways.add("fitted", f"{setting}, fitted", fit.fitted, steps)
-    return ways
-
-
-@dataclass(frozen=True)
-class PooledKeys(sdgraph.Pass):
-    """Replace the keys and values of self-attentions by their means over cells of the map.
-
-    Args:
-        pool: the side of a cell.
-        levels: the levels of the UNet to change, 0 for the resolution of the latents.
-    Source:
-        Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images", 2024.
-    """
-
-    pool: int = 2
-    levels: tuple[int, ...] = (0,)
-
-    def run(self, graph: sdgraph.Graph) -> None:
-        def pooled(x: Tensor, height: Any, width: Any) -> Tensor:
-            B, heads, _, d = x.shape
-            x = x.transpose(2, 3).reshape(B * heads, d, height, width)
-            return F.avg_pool2d(x, self.pool).reshape(B, heads, d, -1).transpose(2, 3)
-
-        def code(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
-            height, width = tokens.shape[2], tokens.shape[3]
-            return F.scaled_dot_product_attention(q, pooled(k, height, width), pooled(v, height, width))
-
-        for node, tokens, level in self_attentions(graph):
-            if level in self.levels:
-                path = list(node.meta["nn_module_stack"])[-1]
-                output = graph.insert(code, *node.args[:3], tokens, before=node, path=path)
-                graph.rewire(node, output)
-        graph.eliminate_dead_code()
-
-
-def attention(pipe: Any, quick: bool, folder: Path) -> Ways:
-    """Global-regional attention, pooled keys and token merging, without training."""
-    ways = Ways(pipe, 2 if quick else STEPS)
+def attention(quick: bool) -> list[Way]:
+    """Global-regional attention, pooled keys and token merging at 50 steps of DDIM, without training."""
+    (whole,) = plain("DDIM of the model", steps=(2 if quick else 50,))
+    ways = [whole]
     for window, pool in ((8, 4),) if quick else ((8, 2), (8, 4), (4, 2), (4, 4), (2, 2)):
-        ways.add("GRI", f"GRI, window {window}, pool {pool}", GRIAttention(window, pool))
+        ways.append(accelerated(whole, "GRI", f"GRI, window {window}, pool {pool}", GRIAttention(window, pool)))
     if not quick:
-        ways.add("GRI", "GRI, window 8, pool 4, shift 4", GRIAttention(8, 4, shift=4))
-        ways.add("GRI, two levels", "GRI, window 4, pool 2, two levels", GRIAttention(4, 2, (0, 1)))
-        ways.add("GRI, two levels", "GRI, window 2, pool 2, two levels", GRIAttention(2, 2, (0, 1)))
+        ways.append(accelerated(whole, "GRI", "GRI, window 8, pool 4, shift 4", GRIAttention(8, 4, shift=4)))
+        for window in (4, 2):
+            passes = GRIAttention(window, 2, (0, 1))
+            ways.append(accelerated(whole, "GRI, two levels", f"GRI, window {window}, pool 2, two levels", passes))
     for pool in (2,) if quick else (2, 4):
-        ways.add("pooled keys", f"pooled keys, pool {pool}", PooledKeys(pool))
+        ways.append(accelerated(whole, "pooled keys", f"pooled keys, pool {pool}", PooledKeys(pool)))
     for ratio in (0.5,) if quick else (0.25, 0.5, 0.75):
-        merging = tomesd.apply_patch(copy.deepcopy(pipe.unet), ratio=ratio)
-        ways[f"tomesd, ratio {ratio}"] = Way("token merging", merging, ways.steps, None)
-    return ways
+        make = partial(merging_tokens, ratio=ratio)
+        ways.append(accelerated(whole, "token merging", f"tomesd, ratio {ratio}", make=make))
+    return [replace(way, unit=whole.name) for way in ways]
 
 
-KINDS: Mapping[str, Callable[[Any, bool, Path], Ways]] = {
-    "inheritance": inheritance,
-    "plans": plans,
-    "attention": attention,
-}
+# By name; the first way of each is the reference.
+SETS: Mapping[str, Callable[[bool], list[Way]]] = {"plans": plans, "inheritance": inheritance, "attention": attention}

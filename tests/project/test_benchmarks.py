@@ -69,25 +69,6 @@ def test_the_cases_are_measured() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("kind", "ways"), [("inheritance", "searched, forecast"), ("attention", "tomesd, ratio 0.5")])
-def test_quality_against_time_is_measured(kind: str, ways: str, tmp_path: Path) -> None:
-    script, out = ROOT / "benchmarks" / "frontier.py", tmp_path / "result.json"
-    run = subprocess.run(
-        [sys.executable, str(script), kind, "--quick", "--folder", str(tmp_path / "search"), "--out", str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    figures = json.loads(out.read_text())["ways"]
-    assert any(ways in name for name in figures)
-    whole = figures.pop("all steps")
-    assert whole["psnr"] is None  # the same images
-    assert all(10 < each["psnr"] < 100 and each["frechet"] > 0 for each in figures.values())
-    assert out.with_suffix(".svg").read_text().startswith("<?xml")
-
-
-@pytest.mark.full
 def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     """So that nothing is found broken on the day that there is a GPU."""
     script, out = ROOT / "benchmarks" / "gpu.py", tmp_path / "result.json"
