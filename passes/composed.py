@@ -83,11 +83,11 @@ def product(
 def multiplied(first: Tensor | None, weight: Tensor, last: Tensor | None, groups: int) -> Tensor:
     """Return the kernel of a `product`, computed in float32 at least; the shape of `weight`."""
     precise = torch.promote_types(weight.dtype, torch.float32)
-    kernel = weight.to(precise).unflatten(0, (groups, -1)).flatten(3)  # (groups, O / groups, I / groups, h·w)
+    kernel = weight.to(precise).reshape(groups, len(weight) // groups, weight.shape[1], -1)
     if first is not None:
-        kernel = torch.einsum("goi...,gij->goj...", kernel, first.to(precise).flatten(1).unflatten(0, (groups, -1)))
+        kernel = torch.einsum("goik,gij->gojk", kernel, first.to(precise).flatten(1).unflatten(0, (groups, -1)))
     if last is not None:
-        kernel = torch.einsum("gpo,goi...->gpi...", last.to(precise).flatten(1).unflatten(0, (groups, -1)), kernel)
+        kernel = torch.einsum("gpo,goik->gpik", last.to(precise).flatten(1).unflatten(0, (groups, -1)), kernel)
     return kernel.reshape(weight.shape).to(weight.dtype)
 
 

@@ -56,7 +56,7 @@ def test_a_kernel_is_mixed_from_experts_by_the_timestep(small: sdgraph.Graph) ->
         "+% = matmul(%, conv2.mix.bias)",
         "+% = add(%, %)",
         "+% = reshape(%, -1, 16)",
-        "+% = convolve(%, conv2.weight, conv2.bias, %, %, (1, 1), (1, 1), (1, 1), 1)",
+        "+% = convolve(%, conv2.weight, conv2.bias, %, %, ((1, 1), (1, 1), (1, 1), 1))",
     ]
 
 
@@ -71,11 +71,11 @@ def test_kernels_are_sums_of_the_experts(stride: int, kernel: int, bias: bool, g
     mix = Mixture(convs, 3)
     given = (first.weight, first.bias)
     torch.testing.assert_close(
-        conditional_conv2d(x, gates, *given, mix.weight, mix.bias, *options), expected, rtol=1e-4, atol=1e-5
+        conditional_conv2d(x, gates, *given, mix.weight, mix.bias, options), expected, rtol=1e-4, atol=1e-5
     )
-    torch.testing.assert_close(convolve(x, *given, *mix(gates, *given), *options), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(convolve(x, *given, *mix(gates, *given), options), expected, rtol=1e-4, atol=1e-5)
     one = first(x) + sum(gates[0, k] * conv(x) for k, conv in enumerate(convs))
-    torch.testing.assert_close(convolve(x, *given, *mix(gates[:1], *given), *options), one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(convolve(x, *given, *mix(gates[:1], *given), options), one, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
@@ -273,6 +273,8 @@ def test_inherited_kernels_are_exported(tmp_path: Path) -> None:
     [
         ({"routing": "both"}, SpecError, "no routing 'both'"),
         ({"experts": 1}, SpecError, "experts is 1"),
+        ({"rank": -1}, SpecError, "rank is -1"),
+        ({"where": "**.conv2", "donors": "copies", "rank": 6}, EditError, "16x144 in 1 group.* rank 18 together"),
         ({"temperature": 0.0}, SpecError, "temperature is 0.0"),
         ({}, EditError, "no convolutions were pruned"),
         ({"donors": "copies"}, EditError, "nothing was pruned"),
