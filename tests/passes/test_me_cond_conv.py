@@ -12,7 +12,7 @@ from torch import nn
 
 import sdgraph
 from sdgraph import GraphUNet
-from sdgraph.errors import EditError, PathError, SpecError
+from sdgraph.errors import EditError, ModeError, PathError, SpecError
 from sdgraph.passes import InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.passes.conditional_conv import ConditionalConv2d, Mixture, conditional_conv2d, convolve
 from sdgraph.schedules import Uniform
@@ -147,6 +147,13 @@ def test_nothing_changes_at_first_where_products_are_rounded() -> None:
         sdgraph.apply(source, MECondConv(CONVOLUTIONS, donors="copies"))
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_no_plain_model_has_its_experts() -> None:
+    """Although it computes the same at first."""
+    unet = sdgraph.apply(build(), MECondConv("mid_block.resnets.0.conv1", donors="copies"))
+    with pytest.raises(ModeError, match=r"no place for 'mid_block.resnets.0.conv1.(mix|routing).weight'"):
+        unet.to_diffusers()
 
 
 def test_it_may_be_laid_out_otherwise() -> None:
