@@ -88,7 +88,7 @@ def multiplied(first: Tensor | None, weight: Tensor, last: Tensor | None, groups
         kernel = torch.einsum("goik,gij->gojk", kernel, first.to(precise).flatten(1).unflatten(0, (groups, -1)))
     if last is not None:
         kernel = torch.einsum("gpo,goik->gpik", last.to(precise).flatten(1).unflatten(0, (groups, -1)), kernel)
-    return kernel.reshape(weight.shape).to(weight.dtype)
+    return kernel.reshape(weight.shape).to(weight.dtype).contiguous()
 
 
 class Branches(nn.Module):

@@ -116,15 +116,13 @@ def _check_apart(groups: Iterable[Iterable[str]]) -> None:
 
 def _leaves(graph: Graph, path: str) -> dict[str, fx.Node]:
     """Return the nodes of a region that use weights, except norms, by their paths in it."""
-    users: dict[str, fx.Node] = {}
-    nodes = set(graph.region(path).nodes)
-    for node in graph.nodes:
-        if node not in nodes and node.op in ("call_module", "get_attr"):
-            users[str(node.target)] = node
+    inside = set(graph.region(path).nodes)
+    reading = [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    users = {str(node.target): node for node in reading if node not in inside}
     leaves = {}
-    for node in nodes.intersection(graph.nodes):
+    for node in reading:
         target = str(node.target)
-        if node.op not in ("call_module", "get_attr") or not _tensors(graph, {"": node}):
+        if node not in inside or not _tensors(graph, {"": node}):
             continue
         if "Norm" in graph.classes.get(target if node.op == "call_module" else target.rpartition(".")[0], ""):
             continue
