@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 Layer: TypeAlias = nn.Conv2d | nn.Linear
-Options: TypeAlias = tuple[Any, Any, Any, int] | None  # stride, padding, dilation and groups; None of a linear layer
+ConvOptions: TypeAlias = tuple[Any, Any, Any, int]  # stride, padding, dilation and groups
+Options: TypeAlias = ConvOptions | None  # None of a linear layer
 
 
 def options_of(layer: Layer) -> Options:
@@ -51,8 +52,7 @@ class Product(nn.Module):
         self.last = None if linear and inputs <= outputs else self._identity(outputs, groups)
 
     def _identity(self, channels: int, groups: int) -> nn.Parameter:
-        like = {"dtype": self.weight.dtype, "device": self.weight.device}
-        matrix = torch.eye(channels // groups, **like).repeat(groups, 1)
+        matrix = torch.eye(channels // groups, dtype=self.weight.dtype, device=self.weight.device).repeat(groups, 1)
         return nn.Parameter(matrix if self.options is None else matrix[:, :, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,9 +85,9 @@ def multiplied(first: Tensor | None, weight: Tensor, last: Tensor | None, groups
     precise = torch.promote_types(weight.dtype, torch.float32)
     kernel = weight.to(precise).reshape(groups, len(weight) // groups, weight.shape[1], -1)
     if first is not None:
-        kernel = torch.einsum("goik,gij->gojk", kernel, first.to(precise).flatten(1).unflatten(0, (groups, -1)))
+        kernel = torch.einsum("goik,gij->gojk", kernel, first.to(precise).reshape(groups, -1, first.shape[1]))
     if last is not None:
-        kernel = torch.einsum("gpo,goik->gpik", last.to(precise).flatten(1).unflatten(0, (groups, -1)), kernel)
+        kernel = torch.einsum("gpo,goik->gpik", last.to(precise).reshape(groups, -1, last.shape[1]), kernel)
     return kernel.reshape(weight.shape).to(weight.dtype).contiguous()
 
 

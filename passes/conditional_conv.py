@@ -12,9 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from sdgraph import per_call
 
-from .composed import applied, options_of
-
-Options = tuple[Any, Any, Any, int]
+from .composed import ConvOptions, applied
 
 
 class Mixture(nn.Module):
@@ -75,7 +73,8 @@ class Routed(nn.Module):
     def __init__(self, conv: Any, experts: int, width: int, gate: str, temperature: float) -> None:
         super().__init__()
         like = {"dtype": conv.weight.dtype, "device": conv.weight.device}
-        self.weight, self.bias, self.options = conv.weight, conv.bias, options_of(conv)
+        self.weight, self.bias = conv.weight, conv.bias
+        self.options: ConvOptions = conv.stride, conv.padding, conv.dilation, conv.groups
         self.routing = nn.Linear(width, experts, **like)
         nn.init.zeros_(self.routing.weight)
         nn.init.zeros_(self.routing.bias)
@@ -114,13 +113,14 @@ class ConditionalConv2d(Routed):
         """
         if embedding is not None and timestep is not None:
             gates = self.gates(F.silu(per_call(embedding, timestep)))
-            return convolve(x, self.weight, self.bias, *self.mix(gates, self.weight, self.bias), self.options)
+            kernels, biases = self.mix(gates, self.weight, self.bias)
+            return convolve(x, self.weight, self.bias, kernels, biases, self.options)
         gates = self.gates(x.mean((2, 3)))
         return conditional_conv2d(x, gates, self.weight, self.bias, self.mix.weight, self.mix.bias, self.options)
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Tensor, biases: Tensor | None, options: Options
+    x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Tensor, biases: Tensor | None, options: ConvOptions
 ) -> Tensor:
     """Return a convolution with kernels added to its own: one for all samples, or one for every sample.
 
@@ -144,7 +144,7 @@ def convolve(
     return applied(x, weight + kernels[0], mixed, options)  # laid out as `weight` is
 
 
-def by_sample(x: Tensor, kernels: Tensor, biases: Tensor | None, options: Options) -> Tensor:
+def by_sample(x: Tensor, kernels: Tensor, biases: Tensor | None, options: ConvOptions) -> Tensor:
     """Return the convolution with a kernel for every sample, computed as one convolution with more groups.
 
     Args:
@@ -162,7 +162,7 @@ def by_sample(x: Tensor, kernels: Tensor, biases: Tensor | None, options: Option
 
 def conditional_conv2d(
     x: Tensor, gates: Tensor, weight: Tensor, bias: Tensor | None, others: Tensor, biases: Tensor | None,
-    options: Options,
+    options: ConvOptions,
 ) -> Tensor:  # fmt: skip
     """Return the convolution with a kernel for every sample: `weight` and the sum of experts.
 

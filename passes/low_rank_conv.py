@@ -38,7 +38,7 @@ class LowRankConv2d(Routed):
         if missing:
             parts.append(truncated(kernels[0], rank * missing))
         up, down = torch.cat([up for up, _ in parts], 1), torch.cat([down for _, down in parts])
-        self.down = nn.Parameter(down.to(self.weight).unflatten(1, self.weight.shape[1:]))
+        self.down = nn.Parameter(down.to(self.weight).reshape(-1, *self.weight.shape[1:]))
         self.up = nn.Parameter(up.to(self.weight)[:, :, None, None])
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:

@@ -104,15 +104,17 @@ class MECondConv(Pass):
             donors = sorted(donors, key=lambda donor: _block(donor.path) != _block(path))[: self.experts - 1]
             pool = [removed for removed in pool if removed not in donors]
             convs = [conv, *(donor.module for donor in donors)]
-            routed_by = () if self.routing == "input" or embedding is None else (embedding, graph.input("timestep"))
-            width: int = routed_by[0].meta["val"].shape[1] if routed_by else conv.in_channels
-            options = self.experts, width, self.gate, self.temperature
+            routed_by: tuple[fx.Node, ...] = ()
+            width: int = conv.in_channels
+            if self.routing == "timestep" and embedding is not None:
+                width, routed_by = embedding.meta["val"].shape[1], (embedding, graph.input("timestep"))
             module: nn.Module
             if self.rank:
                 _check_rank(path, conv, (self.experts - 1) * self.rank)
-                module, routed_by = LowRankConv2d(convs, *options, self.rank), routed_by[:1]
+                routed_by = routed_by[:1]  # for every sample, which costs no more
+                module = LowRankConv2d(convs, self.experts, width, self.gate, self.temperature, self.rank)
             else:
-                module = ConditionalConv2d(convs, *options)
+                module = ConditionalConv2d(convs, self.experts, width, self.gate, self.temperature)
             output = graph.insert(module, node.args[0], *routed_by, before=node.next, path=path, leaving=[node])
             graph.rewire(node, output)
             graph.eliminate_dead_code()

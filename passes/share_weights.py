@@ -42,9 +42,10 @@ class ShareWeights(Pass):
     count: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.groups, str) or not all(_is_text(group) for group in (*self.groups, self.among)):
+        groups: Any = self.groups
+        if not isinstance(groups, tuple) or not all(_is_text(group) for group in (*groups, self.among)):
             hint = "such as ShareWeights(('mid_block.resnets.*',)), with a comma"
-            raise SpecError(f"groups are {self.groups!r}, among {self.among!r}", where="ShareWeights", hint=hint)
+            raise SpecError(f"groups are {groups!r}, among {self.among!r}", where="ShareWeights", hint=hint)
         if bool(self.groups) == bool(self.among) or bool(self.among) != (self.count > 0):
             hint = "pass groups, or ShareWeights.similar(among, count)"
             raise SpecError(f"{self} names no groups", where="ShareWeights", hint=hint)
