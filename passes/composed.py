@@ -88,7 +88,7 @@ def multiplied(first: Tensor | None, weight: Tensor, last: Tensor | None, groups
         kernel = torch.einsum("goik,gij->gojk", kernel, first.to(precise).reshape(groups, -1, first.shape[1]))
     if last is not None:
         kernel = torch.einsum("gpo,goik->gpik", last.to(precise).reshape(groups, -1, last.shape[1]), kernel)
-    return kernel.reshape(weight.shape).to(weight.dtype).contiguous()
+    return torch.empty_like(weight).copy_(kernel.reshape(weight.shape))  # laid out as `weight` is
 
 
 class Branches(nn.Module):
