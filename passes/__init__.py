@@ -2,10 +2,24 @@
 
 from .bypass import Bypass
 from .clean_up import CleanUp
+from .fold import Fold
 from .gri_attention import GRIAttention
 from .hoist_invariants import HoistInvariants
 from .inherit_features import InheritFeatures
 from .me_cond_conv import MECondConv
+from .overparameterize import Overparameterize
 from .prune_blocks import PruneBlocks
+from .share_weights import ShareWeights
 
-__all__ = ["Bypass", "CleanUp", "GRIAttention", "HoistInvariants", "InheritFeatures", "MECondConv", "PruneBlocks"]
+__all__ = [
+    "Bypass",
+    "CleanUp",
+    "Fold",
+    "GRIAttention",
+    "HoistInvariants",
+    "InheritFeatures",
+    "MECondConv",
+    "Overparameterize",
+    "PruneBlocks",
+    "ShareWeights",
+]

@@ -12,6 +12,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from sdgraph import per_call
 
+from .composed import ConvOptions, applied
+
 
 class Mixture(nn.Module):
     """The sum of experts that is added to the kernel and the bias of a convolution.
@@ -58,30 +60,47 @@ def summed(gates: Tensor, first: Tensor, others: Tensor) -> Tensor:
     return (gates[:, :1] * first.flatten() + gates[:, 1:] @ others).reshape(-1, *first.shape)
 
 
-class ConditionalConv2d(nn.Module):
-    """A convolution with a sum of experts added to its kernel and bias, whose gates are computed at every call.
-
-    Initially the sum is zero in every precision, so that the kernel is the convolution's own, bit for bit.
+class Routed(nn.Module):
+    """A convolution with experts whose gates are computed at every call, and are zero initially, in every precision.
 
     Args:
-        convs, experts: see `Mixture`.
+        conv: the convolution, whose parameters are used.
+        experts: the number of experts, E.
         width: the number of features that the gates are computed from.
         gate, temperature: see `MECondConv`.
     """
 
-    def __init__(self, convs: Sequence[Any], experts: int, width: int, gate: str, temperature: float) -> None:
+    def __init__(self, conv: Any, experts: int, width: int, gate: str, temperature: float) -> None:
         super().__init__()
-        first = convs[0]
-        like = {"dtype": first.weight.dtype, "device": first.weight.device}
-        self.weight, self.bias = first.weight, first.bias
-        self.mix = Mixture(convs, experts)
+        like = {"dtype": conv.weight.dtype, "device": conv.weight.device}
+        self.weight, self.bias = conv.weight, conv.bias
+        self.options: ConvOptions = conv.stride, conv.padding, conv.dilation, conv.groups
         self.routing = nn.Linear(width, experts, **like)
         nn.init.zeros_(self.routing.weight)
         nn.init.zeros_(self.routing.bias)
         self.temperature: Tensor
         self.register_buffer("temperature", torch.tensor(temperature, **like))
         self.experts, self.gate = experts, gate
-        self.options = (first.stride, first.padding, first.dilation, first.groups)
+
+    def gates(self, features: Tensor) -> Tensor:
+        """Return the gates, (B, E), from features, (B, width)."""
+        z = self.routing(features) / self.temperature
+        return F.softmax(z, 1) - 1 / self.experts if self.gate == "softmax" else torch.sigmoid(z) - 0.5
+
+
+class ConditionalConv2d(Routed):
+    """A convolution with a sum of experts added to its kernel and bias.
+
+    Initially the sum is zero, so that the kernel is the convolution's own, bit for bit.
+
+    Args:
+        convs: see `Mixture`.
+        experts, width, gate, temperature: see `Routed`.
+    """
+
+    def __init__(self, convs: Sequence[Any], experts: int, width: int, gate: str, temperature: float) -> None:
+        super().__init__(convs[0], experts, width, gate, temperature)
+        self.mix = Mixture(convs, experts)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None, timestep: Tensor | None = None) -> Tensor:
         """Return the convolution of `x`.
@@ -93,27 +112,15 @@ class ConditionalConv2d(nn.Module):
             (B, O, H', W').
         """
         if embedding is not None and timestep is not None:
-            gates = self._gates(F.silu(per_call(embedding, timestep)))
+            gates = self.gates(F.silu(per_call(embedding, timestep)))
             kernels, biases = self.mix(gates, self.weight, self.bias)
-            return convolve(x, self.weight, self.bias, kernels, biases, *self.options)
-        gates = self._gates(x.mean((2, 3)))
-        return conditional_conv2d(x, gates, self.weight, self.bias, self.mix.weight, self.mix.bias, *self.options)
-
-    def _gates(self, features: Tensor) -> Tensor:
-        z = self.routing(features) / self.temperature
-        return F.softmax(z, 1) - 1 / self.experts if self.gate == "softmax" else torch.sigmoid(z) - 0.5
+            return convolve(x, self.weight, self.bias, kernels, biases, self.options)
+        gates = self.gates(x.mean((2, 3)))
+        return conditional_conv2d(x, gates, self.weight, self.bias, self.mix.weight, self.mix.bias, self.options)
 
 
 def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kernels: Tensor,
-    biases: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Tensor, biases: Tensor | None, options: ConvOptions
 ) -> Tensor:
     """Return a convolution with kernels added to its own: one for all samples, or one for every sample.
 
@@ -124,50 +131,39 @@ def convolve(
         x: (B, I, H, W).
         weight, bias: (O, I / groups, h, w) and (O).
         kernels, biases: the added kernels and biases, (1 or B, O, I / groups, h, w) and (1 or B, O).
+        options: stride, padding, dilation and groups.
     Returns:
         (B, O, H', W').
     """
     given = tuple(tensor for tensor in (x, weight, bias, kernels, biases) if tensor is not None)
     if has_torch_function(given):
-        return handle_torch_function(
-            convolve, given, x, weight, bias, kernels, biases, stride, padding, dilation, groups
-        )
+        return handle_torch_function(convolve, given, x, weight, bias, kernels, biases, options)
     if kernels.shape[0] > 1:
-        plain = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return plain + by_sample(x, kernels, biases, stride, padding, dilation, groups)
+        return applied(x, weight, bias, options) + by_sample(x, kernels, biases, options)
     mixed = None if bias is None or biases is None else bias + biases[0]
-    return F.conv2d(x, weight + kernels[0], mixed, stride, padding, dilation, groups)  # laid out as `weight` is
+    return applied(x, weight + kernels[0], mixed, options)  # laid out as `weight` is
 
 
-def by_sample(
-    x: Tensor, kernels: Tensor, biases: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Tensor:
+def by_sample(x: Tensor, kernels: Tensor, biases: Tensor | None, options: ConvOptions) -> Tensor:
     """Return the convolution with a kernel for every sample, computed as one convolution with more groups.
 
     Args:
         x: (B, I, H, W).
         kernels, biases: (B, O, I / groups, h, w) and (B, O).
+        options: stride, padding, dilation and groups.
     Returns:
         (B, O, H', W').
     """
-    B = x.shape[0]
+    B, (*spatial, groups) = x.shape[0], options
     flat = None if biases is None else biases.flatten()
-    out = F.conv2d(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1), flat, stride, padding, dilation, B * groups)
+    out = applied(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1), flat, (*spatial, B * groups))
     return out.reshape(B, -1, *out.shape[2:])
 
 
 def conditional_conv2d(
-    x: Tensor,
-    gates: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    others: Tensor,
-    biases: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> Tensor:
+    x: Tensor, gates: Tensor, weight: Tensor, bias: Tensor | None, others: Tensor, biases: Tensor | None,
+    options: ConvOptions,
+) -> Tensor:  # fmt: skip
     """Return the convolution with a kernel for every sample: `weight` and the sum of experts.
 
     Args:
@@ -175,27 +171,25 @@ def conditional_conv2d(
         gates: (B, E).
         weight, bias: the first expert, (O, I / groups, h, w) and (O).
         others, biases: the other experts, (E - 1, O * I / groups * h * w) and (E - 1, O).
+        options: stride, padding, dilation and groups.
     Returns:
         (B, O, H', W').
     """
     given = tuple(tensor for tensor in (x, gates, weight, bias, others, biases) if tensor is not None)
     if has_torch_function(given):
-        return handle_torch_function(
-            conditional_conv2d, given, x, gates, weight, bias, others, biases, stride, padding, dilation, groups
-        )
+        return handle_torch_function(conditional_conv2d, given, x, gates, weight, bias, others, biases, options)
     if not torch.compiler.is_exporting():
         kernels = weight + summed(gates, weight, others)
         mixed = None if bias is None or biases is None else bias + summed(gates, bias, biases)
-        return by_sample(x, kernels, mixed, stride, padding, dilation, groups)
+        return by_sample(x, kernels, mixed, options)
     # ONNX fixes the number of groups in the graph, so exported graphs convolve with every expert.
-    count, channels = len(others), len(weight)
+    count, channels, groups = len(others), len(weight), options[3]
 
     def within_groups(experts: Tensor) -> Tensor:
         return experts.reshape(count, groups, -1, *experts.shape[2:]).transpose(0, 1).flatten(0, 2)
 
     flat = None if biases is None else within_groups(biases)
-    kernels = within_groups(others.reshape(count, *weight.shape))
-    every = F.conv2d(x, kernels, flat, stride, padding, dilation, groups)
+    every = applied(x, within_groups(others.reshape(count, *weight.shape)), flat, options)
     every = every.reshape(-1, groups, count, channels // groups, *every.shape[2:])
     added = (every * gates[:, None, 1:, None, None, None]).sum(2).flatten(1, 2)
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups) * (1 + gates[:, :1, None, None]) + added
+    return applied(x, weight, bias, options) * (1 + gates[:, :1, None, None]) + added

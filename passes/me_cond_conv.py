@@ -10,6 +10,7 @@ from sdgraph import Contract, Findings, Graph, Pass
 from sdgraph.errors import EditError, SpecError
 
 from .conditional_conv import ConditionalConv2d
+from .low_rank_conv import LowRankConv2d
 
 ROUTINGS = ("timestep", "input")
 DONORS = ("pruned", "copies")
@@ -33,6 +34,9 @@ class MECondConv(Pass):
     Mixing reads all experts once per call, which is noticeable for small maps and batches. With timestep routing
     `<path>.mix` is a region like any other: `InheritFeatures("**.mix", Uniform(10))` mixes at every tenth call.
 
+    With a `rank` the other experts are the convolution plus kernels of low rank. These are added to its result by two
+    small convolutions, and no kernel is mixed, whose cost is the rank times E - 1 relative to the output channels.
+
     Args:
         where: paths or patterns of convolutions; by default those of the resnets next to what was pruned.
         experts: the number of experts of a convolution, E.
@@ -42,9 +46,13 @@ class MECondConv(Pass):
         donors: "pruned" uses pruned convolutions first and then copies; "copies" uses copies only.
         gate: "softmax" or "sigmoid".
         temperature: T; a buffer, `<path>.temperature`, that training may change.
+        rank: 0 for experts with full kernels. Otherwise the rank of the difference between an expert and the
+            convolution: initially the best approximation of it for a pruned convolution, and a part of the
+            convolution's own kernel for every other expert. Biases are not part of such experts.
     Raises:
         SpecError: an option has an unknown value.
-        PathError, EditError: there is no such convolution, nothing was pruned, or there is no time embedding.
+        PathError, EditError: there is no such convolution, nothing was pruned, or there is no time embedding; or the
+            kernel is too small for the rank.
     Source:
         Conditional convolutions are those of Yang et al., 2019 (CondConv). What they are routed by, and their initial
         values, are ours, because the bodies of A-SDM's papers were not available.
@@ -56,11 +64,12 @@ class MECondConv(Pass):
     donors: str = "pruned"
     gate: str = "softmax"
     temperature: float = 1.0
+    rank: int = 0
 
     @property
     def contract(self) -> Contract:  # type: ignore[override]
-        """EXACT for routing by timestep; a kernel for every sample needs another algorithm, with other last bits."""
-        return Contract.EXACT if self.routing == "timestep" else CLOSE
+        """EXACT, but for full kernels for every sample, which need another algorithm, with other last bits."""
+        return Contract.EXACT if self.routing == "timestep" or self.rank else CLOSE
 
     def __post_init__(self) -> None:
         for name, known in (("routing", ROUTINGS), ("donors", DONORS), ("gate", GATES)):
@@ -69,6 +78,8 @@ class MECondConv(Pass):
                 raise SpecError(f"no {name} {getattr(self, name)!r}", where="MECondConv", hint=hint)
         if isinstance(self.experts, bool) or not isinstance(self.experts, int) or self.experts < 2:
             raise SpecError(f"experts is {self.experts!r}", where="MECondConv", hint="a whole number, at least 2")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
+            raise SpecError(f"rank is {self.rank!r}", where="MECondConv", hint="a whole number, 0 for full kernels")
         if not self.temperature > 0:
             raise SpecError(f"temperature is {self.temperature!r}", where="MECondConv", hint="a number above 0")
         if not isinstance(self.where, str):
@@ -93,17 +104,24 @@ class MECondConv(Pass):
             donors = sorted(donors, key=lambda donor: _block(donor.path) != _block(path))[: self.experts - 1]
             pool = [removed for removed in pool if removed not in donors]
             convs = [conv, *(donor.module for donor in donors)]
+            routed_by: tuple[fx.Node, ...] = ()
             width: int = conv.in_channels
             if self.routing == "timestep" and embedding is not None:
-                width = int(embedding.meta["val"].shape[1])
-            module = ConditionalConv2d(convs, self.experts, width, self.gate, self.temperature)
-            extra = (embedding, graph.input("timestep")) if self.routing == "timestep" else ()
-            output = graph.insert(module, node.args[0], *extra, before=node.next, path=path, leaving=[node])
+                width, routed_by = embedding.meta["val"].shape[1], (embedding, graph.input("timestep"))
+            module: nn.Module
+            if self.rank:
+                _check_rank(path, conv, (self.experts - 1) * self.rank)
+                routed_by = routed_by[:1]  # for every sample, which costs no more
+                module = LowRankConv2d(convs, self.experts, width, self.gate, self.temperature, self.rank)
+            else:
+                module = ConditionalConv2d(convs, self.experts, width, self.gate, self.temperature)
+            output = graph.insert(module, node.args[0], *routed_by, before=node.next, path=path, leaving=[node])
             graph.rewire(node, output)
             graph.eliminate_dead_code()
             copies = self.experts - len(convs)
             names = ", ".join(donor.path for donor in donors)
-            origins = [f"experts from {names}"] * bool(donors) + [f"{copies} copies of its own"] * bool(copies)
+            kind = "parts" if self.rank else "copies"
+            origins = [f"experts from {names}"] * bool(donors) + [f"{copies} {kind} of its own"] * bool(copies)
             edits.append(f"{path}: {' and '.join(origins)}")
         return Findings(edits=tuple(edits))
 
@@ -126,6 +144,17 @@ def _conv(graph: Graph, path: str) -> nn.Conv2d:
             f"{path} is a {type(module).__name__}", where=path, hint="name nn.Conv2d modules, as in '**.conv2'"
         )
     return module
+
+
+def _check_rank(path: str, conv: nn.Conv2d, rank: int) -> None:
+    """Refuse a convolution whose kernel is too small for experts of a rank, all together."""
+    outputs, inputs = len(conv.weight), conv.weight[0].numel()
+    if conv.groups != 1 or rank > min(outputs, inputs):
+        raise EditError(
+            f"{path} has a kernel of {outputs}x{inputs} in {conv.groups} group(s), and experts of rank {rank} together",
+            where=path,
+            hint="a kernel in one group, and a rank times (experts - 1) of at most the smaller number; or leave it out",
+        )
 
 
 def time_embedding(graph: Graph) -> fx.Node | None:

@@ -28,10 +28,12 @@ def run(settings: Settings, model: str, size: str) -> dict[str, Any]:
     prompt = call.pop("encoder_hidden_states")
     del call["timestep"]
     prune, by_timestep = PruneBlocks("bk-sdm-base"), MECondConv(routing="timestep")
+    rank = min(8, unet.config.block_out_channels[0] // 3)  # three experts of it, also in the tiny model
     passes = {
         "plain": (prune,),
         "timestep": (prune, by_timestep),
         "timestep, mixed at every 10th call": (prune, by_timestep, InheritFeatures("**.mix", Uniform(10))),
+        f"timestep, rank {rank}": (prune, MECondConv(rank=rank)),
         "input": (prune, MECondConv(routing="input")),
     }
     made = {name: sdgraph.apply(unet, each, verify=False) for name, each in passes.items()}

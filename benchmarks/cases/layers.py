@@ -1,4 +1,4 @@
-"""`layers/BATCH`: single convolutions, plain and as four experts."""
+"""`layers/BATCH`: single convolutions, plain and as four experts, with full kernels and of rank 8."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from tables import markdown, ratio
 from torch import nn
 
-from sdgraph.passes.me_cond_conv import ConditionalConv2d
+from sdgraph.passes.me_cond_conv import ConditionalConv2d, LowRankConv2d
 
 from .settings import Settings
 
@@ -30,10 +30,12 @@ def run(settings: Settings, batch: str) -> dict[str, Any]:
         experts = ConditionalConv2d(convs, 4, 1280, "softmax", 1.0)
         x, embedding = torch.randn(int(batch), channels, side, side, **like), torch.randn(int(batch), 1280, **like)
         by_input = ConditionalConv2d(convs, 4, channels, "softmax", 1.0)
+        low_rank = LowRankConv2d(convs[:1], 4, 1280, "softmax", 1.0, rank=8)
         calls = {
             "plain": partial(convs[0], x),
             "timestep": partial(experts, x, embedding, torch.tensor([500], device=settings.device)),
             "input": partial(by_input, x),
+            "timestep, rank 8": partial(low_rank, x, embedding),
         }
         seconds = settings.seconds / len(LAYERS)
         found[f"{channels} channels, {side}x{side}"] = measure.in_turns(
@@ -43,10 +45,11 @@ def run(settings: Settings, batch: str) -> dict[str, Any]:
 
 
 def table(cases: Sequence[dict[str, Any]]) -> str:
-    rows = [("3x3 convolution", "batch", "plain", "by timestep/plain", "by input/plain")]
+    ways = [name for name in next(iter(cases[0]["layers"].values())) if name != "plain"]
+    rows = [("3x3 convolution", "batch", "plain", *(f"by {name}/plain" for name in ways))]
     for case in cases:
         for name, samples in case["layers"].items():
             plain = f"{1000 * statistics.median(samples['plain']):.3g} ms"
-            ratios = (ratio(samples[routing], samples["plain"]) for routing in ("timestep", "input"))
+            ratios = (ratio(samples[way], samples["plain"]) for way in ways)
             rows.append((name, case["case"].split("/")[1], plain, *ratios))
     return markdown(rows) + "\n\nFour experts."

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ..errors import EditError, ModeError
+from ..errors import EditError, ModeError, PathError, ShapeError, did_you_mean
 from ..schedules import Schedule
 from .edits import Removed
 from .guards import Guard, check_condition, probing
@@ -21,7 +21,7 @@ from .region import Region, region_at, regions_of
 from .sites import Site, bypass, sites
 from .specialize import copy_nodes
 from .state import GraphState
-from .weights import Shares
+from .weights import Shares, described
 
 
 class EditableGraph(GraphState):
@@ -188,6 +188,30 @@ class EditableGraph(GraphState):
         self._check_editable()
         check_same_shape(self, old, new, scope(old))
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def share(self, node: torch.fx.Node, path: str) -> None:
+        """Let a node use the weights at another path. Its own are removed with the dead code, if nothing uses them.
+
+        Args:
+            node: a node that calls a leaf module or reads a tensor.
+            path: another leaf module of the same class and options, or another tensor of the same shape.
+        Raises:
+            PathError: there are no such weights.
+            ShapeError: the weights differ in more than their values; the error names both.
+        """
+        self._check_editable()
+        own, other = str(node.target), self.weights.get(path)
+        if other is None:
+            raise PathError(f"no weights {path!r}", hint=did_you_mean(path, self.parameters()))
+        kinds = [described(self.weights.get(own)), described(other)]
+        if kinds[0] != kinds[1]:
+            raise ShapeError(
+                f"{own} is {kinds[0]}, and {path} is {kinds[1]}",
+                where=own,
+                hint="only weights of the same shape can be shared",
+            )
+        node.target = path
+        self.infer(node)
 
     def erase(self, node: torch.fx.Node) -> None:
         """Remove a node that has no users.

@@ -13,7 +13,7 @@ from torch import fx
 from ..errors import EditError, PathError, ShapeError, did_you_mean
 from .cost import written
 from .liveness import ancestors
-from .nodes import values, weights_read
+from .nodes import scope, values, weights_read
 from .paths import above
 from .state import GraphState
 
@@ -99,7 +99,8 @@ class Region:
     @property
     def _shortcut(self) -> fx.Node | None:
         """The 1x1 convolution of a resnet that bypasses its other layers."""
-        return next((n for n in self.nodes if n.target == f"{self.path}.conv_shortcut"), None)
+        shortcut = f"{self.path}.conv_shortcut"  # which may use the weights of another one
+        return next((n for n in self.nodes if n.op == "call_module" and scope(n) == shortcut), None)
 
     @cached_property
     def parameters(self) -> dict[str, torch.nn.Parameter]:

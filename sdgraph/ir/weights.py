@@ -66,6 +66,11 @@ class Weights(nn.Module):
         _drop_unused(self, "", paths)
 
 
+def described(held: nn.Module | torch.Tensor) -> str:
+    """Return what a leaf module or a tensor is, without its values: its class and options, or its shape and dtype."""
+    return repr(held) if isinstance(held, nn.Module) else f"a tensor {tuple(held.shape)} of {held.dtype}"
+
+
 def _leaves(holder: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in holder._modules.items():
         if child is not None and type(child) is nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -107,13 +108,13 @@ class LoraLayers(DropIn):
 
     def _rewritten(self) -> list[str]:
         """Paths of the source's layers that are still in the graph, but no longer as one call of a leaf."""
-        called = {str(node.target) for node in self.graph.fx.nodes if node.op == "call_module"}
+        called = Counter(str(node.target) for node in self.graph.fx.nodes if node.op == "call_module")
         read = {str(node.target).rpartition(".")[0] for node in self.graph.fx.nodes if node.op == "get_attr"}
         layers = [path for path, m in self.graph.source.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         return [
             path
             for path in layers
-            if (path not in called or path in read)
+            if (called[path] != 1 or path in read)
             and not any(path == gone or path.startswith(f"{gone}.") for gone in self.graph.removed)
         ]
 

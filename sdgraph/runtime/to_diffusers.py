@@ -51,7 +51,7 @@ def to_diffusers(graph: Graph, held: Mapping[str, torch.Tensor]) -> UNet2DCondit
     except (SdgraphError, ValueError, KeyError, RuntimeError) as error:
         raise _none(f"the remaining blocks fit no configuration: {error}") from error
     names = _match(graph, other)
-    state = {}
+    state, used = {}, set()
     kept = plain.state_dict().keys()
     for name in (*kept, *(name for name, _ in plain.named_buffers() if name not in kept)):
         owner, _, leaf = name.rpartition(".")
@@ -59,6 +59,10 @@ def to_diffusers(graph: Graph, held: Mapping[str, torch.Tensor]) -> UNet2DCondit
         if source not in held:
             raise _none(f"the plain model needs {name!r}, which the graph does not use")
         state[name] = held[source].clone()
+        used.add(source)
+    left = next((name for name in graph.parameters() if name not in used), None)
+    if left is not None:
+        raise _none(f"it has no place for {left!r}")
     plain.load_state_dict({name: state[name] for name in kept}, assign=True)
     for name in state.keys() - kept:
         path, _, leaf = name.rpartition(".")

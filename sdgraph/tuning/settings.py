@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,6 +23,8 @@ class Settings:
         gradient_accumulation_steps: forward passes per optimizer step.
         gradient_checkpointing: compute the blocks of the student again on the way back, to save memory.
         learning_rate: the learning rate after warm-up.
+        learning_rates: factors of the learning rate, by patterns of names of parameters, such as
+            `{"**.routing.*": 100}`. The first pattern that matches counts. diffusers' scripts have no such option.
         lr_scheduler: "constant", "constant_with_warmup", "linear", "cosine" and the others of diffusers.
         lr_warmup_steps: steps over which the learning rate rises.
         adam_beta1: decay of the mean of the gradient, per step.
@@ -48,6 +51,7 @@ class Settings:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     learning_rate: float = 1e-5
+    learning_rates: Mapping[str, float] | None = None
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 0
     adam_beta1: float = 0.9
@@ -75,6 +79,11 @@ class Settings:
             if not 0 <= getattr(self, name) < 1:
                 raise TuningError(
                     f"{name} is {getattr(self, name)}", where=name, hint="pass a number from 0 to below 1"
+                )
+        for pattern, factor in (self.learning_rates or {}).items():
+            if not 0 < factor < math.inf:
+                raise TuningError(
+                    f"the factor of {pattern!r} is {factor}", where="learning_rates", hint="pass a number above 0"
                 )
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise TuningError(

@@ -34,6 +34,7 @@ from .losses import Denoising, Features, Loss, Output
 from .noising import Noising
 from .objective import Objective, Student
 from .observe import Observed
+from .rates import by_rate
 from .report import LOG, Log, TuningReport
 from .settings import Settings
 from .sources import Source, Tensors
@@ -232,8 +233,7 @@ def _state(student: GraphUNet, gradient: Gradient, settings: Settings) -> State:
     """Create the optimizer, the schedule of its rate, and the moving average."""
     accelerator = gradient.accelerator
     optimizer = torch.optim.AdamW(
-        gradient.trained,
-        lr=settings.learning_rate,
+        by_rate(gradient.trained, student, settings),
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,

@@ -12,7 +12,7 @@ from torch import nn
 
 import sdgraph
 from sdgraph import GraphUNet
-from sdgraph.errors import EditError, PathError, SpecError
+from sdgraph.errors import EditError, ModeError, PathError, SpecError
 from sdgraph.passes import InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.passes.conditional_conv import ConditionalConv2d, Mixture, conditional_conv2d, convolve
 from sdgraph.schedules import Uniform
@@ -56,7 +56,7 @@ def test_a_kernel_is_mixed_from_experts_by_the_timestep(small: sdgraph.Graph) ->
         "+% = matmul(%, conv2.mix.bias)",
         "+% = add(%, %)",
         "+% = reshape(%, -1, 16)",
-        "+% = convolve(%, conv2.weight, conv2.bias, %, %, (1, 1), (1, 1), (1, 1), 1)",
+        "+% = convolve(%, conv2.weight, conv2.bias, %, %, ((1, 1), (1, 1), (1, 1), 1))",
     ]
 
 
@@ -71,11 +71,11 @@ def test_kernels_are_sums_of_the_experts(stride: int, kernel: int, bias: bool, g
     mix = Mixture(convs, 3)
     given = (first.weight, first.bias)
     torch.testing.assert_close(
-        conditional_conv2d(x, gates, *given, mix.weight, mix.bias, *options), expected, rtol=1e-4, atol=1e-5
+        conditional_conv2d(x, gates, *given, mix.weight, mix.bias, options), expected, rtol=1e-4, atol=1e-5
     )
-    torch.testing.assert_close(convolve(x, *given, *mix(gates, *given), *options), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(convolve(x, *given, *mix(gates, *given), options), expected, rtol=1e-4, atol=1e-5)
     one = first(x) + sum(gates[0, k] * conv(x) for k, conv in enumerate(convs))
-    torch.testing.assert_close(convolve(x, *given, *mix(gates[:1], *given), *options), one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(convolve(x, *given, *mix(gates[:1], *given), options), one, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
@@ -147,6 +147,13 @@ def test_nothing_changes_at_first_where_products_are_rounded() -> None:
         sdgraph.apply(source, MECondConv(CONVOLUTIONS, donors="copies"))
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_no_plain_model_has_its_experts() -> None:
+    """Although it computes the same at first."""
+    unet = sdgraph.apply(build(), MECondConv("mid_block.resnets.0.conv1", donors="copies"))
+    with pytest.raises(ModeError, match=r"no place for 'mid_block.resnets.0.conv1.(mix|routing).weight'"):
+        unet.to_diffusers()
 
 
 def test_it_may_be_laid_out_otherwise() -> None:
@@ -273,6 +280,8 @@ def test_inherited_kernels_are_exported(tmp_path: Path) -> None:
     [
         ({"routing": "both"}, SpecError, "no routing 'both'"),
         ({"experts": 1}, SpecError, "experts is 1"),
+        ({"rank": -1}, SpecError, "rank is -1"),
+        ({"where": "**.conv2", "donors": "copies", "rank": 6}, EditError, "16x144 in 1 group.* rank 18 together"),
         ({"temperature": 0.0}, SpecError, "temperature is 0.0"),
         ({}, EditError, "no convolutions were pruned"),
         ({"donors": "copies"}, EditError, "nothing was pruned"),

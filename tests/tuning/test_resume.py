@@ -25,6 +25,7 @@ from .conftest import Tune, equal, tensors
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_a_resumed_run_equals_an_uninterrupted_one(tune: Tune, use_ema: bool, tmp_path: Path) -> None:
     settings = {"use_ema": use_ema, "checkpointing_steps": 2, "random_conditioning": True}
+    settings |= {"learning_rates": {"mid_block.**": 0.5, "**.bias": 3}} if use_ema else {}
     settings |= {"proportion_empty_prompts": 0.1, "lr_warmup_steps": 5, "lr_scheduler": "constant_with_warmup"}
     whole, report = tune(steps=7, out=tmp_path / "whole", **settings)
     tune(steps=3, out=tmp_path / "parts", **settings)

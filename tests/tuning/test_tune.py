@@ -84,6 +84,27 @@ def test_the_average_is_what_is_returned_and_kept(tune: Tune, tmp_path: Path) ->
     assert not equal(tensors(averaged), tensors(last))
 
 
+def test_parameters_may_have_learning_rates_of_their_own(
+    tune: Tune, student: sdgraph.GraphUNet, tmp_path: Path
+) -> None:
+    rates = {"mid_block.resnets.0.conv1.weight": 10, "mid_block.**": 1e-9}  # the first that matches counts
+    tuned, report = tune(steps=1, learning_rates=rates, out=tmp_path / "rates", adam_weight_decay=0)
+    plain, _ = tune(steps=1, out=tmp_path / "plain", adam_weight_decay=0)
+    assert list(report.column("learning_rate")) == [2e-3]
+    before, after, usual = tensors(student), tensors(tuned), tensors(plain)
+    for name, factor in (("mid_block.resnets.0.conv1.weight", 10), ("mid_block.resnets.0.conv2.weight", 0)):
+        step = usual[name] - before[name]
+        torch.testing.assert_close(after[name] - before[name], factor * step, rtol=1e-3, atol=1e-6)
+    assert torch.equal(after["conv_in.weight"], usual["conv_in.weight"])
+    for wrong, complaint in (
+        ({"**.rooting.*": 2}, "no parameter is named"),
+        ({"conv_in.weigh": 2}, r"(?s)no parameter is named 'conv_in.weigh'.*did you mean 'conv_in.weight'"),
+        ({"conv_in.weight": 0}, "the factor of 'conv_in.weight' is 0"),
+    ):
+        with pytest.raises(errors.TuningError, match=complaint):
+            tune(out=tmp_path / "wrong", learning_rates=wrong)
+
+
 def test_gradient_checkpointing_and_accumulation_change_nothing_that_matters(tune: Tune, tmp_path: Path) -> None:
     plain, _ = tune(out=tmp_path / "plain")
     recomputed, _ = tune(out=tmp_path / "recomputed", gradient_checkpointing=True)

@@ -1,0 +1,88 @@
+"""`Fold`: one kernel again, where `Overparameterize` composed it of several parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph.errors import EditError
+
+from .composed import Layer, branches, multiplied, product, summed
+
+KERNELS: Mapping[Any, Any] = {product: multiplied, branches: summed}
+
+
+@dataclass(frozen=True)
+class Fold(Pass):
+    """Make layers plain again that `Overparameterize` has composed of several parameters.
+
+    The layers have the names and shapes of the source again, so that a saved folder, an export and `to_diffusers` are
+    those of a plain UNet. Layers that share their parameters share the result.
+
+    Raises:
+        EditError: a parameter of a layer was replaced since by a value that is computed.
+        NoChangeError: there is nothing to fold.
+    Example:
+        `sdgraph.apply(tuned, [Fold()]).to_diffusers()`
+    Source:
+        Guo et al., "ExpandNets", 2020; Ding et al., "RepVGG", 2021.
+    """
+
+    contract: ClassVar[Contract] = Contract.CLOSE
+
+    def run(self, graph: Graph) -> Findings:
+        composed = [node for node in graph.nodes if node.target in KERNELS]
+        layers = [_plain(graph, node) for node in composed]  # all, before any takes the names of its parameters
+        first: dict[tuple[str, ...], str] = {}
+        edits = []
+        for node, layer in zip(composed, layers, strict=True):
+            path, read = _path(node), _read(node)
+            call = graph.insert(layer, node.args[0], before=node.next, path=path, leaving=[node, *read])
+            graph.rewire(node, call)
+            shared = first.setdefault(tuple(str(tensor.target) for tensor in read), path)
+            if shared != path:
+                graph.share(call, shared)
+            edits.append(f"{path}: folded")
+        return Findings(edits=tuple(edits))
+
+
+def _path(node: fx.Node) -> str:
+    return str(next(reversed(node.meta["nn_module_stack"])))
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes of the parameters of a composed layer."""
+    read: list[Any] = [argument for argument in node.args[1:-1] if argument is not None]
+    for tensor in read:
+        if tensor.op != "get_attr":
+            path = _path(node)
+            raise EditError(
+                f"{path} cannot be folded: {tensor.name} was put in the place of one of its parameters",
+                where=path,
+                hint="apply Fold before the pass that did this",
+            )
+    return read
+
+
+def _plain(graph: Graph, node: fx.Node) -> Layer:
+    """Return the plain layer that computes the same as a composed one."""
+    options: Any = node.args[-1]
+    targets = {tensor: graph.tensor(str(tensor.target)) for tensor in _read(node)}
+    *parts, bias = (None if argument is None else targets[argument] for argument in node.args[1:-1])  # type: ignore[index]
+    with torch.no_grad():
+        kernel: Tensor = KERNELS[node.target](*parts, 1 if options is None else options[3])
+    layer: Layer
+    if options is None:
+        layer = nn.Linear(kernel.shape[1], kernel.shape[0], bias is not None, device="meta")
+    else:
+        stride, padding, dilation, groups = options
+        sizes = kernel.shape[1] * groups, kernel.shape[0], tuple(kernel.shape[2:])
+        layer = nn.Conv2d(*sizes, stride, padding, dilation, groups, bias is not None, device="meta")  # type: ignore[arg-type]
+    layer.weight = nn.Parameter(kernel, requires_grad=any(p.requires_grad for p in targets.values()))
+    layer.bias = bias
+    return layer

@@ -1,0 +1,72 @@
+"""`Overparameterize`: layers with more parameters while they are trained, which `Fold` makes one kernel again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph.errors import EditError, SpecError
+
+from .composed import Branches, Product
+
+KINDS = {"product": Product, "branches": Branches}
+
+
+@dataclass(frozen=True)
+class Overparameterize(Pass):
+    """Compose the kernels of layers of several parameters, for training.
+
+    The UNet computes what it did before, and can compute nothing that it could not compute before. But training takes
+    another way. Afterwards `Fold` multiplies the parameters, so that they cost nothing at inference.
+
+    Args:
+        where: paths or patterns of convolutions and linear layers.
+        kind: "product" is the layer between two square matrices over channels, which are the identity initially; of a
+            linear layer it is one, on the narrower side. "branches" adds to the layer a pointwise one and its scaled
+            input, which are zero initially.
+    Raises:
+        SpecError: there is no such kind.
+        PathError: there is no such layer.
+        EditError: it is no convolution or linear layer of its own weights, or it pads with other than zeros.
+    Example:
+        ```python
+        wide = sdgraph.apply(student, [Overparameterize("up_blocks.**.conv1")])
+        tuned, report = sdgraph.tune(wide, teacher, data, scheduler=scheduler, steps=5000, out="tuned")
+        plain = sdgraph.apply(tuned, [Fold()]).to_diffusers()
+        ```
+    Source:
+        Products: Guo et al., "ExpandNets", 2020, without wider channels. Branches: Ding et al., "RepVGG", 2021, without
+        norms.
+    """
+
+    contract: ClassVar[Contract] = Contract.CLOSE
+    where: str | tuple[str, ...] = "**.{conv1,conv2}"
+    kind: str = "product"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SpecError(f"no kind {self.kind!r}", where="Overparameterize", hint=f"one of {', '.join(KINDS)}")
+
+    def run(self, graph: Graph) -> Findings:
+        calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
+        edits = []
+        for path in graph.matching(self.where):
+            layer = graph.module(path) if path in calls else None
+            if not isinstance(layer, nn.Conv2d | nn.Linear):
+                kind = type(layer).__name__ if layer is not None else graph.region(path).source_class
+                raise EditError(
+                    f"{path} is no layer with weights of its own, but {kind or 'a part of one'}",
+                    where=path,
+                    hint="name nn.Conv2d and nn.Linear modules, as in '**.conv1'",
+                )
+            if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+                raise EditError(f"{path} pads with other than zeros", where=path, hint="leave it out")
+            node = calls[path]
+            module = KINDS[self.kind](layer)
+            graph.rewire(node, graph.insert(module, node.args[0], before=node.next, path=path, leaving=[node]))
+            added = sum(p.numel() for p in module.parameters()) - sum(p.numel() for p in layer.parameters())
+            edits.append(f"{path}: {added} more parameters")
+        return Findings(edits=tuple(edits))
