@@ -17,6 +17,7 @@ from typing import Any
 
 import cases
 import quality_tables
+import tuning_tables
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"<!-- (?P<kind>figures|headline): (?P<file>\S+) -->\n.*?<!-- end of (?P=kind) -->", re.DOTALL)
@@ -24,6 +25,8 @@ MARKED = re.compile(r"<!-- (?P<kind>figures|headline): (?P<file>\S+) -->\n.*?<!-
 
 def report(result: dict[str, Any]) -> str:
     """All tables of a result, with what it was measured on."""
+    if "rate" in result:
+        return tuning_tables.table(result)
     if "ways" in result:
         return quality_tables.report(result) if "set" in result else quality_tables.older(result)
     return "\n\n".join([conditions(result), *cases.tables(result["cases"])])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ import measure
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from tables import markdown
+from tuning_tables import table
 
 import sdgraph
 from sdgraph.evaluation import metrics
@@ -39,7 +40,7 @@ from scenes.models import scheduler  # noqa: E402
 from scenes.pipeline import load  # noqa: E402
 from scenes.quality import Quality, held_out_captions  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "tuning"
 SEED, BATCH = 1, 32
 SOLVERS: dict[str, Any] = {
     "DDIM": lambda config: DDIMScheduler.from_config(config),
@@ -186,7 +187,7 @@ def main() -> None:
                 }
                 print(name, found[name]["points"][0], flush=True)
     result = {
-        "command": f"python benchmarks/tuning.py --steps {args.steps} --captions {args.captions}",
+        "command": f"python benchmarks/tuning.py {shlex.join(sys.argv[1:])}",
         **measure.circumstances("cpu"),
         "threads": args.threads,
         **{name: getattr(args, name) for name in ("steps", "captions", "scenes", "rate", "seeds", "quick")},
@@ -194,6 +195,7 @@ def main() -> None:
         "ways": found,
     }
     out = args.out or (args.folder if args.quick else RESULTS) / f"{result['date'][:10]}-cpu-float32-tuning.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{table(result)}\n\nwritten to {out}")
 
@@ -205,20 +207,6 @@ def entry(desk: Desk, name: str, unet: sdgraph.GraphUNet, points: list[tuple[str
         "macs": unet.graph.macs,
         "points": [desk.figures(name, unet, solver, steps) for solver, steps in points],
     }
-
-
-def table(result: dict[str, Any]) -> str:
-    """Return the figures at the first point as Markdown."""
-    teacher = result["ways"]["teacher"]
-    rows = [("UNet", "parameters", "time", "shape and colour", "place", "Fréchet", "PSNR", "SSIM")]
-    for name, way in result["ways"].items():
-        point = way["points"][0]
-        shares = (f"{100 * point[key]:.1f} %" for key in ("shape and colour", "place"))
-        close = (f"{point['psnr']:.1f} dB", f"{point['ssim']:.3f}") if "psnr" in point else ("-", "-")
-        size = f"{way['parameters'] / 1e6:.2f} M"
-        time_share = f"{point['seconds'] / teacher['points'][0]['seconds']:.2f}"
-        rows.append((name, size, time_share, *shares, f"{point['frechet']:.0f}", *close))
-    return markdown(rows)
 
 
 if __name__ == "__main__":
