@@ -148,12 +148,12 @@ def answer(unet: Any, call: Mapping[str, Any]) -> torch.Tensor:
 
 
 def load_ip_adapter(
-    unet: UNet2DConditionModel, *kinds: str, scale: float = 1.0, low_cpu_mem_usage: bool = False
+    unet: UNet2DConditionModel, *kinds: str, scale: float = 1.0, low_cpu_mem_usage: bool = False, seed: int = 3
 ) -> UNet2DConditionModel:
     """Give a UNet image prompts through diffusers' own loader; one adapter per kind: "base" or "plus"."""
     from diffusers.models.embeddings import IPAdapterPlusImageProjection
 
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
         return 0.2 * torch.randn(shape, generator=generator)

@@ -38,14 +38,16 @@ def again(graph: Graph, change: Callable[[UNet2DConditionModel], Any]) -> Graph:
         raise ModeError("the graph has edits outside of passes, which would be lost", where="GraphUNet", hint=_AGAIN)
     source = nn.Module.to(copy.deepcopy(graph.source), graph.dtype)
     _fill(source, graph.weights)
+    before = dict(_tensors(source))
     change(source)
+    replaced = {name for name, tensor in _tensors(source) if before.get(name) is not tensor}
     check_modules(source, {type(processor) for processor in graph.source.attn_processors.values()})
     new_graph = _replayed(graph, source)
     new_graph.device = graph.device
     weight = next(iter(graph.parameters().values()), None)
     for name, tensor in _tensors(new_graph.weights):
         held = graph.weights.get(name)
-        if isinstance(held, torch.Tensor) and held.shape == tensor.shape:
+        if name not in replaced and isinstance(held, torch.Tensor) and held.shape == tensor.shape:
             _set(new_graph.weights, name, held)  # the very object: an optimizer may hold it
         elif tensor.is_meta:
             raise ModeError("this needs a weight that a pass took out of the graph", where=name, hint=_AGAIN)

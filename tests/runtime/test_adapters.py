@@ -52,6 +52,17 @@ def test_image_prompts_are_loaded_scaled_and_unloaded() -> None:
     assert torch.equal(before, make(pipes[1], call))
 
 
+def test_other_image_prompts_take_the_place_of_those_that_were_loaded() -> None:
+    unets = build(), sdgraph.apply(build(), "CleanUp")
+    call = call_of(unets[0])
+    answers = []
+    for unet in unets:
+        load_ip_adapter(unet, "base")
+        load_ip_adapter(unet, "base", "base", seed=4)
+        answers.append(answer(unet, {**call, "added_cond_kwargs": {"image_embeds": [noise(2, 1, 14, seed=6)] * 2}}))
+    assert torch.equal(*answers)
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_loading_image_prompts_draws_as_many_random_numbers_as_diffusers(low_cpu_mem_usage: bool) -> None:
     states = []
