@@ -19,7 +19,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the demo sets it: let go of it afterwards
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/deploying.md", "docs/measurements.md"])
+@pytest.mark.parametrize("name", ["docs/deploying.md", "docs/measurements.md"])
 def test_the_figures_in_documents_are_the_results(name: str) -> None:
     table, document = load("benchmarks/table.py"), (ROOT / name).read_text()
     blocks = list(table.MARKED.finditer(document))
