@@ -254,11 +254,13 @@ def main() -> None:
     # A process per run: what a run patches goes with it.
     with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
         try:
-            outcomes = dict(zip(modes, pool.map(one, modes), strict=True))
+            outcomes: dict[str, Any] = {}
+            for mode, outcome in zip(modes, pool.map(one, modes), strict=True):
+                outcomes[mode] = outcome
+                if args.json is not None:  # now, because a mode takes long and the next may be stopped
+                    args.json.write_text(json.dumps(outcomes, indent=1) + "\n")
         except RuntimeError as error:
             raise SystemExit(str(error)) from None
-    if args.json is not None:
-        args.json.write_text(json.dumps(outcomes, indent=1) + "\n")
     print(table(outcomes))
 
 

@@ -102,9 +102,9 @@ def search(
     with tqdm(desc="search", unit="generation", disable=not progress) as bar:
         judge = _Judge(options, rehearsal, Measurements(Path(folder) if folder else None, key), cost, aim, budget, bar)
         even, start = _starts(judge)
-        found = _improved(judge, start, trials, seed)
-        moved = bool(_gains(judge, even, found, HELD_OUT).mean() > 0)
-        chosen = found if moved else even
+        improved = _improved(judge, start, trials, seed)
+        moved = bool(_gains(judge, even, improved, HELD_OUT).mean() > 0)
+        chosen = improved if moved else even
         share = judge.share(chosen)
         fewer = int(np.ceil(steps * share - 1e-9))
         rows = [judge.row("chosen", chosen), judge.row("best even spacing", even)]
@@ -167,8 +167,8 @@ class _Judge:
         if not free:
             return plan
         reference = self._references[TUNING]
-        found = self.kept.numbers("fit", str(plan), lambda: self.rehearsal.fitted(plan, TUNING, reference))
-        return self.options.plain(with_dampings(plan, free, found))
+        dampings = self.kept.numbers("fit", str(plan), lambda: self.rehearsal.fitted(plan, TUNING, reference))
+        return self.options.plain(with_dampings(plan, free, dampings))
 
     def row(self, name: str, plan: Plan) -> Row:
         """Return what is known of a plan."""

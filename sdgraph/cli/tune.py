@@ -34,7 +34,7 @@ from ..runtime.pipelines import with_unet
 from ..spec import read as read_spec
 from ..tuning.losses import Loss
 from ..tuning.sources import Images, Prompts, Source
-from ..tuning.tune import DEFAULT, tune
+from ..tuning.tune import tune
 from ..tuning.validation import ValidationImages
 from .arguments import add_imports
 from .configuration import Configuration, read
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config, settings = read(args.config, args.set)
     passes = parse(config.passes if isinstance(config.passes, str) else ", ".join(config.passes))
-    losses: Sequence[Any] = [read_spec(text, Loss) for text in config.losses] or DEFAULT
+    losses: Sequence[Any] | None = [read_spec(text, Loss) for text in config.losses] or None
     process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
     pipe = load_pipeline(config.pretrained_model_name_or_path, "float32", process.device)
     source = apply(pipe.unet, ())

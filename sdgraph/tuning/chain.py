@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ..compiler.base import Pass
 from ..errors import TuningError
-from ..frontend.capture import trace
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from .report import TuningReport
-from .sources import Source, Tensors
+from .sources import Source, as_source
 from .tune import tune
 
 
@@ -32,7 +31,7 @@ def chain(
 
     Args:
         teacher: the first teacher.
-        passes: a pass for each link.
+        passes: the passes of the links, in order.
         data: see `sdgraph.tune`.
         steps: the number of optimizer steps of every link.
         out: the folder of the runs: `link-1/`, `link-2/`, ...
@@ -47,9 +46,9 @@ def chain(
         Fang et al., "TinyFusion", 2025: a student of a student recovers better than one that was cut at once.
     """
     if not passes:
-        raise TuningError("a chain has no passes", where="passes", hint="pass one pass for each link")
-    source = Tensors.of(data) if isinstance(data, Iterable) else data
-    last = teacher if isinstance(teacher, GraphUNet) else GraphUNet(trace(teacher))
+        raise TuningError("a chain has no passes", where="passes", hint="pass at least one")
+    source = as_source(data)
+    last = apply(teacher, (), verify=False)
     reports = []
     for number, link in enumerate(passes, 1):
         student = apply(last, link if isinstance(link, str) else [link], verify=False)

@@ -18,14 +18,13 @@ from torch import Tensor
 from ..compiler.base import Pass
 from ..compiler.parse import as_passes
 from ..errors import TuningError
-from ..frontend.capture import trace
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from .losses import Features, Loss, Output
 from .report import TuningReport
 from .settings import Settings
-from .sources import Source, Tensors
-from .tune import DEFAULT, tune
+from .sources import Source, as_source
+from .tune import tune
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def incubate(
     stage_steps: int,
     steps: int,
     out: str | Path,
-    losses: Sequence[Loss] = DEFAULT,
+    losses: Sequence[Loss] | None = None,
     progressive: bool = False,
     processes: int = 1,
     **settings: Any,
@@ -73,7 +72,7 @@ def incubate(
         stage_steps: the number of optimizer steps of every stage.
         steps: the number of optimizer steps of the assembled student.
         out: the folder of all runs: `stage-1/`, `stage-2/`, ... and `whole/`.
-        losses: of the assembled student.
+        losses: of the assembled student, see `sdgraph.tune`.
         progressive: train a stage inside the teacher with all earlier stages in place, one after the other.
         processes: the number of stages that are trained at the same time, in processes of their own. The data must be
             picklable then.
@@ -94,8 +93,8 @@ def incubate(
         frozen teacher in the place of their meta model is our decision.
     """
     Settings.of({"max_train_steps": stage_steps, **settings})
-    folder, source = Path(out), Tensors.of(data) if isinstance(data, Iterable) else data
-    teaching = teacher if isinstance(teacher, GraphUNet) else GraphUNet(trace(teacher))
+    folder, source = Path(out), as_source(data)
+    teaching = apply(teacher, (), verify=False)
     passes = [as_passes(stage) if isinstance(stage, str) else [stage] for stage in stages]
     alone = [apply(teaching, stage, verify=False) for stage in passes]
     trained = [changed_blocks(student, teaching) for student in alone]

@@ -48,14 +48,14 @@ class Tap:
             node = region.outputs[-1]
         else:
             attention = torch.nn.functional.scaled_dot_product_attention
-            found = [n for n in region.nodes if n.target is attention]
-            if len(found) != 1:
+            calls = [n for n in region.nodes if n.target is attention]
+            if len(calls) != 1:
                 raise TuningError(
-                    f"{self.path} has {len(found)} calls of scaled_dot_product_attention",
+                    f"{self.path} has {len(calls)} calls of scaled_dot_product_attention",
                     where=self.path,
                     hint="name one attention, such as ...transformer_blocks.0.attn2, that no pass has replaced",
                 )
-            node = found[0].all_input_nodes[PARTS.index(self.part) - 1]
+            node = calls[0].all_input_nodes[PARTS.index(self.part) - 1]
         return node
 
 

@@ -104,15 +104,23 @@ class Settings:
                 raise TuningError(f"there is no option {name!r} of a training run", where=name, hint=hint)
         return cls(**options)
 
-    def check_resumed(self, saved: Mapping[str, Any], where: str) -> None:
+    def check_resumed(self, saved: Mapping[str, Any], step: int, where: str) -> None:
         """Refuse to go on with other settings, for the result would be that of neither.
 
         Args:
             saved: the settings of the checkpoint, as a dict.
+            step: the step of the checkpoint.
             where: the checkpoint.
         Raises:
-            TuningError: settings differ. More steps are fine where the learning rate does not know their number.
+            TuningError: settings differ, or the checkpoint is beyond the last step. More steps are fine where the
+                learning rate does not know their number.
         """
+        if step > self.max_train_steps:
+            raise TuningError(
+                f"the checkpoint is at step {step}, beyond the {self.max_train_steps} steps of this run",
+                where=where,
+                hint="pass at least as many steps, or another `out`",
+            )
         for field in fields(self):
             name, mine = field.name, getattr(self, field.name)
             if name in FREE or mine == saved.get(name):

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from ..errors import ModeError, TuningError
 from ..extra import imported
-from ..frontend.capture import trace
 from ..ir.guards import check_call
 from ..ir.structure import structure
+from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from ..version import __version__
 from .batch import Batches
@@ -37,7 +37,7 @@ from .observe import Observed
 from .rates import by_rate
 from .report import LOG, Log, TuningReport
 from .settings import Settings
-from .sources import Source, Tensors
+from .sources import Source, as_source
 from .state import State, read
 
 DEFAULT = (Output(), Features("stage"), Denoising(weight=0.01))
@@ -54,7 +54,7 @@ def tune(
     scheduler: Any,
     steps: int,
     out: str | Path,
-    losses: Sequence[Loss] = DEFAULT,
+    losses: Sequence[Loss] | None = None,
     train: Sequence[str] | None = None,
     validate: Validate | None = None,
     resume_from_checkpoint: str | None = "latest",
@@ -74,8 +74,8 @@ def tune(
         scheduler: the diffusers scheduler that says how noise is added and what the UNet predicts.
         steps: the number of optimizer steps.
         out: the folder of the run.
-        losses: the terms to minimise; by default the teacher's output, its features by stage, and a hundredth of the
-            denoising loss.
+        losses: the terms to minimise; by default the teacher's output, its features by stage, and, if the data are no
+            trajectories, a hundredth of the denoising loss.
         train: module paths, or patterns of `sdgraph.Graph.matching`, whose weights are trained; by default all.
         validate: called with the student (its averaged weights) and the step; returns figures and PIL images by name,
             which are logged and written to `out/validation`.
@@ -99,8 +99,7 @@ def tune(
         Kim et al., "BK-SDM", 2024; the default weights: Zhang et al., "ALTER", 2025. Exact resume is our own.
     """
     chosen, folder = Settings.of({"max_train_steps": steps, **settings}), Path(out)
-    source = Tensors.of(data) if isinstance(data, Iterable) else data
-    teaching = teacher if isinstance(teacher, GraphUNet) else GraphUNet(trace(teacher))
+    source, teaching = as_source(data), apply(teacher, (), verify=False)
     check_models(student, teaching)
     resumed = checkpoint_to_resume(folder, resume_from_checkpoint)
     taught = copy.deepcopy(student).requires_grad_(train is None).train()
@@ -115,14 +114,14 @@ def tune(
         "student": f"{structure(student.graph)} {digest(student)}",
         "teacher": f"{structure(teaching.graph)} {digest(teaching)}",
         "data": source.fingerprint(),
-        "losses": ", ".join(map(str, losses)),
+        "losses": ", ".join(map(str, gradient.objective.losses)),
         "train": "all" if train is None else ", ".join(train),
         "batch": str(gradient.batches.size),
     }
     if resumed is not None:
         record = read(resumed)
         check_same_run(about, record["identity"], resumed)
-        chosen.check_resumed(record["settings"], str(resumed))
+        chosen.check_resumed(record["settings"], record["step"], str(resumed))
         state.load(resumed)
 
     def save() -> None:
@@ -198,7 +197,7 @@ def _gradient(
     teacher: GraphUNet,
     source: Source,
     scheduler: Any,
-    losses: Sequence[Loss],
+    losses: Sequence[Loss] | None,
     settings: Settings,
     accelerator: Any,
 ) -> Gradient:
@@ -212,16 +211,19 @@ def _gradient(
         settings.proportion_empty_prompts,
         settings.random_conditioning,
     )
-    first = batches.batch(0, [0]).inputs
+    row = batches.batch(0, [0])
     for unet in (student, teacher):
-        check_call(unet.graph.resolved_inputs(), unet.graph.guards, first, unet.dtype)
-    objective = Objective(losses, student, teacher)
+        check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, unet.dtype)
+    if losses is None:
+        losses = [loss for loss in DEFAULT if row.noise is not None or not isinstance(loss, Denoising)]
+    objective, given = Objective(losses, student, teacher), frozenset(row.inputs)
     student.to(accelerator.device)
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, teacher.dtype)
     if (teacher.device, teacher.dtype) != (accelerator.device, precision):
         teacher = copy.deepcopy(teacher).to(accelerator.device, precision)
-    watched = Observed(teacher, [its for _, its in objective.pairs], frozenset(first))
-    model = Student(student, objective.pairs, teacher, frozenset(first), settings.gradient_checkpointing)
+    watched = Observed(teacher, [its for _, its in objective.pairs], given)
+    torch.manual_seed(settings.seed)  # of the first weights of adapters
+    model = Student(student, objective.pairs, teacher, given, settings.gradient_checkpointing)
     trained = [p for p in model.parameters() if p.requires_grad]
     return Gradient(
         accelerator, settings, batches, noising.to(accelerator.device), objective, watched,

@@ -4,6 +4,6 @@ only random numbers and digests."""
 from .base import Samples, Source
 from .images import Images
 from .prompts import Prompts
-from .tensors import Tensors
+from .tensors import Tensors, as_source
 
-__all__ = ["Images", "Prompts", "Samples", "Source", "Tensors"]
+__all__ = ["Images", "Prompts", "Samples", "Source", "Tensors", "as_source"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import TuningError
-from .base import Samples
+from .base import Samples, Source
 
 
 class Tensors:
@@ -98,3 +98,20 @@ class Tensors:
             # The ends of the rows are enough to tell data sets apart, and all of them could be gigabytes.
             digest.update(tensor.flatten(1)[:, :4].double().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def as_source(data: Source | Iterable[Mapping[str, Tensor]]) -> Source:
+    """Return a source as it is, and an iterable of rows as a source.
+
+    Raises:
+        TuningError: the data are neither, or have no rows, or rows that differ in names or shapes.
+    """
+    if hasattr(data, "samples"):
+        return data
+    if not isinstance(data, Iterable):
+        raise TuningError(
+            f"a {type(data).__name__} is neither a source nor an iterable of rows",
+            where="data",
+            hint="pass a source of sdgraph.tuning, or dicts of tensors: (dataset[i] for i in range(len(dataset)))",
+        )
+    return Tensors.of(data)
