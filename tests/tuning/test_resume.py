@@ -121,6 +121,12 @@ def test_a_changed_run_is_not_resumed(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
+def test_a_checkpoint_beyond_the_last_step_is_not_passed_off_as_the_result(tune: Tune) -> None:
+    tune()
+    with pytest.raises(errors.TuningError, match="at step 4, beyond the 3 steps"):
+        tune(steps=3)
+
+
 def test_a_cosine_knows_its_end(tune: Tune) -> None:
     tune(lr_scheduler="cosine")
     with pytest.raises(errors.TuningError, match="max_train_steps=4, and now it is 5"):

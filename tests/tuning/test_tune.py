@@ -14,7 +14,18 @@ from torch import Tensor
 import sdgraph
 from sdgraph import errors
 from sdgraph.passes import InheritFeatures, PruneBlocks
-from sdgraph.tuning import DEFAULT, AttentionMaps, Denoising, Features, Loss, Output, Similarity, Tensors, Wavelet
+from sdgraph.tuning import (
+    DEFAULT,
+    AttentionMaps,
+    Denoising,
+    Features,
+    Loss,
+    Output,
+    Samples,
+    Similarity,
+    Tensors,
+    Wavelet,
+)
 from sdgraph.tuning.losses import Comparison
 
 from ..models import CROSS, build, call_of
@@ -133,6 +144,34 @@ def test_widths_that_differ_are_mapped(teacher: UNet2DConditionModel, data: Tens
     assert not any("adapter" in name for name in tuned.state_dict())
 
 
+def test_first_weights_of_adapters_follow_from_the_seed(
+    teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path
+) -> None:
+    narrow = sdgraph.apply(build("sd15", block_out_channels=(8, 16), norm_num_groups=4), [])
+    curves = []
+    for number in range(2):
+        torch.rand(number)  # whatever was drawn before
+        _, report = sdgraph.tune(
+            narrow, teacher, data, scheduler=DDPMScheduler(), steps=1, out=tmp_path / str(number),
+            losses=(Features(("mid_block",)),), report_to="none", train_batch_size=4,
+        )  # fmt: skip
+        curves.append(list(report.column("loss")))
+    assert curves[0] == curves[1]
+
+
+def test_default_losses_leave_out_what_trajectories_do_not_have(tune: Tune, tmp_path: Path) -> None:
+    class Trajectories(Tensors):
+        def samples(self, rows: Any, generators: Any) -> Samples:
+            latents = super().samples(rows, generators).latents
+            return Samples(latents, 2 * latents, torch.full((len(rows),), 500))
+
+    captions = {"encoder_hidden_states": torch.randn(3, 5, CROSS)}
+    _, report = tune(data=Trajectories(torch.randn(3, 4, 8, 8), captions), steps=1)
+    assert report.names[5:] == ("Output", "Features")
+    with pytest.raises(errors.TuningError, match="no noise was added"):
+        tune(data=Trajectories(torch.randn(3, 4, 8, 8), captions), losses=(Denoising(),), out=tmp_path / "other")
+
+
 def test_validation_sees_the_averaged_student(tune: Tune, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -187,6 +226,8 @@ def test_data_that_do_not_fit_are_refused(tune: Tune, tmp_path: Path) -> None:
     wrong = Tensors(torch.zeros(3, 4, 8, 8), {"encoder_hidden_states": torch.zeros(3, 5, CROSS + 1)})
     with pytest.raises(errors.CallError, match="encoder_hidden_states has shape"):
         tune(data=wrong)
+    with pytest.raises(errors.TuningError, match="data of type int are neither a source nor an iterable"):
+        tune(data=3)
     with pytest.raises(errors.TuningError, match="did you mean 'learning_rate'"):
         tune(learning_rat=1e-3)
     assert not (tmp_path / "run" / "unet").exists()

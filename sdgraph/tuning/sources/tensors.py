@@ -110,7 +110,7 @@ def as_source(data: Source | Iterable[Mapping[str, Tensor]]) -> Source:
         return data
     if not isinstance(data, Iterable):
         raise TuningError(
-            f"a {type(data).__name__} is neither a source nor an iterable of rows",
+            f"data of type {type(data).__name__} are neither a source nor an iterable of rows",
             where="data",
             hint="pass a source of sdgraph.tuning, or dicts of tensors: (dataset[i] for i in range(len(dataset)))",
         )
