@@ -5,7 +5,7 @@ RUN := $(CURDIR)/$(VENV)/bin
 # Models are part of the repository or built from configurations: nothing is downloaded.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo train scenes test test-fast test-full test-oldest lint docs bench frontier drop-in package-tree
+.PHONY: demo train scenes test test-fast test-full test-oldest lint docs bench frontier tuning drop-in package-tree
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/.installed-onnx,plots,pipelines
@@ -50,6 +50,9 @@ test-oldest: $(VENV)/bin/python
 	$(RUN)/uv venv -q --allow-existing --python $(RUN)/python $(VENV)-oldest
 	$(RUN)/uv pip install -q --python $(VENV)-oldest/bin/python --resolution lowest-direct -e ".[test]" $(OLDEST)
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not slow and not full" -o filterwarnings=ignore $(ARGS)
+
+tuning: $(VENV)/.installed-bench,pipelines,tuning
+	$(RUN)/python benchmarks/tuning.py $(ARGS)
 
 # diffusers' own pipeline tests with our UNet in the place of theirs: make drop-in ARGS=path/to/diffusers
 drop-in: $(VENV)/.installed-test,bench

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -26,6 +26,7 @@ class Samples:
     timesteps: Tensor | None = None
 
 
+@runtime_checkable
 class Source(Protocol):
     """Data that are read by row, so that what a step reads follows from its number."""
 

@@ -106,7 +106,7 @@ def as_source(data: Source | Iterable[Mapping[str, Tensor]]) -> Source:
     Raises:
         TuningError: the data are neither, or have no rows, or rows that differ in names or shapes.
     """
-    if hasattr(data, "samples"):
+    if isinstance(data, Source):
         return data
     if not isinstance(data, Iterable):
         raise TuningError(
