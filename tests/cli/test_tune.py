@@ -148,6 +148,7 @@ def test_a_run_from_prompts_alone(model: Path, prompts: Path, capsys: pytest.Cap
     assert main(["tune", str(written(without="train_data_dir", losses=["Output"], **run))]) == 0
     assert Path("tuned/data/rows-00000000.safetensors").is_file()
     # the noise that was added is not known on trajectories
-    other = written(without="train_data_dir", data_cache="tuned/data", output_dir="other", **run)
+    run |= {"data_cache": "tuned/data", "output_dir": "other"}
+    other = written(without="train_data_dir", losses=["Output", "Denoising"], **run)
     assert main(["tune", str(other)]) == 2
     assert "leave this loss out" in capsys.readouterr().err
