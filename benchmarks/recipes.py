@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from scenes.judge import Judge
 from torch import Tensor, nn
+from tuning_data import drawn, generated
 
-from sdgraph.tuning import AttentionMaps, Comparison, Denoising, Features, ImageFeatures, Loss, Output
+from sdgraph.tuning import AttentionMaps, Comparison, Denoising, Features, ImageFeatures, Loss, Output, Source
 
 PRESETS = ("base", "small", "tiny")
 
@@ -44,10 +46,12 @@ class Recipe:
     Args:
         losses: returns the terms, for a pipeline.
         options: further options of `sdgraph.tune`.
+        data: returns what to train on, for a pipeline, a number of rows, and a folder to keep it in.
     """
 
     losses: Callable[[Any], tuple[Loss, ...]]
     options: dict[str, Any] = field(default_factory=dict)
+    data: Callable[[Any, int, Path], Source] = drawn
 
 
 OURS = (Output(), Features("stage"), Denoising(weight=0.01))
@@ -59,5 +63,6 @@ RECIPES = {
     "ours, random conditioning": Recipe(lambda pipe: OURS, {"random_conditioning": True}),
     "ours, attention maps": Recipe(lambda pipe: (*OURS, AttentionMaps())),
     "ours, image features": Recipe(lambda pipe: (*OURS, ImageFeatures(Meaning(), pipe.vae, weight=0.1))),
+    "ours, captions alone": Recipe(lambda pipe: OURS[:-1], {"random_conditioning": True}, generated),
 }
 FULL = {"base": tuple(RECIPES), "small": ("BK-SDM's losses", "ours"), "tiny": ("BK-SDM's losses", "ours")}

@@ -13,6 +13,7 @@ The script writes JSON and prints a table.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import sys
@@ -29,44 +30,21 @@ from tuning_tables import table
 import sdgraph
 from sdgraph.evaluation import metrics
 from sdgraph.passes import PruneBlocks
-from sdgraph.tuning import Tensors
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 from recipes import FULL, PRESETS, RECIPES  # noqa: E402
-from scenes import data  # noqa: E402
-from scenes.caption import caption  # noqa: E402
 from scenes.models import scheduler  # noqa: E402
 from scenes.pipeline import load  # noqa: E402
 from scenes.quality import Quality, held_out_captions  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "tuning"
-SEED, BATCH = 1, 32
+BATCH = 32
 SOLVERS: dict[str, Any] = {
     "DDIM": lambda config: DDIMScheduler.from_config(config),
     "DPM-Solver++ 2M Karras": lambda config: DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True),
 }
 STEPS = (4, 6, 8, 10, 12, 15, 20, 25)
-
-
-@torch.no_grad()
-def training_data(pipe: Any, count: int, folder: Path) -> Tensors:
-    """Return the latents of drawn scenes, and the embeddings of one caption for each of them."""
-    scenes = data.scenes(count, SEED)
-    images = data.drawn(scenes, folder / "images.npy")
-    latents = torch.from_numpy(data.encoded(images, pipe.vae, folder / "latents.npy")[:, :4].astype(np.float32))
-    texts = [caption(scene, np.random.default_rng((SEED, i))) for i, scene in enumerate(scenes)]
-    embedded = torch.cat([embed(pipe, texts[i : i + 500]) for i in range(0, count, 500)])
-    conditions = {"encoder_hidden_states": embedded}
-    return Tensors(
-        latents * pipe.vae.config.scaling_factor, conditions, {"encoder_hidden_states": embed(pipe, [""])[0]}
-    )
-
-
-def embed(pipe: Any, texts: list[str]) -> torch.Tensor:
-    tokens = pipe.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    embeddings: torch.Tensor = pipe.text_encoder(tokens).last_hidden_state
-    return embeddings
 
 
 @torch.no_grad()
@@ -145,7 +123,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.folder = args.folder or ROOT / "out" / f"tuning{'-quick' * args.quick}"
     pipe = load()
-    desk, rows = Desk(pipe, args.folder, args.captions), training_data(pipe, args.scenes, args.folder / "data")
+    desk = Desk(pipe, args.folder, args.captions)
+    rows = functools.cache(lambda source: source(pipe, args.scenes, args.folder / "data"))
     pipe.unet.to(memory_format=torch.channels_last)  # faster by a tenth on a CPU
     teacher = sdgraph.GraphUNet(sdgraph.trace(pipe.unet))
     points = [("DPM-Solver++ 2M Karras", args.sampling)]
@@ -162,7 +141,7 @@ def main() -> None:
                 tuned, report = sdgraph.tune(
                     student,
                     teacher,
-                    rows,
+                    rows(recipe.data),
                     scheduler=scheduler(),
                     steps=args.steps,
                     out=args.folder / "runs" / f"{preset}-{way}-{args.steps}-{seed}".replace(" ", "-").replace("'", ""),
