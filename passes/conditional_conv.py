@@ -19,20 +19,14 @@ class Mixture(nn.Module):
     """The sum of experts that is added to the kernel and the bias of a convolution.
 
     Args:
-        convs: the convolution itself, which is expert 0, and other experts. Missing experts are copies of it.
+        convs: the convolution itself, which is expert 0, and other experts. Missing experts are parts of it.
         experts: the number of experts, E.
     """
 
     def __init__(self, convs: Sequence[Any], experts: int) -> None:
         super().__init__()
-        first = convs[0]
-        others = [*convs[1:], *[first] * (experts - len(convs))]
-        self.weight = nn.Parameter(torch.stack([conv.weight.detach().to(first.weight).flatten() for conv in others]))
-        self.bias = (
-            None
-            if first.bias is None
-            else nn.Parameter(torch.stack([conv.bias.detach().to(first.bias) for conv in others]))
-        )
+        self.weight = _others([conv.weight.detach() for conv in convs], experts)
+        self.bias = None if convs[0].bias is None else _others([conv.bias.detach() for conv in convs], experts)
 
     def forward(self, gates: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the sums for the kernel and for the bias.
@@ -45,6 +39,19 @@ class Mixture(nn.Module):
         """
         kernels = summed(gates, weight, self.weight)
         return kernels, None if bias is None or self.bias is None else summed(gates, bias, self.bias)
+
+
+def _others(values: Sequence[Tensor], experts: int) -> nn.Parameter:
+    """Return the kernels or biases of the experts but the first, flattened: (E - 1, size of an expert).
+
+    A missing expert has the first one's values for a share of the outputs. Were it a copy, gates that sum to zero
+    would have no gradient, and the experts would stay copies.
+    """
+    first, *others = values
+    missing = experts - len(values)
+    share = torch.arange(len(first), device=first.device).reshape(-1, *[1] * (first.ndim - 1)) % (missing + 1)
+    parts = [first * (share == number) for number in range(1, missing + 1)]
+    return nn.Parameter(torch.stack([value.to(first).flatten() for value in (*others, *parts)]))
 
 
 def summed(gates: Tensor, first: Tensor, others: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ class MECondConv(Pass):
 
     The kernel is a weighted sum of the kernels of experts. The weights are computed from the time embedding or from the
     input. Expert 0 is the convolution itself. The others are convolutions of the same shape that pruning has removed
-    from any layer, as in A-SDM's cross-layer ME-CondConv, and copies of the convolution where there are not enough.
+    from any layer, as in A-SDM's cross-layer ME-CondConv. Where there are not enough, the rest are parts of the
+    convolution, with its kernel for a share of the outputs: copies would never learn to differ.
 
     The rewritten UNet computes what it did before, until training changes it. Gates are centred: experts are added to
     the convolution's own kernel with the gates softmax(z/T) - 1/E or sigmoid(z/T) - 1/2. Initially z = 0, where
@@ -43,7 +44,7 @@ class MECondConv(Pass):
         routing: "timestep" mixes one kernel for a call whose samples have the same timestep, so that experts cost
             parameters and no convolutions. If timesteps differ, as in training, a second convolution is needed.
             "input" mixes a kernel for every sample from the mean of its input.
-        donors: "pruned" uses pruned convolutions first and then copies; "copies" uses copies only.
+        donors: "pruned" uses pruned convolutions first and then parts of the convolution; "copies" uses parts only.
         gate: "softmax" or "sigmoid".
         temperature: T; a buffer, `<path>.temperature`, that training may change.
         rank: 0 for experts with full kernels. Otherwise the rank of the difference between an expert and the
@@ -118,10 +119,9 @@ class MECondConv(Pass):
             output = graph.insert(module, node.args[0], *routed_by, before=node.next, path=path, leaving=[node])
             graph.rewire(node, output)
             graph.eliminate_dead_code()
-            copies = self.experts - len(convs)
+            parts = self.experts - len(convs)
             names = ", ".join(donor.path for donor in donors)
-            kind = "parts" if self.rank else "copies"
-            origins = [f"experts from {names}"] * bool(donors) + [f"{copies} {kind} of its own"] * bool(copies)
+            origins = [f"experts from {names}"] * bool(donors) + [f"{parts} parts of its own"] * bool(parts)
             edits.append(f"{path}: {' and '.join(origins)}")
         return Findings(edits=tuple(edits))
 
