@@ -15,6 +15,7 @@ from .losses import (
     ImageFeatures,
     Loss,
     Output,
+    RoutingPrior,
     Similarity,
     Wavelet,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "Observed",
     "Output",
     "Prompts",
+    "RoutingPrior",
     "Samples",
     "Settings",
     "Similarity",

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ir.nodes import values
+from ..ir.nodes import values as values_of
 from ..runtime.unet import GraphUNet
 from .batch import Batch
 from .losses import Comparison, Loss
+from .losses.base import TapPairs
 from .noising import Noising
-from .observe import Observed, Tap
+from .observe import Observed
 
 
 class Student(nn.Module):
@@ -29,7 +30,7 @@ class Student(nn.Module):
     def __init__(
         self,
         unet: GraphUNet,
-        pairs: Sequence[tuple[Tap, Tap]],
+        pairs: TapPairs,
         teacher: GraphUNet,
         given: frozenset[str],
         recompute: bool = False,
@@ -38,7 +39,9 @@ class Student(nn.Module):
         self.observed = Observed(unet, [mine for mine, _ in pairs], given, recompute)
         self.adapters = nn.ModuleDict()
         for number, (mine, its) in enumerate(pairs):
-            (student, _), (other, _) = values(mine.node(unet.graph)), values(its.node(teacher.graph))
+            if its is None:
+                continue
+            (student, _), (other, _) = values_of(mine.node(unet.graph)), values_of(its.node(teacher.graph))
             dim = 1 if student.ndim == 4 and mine.part == "output" else -1
             width, wanted = student.shape[dim], other.shape[dim]
             if mine.part == "output" and width != wanted:
@@ -67,13 +70,20 @@ class Objective:
         self.losses = tuple(losses)
         taps = [tuple(loss.taps(student.graph, teacher.graph)) for loss in self.losses]
         self.pairs = tuple(dict.fromkeys(pair for pairs in taps for pair in pairs))
-        for mine, its in self.pairs:  # refuses unknown paths before anything is computed
-            mine.node(student.graph), its.node(teacher.graph)
+        self.teachers = tuple(its for _, its in self.pairs if its is not None)
+        for unet, named in ((student, [mine for mine, _ in self.pairs]), (teacher, self.teachers)):
+            for tap in named:
+                tap.node(unet.graph)  # refuses unknown paths before anything is computed
         self._places = [[self.pairs.index(pair) for pair in pairs] for pairs in taps]
         self.names = tuple(_distinct([type(loss).__name__ for loss in self.losses]))
 
     def __call__(
-        self, batch: Batch, noising: Noising, student: Sequence[Tensor], teacher: Sequence[Tensor]
+        self,
+        batch: Batch,
+        noising: Noising,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        progress: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Return the sum, a scalar, and the terms without weights, (losses,).
 
@@ -81,14 +91,21 @@ class Objective:
             batch: the inputs.
             noising: the noise schedule.
             student: the prediction and the features of `Student`.
-            teacher: the same of the teacher.
+            teacher: the prediction of the teacher, and the values of `teachers`.
+            progress: the share of the run that is over.
         """
-        comparison = Comparison(batch, noising, student[0], teacher[0])
+        comparison, its = Comparison(batch, noising, student[0], teacher[0]), iter(teacher[1:])
+        nothing = teacher[0].new_zeros(0)
+        values = [
+            (mine, nothing if tap is None else next(its))
+            for mine, (_, tap) in zip(student[1:], self.pairs, strict=True)
+        ]
         terms = [
-            loss(comparison, [(student[1 + place], teacher[1 + place]) for place in places])
+            loss(comparison, [values[place] for place in places])
             for loss, places in zip(self.losses, self._places, strict=True)
         ]
-        total = sum((loss.weight * term for loss, term in zip(self.losses, terms, strict=True)), torch.zeros(()))
+        weights = [loss.weight_at(progress) for loss in self.losses]
+        total = sum((weight * term for weight, term in zip(weights, terms, strict=True)), torch.zeros(()))
         return total, torch.stack([term.detach().float() for term in terms])
 
 

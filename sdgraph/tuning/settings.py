@@ -37,6 +37,7 @@ class Settings:
         ema_decay: decay of the average per step; in the beginning (1 + steps) / (10 + steps).
         proportion_empty_prompts: the share of captions that are left out, for classifier-free guidance.
         random_conditioning: see `sdgraph.tuning.Batches`.
+        timestep_intervals: see `sdgraph.tuning.Batches`.
         seed: of all random numbers.
         checkpointing_steps: steps between two checkpoints.
         checkpoints_total_limit: the number of checkpoints to keep; older ones are deleted.
@@ -64,6 +65,7 @@ class Settings:
     ema_decay: float = 0.9999
     proportion_empty_prompts: float = 0.0
     random_conditioning: bool = False
+    timestep_intervals: int = 1
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -104,16 +106,17 @@ class Settings:
                 raise TuningError(f"there is no option {name!r} of a training run", where=name, hint=hint)
         return cls(**options)
 
-    def check_resumed(self, saved: Mapping[str, Any], step: int, where: str) -> None:
+    def check_resumed(self, saved: Mapping[str, Any], step: int, where: str, endless: bool = True) -> None:
         """Refuse to go on with other settings, for the result would be that of neither.
 
         Args:
             saved: the settings of the checkpoint, as a dict.
             step: the step of the checkpoint.
             where: the checkpoint.
+            endless: whether the weights of the losses do not depend on the number of steps.
         Raises:
-            TuningError: settings differ, or the checkpoint is beyond the last step. More steps are fine where the
-                learning rate does not know their number.
+            TuningError: settings differ, or the checkpoint is beyond the last step. More steps are fine where neither
+                the learning rate nor a loss depends on their number.
         """
         if step > self.max_train_steps:
             raise TuningError(
@@ -125,7 +128,7 @@ class Settings:
             name, mine = field.name, getattr(self, field.name)
             if name in FREE or mine == saved.get(name):
                 continue
-            if name == "max_train_steps" and self.lr_scheduler in EVEN:
+            if name == "max_train_steps" and self.lr_scheduler in EVEN and endless:
                 continue
             raise TuningError(
                 f"the checkpoint was written with {name}={saved.get(name)!r}, and now it is {mine!r}",

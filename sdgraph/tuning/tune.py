@@ -121,7 +121,8 @@ def tune(
     if resumed is not None:
         record = read(resumed)
         check_same_run(about, record["identity"], resumed)
-        chosen.check_resumed(record["settings"], record["step"], str(resumed))
+        fading = any(loss.until is not None for loss in gradient.objective.losses)
+        chosen.check_resumed(record["settings"], record["step"], str(resumed), endless=not fading)
         state.load(resumed)
 
     def save() -> None:
@@ -210,6 +211,7 @@ def _gradient(
         settings.seed,
         settings.proportion_empty_prompts,
         settings.random_conditioning,
+        settings.timestep_intervals,
     )
     row = batches.batch(0, [0])
     for unet in (student, teacher):
@@ -221,7 +223,7 @@ def _gradient(
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, teacher.dtype)
     if (teacher.device, teacher.dtype) != (accelerator.device, precision):
         teacher = copy.deepcopy(teacher).to(accelerator.device, precision)
-    watched = Observed(teacher, [its for _, its in objective.pairs], given)
+    watched = Observed(teacher, objective.teachers, given)
     torch.manual_seed(settings.seed)  # of the first weights of adapters
     model = Student(student, objective.pairs, teacher, given, settings.gradient_checkpointing)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -51,6 +51,14 @@ def test_timesteps_are_stratified() -> None:
         assert sorted(int(t) // 100 for t in timesteps) == list(range(10))
 
 
+def test_batches_take_turns_with_intervals_of_the_schedule() -> None:
+    batches = Batches(rows(10), NOISING, 5, timestep_intervals=4)
+    drawn = [batches.batch(step, range(5)).timesteps for step in range(8)]
+    assert all(len({int(t) // 250 for t in timesteps}) == 1 for timesteps in drawn)
+    for turn in (drawn[:4], drawn[4:]):
+        assert sorted(int(t) // 50 for timesteps in turn for t in timesteps) == list(range(20))
+
+
 def test_captions_are_dropped_by_proportion_and_swapped_by_noise() -> None:
     batches = Batches(rows(50), NOISING, 500, proportion_empty_prompts=0.2, random_conditioning=True)
     batch = batches.batch(0, range(500))

@@ -12,6 +12,7 @@ from torch.nn.functional import kl_div, mse_loss
 
 import sdgraph
 from sdgraph import errors
+from sdgraph.passes import MECondConv
 from sdgraph.spec import read
 from sdgraph.tuning import (
     AttentionMaps,
@@ -23,6 +24,7 @@ from sdgraph.tuning import (
     Loss,
     Noising,
     Output,
+    RoutingPrior,
     Similarity,
     Wavelet,
 )
@@ -169,6 +171,7 @@ def test_the_encoder_sees_decoded_images_and_stays_as_it_is(pipe: object) -> Non
         AttentionMaps(weight=0.1),
         Similarity(),
         Wavelet(3),
+        RoutingPrior(weight=0.01, until=0.5),
     ],
 )
 def test_losses_are_text(loss: Loss) -> None:
@@ -186,6 +189,28 @@ def test_losses_add_up_by_weight_and_are_named_apart(student: sdgraph.GraphUNet,
     assert objective.names == ("Output", "Features 1", "Features 2")
     torch.testing.assert_close(total, 3 * terms[0] + terms[1] + 0.5 * terms[2])
     torch.testing.assert_close(terms[2], Features()(it, [(2 * mine, its)]))
+
+
+def test_a_weight_falls_to_zero(student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet) -> None:
+    objective, it = Objective([Output(weight=3.0, until=0.5)], student, teaching), comparison()
+    totals = [objective(it.batch, it.noising, [it.student], [it.teacher], share)[0] for share in (0, 0.25, 0.5, 1)]
+    torch.testing.assert_close(torch.stack(totals) / totals[0], torch.tensor([1, 0.5, 0, 0]))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_prior_leads_experts_to_parts_of_the_schedule(
+    student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, rank: int
+) -> None:
+    experts = sdgraph.apply(student, MECondConv("**.resnets.0.conv1", 2, donors="copies", rank=rank))
+    objective = Objective([Output(), RoutingPrior()], experts, teaching)
+    assert objective.teachers == ()
+    it = comparison(timesteps=(0, 499, 500, 999))
+    logits = torch.randn(4, 2)
+    _, terms = objective(it.batch, it.noising, [it.student, *[logits] * len(objective.pairs)], [it.teacher])
+    expected = -logits.log_softmax(1)[torch.arange(4), [0, 0, 1, 1]].mean()
+    torch.testing.assert_close(terms[1], expected)
+    with pytest.raises(errors.PathError, match=r"no experts(.|\n)*apply MECondConv"):
+        Objective([RoutingPrior()], student, teaching)
 
 
 def test_a_loss_of_ones_own(student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet) -> None:
@@ -213,6 +238,8 @@ def test_unknown_presets_paths_and_weights_are_refused(student: sdgraph.GraphUNe
         Features("stages")
     with pytest.raises(errors.SpecError, match="weight"):
         Output(weight=0.0)
+    with pytest.raises(errors.SpecError, match="until=2 is no share"):
+        Output(until=2)
     with pytest.raises(errors.PathError, match="removed by PruneBlocks"):
         Objective([Features(("down_blocks.0.resnets.1",))], student, teaching)
     with pytest.raises(errors.PathError, match="did you mean"):

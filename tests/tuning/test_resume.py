@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 
 import sdgraph
 from sdgraph import errors
-from sdgraph.tuning import Output, Tensors
+from sdgraph.tuning import Denoising, Output, Tensors
 
 from ..models import CROSS, build
 from .conftest import Tune, equal, tensors
@@ -125,6 +125,12 @@ def test_a_checkpoint_beyond_the_last_step_is_not_passed_off_as_the_result(tune:
     tune()
     with pytest.raises(errors.TuningError, match="at step 4, beyond the 3 steps"):
         tune(steps=3)
+
+
+def test_a_loss_that_fades_knows_its_end(tune: Tune) -> None:
+    tune(losses=[Output(until=0.5), Denoising()])
+    with pytest.raises(errors.TuningError, match="max_train_steps=4, and now it is 5"):
+        tune(losses=[Output(until=0.5), Denoising()], steps=5)
 
 
 def test_a_cosine_knows_its_end(tune: Tune) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sdgraph
 from sdgraph import errors
-from sdgraph.passes import InheritFeatures, PruneBlocks
+from sdgraph.passes import InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.tuning import (
     DEFAULT,
     AttentionMaps,
@@ -21,6 +21,7 @@ from sdgraph.tuning import (
     Features,
     Loss,
     Output,
+    RoutingPrior,
     Samples,
     Similarity,
     Tensors,
@@ -282,6 +283,22 @@ def test_chained_students_and_several_passes(teacher: UNet2DConditionModel, data
     )
     assert len(report.rows) == 2
     assert "mid_block" in second.graph.removed
+
+
+def test_experts_learn_to_part(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
+    student = sdgraph.apply(teacher, [PruneBlocks("bk-sdm-base"), MECondConv(experts=2, donors="copies")])
+    tuned, report = sdgraph.tune(
+        student, teacher, data, scheduler=DDPMScheduler(), steps=30, out=tmp_path / "run",
+        losses=[Output(), RoutingPrior(until=0.5)], train_batch_size=4, learning_rate=2e-3,
+        learning_rates={"**.routing.*": 10}, timestep_intervals=2, report_to="none",
+    )  # fmt: skip
+    prior = report.column("RoutingPrior")
+    assert prior[0] == pytest.approx(0.6931, abs=1e-3)  # nothing is preferred at first
+    assert prior[14] < 0.5
+    assert report.column("Output")[-5:].mean() < report.column("Output")[:5].mean()
+    assert any(
+        not torch.equal(value, tensors(student)[name]) for name, value in tensors(tuned).items() if ".mix." in name
+    )
 
 
 @pytest.mark.parametrize("name", ["sd21", "sdxl"])

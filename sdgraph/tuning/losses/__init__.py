@@ -8,6 +8,7 @@ from .base import Comparison, Loss
 from .features import Features
 from .image import ImageFeatures, Wavelet
 from .prediction import Denoising, Output
+from .routing import RoutingPrior
 from .similarity import Similarity
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ImageFeatures",
     "Loss",
     "Output",
+    "RoutingPrior",
     "Similarity",
     "Wavelet",
 ]
