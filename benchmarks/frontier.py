@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("ways", nargs="?", choices=SETS, default="plans", help="ways to compare")
     parser.add_argument("--images", type=int, default=256, help="held-out captions, each with an image in every way")
     parser.add_argument("--solvers", nargs="+", help="only the ways of these solvers; default: all")
-    parser.add_argument("--part", type=int, default=8, help="captions of a turn")
+    parser.add_argument("--part", type=int, default=8, help="captions of a turn, which are a batch")
     parser.add_argument("--jobs", type=int, default=1, help="processes that generate")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
