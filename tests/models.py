@@ -150,7 +150,7 @@ def answer(unet: Any, call: Mapping[str, Any]) -> torch.Tensor:
 def load_ip_adapter(
     unet: UNet2DConditionModel, *kinds: str, scale: float = 1.0, low_cpu_mem_usage: bool = False, seed: int = 3
 ) -> UNet2DConditionModel:
-    """Give a UNet image prompts through diffusers' own loader; one adapter per kind: "base" or "plus"."""
+    """Give a UNet image prompts through diffusers' own loader; one adapter per kind: "base", "face" or "plus"."""
     from diffusers.models.embeddings import IPAdapterPlusImageProjection
 
     generator = torch.Generator().manual_seed(seed)
@@ -167,6 +167,10 @@ def load_ip_adapter(
     for kind in kinds:
         if kind == "base":
             image = {"proj.weight": noise(4 * CROSS, 14), "proj.bias": noise(4 * CROSS)}
+            image |= {"norm.weight": noise(CROSS) + 1, "norm.bias": noise(CROSS)}
+        elif kind == "face":
+            image = {"proj.0.weight": noise(28, 14), "proj.0.bias": noise(28)}
+            image |= {"proj.2.weight": noise(4 * CROSS, 28), "proj.2.bias": noise(4 * CROSS)}
             image |= {"norm.weight": noise(CROSS) + 1, "norm.bias": noise(CROSS)}
         else:
             image = IPAdapterPlusImageProjection(

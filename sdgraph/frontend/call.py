@@ -112,11 +112,18 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
             raise CallError(
                 f"{_place(spec.place)} is a {type(value).__name__}, not a tensor", where="call", hint="pass a tensor"
             )
+        if spec.place[1:2] == ("image_embeds",) and spec.shape is not None and value.ndim == len(spec.shape) + 1:
+            value = _of_one_token(value)
         if spec.fitting and spec.shape is not None and not _fits(value, spec.shape, flat["sample"]):
             continue
         flat[spec.name] = value
     _refuse_rest(given, inputs)
     return flat
+
+
+def _of_one_token(embeds: torch.Tensor) -> torch.Tensor:
+    """Return image embeddings (B, images, 1, width), as those of faces, as (B, images, width). diffusers takes both."""
+    return embeds.squeeze(2) if embeds.shape[2] == 1 else embeds
 
 
 def _fits(value: torch.Tensor, shape: tuple[Dim, ...], sample: torch.Tensor) -> bool:

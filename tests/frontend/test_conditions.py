@@ -128,6 +128,20 @@ def test_ip_adapter(kinds: tuple[str, ...], scale: float, dtype: torch.dtype) ->
         assert torch.equal(answer(unet, call), answer(graph, call))
 
 
+@pytest.mark.parametrize("kind", ["base", "face"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_image_embeddings_of_one_token(kind: str, images: int) -> None:
+    """Those of faces have a dimension more, which diffusers flattens."""
+    unet = load_ip_adapter(build(), kind)
+    graph, call = trace(unet), call_of(unet)
+    for shape in ((2, images, 14), (2, images, 1, 14)):
+        call["added_cond_kwargs"] = {"image_embeds": [torch.randn(shape)]}
+        assert torch.equal(answer(unet, call), answer(graph, call))
+    call["added_cond_kwargs"] = {"image_embeds": [torch.randn(2, images, 3, 14)]}
+    with pytest.raises(CallError, match="image_embeds_0 has shape"):
+        answer(graph, call)
+
+
 def test_the_added_widths_must_add_up(traced: Any) -> None:
     unet, graph = traced("sdxl")
     call = call_of(unet)
