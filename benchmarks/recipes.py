@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,23 @@ from scenes.judge import Judge
 from torch import Tensor, nn
 from tuning_data import drawn, generated
 
-from sdgraph.tuning import AttentionMaps, Comparison, Denoising, Features, ImageFeatures, Loss, Output, Source
+import sdgraph
+from sdgraph import Pass
+from sdgraph.passes import Fold, GRIAttention, MECondConv, Overparameterize, PruneBlocks, ShareWeights
+from sdgraph.tuning import (
+    DEFAULT,
+    AttentionMaps,
+    Comparison,
+    Denoising,
+    Features,
+    ImageFeatures,
+    Loss,
+    Output,
+    RoutingPrior,
+    Source,
+    chain,
+    incubate,
+)
 
 PRESETS = ("base", "small", "tiny")
 
@@ -39,30 +56,96 @@ class Meaning(nn.Module):
         return features
 
 
+# -- how the steps are spent: a student of the teacher by pruning and further passes, after `steps` steps in all ------
+
+
+def jointly(
+    teacher: Any, pruning: PruneBlocks, passes: Sequence[Pass], rows: Source, steps: int, **options: Any
+) -> Any:
+    """Train all blocks together."""
+    student = sdgraph.apply(teacher, [pruning, *passes])
+    return sdgraph.tune(student, teacher, rows, steps=steps, **options)[0]
+
+
+def untrained(teacher: Any, pruning: PruneBlocks, passes: Sequence[Pass], rows: Source, steps: int, **_: Any) -> Any:
+    """Train nothing."""
+    return sdgraph.apply(teacher, [pruning, *passes])
+
+
+def in_stages(
+    teacher: Any, pruning: PruneBlocks, passes: Sequence[Pass], rows: Source, steps: int, apart: float = 0.5,
+    progressive: bool = False, processes: int = 1, **options: Any,
+) -> Any:  # fmt: skip
+    """Train the stages inside the teacher for a share of the steps, and the assembled student for the rest."""
+    stages = pruning.stages(teacher.graph)
+    each = round(apart * steps / len(stages))
+    return incubate(
+        teacher, [*stages, *passes], rows, stage_steps=each, steps=steps - each * len(stages),
+        progressive=progressive, processes=processes, **options,
+    )[0]  # fmt: skip
+
+
+def in_links(
+    teacher: Any, pruning: PruneBlocks, passes: Sequence[Pass], rows: Source, steps: int, **options: Any
+) -> Any:
+    """Prune stage by stage, and let the student before teach the next one."""
+    stages = [*pruning.stages(teacher.graph), *passes]
+    return chain(teacher, stages, rows, steps=round(steps / len(stages)), **options)[0]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A way of tuning.
 
     Args:
-        losses: returns the terms, for a pipeline.
+        losses: returns the terms, for a pipeline; None for the default.
         options: further options of `sdgraph.tune`.
         data: returns what to train on, for a pipeline, a number of rows, and a folder to keep it in.
+        passes: what is applied to the student after pruning.
+        finish: what is applied to the tuned student.
+        train: spends the steps.
     """
 
-    losses: Callable[[Any], tuple[Loss, ...]]
-    options: dict[str, Any] = field(default_factory=dict)
+    losses: Callable[[Any], tuple[Loss, ...]] = lambda pipe: DEFAULT
+    options: Mapping[str, Any] = field(default_factory=dict)
     data: Callable[[Any, int, Path], Source] = drawn
+    passes: tuple[Pass, ...] = ()
+    finish: tuple[Pass, ...] = ()
+    train: Callable[..., Any] = jointly
 
 
-OURS = (Output(), Features("stage"), Denoising(weight=0.01))
-RECIPES = {
+def with_default(*losses: Loss) -> Callable[[Any], tuple[Loss, ...]]:
+    return lambda pipe: (*DEFAULT, *losses)
+
+
+ROUTED: Mapping[str, Any] = {"learning_rates": {"**.routing.*": 20}, "timestep_intervals": 4}
+PRIOR = with_default(RoutingPrior(weight=0.01, until=0.5))
+CONVOLUTIONS = "**.resnets.*.{conv1,conv2}"
+FIRST_HALF = {
+    "untuned": Recipe(train=untrained),
     "task loss": Recipe(lambda pipe: (Denoising(),)),
     "BK-SDM's losses": Recipe(lambda pipe: (Denoising(), Output(), StageSum("stage"))),
-    "ours": Recipe(lambda pipe: OURS),
+    "ours": Recipe(),
     "ours, output only": Recipe(lambda pipe: (Output(), Denoising(weight=0.01))),
-    "ours, random conditioning": Recipe(lambda pipe: OURS, {"random_conditioning": True}),
-    "ours, attention maps": Recipe(lambda pipe: (*OURS, AttentionMaps())),
-    "ours, image features": Recipe(lambda pipe: (*OURS, ImageFeatures(Meaning(), pipe.vae, weight=0.1))),
-    "ours, captions alone": Recipe(lambda pipe: OURS[:-1], {"random_conditioning": True}, generated),
+    "ours, random conditioning": Recipe(options={"random_conditioning": True}),
+    "ours, attention maps": Recipe(with_default(AttentionMaps())),
+    "ours, image features": Recipe(lambda pipe: (*DEFAULT, ImageFeatures(Meaning(), pipe.vae, weight=0.1))),
+    "ours, captions alone": Recipe(lambda pipe: DEFAULT[:-1], {"random_conditioning": True}, generated),
 }
-FULL = {"base": tuple(RECIPES), "small": ("BK-SDM's losses", "ours"), "tiny": ("BK-SDM's losses", "ours")}
+SECOND_HALF = {
+    "incubated": Recipe(train=in_stages),
+    "incubated in two processes": Recipe(train=partial(in_stages, processes=2)),
+    "incubated in progression": Recipe(train=partial(in_stages, progressive=True)),
+    "chain": Recipe(train=in_links),
+    "experts": Recipe(PRIOR, ROUTED, passes=(MECondConv(),)),
+    "experts from parts": Recipe(PRIOR, ROUTED, passes=(MECondConv(donors="copies"),)),
+    "experts of rank 8": Recipe(PRIOR, ROUTED, passes=(MECondConv(rank=8),)),
+    "folded product": Recipe(passes=(Overparameterize(CONVOLUTIONS),), finish=(Fold(),)),
+    "folded branches": Recipe(passes=(Overparameterize(CONVOLUTIONS, kind="branches"),), finish=(Fold(),)),
+    "shared": Recipe(passes=(ShareWeights.similar(count=2),)),
+    "GRI, untuned": Recipe(passes=(GRIAttention(8, pool=4),), train=untrained),
+    "GRI": Recipe(passes=(GRIAttention(8, pool=4),)),
+}
+RECIPES = {**FIRST_HALF, **SECOND_HALF}
+FULL = {"base": tuple(RECIPES), "small": ("untuned", "BK-SDM's losses", "ours")}
+FULL["tiny"] = FULL["small"]

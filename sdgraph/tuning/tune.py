@@ -220,6 +220,9 @@ def _gradient(
         losses = [loss for loss in DEFAULT if row.noise is not None or not isinstance(loss, Denoising)]
     objective, given = Objective(losses, student, teacher), frozenset(row.inputs)
     student.to(accelerator.device)
+    if accelerator.device.type == "cpu" and not all(p.requires_grad for p in student.parameters()):
+        # In channels_last, torch's group norm crashes on the way back where its input needs no gradient.
+        student.to(memory_format=torch.contiguous_format)
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, teacher.dtype)
     if (teacher.device, teacher.dtype) != (accelerator.device, precision):
         teacher = copy.deepcopy(teacher).to(accelerator.device, precision)

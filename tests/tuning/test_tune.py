@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,22 @@ def test_chained_students_and_several_passes(teacher: UNet2DConditionModel, data
     )
     assert len(report.rows) == 2
     assert "mid_block" in second.graph.removed
+
+
+def test_a_part_is_trained_in_any_layout(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
+    """Torch's group norm would crash on the way back from the first resnet that is trained."""
+    source = copy.deepcopy(teacher)
+    source.to(memory_format=torch.channels_last)
+    student = sdgraph.apply(source, [PruneBlocks("bk-sdm-base")])
+    results = [
+        sdgraph.tune(
+            unet, source, data, scheduler=DDPMScheduler(), steps=2, out=tmp_path / name, train=["down_blocks.0"],
+            train_batch_size=4, report_to="none",
+        )[0]
+        for name, unet in (("last", student), ("first", sdgraph.apply(teacher, [PruneBlocks("bk-sdm-base")])))
+    ]  # fmt: skip
+    for (name, one), other in zip(results[0].named_parameters(), results[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_experts_learn_to_part(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
