@@ -8,10 +8,11 @@ DIFFUSERS is a checkout of diffusers at the tag of the installed version; where 
 Only its `tests/` are used, the library is the installed one.
 
 Each suite runs with diffusers' UNet, and once per mode with `get_dummy_components` handing out `sdgraph.apply(unet,
-passes)`. What is printed is, per mode, how many tests fail only with ours, and why: a refusal of ours, which names the
-hint, or an error. All outputs of the UNets are compared as well: a test that passes with both although they differ in
-one bit is listed. Nothing is downloaded: the tests' tokenizer is replaced by one of bytes, and tests that need another
-file of the hub fail with both UNets.
+passes)`; both in inference mode, because diffusers' last bits may be others in training mode. What is printed is, per
+mode, how many tests fail only with ours, and why: a refusal of ours, which names the hint, or an error. All outputs of
+the UNets are compared as well: a test that passes with both although they differ in one bit is listed. Nothing is
+downloaded: the tests' tokenizer is replaced by one of bytes, and tests that need another file of the hub fail with both
+UNets.
 """
 
 from __future__ import annotations
@@ -89,18 +90,19 @@ class Recorder:
         return noting
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        if self.mode == OWN:
-            return
         for cls in {cls for item in items for cls in getattr(item, "cls", None).__mro__ if hasattr(item, "cls")}:
             for name, method in list(vars(cls).items()):
                 if name.startswith("get_dummy_components") and not hasattr(method, "__wrapped__"):
-                    setattr(cls, name, self._with_ours(method))
+                    setattr(cls, name, self._in_inference_mode(method))
 
-    def _with_ours(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _in_inference_mode(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def components(*args: Any, **kwargs: Any) -> Any:
             made = method(*args, **kwargs)
-            if type(made.get("unet")) is UNet2DConditionModel:
+            if type(made.get("unet")) is not UNet2DConditionModel:
+                return made
+            made["unet"].eval()
+            if self.mode != OWN:
                 self._applying = True
                 try:
                     state = torch.get_rng_state()

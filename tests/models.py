@@ -148,7 +148,7 @@ def answer(unet: Any, call: Mapping[str, Any]) -> torch.Tensor:
 
 
 def load_ip_adapter(
-    unet: UNet2DConditionModel, *kinds: str, scale: float = 1.0, low_cpu_mem_usage: bool = False, seed: int = 3
+    unet: UNet2DConditionModel, *kinds: str, scale: float = 1.0, seed: int = 3, **options: bool
 ) -> UNet2DConditionModel:
     """Give a UNet image prompts through diffusers' own loader; one adapter per kind: "base", "face" or "plus"."""
     from diffusers.models.embeddings import IPAdapterPlusImageProjection
@@ -181,7 +181,7 @@ def load_ip_adapter(
             f"{2 * i + 1}.to_{which}_ip.weight": noise(width, CROSS) for i, width in enumerate(widths) for which in "kv"
         }
         states.append({"image_proj": image, "ip_adapter": attention})
-    unet._load_ip_adapter_weights(states, low_cpu_mem_usage=low_cpu_mem_usage)
+    unet._load_ip_adapter_weights(states, **options)
     for processor in unet.attn_processors.values():
         if hasattr(processor, "scale"):
             processor.scale = [scale] * len(kinds)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import ImageProjection
+from diffusers.models.modeling_utils import _LOW_CPU_MEM_USAGE_DEFAULT
 from torch import nn
 
 from ..graph import Graph
@@ -101,7 +102,7 @@ class SourceSettings(DropIn):
         if any(getattr(block, "s1", None) is not None for block in self.graph.source.up_blocks):
             self._change(lambda source: source.disable_freeu())
 
-    def _load_ip_adapter_weights(self, state_dicts: Any, low_cpu_mem_usage: bool = False) -> None:
+    def _load_ip_adapter_weights(self, state_dicts: Any, low_cpu_mem_usage: bool = _LOW_CPU_MEM_USAGE_DEFAULT) -> None:
         # With low_cpu_mem_usage diffusers draws no first weights, so whatever is drawn next must be the same here.
         with torch.random.fork_rng(devices=(), enabled=low_cpu_mem_usage):
             self._change(lambda source: source._load_ip_adapter_weights(state_dicts, low_cpu_mem_usage=False))

@@ -63,12 +63,12 @@ def test_other_image_prompts_take_the_place_of_those_that_were_loaded() -> None:
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_loading_image_prompts_draws_as_many_random_numbers_as_diffusers(low_cpu_mem_usage: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": False}, {"low_cpu_mem_usage": True}], ids=str)
+def test_loading_image_prompts_draws_as_many_random_numbers_as_diffusers(options: dict[str, bool]) -> None:
     states = []
     for unet in (build(), sdgraph.apply(build())):
         torch.manual_seed(0)
-        load_ip_adapter(unet, "base", low_cpu_mem_usage=low_cpu_mem_usage)
+        load_ip_adapter(unet, "base", **options)
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
 
