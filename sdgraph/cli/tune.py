@@ -11,7 +11,7 @@ CONFIG is a TOML or JSON file with the argument names of diffusers' training scr
   output_dir = "tuned"
   max_train_steps = 5000
   learning_rate = 5e-5
-  losses = ["Output", "Features('stage')", "Denoising(weight=0.01)"]
+  losses = ["Output", "Features('stage', weight=10)", "Denoising(weight=0.01)"]
 
 The same command goes on from the last checkpoint. At the end `output_dir` is a diffusers pipeline with the tuned UNet,
 which all commands load.

@@ -40,7 +40,7 @@ from .settings import Settings
 from .sources import Source, as_source
 from .state import State, read
 
-DEFAULT = (Output(), Features("stage"), Denoising(weight=0.01))
+DEFAULT = (Output(), Features("stage", weight=10.0), Denoising(weight=0.01))
 PLAIN = "unet_diffusers"
 log = logging.getLogger("sdgraph")
 Validate = Callable[[GraphUNet, int], Mapping[str, Any]]
@@ -74,8 +74,8 @@ def tune(
         scheduler: the diffusers scheduler that says how noise is added and what the UNet predicts.
         steps: the number of optimizer steps.
         out: the folder of the run.
-        losses: the terms to minimise; by default the teacher's output, its features by stage, and, if the data are no
-            trajectories, a hundredth of the denoising loss.
+        losses: the terms to minimise; by default the teacher's output, ten times its features by stage, and, if the
+            data are no trajectories, a hundredth of the denoising loss.
         train: module paths, or patterns of `sdgraph.Graph.matching`, whose weights are trained; by default all.
         validate: called with the student (its averaged weights) and the step; returns figures and PIL images by name,
             which are logged and written to `out/validation`.
@@ -96,7 +96,8 @@ def tune(
         )
         ```
     Source:
-        Kim et al., "BK-SDM", 2024; the default weights: Zhang et al., "ALTER", 2025. Exact resume is our own.
+        Kim et al., "BK-SDM", 2024, whose features outweigh the other terms, as ours do; the weight of the denoising
+        loss: Zhang et al., "ALTER", 2025. Exact resume is our own.
     """
     chosen, folder = Settings.of({"max_train_steps": steps, **settings}), Path(out)
     source, teaching = as_source(data), apply(teacher, (), verify=False)

@@ -337,4 +337,4 @@ def test_every_architecture_and_every_loss(name: str, tmp_path: Path) -> None:
     recipe = json.loads((tmp_path / "run" / "unet_diffusers" / "tuning.json").read_text())
     assert recipe["passes"] == ["PruneBlocks('bk-sdm-base')"]
     assert "down_blocks.0.resnets.1" in recipe["removed"]
-    assert recipe["losses"].startswith("Output(), Features()")
+    assert recipe["losses"].startswith("Output(), Features(weight=10.0)")
