@@ -5,7 +5,7 @@ RUN := $(CURDIR)/$(VENV)/bin
 # Models are part of the repository or built from configurations: nothing is downloaded.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo train scenes test test-fast test-full test-oldest lint docs bench frontier tuning drop-in package-tree
+.PHONY: demo train scenes test test-fast test-long test-full test-oldest lint docs bench frontier tuning drop-in package-tree
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/.installed-onnx,plots,pipelines
@@ -34,7 +34,10 @@ test: $(VENV)/.installed-test
 	$(PYTEST)
 
 test-fast: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow and not full"
+	$(PYTEST) -m "not (slow or long or full)"
+
+test-long: $(VENV)/.installed-test
+	$(PYTEST) -m long
 
 test-full: $(VENV)/.installed-test
 	$(RUN)/pytest -m full
@@ -49,7 +52,7 @@ test-oldest: $(VENV)/bin/python
 	$(RUN)/python -m pip install -q uv
 	$(RUN)/uv venv -q --allow-existing --python $(RUN)/python $(VENV)-oldest
 	$(RUN)/uv pip install -q --python $(VENV)-oldest/bin/python --resolution lowest-direct -e ".[test]" $(OLDEST)
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not slow and not full" -o filterwarnings=ignore $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not (slow or long or full)" -o filterwarnings=ignore $(ARGS)
 
 tuning: $(VENV)/.installed-bench,pipelines,tuning
 	$(RUN)/python benchmarks/tuning.py $(ARGS)

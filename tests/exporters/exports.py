@@ -22,9 +22,7 @@ from ..models import ATTEND, ONE_LEVEL, PLAIN, build
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
-FULL = (pytest.mark.full,)  # an export takes seconds for each graph: these run with `make test-full`
-
-RARE = ("faster diffusion", "t-gate", "image", "inpaint-9", "lcm")
+LONG = (pytest.mark.long,)  # an export takes seconds for each graph
 
 PRESETS: dict[str, Any] = {
     "deep cache": [HoistInvariants(), replace(InheritFeatures.deep_cache(3), forecast=1)],

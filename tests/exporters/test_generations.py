@@ -32,7 +32,7 @@ from sdgraph.schedules import Explicit
 
 from ..models import ONE_LEVEL, answer, build, call_of
 from ..pipelines import PIPELINES, make
-from .exports import FULL, PRESETS, RARE, TWO_LEVELS, Exported, opened, source
+from .exports import LONG, PRESETS, TWO_LEVELS, Exported, opened, source
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +57,7 @@ def latents(pipe: Any, unet: Any, scheduler: Any = None, **options: Any) -> torc
         return make(own, call, steps=6, output_type="latent")
 
 
-@pytest.mark.parametrize("name", [pytest.param(each, marks=FULL * (each in RARE)) for each in PRESETS])
+@pytest.mark.parametrize("name", [pytest.param(each, marks=LONG * (each != "deep cache")) for each in PRESETS])
 def test_generations_equal_pytorchs(pipe: Any, exported: Callable[[str], Exported], name: str) -> None:
     """At two shapes and batches."""
     unet, directory, _ = exported(name)
@@ -80,7 +80,7 @@ def test_under_every_scheduler(pipe: Any, exported: Callable[[str], Exported], s
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(each, marks=FULL * (each in RARE))
+        pytest.param(each, marks=LONG * (each != "lcm"))
         for each in ("controlnet", "xl-text", "image", "inpaint-9", "lcm")
     ],
 )
@@ -146,6 +146,7 @@ def test_a_kind_of_call_that_was_not_exported_computes_more(
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_images_of_the_trained_model(tmp_path: Path) -> None:
     """At least 50 dB between ONNX Runtime's images and PyTorch's."""
     pipe = load()

@@ -118,7 +118,7 @@ def test_operators_are_what_they_are_documented_to_be() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_exported_operators_by_their_definitions(half: bool, tmp_path: Path) -> None:
     """The counts of what was fused are in the report; ONNX Runtime's CPU provider computes what eager computes."""
     dtype = torch.float16 if half else torch.float32

@@ -41,6 +41,7 @@ def test_gives_eagers_numbers_at_sizes_not_seen(
     torch.testing.assert_close(answer(made.load(), call), answer(made.unet, call), **CLOSE)
 
 
+@pytest.mark.long
 def test_inputs_of_other_architectures(exported: Callable[..., Exported]) -> None:
     made = exported("sdxl")
     for ids in (6, 5):
@@ -67,6 +68,7 @@ def test_optional_inputs_are_taken_when_exported(exported: Callable[..., Exporte
         loaded(**call | control | {RESIDUALS[0]: (*down[:2], down[0], down[3])})
 
 
+@pytest.mark.long
 def test_half_precision(exported: Callable[..., Exported]) -> None:
     made = exported("half")
     call = call_of(made.unet, B=1, H=13, W=9)

@@ -70,7 +70,7 @@ def test_two_passes_in_both_orders(source: Graph, one: str, other: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_passes_in_some_orders(source: Graph) -> None:
     draw = random.Random(0)
     orders = [draw.sample(list(PASSES), len(PASSES)) for _ in range(20)]

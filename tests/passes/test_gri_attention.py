@@ -234,7 +234,7 @@ def test_it_is_exported(tmp_path: Path) -> None:
     torch.testing.assert_close(answer(running, call), answer(unet, call), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_window_as_large_as_the_map_that_is_usually_traced_is_exported(tmp_path: Path) -> None:
     """There would be one window, exactly full, and torch.export would fix the size of the map."""
     one_level = {

@@ -125,7 +125,7 @@ TIMESTEPS = {"one": 7, "the same for each sample": (7, 7, 7), "of each sample": 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("channels", [3, 4, 7, 8, 9])
+@pytest.mark.parametrize("channels", [3, 8, *(pytest.param(count, marks=pytest.mark.long) for count in (4, 7, 9))])
 def test_by_timestep_nothing_changes_at_first_whatever_the_model(
     channels: int, dtype: torch.dtype, layout: torch.memory_format
 ) -> None:

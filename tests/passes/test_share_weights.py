@@ -129,7 +129,7 @@ def test_similar_regions_are_found_and_recorded(tmp_path: Path) -> None:
         sdgraph.apply(source, ShareWeights.similar("mid_block.resnets.*", count=2))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shared_regions_are_pruned_inherited_and_rewritten_one_by_one() -> None:
     source = build("sd15", layers_per_block=2)
     pair = ("up_blocks.1.resnets.1", "up_blocks.1.resnets.2")

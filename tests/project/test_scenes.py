@@ -165,7 +165,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert losses[0][-1] < losses[0][0] / 100
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_end_to_end(tmp_path: Path) -> None:
     """Every stage for two steps, in pieces; then from the result, the UNet alone for two more."""
 
@@ -301,7 +301,7 @@ def test_the_figures_meet_the_bar() -> None:
     assert generated["place"] >= 0.85
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_model_makes_what_captions_say(judge: Judge) -> None:
     """The recorded figures, on fewer images and steps."""
     figures, _, _ = quality.measure(load(), count=40, steps=20, guidance=quality.GUIDANCE)

@@ -70,7 +70,7 @@ def test_a_stage_trains_its_blocks_alone(
     assert report.column("loss")[-3:].mean() < report.column("loss")[:3].mean()
 
 
-@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("progressive", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_incubated_stages_are_assembled(
     progressive: bool, stages: tuple[PruneBlocks, ...], teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path
 ) -> None:
@@ -87,7 +87,7 @@ def test_incubated_stages_are_assembled(
     assert equal(tensors(tuned), tensors(again))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_give_what_one_process_gives(
     stages: tuple[PruneBlocks, ...], teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path
 ) -> None:

@@ -50,7 +50,7 @@ sdgraph.tune(student, teacher, data, scheduler=DDPMScheduler(), steps=30, out=ou
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(
     tune: Tune, student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, tmp_path: Path
 ) -> None:
