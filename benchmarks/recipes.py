@@ -126,6 +126,7 @@ FIRST_HALF = {
     "task loss": Recipe(lambda pipe: (Denoising(),)),
     "BK-SDM's losses": Recipe(lambda pipe: (Denoising(), Output(), StageSum("stage"))),
     "ours": Recipe(),
+    "ours, features at weight 1": Recipe(lambda pipe: (Output(), Features("stage"), Denoising(weight=0.01))),
     "ours, output only": Recipe(lambda pipe: (Output(), Denoising(weight=0.01))),
     "ours, random conditioning": Recipe(options={"random_conditioning": True}),
     "ours, attention maps": Recipe(with_default(AttentionMaps())),

@@ -28,7 +28,7 @@ def scenes() -> Any:
     return pipe
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_error_falls_on_the_trained_model(scenes: Any) -> None:
     _, prompts = held_out_captions(8)
     own = scenes.unet

@@ -22,6 +22,7 @@ from .exports import Exported, opened
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 def test_other_tools_run_the_graph_that_computes_everything(pipe: Any, exported: Callable[[str], Exported]) -> None:
     """It has one output, and its weights are those of the others."""
     _, directory, _ = exported("deep cache")

@@ -37,6 +37,7 @@ PASSES: dict[str, Pass] = {
     "inherit": InheritFeatures("up_blocks.3.attentions.0", Uniform(2)),
     "hoist": HoistInvariants(),
 }
+COMMON = {"prune", "inherit"}  # pairs of others are tested with the long tests
 ILLEGAL = {
     ("hoist", "prune"): "has the site",
 }
@@ -55,7 +56,10 @@ def source() -> Graph:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("one", "other"), list(combinations(PASSES, 2)))
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [pytest.param(*pair, marks=() if COMMON & {*pair} else pytest.mark.long) for pair in combinations(PASSES, 2)],
+)
 def test_two_passes_in_both_orders(source: Graph, one: str, other: str) -> None:
     results = []
     for order in ((one, other), (other, one)):

@@ -277,7 +277,9 @@ def test_it_composes_with_pruning(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"])
+@pytest.mark.parametrize(
+    "preset", ["bk-sdm-base", *(pytest.param(f"bk-sdm-{size}", marks=pytest.mark.long) for size in ("small", "tiny"))]
+)
 def test_it_composes_in_every_order(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], preset: str, whole: Graph
 ) -> None:

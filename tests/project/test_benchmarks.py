@@ -28,7 +28,7 @@ def test_the_figures_in_documents_are_the_results(name: str) -> None:
         assert table.filled(document, ROOT / block["file"]) == document
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     """As users run it: the case in a process of its own, figures and samples in a file, its table printed."""
     script, out = ROOT / "benchmarks" / "overhead.py", tmp_path / "result.json"
@@ -46,7 +46,7 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert "smoke test" in run.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cases_are_measured() -> None:
     overhead, table = load("benchmarks/overhead.py"), load("benchmarks/table.py")
     settings = overhead.Settings(seconds=0.1, at_least=3, quick=True)

@@ -62,7 +62,7 @@ def test_the_custom_pass_runs(custom_pass: ModuleType, capsys: pytest.CaptureFix
     assert "[:, :, ::4]" in out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     demo = load("examples/demo.py")
     for name, value in {"STEPS": 3, "IMAGES": 4, "SHOWN": 4, "Quality": partial(demo.Quality, references=200)}.items():

@@ -34,7 +34,7 @@ def test_the_passes_shown_are_the_files_they_come_from() -> None:
         assert code in (ROOT / name).read_text(), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_package_installs_and_is_known_to_the_command_line(tmp_path: Path) -> None:
     package, site = tmp_path / "package", tmp_path / "site"
     package.mkdir()

@@ -41,7 +41,7 @@ def assert_close(found: sdgraph.GraphUNet, expected: sdgraph.GraphUNet, start: s
     assert off < 0.01 * far
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_are_one_with_the_whole_batch(
     tune: Tune, student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, tmp_path: Path
 ) -> None:
