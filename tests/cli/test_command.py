@@ -141,7 +141,7 @@ def test_libraries_may_talk_again_afterwards(unet: Path) -> None:
     assert before == (diffusers.utils.logging.get_verbosity(), diffusers.utils.logging.is_progress_bar_enabled())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_printed_but_ours(prompts: Path) -> None:
     """In a process of its own, where libraries have not been told anything, and read by a pipe that closes early."""
     sdgraph_ = [sys.executable, "-m", "sdgraph"]

@@ -77,13 +77,8 @@ def test_under_every_scheduler(pipe: Any, exported: Callable[[str], Exported], s
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(each, marks=LONG * (each != "lcm"))
-        for each in ("controlnet", "xl-text", "image", "inpaint-9", "lcm")
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["controlnet", "xl-text", "image", "inpaint-9", "lcm"])
 def test_in_other_pipelines(name: str, tmp_path: Path) -> None:
     pipe, call = PIPELINES[name][0](), PIPELINES[name][1]
     if name == "xl-text":

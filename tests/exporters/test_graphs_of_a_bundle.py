@@ -35,6 +35,7 @@ def test_other_tools_run_the_graph_that_computes_everything(pipe: Any, exported:
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_weights_are_there_once(exported: Callable[[str], Exported]) -> None:
     unet, directory, _ = exported("deep cache")
     said = json.loads((directory / "sdgraph.json").read_text())

@@ -95,6 +95,7 @@ def test_stands_in_for_the_unet_of_a_pipeline(exported: Callable[..., Exported],
     torch.testing.assert_close(make(pipe, {**PROMPT, **ODD}, steps=4), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.long
 def test_stands_in_for_the_unet_of_an_sdxl_pipeline(exported: Callable[..., Exported]) -> None:
     made = exported("sdxl")
     pipe = large("StableDiffusionXLPipeline", made.unet, vae=vae(levels=4), scheduler=EulerDiscreteScheduler())

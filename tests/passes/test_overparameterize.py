@@ -136,7 +136,7 @@ def test_what_is_trained_is_folded_to_a_plain_unet(kind: str, tmp_path: Path) ->
         assert torch.equal(answer(GraphUNet.from_pretrained(tmp_path / str(number)), call), answer(unet, call))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_exported_inherits_and_is_pruned(kind: str, tmp_path: Path) -> None:
     source = build(**ONE_LEVEL)
