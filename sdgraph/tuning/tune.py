@@ -223,7 +223,8 @@ def _gradient(
     student.to(accelerator.device)
     if accelerator.device.type == "cpu" and not all(p.requires_grad for p in student.parameters()):
         # In channels_last, torch's group norm crashes on the way back where its input needs no gradient.
-        student.to(memory_format=torch.contiguous_format)
+        for parameter in student.parameters():
+            parameter.data = parameter.data.contiguous()
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, teacher.dtype)
     if (teacher.device, teacher.dtype) != (accelerator.device, precision):
         teacher = copy.deepcopy(teacher).to(accelerator.device, precision)
