@@ -1,7 +1,7 @@
 """sdgraph: a graph-transformation compiler for diffusion UNets."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import errors
 from .calibration.fit import Fit, fit_forecast
@@ -25,6 +25,9 @@ from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 from .spec import Spec
 from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .tuning.tune import tune
 
 __all__ = [
     "Chain",
