@@ -118,7 +118,7 @@ def begun(out: Path, args: argparse.Namespace) -> dict[str, Any]:
         SystemExit: its ways were trained or measured otherwise.
     """
     same = {name: getattr(args, name) for name in SAME}
-    if not out.exists() or args.quick:
+    if not out.exists():
         return {**same, "batch": TRAINING["train_batch_size"], "ways": {}}
     result: dict[str, Any] = json.loads(out.read_text())
     if any(result[name] != value for name, value in same.items()):

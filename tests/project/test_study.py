@@ -1,0 +1,37 @@
+"""The study of tuning: its results grow over several runs, and have one table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..documents import ROOT, load
+
+
+@pytest.mark.long
+def test_ways_are_added_and_those_that_are_there_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    out = tmp_path / "results.json"
+    command = [sys.executable, "benchmarks/tuning.py", "--quick", "--folder", tmp_path / "runs", "--out", out]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*map(str, command), *more], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    first = run("--ways", "untuned")
+    assert first.returncode == 0, first.stderr[-2000:]
+    ways = json.loads(out.read_text())["ways"]
+    assert list(ways) == ["teacher", "base, untuned"]
+    assert ways["base, untuned"]["parameters"] < ways["teacher"]["parameters"]
+    second = run("--ways", "untuned", "ours")
+    assert second.returncode == 0, second.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert {name: result["ways"][name] for name in ways} == ways
+    assert result["ways"]["base, ours"]["losses"] == ["Output()", "Features(weight=10.0)", "Denoising(weight=0.01)"]
+    assert load("benchmarks/table.py").report(result) in second.stdout
+    other = run("--ways", "ours", "--rate", "0.1")
+    assert other.returncode == 1
+    assert "pass another --out" in other.stderr
