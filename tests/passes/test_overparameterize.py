@@ -106,6 +106,7 @@ def test_any_layer_starts_as_it_was_and_equals_its_kernel(name: str, module: Any
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_trained_is_folded_to_a_plain_unet(kind: str, tmp_path: Path) -> None:
     source = build()

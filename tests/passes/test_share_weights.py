@@ -109,6 +109,7 @@ def test_shared_weights_are_trained_once(tmp_path: Path) -> None:
     assert torch.equal(answer(again, call), answer(tuned, call))
 
 
+@pytest.mark.slow
 def test_similar_regions_are_found_and_recorded(tmp_path: Path) -> None:
     source = build("sd15-levels")
     pairs = [("down_blocks.3.resnets.0", "mid_block.resnets.1"), ("up_blocks.3.resnets.1", "up_blocks.3.resnets.2")]

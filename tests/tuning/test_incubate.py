@@ -19,6 +19,8 @@ from sdgraph.tuning.incubate import changed_blocks
 from ..models import build
 from .conftest import equal, tensors
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, Any] = {
     "scheduler": DDPMScheduler(),
     "train_batch_size": 4,

@@ -20,6 +20,8 @@ from sdgraph.tuning import Tensors
 from ..models import answer, call_of
 from .conftest import Tune, equal, tensors
 
+pytestmark = pytest.mark.slow
+
 ROWS = list(range(10))
 
 

@@ -21,6 +21,8 @@ from sdgraph.tuning import Denoising, Output, Tensors
 from ..models import CROSS, build
 from .conftest import Tune, equal, tensors
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_a_resumed_run_equals_an_uninterrupted_one(tune: Tune, use_ema: bool, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_parameters_may_have_learning_rates_of_their_own(
             tune(out=tmp_path / "wrong", learning_rates=wrong)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_accumulation_change_nothing_that_matters(tune: Tune, tmp_path: Path) -> None:
     plain, _ = tune(out=tmp_path / "plain")
     recomputed, _ = tune(out=tmp_path / "recomputed", gradient_checkpointing=True)
@@ -273,6 +274,7 @@ def test_another_precision_in_the_same_process_is_refused(tune: Tune) -> None:
         tune(mixed_precision="bf16")
 
 
+@pytest.mark.slow
 def test_chained_students_and_several_passes(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
     """A student that was tuned is the teacher of a smaller one."""
     options: dict[str, Any] = {"scheduler": DDPMScheduler(), "steps": 2, "report_to": "none", "train_batch_size": 4}
@@ -302,6 +304,7 @@ def test_a_part_is_trained_in_any_layout(teacher: UNet2DConditionModel, data: Te
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_experts_learn_to_part(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
     student = sdgraph.apply(teacher, [PruneBlocks("bk-sdm-base"), MECondConv(experts=2, donors="copies")])
     tuned, report = sdgraph.tune(
@@ -318,6 +321,7 @@ def test_experts_learn_to_part(teacher: UNet2DConditionModel, data: Tensors, tmp
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd21", "sdxl"])
 def test_every_architecture_and_every_loss(name: str, tmp_path: Path) -> None:
     teacher = build(name, layers_per_block=2)
