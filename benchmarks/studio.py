@@ -136,7 +136,7 @@ def fitted(studio: Studio, way: Way) -> Any:
 
 def searched(studio: Studio, way: Way) -> Any:
     """Make a UNet whose refreshes are searched, for as many multiply-accumulates as the passes of the way have."""
-    prompts = CAPTIONS[-2:] if studio.quick else CAPTIONS[-32:]
+    prompts = CAPTIONS[-6:] if studio.quick else CAPTIONS[-32:]
 
     def search() -> Any:
         studio.direct(way, studio.source)
@@ -148,7 +148,7 @@ def searched(studio: Studio, way: Way) -> Any:
             num_inference_steps=way.steps, cost="macs", trials=2 if studio.quick else 60,
         ).passes  # fmt: skip
 
-    return studio.applied(studio.text(f"searched/{file_name(way.name)}.txt", lambda: joined(search())))
+    return studio.applied(studio.text(f"searched/{file_name(way.name)}.txt", search))
 
 
 def joined(passes: Any) -> str:
