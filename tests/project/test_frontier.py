@@ -146,7 +146,7 @@ def test_the_front_is_what_no_way_beats() -> None:
     assert margins.front(ways, "psnr") == ["a", "c"]
 
 
-@pytest.mark.full
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("plans", "fitted 2"), ("inheritance", "searched, forecast"), ("attention", "tomesd, ratio 0.5")],
