@@ -98,7 +98,7 @@ class Recipe:
     """A way of tuning.
 
     Args:
-        losses: returns the terms, for a pipeline; None for the default.
+        losses: returns the terms, for a pipeline; by default those of `sdgraph.tune`.
         options: further options of `sdgraph.tune`.
         data: returns what to train on, for a pipeline, a number of rows, and a folder to keep it in.
         passes: what is applied to the student after pruning.
