@@ -25,7 +25,8 @@ class ShareWeights(Pass):
 
     Args:
         groups: groups of regions, each by patterns that name at least two.
-        among, count: propose the groups; see `similar`.
+        among: the regions that groups are proposed from; see `similar`.
+        count: the number of regions that give up their weights; see `similar`.
     Raises:
         SpecError: there are no groups, or a group is no text.
         PathError: there is no such region.
