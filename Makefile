@@ -5,7 +5,7 @@ RUN := $(CURDIR)/$(VENV)/bin
 # Models are part of the repository or built from configurations: nothing is downloaded.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo train scenes test test-fast test-long test-full test-oldest lint docs bench frontier tuning drop-in package-tree
+.PHONY: demo train scenes student test test-fast test-long test-full test-oldest lint docs bench frontier tuning drop-in package-tree
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/.installed-onnx,plots,pipelines
@@ -20,6 +20,10 @@ train: $(VENV)/.installed-plots,pipelines
 scenes: $(VENV)/.installed-plots,pipelines
 	cd examples && $(RUN)/python -m scenes.save && $(RUN)/python -m scenes.quality --out scenes/model \
 		&& $(RUN)/python -m scenes.card
+
+student: $(VENV)/.installed-plots,pipelines,tuning
+	cd examples && MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \
+		$(RUN)/python -m scenes.student $(ARGS) && $(RUN)/python -m scenes.card
 
 bench: $(VENV)/.installed-bench,pipelines
 	$(RUN)/python benchmarks/overhead.py $(ARGS)

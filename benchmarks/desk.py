@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from measure import in_turns
 from solvers import SOLVERS
 from trained import Quality, held_out_captions
 
@@ -39,38 +41,45 @@ class Desk:
             solver: a name of `SOLVERS`.
             steps: the number of inference steps.
         Returns:
-            "seconds" of the processor for an image, "time" as a share of the teacher's, PSNR (median) and SSIM to the
-            teacher's images, and the figures of `Quality`.
+            PSNR (median) and SSIM to the teacher's images, and the figures of `Quality`.
         """
-        mine, seconds = self._kept(name, unet, solver, steps)
-        its, one = self._kept("teacher", self.teacher, solver, steps)
-        found = {"solver": solver, "steps": steps, "seconds": seconds, "time": seconds / one}
+        mine = self._kept(name, unet, solver, steps)
+        found: dict[str, Any] = {"solver": solver, "steps": steps}
         if unet is not self.teacher:
+            its = self._kept("teacher", self.teacher, solver, steps)
             found["psnr"] = float(np.median([metrics.psnr(a, b) for a, b in zip(mine, its, strict=True)]))
             found["ssim"] = metrics.ssim(mine, its)
         return {**found, **self.quality(mine, self.captions)}
 
-    def _kept(self, name: str, unet: Any, solver: str, steps: int) -> tuple[Any, float]:
-        """Return images (N, H, W, 3) in [0, 1], and the seconds for one, which are generated the first time."""
+    @torch.no_grad()
+    def time(self, unet: Any, rows: int = 16) -> float:
+        """Return the time of a call as a share of a call of the teacher: the median of calls in turns."""
+        generator, config = torch.Generator().manual_seed(0), self.pipe.unet.config
+        latents = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+        text = torch.randn(rows, self.pipe.tokenizer.model_max_length, config.cross_attention_dim, generator=generator)
+        calls = {"mine": partial(unet, latents, 500, text), "its": partial(self.teacher, latents, 500, text)}
+        times = in_turns(calls, "cpu", seconds=10, at_least=10)
+        return median(mine / its for mine, its in zip(times["mine"], times["its"], strict=True))
+
+    def _kept(self, name: str, unet: Any, solver: str, steps: int) -> Any:
+        """Return images (N, H, W, 3) in [0, 1], which are generated the first time."""
         file = self.folder / f"{name}, {solver}, {steps}, {len(self.captions)}.npz"
         if not file.exists():
-            images, seconds = self._generated(unet, solver, steps)
+            images = self._generated(unet, solver, steps)
             file.parent.mkdir(parents=True, exist_ok=True)
             new = file.with_suffix(".new")
             with new.open("wb") as stream:
-                np.savez_compressed(stream, images=np.round(images * 255).astype(np.uint8), seconds=seconds)
+                np.savez_compressed(stream, images=np.round(images * 255).astype(np.uint8))
             new.replace(file)
-        kept = np.load(file)
-        return kept["images"] / 255.0, float(kept["seconds"])
+        return np.load(file)["images"] / 255.0
 
-    def _generated(self, unet: Any, solver: str, steps: int, batch: int = 32) -> tuple[Any, float]:
+    def _generated(self, unet: Any, solver: str, steps: int, batch: int = 32) -> Any:
         own = self.pipe.unet, self.pipe.scheduler
         self.pipe.unet, self.pipe.scheduler = unet, SOLVERS[solver](self.config)
-        images, begun, count = [], time.process_time(), len(self.captions)
+        images, count = [], len(self.captions)
         for rows in [range(first, min(first + batch, count)) for first in range(0, count, batch)]:
             generators = [torch.Generator().manual_seed(row) for row in rows]
             texts = [self.captions[row] for row in rows]
             images.append(self.pipe(texts, generator=generators, num_inference_steps=steps, output_type="np").images)
-        seconds = (time.process_time() - begun) / count
         self.pipe.unet, self.pipe.scheduler = own
-        return np.concatenate(images), seconds
+        return np.concatenate(images)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from scenes.judge import Judge
+from scenes.student import captions, drawn
 from torch import Tensor, nn
-from tuning_data import drawn, generated
 
 import sdgraph
 from sdgraph import Pass
@@ -25,6 +25,7 @@ from sdgraph.tuning import (
     ImageFeatures,
     Loss,
     Output,
+    Prompts,
     RoutingPrior,
     Source,
     chain,
@@ -54,6 +55,22 @@ class Meaning(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.judge(images)[0]
         return features
+
+
+def generated(pipe: Any, count: int, folder: Path, calls: int = 20) -> Source:
+    """Return as many rows without any drawing: what the teacher saw while it generated from captions.
+
+    All calls of a generation are kept.
+    """
+    calls = min(calls, count)
+    return Prompts(
+        captions(count // calls),
+        pipe,
+        cache=folder / "trajectories",
+        num_inference_steps=calls,
+        calls_per_prompt=calls,
+        batch=32,
+    )
 
 
 # -- how the steps are spent: a student of the teacher by pruning and further passes, after `steps` steps in all ------
@@ -93,6 +110,14 @@ def in_links(
     return chain(teacher, stages, rows, steps=round(steps / len(stages)), **options)[0]
 
 
+def with_more_blocks(
+    teacher: Any, pruning: PruneBlocks, passes: Sequence[Pass], rows: Source, kept: Sequence[str], **options: Any
+) -> Any:
+    """Train all blocks together, and some that the preset removes."""
+    removed = sdgraph.apply(teacher, [pruning]).graph.removed
+    return jointly(teacher, PruneBlocks(tuple(p for p in removed if p not in kept)), passes, rows, **options)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A way of tuning.
@@ -119,6 +144,8 @@ def with_default(*losses: Loss) -> Callable[[Any], tuple[Loss, ...]]:
 
 
 ROUTED: Mapping[str, Any] = {"learning_rates": {"**.routing.*": 20}, "timestep_intervals": 4}
+# As many parameters as experts of rank 8 add. Those of full experts are more than the teacher has.
+MORE_BLOCKS = ("up_blocks.0.resnets.1", "down_blocks.2.resnets.1", "down_blocks.1.resnets.1")
 PRIOR = with_default(RoutingPrior(weight=0.01, until=0.5))
 CONVOLUTIONS = "**.resnets.*.{conv1,conv2}"
 FIRST_HALF = {
@@ -141,6 +168,7 @@ SECOND_HALF = {
     "experts": Recipe(PRIOR, ROUTED, passes=(MECondConv(),)),
     "experts from parts": Recipe(PRIOR, ROUTED, passes=(MECondConv(donors="copies"),)),
     "experts of rank 8": Recipe(PRIOR, ROUTED, passes=(MECondConv(rank=8),)),
+    "more blocks": Recipe(train=partial(with_more_blocks, kept=MORE_BLOCKS)),
     "folded product": Recipe(passes=(Overparameterize(CONVOLUTIONS),), finish=(Fold(),)),
     "folded branches": Recipe(passes=(Overparameterize(CONVOLUTIONS, kind="branches"),), finish=(Fold(),)),
     "shared": Recipe(passes=(ShareWeights.similar(count=2),)),

@@ -26,7 +26,7 @@ MARKED = re.compile(r"<!-- (?P<kind>figures|headline): (?P<file>\S+) -->\n.*?<!-
 def report(result: dict[str, Any]) -> str:
     """All tables of a result, with what it was measured on."""
     if "rate" in result:
-        return tuning_tables.table(result)
+        return tuning_tables.report(result)
     if "ways" in result:
         return quality_tables.report(result) if "set" in result else quality_tables.older(result)
     return "\n\n".join([conditions(result), *cases.tables(result["cases"])])

@@ -28,28 +28,19 @@ import torch
 from desk import Desk
 from solvers import KARRAS
 from trained import ROOT, load
-from tuning_tables import table
+from tuning_tables import report
 
 import sdgraph
 from sdgraph.passes import PruneBlocks
 
 from recipes import FULL, PRESETS, RECIPES, Recipe  # isort: skip
 from scenes.models import scheduler  # isort: skip
+from scenes.student import RATE, SCENES, TRAINING  # isort: skip
 
 RESULTS = Path(__file__).parent / "results" / "tuning"
 SOLVERS = ("DDIM", KARRAS, "DPM++ 2M")
 STEPS = (4, 6, 8, 10, 12, 15, 20, 25)
 SAME = ("steps", "captions", "scenes", "rate", "sampling", "quick")  # what all ways of a file have in common
-TRAINING = {
-    "train_batch_size": 32,
-    "lr_scheduler": "cosine",
-    "proportion_empty_prompts": 0.1,
-    "use_ema": True,
-    "ema_decay": 0.995,
-    "checkpointing_steps": 250,
-    "validation_steps": 10**9,
-    "report_to": "none",
-}
 
 
 def main() -> None:
@@ -58,9 +49,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=RECIPES, help="default: all of base, and some of small and tiny")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate")
+    parser.add_argument("--rate", type=float, default=RATE, help="learning rate")
     parser.add_argument("--captions", type=int, default=512, help="held-out captions")
-    parser.add_argument("--scenes", type=int, default=20_000, help="training scenes")
+    parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes")
     parser.add_argument("--sampling", type=int, default=20, help="steps of DPM-Solver++ 2M Karras to compare at")
     parser.add_argument("--frontier", action="store_true", help="measure at 4 to 25 steps of three solvers as well")
     parser.add_argument("--threads", type=int, default=1)
@@ -88,7 +79,11 @@ def main() -> None:
         """Measure a UNet, and write it down."""
         kept = name if unet is teacher else f"{name}, {args.steps} steps"
         measured = [desk.figures(kept, unet, solver, steps) for solver, steps in points]
-        size = {"parameters": sum(p.numel() for p in unet.parameters()), "macs": unet.graph.macs}
+        size = {
+            "parameters": sum(p.numel() for p in unet.parameters()),
+            "macs": unet.graph.macs,
+            "time": desk.time(unet),
+        }
         command = f"python benchmarks/tuning.py {shlex.join(sys.argv[1:])}"
         circumstances = {**measure.circumstances("cpu"), "threads": args.threads, "command": command}
         result["ways"][name] = {**size, **facts, "points": measured, **circumstances}
@@ -108,7 +103,7 @@ def main() -> None:
                 if missing(name):
                     unet, seconds = trained(RECIPES[way], name, preset, seed, pipe, teacher, rows, args)
                     note(name, unet, losses=[str(loss) for loss in RECIPES[way].losses(pipe)], training=seconds)
-    print(f"\n{table(result)}\n\nwritten to {out}")
+    print(f"\n{report(result)}\n\nwritten to {out}")
 
 
 def begun(out: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,28 +1,32 @@
-"""Fill the figures into the model card, from `model/training.json` and `model/quality.json`.
+"""Fill the figures into the model cards of the model and of its student, from `training.json` and `quality.json`.
 
 cd examples
-python -m scenes.card       # after scenes.save and scenes.quality
+python -m scenes.card       # after scenes.save and scenes.quality, or scenes.student
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .pipeline import MODEL, QUALITY, RECORD
+from sdgraph.tuning import Settings
+
+from .pipeline import MODEL, QUALITY, RECORD, STUDENT
 
 MARKED = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 CARD = "README.md"
 
 
-def filled(model: Path = MODEL) -> str:
-    """Return the text of the model card in `model`, with the figures between the markers."""
-    training, quality = (json.loads((model / name).read_text()) for name in (RECORD, QUALITY))
-    figures = f"{_quality(quality)}\n\n{_training(training)}\n"
-    return MARKED.sub(lambda match: match[1] + figures + match[2], (model / CARD).read_text())
+def filled(folder: Path = MODEL) -> str:
+    """Return the text of the model card in a folder, with the figures between the markers."""
+    training, quality = (json.loads((folder / name).read_text()) for name in (RECORD, QUALITY))
+    trained = _tuning(training) if "settings" in training else _training(training)
+    figures = f"{_quality(quality)}\n\n{trained}\n"
+    return MARKED.sub(lambda match: match[1] + figures + match[2], (folder / CARD).read_text())
 
 
 def _quality(quality: dict[str, Any]) -> str:
@@ -50,10 +54,23 @@ def _training(runs: dict[str, Any]) -> str:
     return f"{markdown(rows)}\n\nOn {last['machine']}; {versions}."
 
 
+def _tuning(record: dict[str, Any]) -> str:
+    default = {field.name: field.default for field in dataclasses.fields(Settings)}
+    chosen = {name: value for name, value in record["settings"].items() if value != default[name]}
+    rows = [
+        ("setting", "value"),
+        ("passes", ", ".join(f"`{one}`" for one in record["passes"])),
+        ("losses", f"`{record['losses']}`"),
+        *((f"`{name}`", f"{value}") for name, value in chosen.items()),
+    ]
+    return f"{markdown(rows)}\n\nAll other settings are the defaults of `sdgraph.tune`, version {record['sdgraph']}."
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
 
 
 if __name__ == "__main__":
-    (MODEL / CARD).write_text(filled())
+    for folder in (MODEL, STUDENT):
+        (folder / CARD).write_text(filled(folder))

@@ -6,13 +6,19 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionPipeline
+
+from sdgraph import GraphUNet
 
 from .caption import check_words
 
 MODEL = Path(__file__).parent / "model"
+STUDENT = Path(__file__).parent / "student"  # a tuned UNet for the pipeline of the model
+UNET = "unet"
 JUDGE = "judge.safetensors"
 RECORD, QUALITY = "training.json", "quality.json"  # the training of the weights, and their quality
+CURVE = "loss.svg"
 SUMS = "SHA256SUMS"  # of the files beside it, as sha256sum writes and checks them
 GUIDANCE = 3.0  # classifier-free guidance scale, which the model card uses
 
@@ -43,9 +49,19 @@ def load(folder: Path = MODEL) -> ScenePipeline:
     return ScenePipeline.from_pretrained(folder, local_files_only=True)
 
 
+def load_student(folder: Path = STUDENT) -> GraphUNet:
+    """Load the tuned UNet in `folder`, in float32 on the CPU.
+
+    Raises:
+        AssetError: a file is missing or damaged.
+    """
+    check_files(folder)
+    return GraphUNet.from_pretrained(folder / UNET, torch_dtype=torch.float32)
+
+
 def write_sums(folder: Path) -> None:
     """Write the SHA-256 of all files that are loaded: the index, the parts in their folders, and the judge."""
-    files = [folder / "model_index.json", *sorted(folder.glob("*/*")), *folder.glob(JUDGE)]
+    files = [*folder.glob("model_index.json"), *sorted(folder.glob("*/*")), *folder.glob(JUDGE)]
     lines = [f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / SUMS).write_text("".join(lines))
 

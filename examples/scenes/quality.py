@@ -26,7 +26,7 @@ from . import data
 from .caption import Said, caption, said
 from .draw import draw
 from .judge import ATTRIBUTES, Judge
-from .pipeline import GUIDANCE, MODEL, load
+from .pipeline import GUIDANCE, MODEL, QUALITY, load
 from .scene import PLACES, Scene
 
 HELD_OUT_SEED, REFERENCE_SEED = 77, 78  # of the captions, and of the drawn images of the Fréchet distance
@@ -171,15 +171,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     options = parser.parse_args()
-    figures, images, seconds = measure(load(options.model), options.count, options.steps, options.guidance)
-    settings = {name: getattr(options, name) for name in ("count", "steps", "guidance")}
+    write(load(options.model), options.out, options.count, options.steps, options.guidance)
+
+
+def write(
+    pipe: StableDiffusionPipeline, out: Path, count: int = 1000, steps: int = 50, guidance: float = GUIDANCE
+) -> None:
+    """Measure a pipeline, write the figures to `quality.json` and the first images to `images.png`, and print them."""
+    figures, images, seconds = measure(pipe, count, steps, guidance)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    settings = {"count": count, "steps": steps, "guidance": guidance}
     result = {**settings, "machine": machine, "seconds per image": seconds, "figures": figures}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "quality.json").write_text(json.dumps(result, indent=2) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / QUALITY).write_text(json.dumps(result, indent=2) + "\n")
     rows = [("", *figures), *((name, *(f"{side[name]:.4g}" for side in figures.values())) for name in figures["drawn"])]
-    print("\n".join("  ".join(cell.ljust(18) for cell in row).rstrip() for row in rows))
-    sheet(images[:32]).save(options.out / "images.png")
+    print("\n".join("  ".join(cell.ljust(21) for cell in row).rstrip() for row in rows))
+    sheet(images[:32]).save(out / "images.png")
 
 
 def sheet(images: np.ndarray, columns: int = 8, scale: int = 2) -> Image.Image:

@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from . import data, models
 from .fit import AVERAGE, LOG, read_log
-from .pipeline import JUDGE, MODEL, RECORD, SUMS, load, write_sums
+from .pipeline import CURVE, JUDGE, MODEL, RECORD, SUMS, load, write_sums
 
 STAGES = {"vae-crops": (), "vae": ("vae",), "judge": (), "text": (), "unet": ("unet", "text_encoder")}
-CURVE = "loss.svg"
 
 
 def save(work: Path, model: Path) -> None:
