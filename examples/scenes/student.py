@@ -33,7 +33,7 @@ SEED, SCENES, STEPS, RATE = 1, 20_000, 6_000, 2e-3
 TRAINING = {
     "train_batch_size": 32,
     "lr_scheduler": "cosine",
-    "proportion_empty_prompts": 0.1,
+    "proportion_empty_prompts": 0.3,
     "use_ema": True,
     "ema_decay": 0.995,
     "checkpointing_steps": 250,
