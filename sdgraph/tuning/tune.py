@@ -152,9 +152,11 @@ def tune(
             accelerator.log(figures, state.step)
             bar.update()
             bar.set_postfix(loss=f"{figures['loss']:.4f}")
-            if state.step % chosen.checkpointing_steps == 0 or state.step == steps:
+            last = state.step == steps
+            if last or state.step % chosen.checkpointing_steps == 0:
                 save()
-            if validate is not None and state.step % (chosen.validation_steps or chosen.checkpointing_steps) == 0:
+            due = last or state.step % (chosen.validation_steps or chosen.checkpointing_steps) == 0
+            if validate is not None and due:
                 with state.averaged() as unet:
                     _record(validate(unet, state.step) if main else {}, state.step, folder, accelerator)
     accelerator.end_training()

@@ -123,7 +123,8 @@ def test_a_run_ends_with_a_pipeline_that_other_commands_load(
     assert "3 steps" in capsys.readouterr().out
     names = {path.name for path in Path("tuned").iterdir()}
     assert {"model_index.json", "unet", "vae", "scheduler", "checkpoint-2", "checkpoint-3", "validation"} <= names
-    assert [path.name for path in Path("tuned/validation").iterdir()] == ["validation-000002.png"]
+    images = sorted(path.name for path in Path("tuned/validation").iterdir())
+    assert images == ["validation-000002.png", "validation-000003.png"]
     with quiet():
         tuned = load_pipeline("tuned", "float32", "cpu").unet
         untuned = sdgraph.apply(load_unet(str(model), "float32"), PASSES[0], verify=False)
