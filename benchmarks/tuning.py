@@ -46,7 +46,7 @@ SAME = ("steps", "captions", "scenes", "rate", "sampling", "quick")  # what all 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
-    parser.add_argument("--ways", nargs="+", choices=RECIPES, help="default: all of base, and some of small and tiny")
+    parser.add_argument("--ways", nargs="*", choices=RECIPES, help="default: all of base, and some of small and tiny")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate")
@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.steps, args.captions, args.scenes, args.sampling = 8, 4, 64, 2
-        args.presets, args.ways = args.presets[:1], args.ways or ["untuned", "ours"]
+        args.presets, args.ways = args.presets[:1], ["untuned", "ours"] if args.ways is None else args.ways
     torch.set_num_threads(args.threads)
     args.folder = args.folder or ROOT / "out" / f"tuning{'-quick' * args.quick}"
     out = args.out or (args.folder if args.quick else RESULTS) / f"cpu-float32-{args.steps}-steps.json"
@@ -97,7 +97,7 @@ def main() -> None:
     if missing("teacher"):
         note("teacher", teacher)
     for preset in args.presets:
-        for way in args.ways or FULL[preset]:
+        for way in FULL[preset] if args.ways is None else args.ways:
             for seed in args.seeds:
                 name = f"{preset}, {way}{f', seed {seed}' * (seed > 0)}"
                 if missing(name):
