@@ -29,6 +29,7 @@ class Batch:
         noisy: noised latents, (B, C, H, W).
         timesteps: (B,), whole numbers.
         conditions: the other inputs of the UNet, by name.
+        own: (B,), whether the caption of a row is that of its image, or left out; None if all are.
     """
 
     clean: Tensor
@@ -36,6 +37,7 @@ class Batch:
     noisy: Tensor
     timesteps: Tensor
     conditions: dict[str, Tensor]
+    own: Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -45,8 +47,9 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("clean", "noisy", "timesteps")}
-        noise = None if self.noise is None else self.noise.to(device)
-        return replace(self, **moved, noise=noise, conditions={n: c.to(device) for n, c in self.conditions.items()})
+        for name in ("noise", "own"):
+            moved[name] = None if getattr(self, name) is None else getattr(self, name).to(device)
+        return replace(self, **moved, conditions={n: c.to(device) for n, c in self.conditions.items()})
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Batches:
         seed: the seed of the run.
         proportion_empty_prompts: the share of rows whose caption is left out, for classifier-free guidance.
         random_conditioning: give noisy rows the caption of another row, with a probability that rises exponentially
-            with the timestep. The teacher's answer then teaches captions of which there are no images.
+            with the timestep. The teacher's answer then teaches captions of which there are no images, and `Denoising`
+            leaves these rows out.
         timestep_intervals: every batch draws its timesteps from one of so many equal parts of the schedule, and as many
             batches in a row draw from all of them. Experts that are routed by the timestep then learn in turn.
     Source:
@@ -105,7 +109,8 @@ class Batches:
             self._caption(index, int(t), generator(self.seed, "caption", step, row))
             for index, t, row in zip(indices, timesteps, rows, strict=True)
         ]
-        return Batch(samples.latents, noise, noisy, timesteps, self.source.conditions(captions))
+        own = torch.tensor([caption in (None, index) for caption, index in zip(captions, indices, strict=True)])
+        return Batch(samples.latents, noise, noisy, timesteps, self.source.conditions(captions), own)
 
     def _index(self, count: int) -> int:
         """Return the row of the data that is read as the given one since the beginning. Every epoch has its order."""

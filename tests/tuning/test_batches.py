@@ -62,14 +62,16 @@ def test_batches_take_turns_with_intervals_of_the_schedule() -> None:
 def test_captions_are_dropped_by_proportion_and_swapped_by_noise() -> None:
     batches = Batches(rows(50), NOISING, 500, proportion_empty_prompts=0.2, random_conditioning=True)
     batch = batches.batch(0, range(500))
-    captions, own = batch.conditions["encoder_hidden_states"].flatten(), batch.clean[:, 0, 0, 0]
+    captions, images = batch.conditions["encoder_hidden_states"].flatten(), batch.clean[:, 0, 0, 0]
     empty = captions == -1
-    swapped = (captions != own) & ~empty
+    swapped = (captions != images) & ~empty
     early, late = batch.timesteps < 500, batch.timesteps > 900
 
     assert 0.15 < empty.float().mean() < 0.25
     assert swapped[early & ~empty].float().mean() < 0.06
     assert swapped[late & ~empty].float().mean() > 0.65
+    assert batch.own is not None
+    assert torch.equal(batch.own, ~swapped)
 
 
 def test_data_that_cannot_be_used_are_refused() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -68,6 +68,10 @@ def test_denoising_and_output_are_mean_squared_errors() -> None:
 
     torch.testing.assert_close(Denoising()(it, []), mse_loss(it.student, target))
     torch.testing.assert_close(Output()(it, []), mse_loss(it.student, it.teacher))
+
+    some = replace(it, batch=replace(it.batch, own=torch.tensor([True, False, True])))  # the second has another caption
+    torch.testing.assert_close(Denoising()(some, []), mse_loss(it.student[[0, 2]], target[[0, 2]]) * 2 / 3)
+    torch.testing.assert_close(Output()(some, []), mse_loss(it.student, it.teacher))
 
 
 @pytest.mark.parametrize(("prediction", "weights"), [("epsilon", (0, 1)), ("v_prediction", (0, 1))])

@@ -14,6 +14,8 @@ from .base import Comparison, Loss, Values
 class Denoising(Loss):
     """The loss that diffusion models are trained with: the mean squared error to what the UNet should predict.
 
+    Rows with the caption of another image count as 0: their noise says nothing about that caption.
+
     Args:
         snr_gamma: weigh timesteps by min-SNR with this limit, 5 in the paper; None weighs all alike.
     Source:
@@ -31,7 +33,10 @@ class Denoising(Loss):
                 hint="leave this loss out",
             )
         target = comparison.noising.target(batch.clean, batch.noise, batch.timesteps)
-        return _mean(comparison, comparison.student - target, self.snr_gamma)
+        difference = comparison.student - target
+        if batch.own is not None:
+            difference = difference * batch.own[:, None, None, None]
+        return _mean(comparison, difference, self.snr_gamma)
 
 
 @dataclass(frozen=True)
