@@ -1,7 +1,9 @@
-"""Trace a Stable Diffusion, prune it, export it to ONNX Runtime, inherit features, and compare time and images.
+"""Trace a Stable Diffusion, prune it, tune it, inherit features, export to ONNX Runtime, and compare time and images.
 
 Nothing is downloaded: the pipeline is the small Stable Diffusion of `examples/scenes`, which has the topology of Stable
-Diffusion 1.5 and was trained on drawn scenes. For another checkpoint, replace `load()` and the captions.
+Diffusion 1.5 and was trained on drawn scenes. Tuning takes an hour, so the demo loads its result, which is in
+`examples/scenes/student`; `make student` computes it. For another checkpoint, replace `load()`, `load_student()` and
+the captions.
 
     python examples/demo.py --out out/demo
 """
@@ -18,14 +20,14 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it recommends torchvision, whi
 import numpy as np
 import torch
 from PIL import Image
-from scenes.pipeline import load
+from scenes.pipeline import load, load_student
 from scenes.quality import Quality, held_out_captions
 
 import sdgraph
 from sdgraph.exporters import onnx, ort
 from sdgraph.views.format import columns
 
-PRUNE = "CleanUp, PruneBlocks(('mid_block', 'up_blocks.3.attentions.1'))"
+PRUNE = "PruneBlocks('bk-sdm-base')"
 INHERIT = "HoistInvariants, InheritFeatures('up_blocks.3.resnets.2', part='entry', schedule=Uniform(3), forecast=1)"
 STEPS, IMAGES = 25, 24
 SHOWN = 8  # images per row of the picture
@@ -50,8 +52,9 @@ def main(out: Path) -> None:
 
     traced = sdgraph.apply(source, [])
     pruned = sdgraph.apply(source, PRUNE)
-    inheriting = sdgraph.apply(traced, INHERIT)
-    exported = onnx.export(pruned, out / "unet-onnx", overwrite=True)
+    tuned = load_student()  # pruned in the same way, and tuned
+    inheriting = sdgraph.apply(tuned, INHERIT)
+    exported = onnx.export(inheriting, out / "unet-onnx", overwrite=True)
     same_threads = {"intra_op_num_threads": torch.get_num_threads()}
     on_onnx_runtime = ort.ORTUNet.from_pretrained(
         out / "unet-onnx",
@@ -62,8 +65,9 @@ def main(out: Path) -> None:
         "source, eager": source,
         "traced, no passes": traced,
         "pruned": pruned,
-        "pruned, ONNX Runtime": on_onnx_runtime,
-        "inheriting": inheriting,
+        "pruned, tuned": tuned,
+        "tuned, inheriting": inheriting,
+        "the same, ONNX Runtime": on_onnx_runtime,
     }
 
     quality = Quality()
@@ -71,8 +75,8 @@ def main(out: Path) -> None:
         name: sdgraph.evaluate(pipe, unet, captions, judge=quality, batch=8, num_inference_steps=STEPS)
         for name, unet in unets.items()
     }
-    for name in ("pruned", "traced, no passes"):
-        evaluations[name].save(out / name.partition(",")[0])
+    for folder, name in {"tuned": "pruned, tuned", "traced": "traced, no passes"}.items():
+        evaluations[name].save(out / folder)
     picture({name: evaluation.images[1] for name, evaluation in evaluations.items()}).save(out / "images.png")
     (out / "graph-before.txt").write_text(f"{traced.graph}\n")
     (out / "graph-after.txt").write_text(f"{pruned.graph}\n")
@@ -99,22 +103,23 @@ def main(out: Path) -> None:
         row("source, eager", "-", traced.graph),
         row("traced, no passes", f"{len(traced.graph.nodes)}", traced.graph),
         row("pruned", f"{len(pruned.graph.nodes)}", pruned.graph),
-        row("pruned, ONNX Runtime", f"{sum(exported.nodes.values())}", pruned.graph),
-        row("inheriting", f"{len(inheriting.graph.nodes)}", inheriting.graph),
+        row("pruned, tuned", f"{len(tuned.graph.nodes)}", tuned.graph),
+        row("tuned, inheriting", f"{len(inheriting.graph.nodes)}", inheriting.graph),
+        row("the same, ONNX Runtime", f"{sum(exported.nodes.values())}", inheriting.graph),
     ]
     print(f"\npruned by {PRUNE}\n\n{pruned.report}\n\nexport, compared with PyTorch:\n{exported}\n")
     print(f"inheriting by {INHERIT}\n\n{inheriting.graph.timetable(STEPS)}\n")
-    print(f"pruned:\n{evaluations['pruned']}\n\n{table(rows)}")
+    print(f"pruned, tuned:\n{evaluations['pruned, tuned']}\n\n{table(rows)}")
     print(
         f"""
 MMACs: million multiply-accumulates of a UNet call at batch 1, the mean over the steps. Time/eager: time of whole images
 relative to the source, with {torch.get_num_threads()} thread(s). PSNR: {IMAGES} images of {STEPS} steps, compared with
 those of the source. Shape and colour, place: share of images in which a classifier recognises what the caption
-says. Nothing was trained after pruning.
+says. How the tuned UNet was trained: examples/scenes/student/README.md.
 
 {out}/
   images.png                            {SHOWN} images for each row of the table
-  pruned/, traced/                      evaluation.json, and evaluation.png: before, after, difference
+  tuned/, traced/                       evaluation.json, and evaluation.png: before, after, difference
   graph.svg, graph.png                  the graph with the removed layers marked
   graph-before.txt, graph-after.txt     the graph as text
   unet-onnx/                            the exported UNet"""

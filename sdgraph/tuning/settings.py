@@ -41,7 +41,7 @@ class Settings:
         seed: of all random numbers.
         checkpointing_steps: steps between two checkpoints.
         checkpoints_total_limit: the number of checkpoints to keep; older ones are deleted.
-        validation_steps: steps between two validations; by default as between checkpoints. There is one at the end, too.
+        validation_steps: steps between two validations, of which one is at the end; by default as between checkpoints.
         report_to: the tracker of accelerate, such as "tensorboard" or "wandb"; "none" for none.
     Source:
         diffusers' `train_text_to_image.py`.

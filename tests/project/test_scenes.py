@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from scenes import card, data, models, quality
+from scenes import card, data, models, quality, student
 from scenes.caption import WORDS, CaptionError, Said, caption, said
 from scenes.draw import draw
 from scenes.fit import OutOfTimeError, fit, read_log
 from scenes.judge import Judge, labels
-from scenes.pipeline import GUIDANCE, JUDGE, MODEL, AssetError, load
+from scenes.pipeline import GUIDANCE, JUDGE, MODEL, STUDENT, AssetError, load, load_student
 from scenes.scene import COLOURS, HELD_OUT, SHAPES, Scene
 from torch import Tensor, nn
 
@@ -196,6 +197,19 @@ def test_training_end_to_end(tmp_path: Path) -> None:
     assert [list(each["stages"]) for each in runs.values()] == [["vae-crops", "vae", "judge", "text", "unet"], ["unet"]]
 
 
+@pytest.mark.long
+def test_a_student_end_to_end(tmp_path: Path) -> None:
+    """A folder of an earlier student is replaced."""
+    for _ in range(2):
+        options = ("--run", tmp_path / "run", "--out", tmp_path / "student", "--steps", 2, "--scenes", 32, "--count", 8)
+        command = [sys.executable, "-m", "scenes.student", *map(str, options)]
+        done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert load_student(tmp_path / "student").dtype == torch.float32
+    (tmp_path / "student" / card.CARD).write_text("<!-- figures -->\n<!-- end of figures -->")
+    assert "| `max_train_steps` | 2 |" in card.filled(tmp_path / "student")
+
+
 def equal_weights(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -288,9 +302,10 @@ def test_assets_that_are_missing_or_damaged(tmp_path: Path) -> None:
         load(model)
 
 
-def test_the_card_is_current() -> None:
+@pytest.mark.parametrize("folder", [MODEL, STUDENT])
+def test_the_card_is_current(folder: Path) -> None:
     """If this fails: `python -m scenes.card`, from examples/."""
-    assert card.filled() == (MODEL / "README.md").read_text()
+    assert card.filled(folder) == (folder / "README.md").read_text()
 
 
 def test_the_figures_meet_the_bar() -> None:
@@ -302,11 +317,26 @@ def test_the_figures_meet_the_bar() -> None:
 
 
 @pytest.mark.long
-def test_the_model_makes_what_captions_say(judge: Judge) -> None:
+@pytest.mark.parametrize("unet", [None, load_student], ids=["model", "student"])
+def test_the_model_makes_what_captions_say(unet: Callable[[], nn.Module] | None) -> None:
     """The recorded figures, on fewer images and steps."""
-    figures, _, _ = quality.measure(load(), count=40, steps=20, guidance=quality.GUIDANCE)
+    pipe = load()
+    if unet is not None:
+        pipe.unet = unet()
+    figures, _, _ = quality.measure(pipe, count=40, steps=20, guidance=quality.GUIDANCE)
     assert figures["generated"]["shape and colour"] >= 0.75
     assert figures["generated"]["place"] >= 0.7
+
+
+def test_the_student_is_the_pruned_unet_of_the_model() -> None:
+    tuned, untuned = load_student(), sdgraph.apply(load().unet, student.PASSES)
+    assert [str(p.one) for p in tuned.graph.passes] == [student.PASSES]
+    assert {name: p.shape for name, p in tuned.named_parameters()} == {
+        name: p.shape for name, p in untuned.named_parameters()
+    }
+    assert not equal_weights(tuned, untuned)
+    assert tuned.dtype == torch.float32
+    assert sum(file.stat().st_size for file in STUDENT.rglob("*.safetensors")) < 8e6
 
 
 @pytest.mark.slow
