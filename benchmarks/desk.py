@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from measure import in_turns
+from measure import spent
 from solvers import SOLVERS
 from trained import Quality, held_out_captions
 
@@ -53,13 +52,13 @@ class Desk:
 
     @torch.no_grad()
     def time(self, unet: Any, rows: int = 16) -> float:
-        """Return the time of a call as a share of a call of the teacher: the median of calls in turns."""
+        """Return the time of a call as a share of a call of the teacher: medians of calls in turns."""
         generator, config = torch.Generator().manual_seed(0), self.pipe.unet.config
         latents = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size, generator=generator)
         text = torch.randn(rows, self.pipe.tokenizer.model_max_length, config.cross_attention_dim, generator=generator)
-        calls = {"mine": partial(unet, latents, 500, text), "its": partial(self.teacher, latents, 500, text)}
-        times = in_turns(calls, "cpu", seconds=10, at_least=10)
-        return median(mine / its for mine, its in zip(times["mine"], times["its"], strict=True))
+        calls = [partial(each, latents, 500, text) for each in (unet, self.teacher)]
+        mine, its = np.median([[spent(call, "cpu") for call in calls] for _ in range(50)][2:], axis=0)
+        return float(mine / its)
 
     def _kept(self, name: str, unet: Any, solver: str, steps: int) -> Any:
         """Return images (N, H, W, 3) in [0, 1], which are generated the first time."""

@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes")
     parser.add_argument("--sampling", type=int, default=20, help="steps of DPM-Solver++ 2M Karras to compare at")
     parser.add_argument("--frontier", action="store_true", help="measure at 4 to 25 steps of three solvers as well")
+    parser.add_argument("--times", action="store_true", help="measure the times again, of ways that are there as well")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="smoke test")
     parser.add_argument("--folder", type=Path, help="folder of the runs; default: in out/")
@@ -75,32 +76,30 @@ def main() -> None:
     if args.frontier:
         points += [(solver, steps) for solver in SOLVERS for steps in STEPS if (solver, steps) not in points]
 
-    def note(name: str, unet: Any, **facts: Any) -> None:
-        """Measure a UNet, and write it down."""
-        kept = name if unet is teacher else f"{name}, {args.steps} steps"
-        measured = [desk.figures(kept, unet, solver, steps) for solver, steps in points]
-        size = {
-            "parameters": sum(p.numel() for p in unet.parameters()),
-            "macs": unet.graph.macs,
-            "time": desk.time(unet),
-        }
-        command = f"python benchmarks/tuning.py {shlex.join(sys.argv[1:])}"
-        circumstances = {**measure.circumstances("cpu"), "threads": args.threads, "command": command}
-        result["ways"][name] = {**size, **facts, "points": measured, **circumstances}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        print(name, measured[0], flush=True)
-
     def missing(name: str) -> bool:
         return len(result["ways"].get(name, {"points": ()})["points"]) < len(points)
 
-    if missing("teacher"):
+    def note(name: str, unet: Any, **facts: Any) -> None:
+        """Measure a UNet, or its time alone if its images are measured, and write it down."""
+        if missing(name):
+            kept = name if unet is teacher else f"{name}, {args.steps} steps"
+            measured = [desk.figures(kept, unet, solver, steps) for solver, steps in points]
+            size = {"parameters": sum(p.numel() for p in unet.parameters()), "macs": unet.graph.macs}
+            command = f"python benchmarks/tuning.py {shlex.join(sys.argv[1:])}"
+            circumstances = {**measure.circumstances("cpu"), "threads": args.threads, "command": command}
+            result["ways"][name] = {**size, **facts, "points": measured, **circumstances}
+            print(name, measured[0], flush=True)
+        result["ways"][name]["time"] = desk.time(unet)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+    if missing("teacher") or args.times:
         note("teacher", teacher)
     for preset in args.presets:
         for way in FULL[preset] if args.ways is None else args.ways:
             for seed in args.seeds:
                 name = f"{preset}, {way}{f', seed {seed}' * (seed > 0)}"
-                if missing(name):
+                if missing(name) or args.times:
                     unet, seconds = trained(RECIPES[way], name, preset, seed, pipe, teacher, rows, args)
                     note(name, unet, losses=[str(loss) for loss in RECIPES[way].losses(pipe)], training=seconds)
     print(f"\n{report(result)}\n\nwritten to {out}")
