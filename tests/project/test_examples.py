@@ -70,21 +70,20 @@ def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     demo.main(tmp_path / "made")
     out = capsys.readouterr().out
     assert re.search(r"^traced, no passes .* inf dB", out, re.MULTILINE)
-    dbs = {
-        name: float(re.search(rf"^{name} .* (\S+) dB", out, re.MULTILINE)[1])
-        for name in ("pruned", "pruned, ONNX Runtime")
-    }  # type: ignore[index]
-    assert dbs["pruned"] == pytest.approx(dbs["pruned, ONNX Runtime"], abs=0.5)
-    assert dbs["pruned"] < 60
+    found = re.findall(
+        r"^(pruned|pruned, tuned|tuned, inheriting|the same, ONNX Runtime) .* (\S+) dB", out, re.MULTILINE
+    )
+    db = {name: float(value) for name, value in found}
+    assert db["tuned, inheriting"] == pytest.approx(db["the same, ONNX Runtime"], abs=0.5)
+    assert db["pruned"] + 5 < db["pruned, tuned"] < 60
     assert "3 calls: ■ computed □ inherited · not needed" in out
     with Image.open(tmp_path / "made" / "images.png") as image:
-        assert image.size == (3 * 64 * 4, 3 * 64 * 5)
-        source, traced, pruned, _, inheriting = np.split(np.asarray(image), 5)
+        assert image.size == (3 * 64 * 4, 3 * 64 * 6)
+        source, traced, pruned, tuned, inheriting, _ = np.split(np.asarray(image), 6)
     assert np.array_equal(source, traced)
-    assert not np.array_equal(source, pruned)
-    assert not np.array_equal(source, inheriting)
+    assert all(not np.array_equal(source, other) for other in (pruned, tuned, inheriting))
     for name in ("graph.svg", "graph.png", "graph-before.txt", "graph-after.txt", "unet-onnx/model.onnx"):
         assert (tmp_path / "made" / name).stat().st_size > 0
         assert name.partition("/")[0] in out
-    for name in ("pruned/evaluation.png", "traced/evaluation.json"):
+    for name in ("tuned/evaluation.png", "traced/evaluation.json"):
         assert (tmp_path / "made" / name).stat().st_size > 0
