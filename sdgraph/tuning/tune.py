@@ -224,9 +224,10 @@ def _gradient(
     objective, given = Objective(losses, student, teacher), frozenset(row.inputs)
     student.to(accelerator.device)
     if accelerator.device.type == "cpu" and not all(p.requires_grad for p in student.parameters()):
-        # In channels_last, torch's group norm crashes on the way back where its input needs no gradient.
+        # In channels_last, torch's group norm crashes on the way back where its input needs no gradient. The strides
+        # of 1x1 kernels count as both layouts, so that contiguous() would leave them.
         for parameter in student.parameters():
-            parameter.data = parameter.data.contiguous()
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, teacher.dtype)
     if (teacher.device, teacher.dtype) != (accelerator.device, precision):
         teacher = copy.deepcopy(teacher).to(accelerator.device, precision)
