@@ -29,7 +29,7 @@ from .models import scheduler
 from .pipeline import CURVE, RECORD, STUDENT, UNET, load, load_student, write_sums
 
 PASSES = "PruneBlocks('bk-sdm-base')"
-SEED, SCENES, STEPS, RATE = 1, 20_000, 6_000, 2e-3
+SEED, SCENES, STEPS, RATE = 1, 20_000, 4_000, 2e-3
 TRAINING = {
     "train_batch_size": 32,
     "lr_scheduler": "cosine",
