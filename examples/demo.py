@@ -1,7 +1,7 @@
 """Trace a Stable Diffusion, prune it, tune it, inherit features, export to ONNX Runtime, and compare time and images.
 
 Nothing is downloaded: the pipeline is the small Stable Diffusion of `examples/scenes`, which has the topology of Stable
-Diffusion 1.5 and was trained on drawn scenes. Tuning takes an hour, so the demo loads its result, which is in
+Diffusion 1.5 and was trained on drawn scenes. Tuning takes more than an hour, so the demo loads its result, which is in
 `examples/scenes/student`; `make student` computes it. For another checkpoint, replace `load()`, `load_student()` and
 the captions.
 
