@@ -75,7 +75,7 @@ def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     )
     db = {name: float(value) for name, value in found}
     assert db["tuned, inheriting"] == pytest.approx(db["the same, ONNX Runtime"], abs=0.5)
-    assert db["pruned"] + 5 < db["pruned, tuned"] < 60
+    assert db["pruned"] + 2 < db["pruned, tuned"] < 60  # of four images in three steps
     assert "3 calls: ■ computed □ inherited · not needed" in out
     with Image.open(tmp_path / "made" / "images.png") as image:
         assert image.size == (3 * 64 * 4, 3 * 64 * 6)
