@@ -115,7 +115,7 @@ def main(out: Path) -> None:
 MMACs: million multiply-accumulates of a UNet call at batch 1, the mean over the steps. Time/eager: time of whole images
 relative to the source, with {torch.get_num_threads()} thread(s). PSNR: {IMAGES} images of {STEPS} steps, compared with
 those of the source. Shape and colour, place: share of images in which a classifier recognises what the caption
-says. How the tuned UNet was trained: examples/scenes/student/README.md.
+says. The model card of the tuned UNet, with 1,000 images: examples/scenes/student/README.md.
 
 {out}/
   images.png                            {SHOWN} images for each row of the table
