@@ -162,7 +162,7 @@ FIRST_HALF = {
 }
 SECOND_HALF = {
     "incubated": Recipe(train=in_stages),
-    "incubated in two processes": Recipe(train=partial(in_stages, processes=2)),
+    "incubated in two processes": Recipe(train=partial(in_stages, processes=2, apart=0.85)),
     "incubated in progression": Recipe(train=partial(in_stages, progressive=True)),
     "chain": Recipe(train=in_links),
     "experts": Recipe(PRIOR, ROUTED, passes=(MECondConv(),)),
