@@ -110,14 +110,6 @@ def in_links(
     return chain(teacher, stages, rows, steps=round(steps / len(stages)), **options)[0]
 
 
-def with_more_blocks(
-    teacher: Any, pruning: PruneBlocks, passes: Sequence[Pass], rows: Source, kept: Sequence[str], **options: Any
-) -> Any:
-    """Train all blocks together, and some that the preset removes."""
-    removed = sdgraph.apply(teacher, [pruning]).graph.removed
-    return jointly(teacher, PruneBlocks(tuple(p for p in removed if p not in kept)), passes, rows, **options)
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A way of tuning.
@@ -129,6 +121,7 @@ class Recipe:
         passes: what is applied to the student after pruning.
         finish: what is applied to the tuned student.
         train: spends the steps.
+        kept: blocks that stay although the preset removes them.
     """
 
     losses: Callable[[Any], tuple[Loss, ...]] = lambda pipe: DEFAULT
@@ -137,6 +130,19 @@ class Recipe:
     passes: tuple[Pass, ...] = ()
     finish: tuple[Pass, ...] = ()
     train: Callable[..., Any] = jointly
+    kept: tuple[str, ...] = ()
+
+    def pruning(self, teacher: Any, preset: str) -> PruneBlocks:
+        """Return the pruning of a preset, less the blocks that stay."""
+        pruning = PruneBlocks(f"bk-sdm-{preset}")
+        if not self.kept:
+            return pruning
+        removed = sdgraph.apply(teacher, [pruning]).graph.removed
+        return PruneBlocks(tuple(path for path in removed if path not in self.kept))
+
+    def untrained(self, teacher: Any, preset: str) -> Any:
+        """Return a student as it is deployed, with the weights of the teacher."""
+        return sdgraph.apply(teacher, [self.pruning(teacher, preset), *self.passes, *self.finish])
 
 
 def with_default(*losses: Loss) -> Callable[[Any], tuple[Loss, ...]]:
@@ -168,7 +174,7 @@ SECOND_HALF = {
     "experts": Recipe(PRIOR, ROUTED, passes=(MECondConv(),)),
     "experts from parts": Recipe(PRIOR, ROUTED, passes=(MECondConv(donors="copies"),)),
     "experts of rank 8": Recipe(PRIOR, ROUTED, passes=(MECondConv(rank=8),)),
-    "more blocks": Recipe(train=partial(with_more_blocks, kept=MORE_BLOCKS)),
+    "more blocks": Recipe(kept=MORE_BLOCKS),
     "folded product": Recipe(passes=(Overparameterize(CONVOLUTIONS),), finish=(Fold(),)),
     "folded branches": Recipe(passes=(Overparameterize(CONVOLUTIONS, kind="branches"),), finish=(Fold(),)),
     "shared": Recipe(passes=(ShareWeights.similar(count=2),)),

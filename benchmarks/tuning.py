@@ -31,7 +31,6 @@ from trained import ROOT, load
 from tuning_tables import report
 
 import sdgraph
-from sdgraph.passes import PruneBlocks
 
 from recipes import FULL, PRESETS, RECIPES, Recipe  # isort: skip
 from scenes.models import scheduler  # isort: skip
@@ -99,9 +98,11 @@ def main() -> None:
         for way in FULL[preset] if args.ways is None else args.ways:
             for seed in args.seeds:
                 name = f"{preset}, {way}{f', seed {seed}' * (seed > 0)}"
-                if missing(name) or args.times:
+                if missing(name):
                     unet, seconds = trained(RECIPES[way], name, preset, seed, pipe, teacher, rows, args)
                     note(name, unet, losses=[str(loss) for loss in RECIPES[way].losses(pipe)], training=seconds)
+                elif args.times:
+                    note(name, RECIPES[way].untrained(teacher, preset))
     print(f"\n{report(result)}\n\nwritten to {out}")
 
 
@@ -126,7 +127,7 @@ def trained(
     """Return a student that was trained in one way, and the seconds of the clock since it was begun or resumed."""
     start = time.monotonic()
     student = recipe.train(
-        teacher, PruneBlocks(f"bk-sdm-{preset}"), recipe.passes, rows(recipe.data),
+        teacher, recipe.pruning(teacher, preset), recipe.passes, rows(recipe.data),
         steps=args.steps, scheduler=scheduler(), out=args.folder / "runs" / re.sub(r"\W+", "-", f"{name}-{args.steps}"),
         losses=recipe.losses(pipe), learning_rate=args.rate, lr_warmup_steps=max(1, args.steps // 50), seed=seed,
         **TRAINING, **recipe.options,

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
         with with_unet(pipe, tuned):
             pipe.save_pretrained(config.output_dir)
         print(f"{report}\nsaved in {config.output_dir}")
+    process.destroy_process_group()
 
 
 def _data(config: Configuration, pipe: Any, seed: int) -> Source:

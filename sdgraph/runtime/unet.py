@@ -255,7 +255,7 @@ class GraphUNet(SourceSettings, LoraLayers):
             ModeError: no plain model computes the same. The error names the first difference.
         """
         self.graph.check_no_adapters()
-        return to_diffusers(self.graph, self._tensors())
+        return to_diffusers(self.graph, self.tensors())
 
     def save_pretrained(
         self,
@@ -284,7 +284,7 @@ class GraphUNet(SourceSettings, LoraLayers):
         # The arguments are spelled out because pipelines read this signature to find out what they may pass.
         save(
             self.graph,
-            self._tensors(),
+            self.tensors(),
             self.config,
             save_directory,
             variant=variant,
@@ -316,7 +316,7 @@ class GraphUNet(SourceSettings, LoraLayers):
             nn.Module.to(unet, dtype or torch_dtype)
         return unet if device_map is None else nn.Module.to(unet, one_device(unet, device_map, max_memory))
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         """Return parameters and buffers by name, also those buffers that `state_dict` leaves out."""
         return {**dict(self.named_buffers()), **self.state_dict()}
 

@@ -16,6 +16,7 @@ from .noising import Noising
 from .objective import Objective
 from .observe import Observed
 from .settings import Settings
+from .shards import gathered
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Gradient:
                 loss, seen = self._loss(step, range(begin, begin + size))
                 self.accelerator.backward(loss / parts)
             terms += torch.cat([loss.detach().float().reshape(1), seen]) / parts
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm))
+        norm = gathered(torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm)))
         figures = self.accelerator.reduce(torch.cat([norm.detach().reshape(1).to(terms), terms]), "mean")
         return dict(zip(("gradient_norm", "loss", *self.objective.names), figures.tolist(), strict=True))
 

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from ..atomic import appearing
 from ..errors import SdgraphError, TuningError
+from ..runtime.serialization import save
 from ..runtime.unet import GraphUNet
+from . import shards
 from .settings import Settings
 
 STATE, OPTIMIZER, ADAPTERS = "state.json", "optimizer.safetensors", "adapters.safetensors"
@@ -39,6 +41,7 @@ class State:
         rate: the schedule of the learning rate.
         average: the moving average of the student's weights.
         scaler: the scale of the loss, in fp16.
+        copy: another UNet like the student, on the CPU, where the student's weights are spread over processes.
     """
 
     def __init__(
@@ -49,14 +52,19 @@ class State:
         rate: torch.optim.lr_scheduler.LRScheduler,
         average: EMAModel | None,
         scaler: Any = None,
+        copy: GraphUNet | None = None,
     ) -> None:
         self.unet, self.adapters, self.optimizer, self.rate = unet, adapters, optimizer, rate
-        self.average, self.scaler = average, scaler
+        self.average, self.scaler, self.copy = average, scaler, copy
         self.step, self.seconds = 0, 0.0
 
     @contextmanager
     def averaged(self) -> Iterator[GraphUNet]:
-        """Within this context the student has its averaged weights, and is in evaluation mode."""
+        """Within this context there is the student with its averaged weights, in evaluation mode."""
+        if self.copy is not None:
+            yield self.result().to(self.unet.device)
+            self.copy.to("cpu")
+            return
         parameters = list(self.unet.parameters())
         if self.average is not None:
             self.average.store(parameters)
@@ -69,6 +77,26 @@ class State:
             if self.average is not None:
                 self.average.restore(parameters)
 
+    def result(self) -> GraphUNet:
+        """Return the student with its averaged weights for good, or a copy of it where its weights are spread."""
+        if self.copy is not None:
+            names = self.copy.state_dict()
+            self.copy.load_state_dict({n: t for n, t in self._averages(self._weights()).items() if n in names})
+            return self.copy
+        if self.average is not None:
+            self.average.copy_to(self.unet.parameters())
+        return self.unet
+
+    def _weights(self) -> dict[str, Tensor]:
+        return shards.whole(self.unet.tensors())
+
+    def _averages(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the averages of weights in their place."""
+        if self.average is None:
+            return dict(weights)
+        names = [name for name, _ in self.unet.named_parameters()]
+        return {**weights, **shards.whole(dict(zip(names, self.average.shadow_params, strict=True)))}
+
     def advance(self) -> None:
         """Take the step that the gradients in the parameters ask for."""
         self.optimizer.step()
@@ -78,28 +106,30 @@ class State:
             self.average.step(self.unet.parameters())
         self.step += 1
 
-    def save(self, out: Path, settings: Settings, identity: Mapping[str, str]) -> Path:
+    def save(self, out: Path | None, settings: Settings, identity: Mapping[str, str]) -> None:
         """Write a checkpoint, whole or not at all, and then delete the oldest ones beyond their limit.
 
         Args:
-            out: the folder of the run.
+            out: the folder of the run; None in all processes but the main one, which take part with their shares.
             settings: the settings of the run.
             identity: the models, the data and the losses, as text.
-        Returns:
-            The folder of the checkpoint.
         Raises:
             TuningError: nothing can be written there; earlier checkpoints are kept.
         """
+        weights = self._weights()
+        averages = self._averages(weights)
+        tensors, numbers = _flat(self.optimizer.state_dict()["state"])
+        moments, adapters = shards.whole(tensors), shards.whole(_contiguous(self.adapters.state_dict()))
+        if out is None:
+            return
         target = out / f"checkpoint-{self.step}"
         try:
             with appearing(target, lambda _: None, TuningError) as folder:
-                self.unet.save_pretrained(folder / UNET)
+                save(self.unet.graph, weights, self.unet.config, folder / UNET)
                 if self.average is not None:
-                    with self.averaged():
-                        self.unet.save_pretrained(folder / AVERAGE)
-                tensors, numbers = _flat(self.optimizer.state_dict()["state"])
-                safetensors.torch.save_file(tensors, folder / OPTIMIZER)
-                safetensors.torch.save_file(_contiguous(self.adapters.state_dict()), folder / ADAPTERS)
+                    save(self.unet.graph, averages, self.unet.config, folder / AVERAGE)
+                safetensors.torch.save_file(moments, folder / OPTIMIZER)
+                safetensors.torch.save_file(adapters, folder / ADAPTERS)
                 record = {
                     "step": self.step,
                     "seconds": self.seconds,
@@ -119,7 +149,6 @@ class State:
             ) from error
         for _, old in checkpoints(out)[: -settings.checkpoints_total_limit]:
             shutil.rmtree(old)
-        return target
 
     def load(self, folder: Path) -> None:
         """Take over the state of a checkpoint.
@@ -129,18 +158,18 @@ class State:
         """
         record = read(folder)
         try:
-            self.unet.load_state_dict(_weights(folder / UNET))
-            self.adapters.load_state_dict(safetensors.torch.load_file(folder / ADAPTERS))
+            for module, file in ((self.unet, UNET), (self.adapters, ADAPTERS)):
+                there, kept = module.state_dict(), _read(folder / file)
+                module.load_state_dict({name: shards.as_spread(t, there.get(name)) for name, t in kept.items()})
             tensors = safetensors.torch.load_file(folder / OPTIMIZER)
             self.optimizer.load_state_dict(
                 self.optimizer.state_dict() | {"state": _nested(tensors, record["optimizer"], self.optimizer)}
             )
             self.rate.load_state_dict(record["lr_scheduler"])
             if self.average is not None:
-                kept = _weights(folder / AVERAGE)
-                named = dict(self.unet.named_parameters())
+                kept, named = _read(folder / AVERAGE), dict(self.unet.named_parameters())
                 for name, shadow in zip(named, self.average.shadow_params, strict=True):
-                    shadow.copy_(kept[name])
+                    shadow.copy_(shards.as_spread(kept[name], shadow))
                 self.average.optimization_step = record["averaged_steps"]
             if self.scaler is not None and record["scaler"] is not None:
                 self.scaler.load_state_dict(record["scaler"])
@@ -177,8 +206,10 @@ def read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
-    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in safetensors.torch.load_file(file).items()}
+def _read(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, or of all files of a folder."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,6 +233,6 @@ def _nested(
         parameter = parameters[int(number)]
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             # In the layout of the parameter, or the kernels would go through memory in another order.
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(shards.as_spread(value, parameter))
         state.setdefault(int(number), {})[name] = value
     return state

@@ -26,6 +26,7 @@ from ..ir.structure import structure
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from ..version import __version__
+from . import shards
 from .batch import Batches
 from .checks import check_models, check_same_run, checkpoint_to_resume
 from .digest import digest
@@ -65,7 +66,8 @@ def tune(
     The run is kept in `out`: `checkpoint-N/` as diffusers' scripts write it, `unet/` with the result, `unet_diffusers/`
     with a plain diffusers model where one computes the same, `tuning.json` with the recipe, `loss.csv` and `loss.svg`.
     The same call goes on from the last checkpoint, and what it computes equals an uninterrupted run bit for bit on one
-    CPU. Started by `accelerate launch`, it runs on several GPUs or machines, as distributed data parallel.
+    CPU. Started by `accelerate launch`, it runs on several GPUs or machines, as distributed data parallel; with
+    `--use_fsdp` the weights are spread over them.
 
     Args:
         student: the UNet to train, as `sdgraph.apply` returns it. It stays as it is; a copy is trained.
@@ -108,9 +110,12 @@ def tune(
         for parameter in taught.graph.region(path).parameters.values():
             parameter.requires_grad_(True)
 
-    accelerator = _accelerator(chosen, folder)
-    gradient = _gradient(taught, teaching, source, scheduler, losses, chosen, accelerator)
-    state = _state(taught, gradient, chosen)
+    with shards.asked() as spread:
+        accelerator = _accelerator(chosen, folder)
+    if spread and accelerator.scaler is not None:
+        raise TuningError("weights that are spread over processes train in bf16", where="mixed_precision", hint="bf16")
+    gradient = _gradient(taught, teaching, source, scheduler, losses, chosen, accelerator, spread)
+    state = _state(taught, gradient, chosen, copy.deepcopy(student) if spread else None)
     about = {
         "student": f"{structure(student.graph)} {digest(student)}",
         "teacher": f"{structure(teaching.graph)} {digest(teaching)}",
@@ -127,8 +132,7 @@ def tune(
         state.load(resumed)
 
     def save() -> None:
-        if accelerator.is_main_process:
-            state.save(folder, chosen, about)
+        state.save(folder if accelerator.is_main_process else None, chosen, about)
         accelerator.wait_for_everyone()
 
     main, begun = accelerator.is_main_process, time.monotonic() - state.seconds
@@ -159,7 +163,8 @@ def tune(
             if validate is not None and due:
                 with state.averaged() as unet:
                     _record(validate(unet, state.step) if main else {}, state.step, folder, accelerator)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()  # and no end_training(), after which these processes could not train any more
     record = {"settings": dataclasses.asdict(chosen), **about, "passes": [str(p.one) for p in student.graph.passes]}
     return _finished(state, folder, record if main else None)
 
@@ -184,11 +189,11 @@ def _accelerator(settings: Settings, folder: Path) -> Any:
             f"accelerate refuses: {error}", where="mixed_precision, report_to", hint="start Python anew for another"
         ) from error
     kinds = accelerate.DistributedType
-    if accelerator.distributed_type in (kinds.FSDP, kinds.DEEPSPEED, kinds.MEGATRON_LM, kinds.XLA):
+    if accelerator.distributed_type in (kinds.DEEPSPEED, kinds.MEGATRON_LM, kinds.XLA):
         raise TuningError(
-            f"weights that are spread over processes ({accelerator.distributed_type.value}) are not supported",
+            f"{accelerator.distributed_type.value} is not supported",
             where="accelerate",
-            hint="use distributed data parallel, gradient_checkpointing=True and mixed_precision='bf16'",
+            hint="use distributed data parallel; or FSDP, which spreads the weights over processes",
         )
     folder.mkdir(parents=True, exist_ok=True)
     if tracked:
@@ -204,6 +209,7 @@ def _gradient(
     losses: Sequence[Loss] | None,
     settings: Settings,
     accelerator: Any,
+    spread: bool,
 ) -> Gradient:
     """Put the models on their device, and connect them with the data and the losses."""
     noising = Noising.of(scheduler)
@@ -234,14 +240,19 @@ def _gradient(
     watched = Observed(teacher, objective.teachers, given)
     torch.manual_seed(settings.seed)  # of the first weights of adapters
     model = Student(student, objective.pairs, teacher, given, settings.gradient_checkpointing)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if spread:
+        prepared = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
+        shards.spread(prepared, student)
+    else:
+        prepared = accelerator.prepare(model)
+    trained = [model.get_parameter(name) for name in names]
     return Gradient(
-        accelerator, settings, batches, noising.to(accelerator.device), objective, watched,
-        accelerator.prepare(model), trained,
-    )  # fmt: skip
+        accelerator, settings, batches, noising.to(accelerator.device), objective, watched, prepared, trained
+    )
 
 
-def _state(student: GraphUNet, gradient: Gradient, settings: Settings) -> State:
+def _state(student: GraphUNet, gradient: Gradient, settings: Settings, copy: GraphUNet | None) -> State:
     """Create the optimizer, the schedule of its rate, and the moving average."""
     accelerator = gradient.accelerator
     optimizer = torch.optim.AdamW(
@@ -259,7 +270,7 @@ def _state(student: GraphUNet, gradient: Gradient, settings: Settings) -> State:
     )
     average = EMAModel(student.parameters(), decay=settings.ema_decay) if settings.use_ema else None
     adapters = accelerator.unwrap_model(gradient.student).adapters
-    return State(student, adapters, accelerator.prepare(optimizer), rate, average, accelerator.scaler)
+    return State(student, adapters, accelerator.prepare(optimizer), rate, average, accelerator.scaler, copy)
 
 
 def _record(results: Mapping[str, Any], step: int, folder: Path, accelerator: Any) -> None:
@@ -274,9 +285,7 @@ def _record(results: Mapping[str, Any], step: int, folder: Path, accelerator: An
 
 def _finished(state: State, folder: Path, record: Mapping[str, Any] | None) -> tuple[GraphUNet, TuningReport]:
     """Return the student with its averaged weights; the main process, which has a record, writes them."""
-    if state.average is not None:
-        state.average.copy_to(state.unet.parameters())
-    unet = state.unet.requires_grad_(False).eval()
+    unet = state.result().requires_grad_(False).eval()
     report = TuningReport.of(folder)
     if record is not None:
         text = json.dumps({"sdgraph": __version__, "removed": unet.graph.removed, **record}, indent=1) + "\n"

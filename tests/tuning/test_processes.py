@@ -11,24 +11,38 @@ import pytest
 import torch
 
 import sdgraph
+from sdgraph.errors import TuningError
 from sdgraph.tuning import Denoising, Output, Tensors
 
 from ..models import CROSS
 from .conftest import Tune, tensors
 
 LOSSES = (Output(), Denoising(weight=0.5))  # means over rows; `Features` is relative within a forward pass
-SETTINGS = {"steps": 3, "losses": LOSSES, "train_batch_size": 8, "proportion_empty_prompts": 0.2}
+SETTINGS = {"losses": LOSSES, "train_batch_size": 8, "proportion_empty_prompts": 0.2, "use_ema": True}
 SCRIPT = """
 import sys, torch, sdgraph
 from diffusers import DDPMScheduler
-from sdgraph.tuning import Denoising, Output, Tensors
-folder = sys.argv[1]
+from sdgraph.tuning import Denoising, Output, Tensors, shards
+folder, *stops = sys.argv[1:]
+shards.LARGE = 1000
+
+def spread(model, unet, cut=shards.spread):
+    whole = sum(p.numel() for p in unet.parameters())
+    cut(model, unet)
+    print("spread", sum(p.to_local().numel() for p in unet.parameters()) / whole)
+
+shards.spread = spread
 student, teacher = (sdgraph.GraphUNet.from_pretrained(f"{folder}/{name}") for name in ("student", "teacher"))
 kept = torch.load(f"{folder}/data.pt")
 data = Tensors(kept["latents"], {"encoder_hidden_states": kept["captions"]}, {"encoder_hidden_states": kept["empty"]})
-sdgraph.tune(student, teacher, data, scheduler=DDPMScheduler(), steps=3, out=f"{folder}/run", train_batch_size=4,
-             losses=(Output(), Denoising(weight=0.5)), proportion_empty_prompts=0.2, learning_rate=2e-3,
-             report_to="none")
+for stop in stops:
+    tuned, _ = sdgraph.tune(
+        student, teacher, data, scheduler=DDPMScheduler(), steps=int(stop), out=f"{folder}/run", train_batch_size=2,
+        gradient_accumulation_steps=2, gradient_checkpointing=True,
+        losses=(Output(), Denoising(weight=0.5)), proportion_empty_prompts=0.2, learning_rate=2e-3, use_ema=True,
+        checkpointing_steps=1, report_to="none", validate=lambda unet, _: {"norm": unet.conv_in.weight.norm().item()},
+    )
+    print("norm", tuned.conv_in.weight.norm().item())
 """
 
 
@@ -41,10 +55,9 @@ def assert_close(found: sdgraph.GraphUNet, expected: sdgraph.GraphUNet, start: s
     assert off < 0.01 * far
 
 
-@pytest.mark.long
-def test_two_processes_are_one_with_the_whole_batch(
-    tune: Tune, student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, tmp_path: Path
-) -> None:
+@pytest.fixture
+def kept(student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """The data, which are written for `SCRIPT` as the models are."""
     draw = torch.Generator().manual_seed(1)
     shapes = {"latents": (10, 4, 8, 8), "captions": (10, 5, CROSS), "empty": (5, CROSS)}
     kept = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
@@ -52,17 +65,48 @@ def test_two_processes_are_one_with_the_whole_batch(
     student.save_pretrained(tmp_path / "student")
     teaching.save_pretrained(tmp_path / "teacher")
     (tmp_path / "script.py").write_text(SCRIPT)
-    # as `accelerate launch` starts processes for several GPUs; on a CPU it starts one, or needs MPI
+    return kept
+
+
+def launched(folder: Path, *stops: int, **environment: str) -> str:
+    """Run the script in two processes, as `accelerate launch` starts them for two GPUs; on CPUs it needs MPI."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, str(tmp_path / "script.py"), str(tmp_path)],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*launch, str(folder / "script.py"), str(folder), *map(str, stops)],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("spread", [False, True], ids=["whole", "spread"])
+def test_two_processes_are_one_with_the_whole_batch(
+    spread: bool, kept: dict[str, torch.Tensor], tune: Tune, student: sdgraph.GraphUNet, tmp_path: Path
+) -> None:
+    said = launched(tmp_path, 2, 3, ACCELERATE_USE_FSDP=str(spread))  # resumed after two steps
+    shares = [float(line.split()[1]) for line in said.splitlines() if line.startswith("spread")]
+    assert shares == (pytest.approx([0.5] * 4, abs=0.05) if spread else [])
 
     empty = {"encoder_hidden_states": kept["empty"]}
     data = Tensors(kept["latents"], {"encoder_hidden_states": kept["captions"]}, empty)
-    one, report = tune(out=tmp_path / "one", data=data, **SETTINGS)
+    one, report = tune(out=tmp_path / "one", data=data, steps=3, **SETTINGS)
     two = sdgraph.tuning.TuningReport.of(tmp_path / "run")
     assert two.column("loss") == pytest.approx(report.column("loss"), rel=1e-3)
-    assert_close(sdgraph.GraphUNet.from_pretrained(tmp_path / "run" / "unet"), one, student)
+    written = sdgraph.GraphUNet.from_pretrained(tmp_path / "run" / "unet")
+    assert_close(written, one, student)
+    norms = [float(line.split()[1]) for line in said.splitlines() if line.startswith("norm")]
+    assert norms[2:] == pytest.approx([written.conv_in.weight.norm().item()] * 2)  # both return what is written
+    for name in ("unet", "unet_ema"):
+        checkpoints = [folder / "checkpoint-3" / name for folder in (tmp_path / "run", tmp_path / "one")]
+        assert_close(*map(sdgraph.GraphUNet.from_pretrained, checkpoints), student)
+
+
+@pytest.mark.long
+def test_spread_weights_are_not_kept_in_the_memory_of_the_cpu(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(TuningError, match="memory of the CPU"):
+        tune(out=tmp_path)
