@@ -125,9 +125,9 @@ def trained(
     recipe: Recipe, name: str, preset: str, seed: int, pipe: Any, teacher: Any, rows: Any, args: argparse.Namespace
 ) -> tuple[Any, float]:
     """Return a student that was trained in one way, and the seconds of the clock since it was begun or resumed."""
-    start = time.monotonic()
+    data, start = rows(recipe.data), time.monotonic()
     student = recipe.train(
-        teacher, recipe.pruning(teacher, preset), recipe.passes, rows(recipe.data),
+        teacher, recipe.pruning(teacher, preset), recipe.passes, data,
         steps=args.steps, scheduler=scheduler(), out=args.folder / "runs" / re.sub(r"\W+", "-", f"{name}-{args.steps}"),
         losses=recipe.losses(pipe), learning_rate=args.rate, lr_warmup_steps=max(1, args.steps // 50), seed=seed,
         **TRAINING, **recipe.options,
