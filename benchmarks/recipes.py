@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from scenes.judge import Judge
+from scenes.pipeline import GUIDANCE
 from scenes.student import captions, drawn
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from sdgraph.tuning import (
     Comparison,
     Denoising,
     Features,
+    Guidance,
     ImageFeatures,
     Loss,
     Output,
@@ -162,6 +164,7 @@ FIRST_HALF = {
     "ours, features at weight 1": Recipe(lambda pipe: (Output(), Features("stage"), Denoising(weight=0.01))),
     "ours, output only": Recipe(lambda pipe: (Output(), Denoising(weight=0.01))),
     "ours, random conditioning": Recipe(options={"random_conditioning": True}),
+    "ours, guided": Recipe(with_default(Guidance(GUIDANCE)), {"guidance_pairs": True, "proportion_empty_prompts": 0.0}),
     "ours, attention maps": Recipe(with_default(AttentionMaps())),
     "ours, image features": Recipe(lambda pipe: (*DEFAULT, ImageFeatures(Meaning(), pipe.vae, weight=0.1))),
     "ours, captions alone": Recipe(lambda pipe: DEFAULT[:-1], {"random_conditioning": True}, generated),

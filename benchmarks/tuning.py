@@ -130,7 +130,7 @@ def trained(
         teacher, recipe.pruning(teacher, preset), recipe.passes, data,
         steps=args.steps, scheduler=scheduler(), out=args.folder / "runs" / re.sub(r"\W+", "-", f"{name}-{args.steps}"),
         losses=recipe.losses(pipe), learning_rate=args.rate, lr_warmup_steps=max(1, args.steps // 50), seed=seed,
-        **TRAINING, **recipe.options,
+        **{**TRAINING, **recipe.options},
     )  # fmt: skip
     seconds = time.monotonic() - start
     return (sdgraph.apply(student, list(recipe.finish)) if recipe.finish else student), seconds

@@ -30,6 +30,7 @@ class Batch:
         timesteps: (B,), whole numbers.
         conditions: the other inputs of the UNet, by name.
         own: (B,), whether the caption of a row is that of its image, or left out; None if all are.
+        pairs: rows are the same two by two, but for the caption, which every second row leaves out.
     """
 
     clean: Tensor
@@ -38,6 +39,7 @@ class Batch:
     timesteps: Tensor
     conditions: dict[str, Tensor]
     own: Tensor | None = None
+    pairs: bool = False
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -67,6 +69,8 @@ class Batches:
             leaves these rows out.
         timestep_intervals: every batch draws its timesteps from one of so many equal parts of the schedule, and as many
             batches in a row draw from all of them. Experts that are routed by the timestep then learn in turn.
+        guidance_pairs: every noisy latent fills two rows, the second without its caption, as a pipeline calls the UNet
+            for classifier-free guidance.
     Source:
         Kim et al., "Random Conditioning with Distillation for Data-Efficient Diffusion Model Compression", 2025; one
         interval per batch: Fang et al., "Remix-DiT: Mixing Diffusion Transformers for Multi-Expert Denoising", 2024.
@@ -79,6 +83,7 @@ class Batches:
     proportion_empty_prompts: float = 0.0
     random_conditioning: bool = False
     timestep_intervals: int = 1
+    guidance_pairs: bool = False
 
     def batch(self, step: int, rows: Sequence[int]) -> Batch:
         """Return rows of the batch of a step, on the CPU.
@@ -89,7 +94,8 @@ class Batches:
         Raises:
             TuningError: latents are not finite.
         """
-        indices = [self._index(step * self.size + row) for row in rows]
+        given, rows = rows, [row // 2 for row in rows] if self.guidance_pairs else rows
+        indices = [self._index(step * self._latents + row) for row in rows]
         draws = [generator(self.seed, "row", step, row) for row in rows]
         samples = self.source.samples(indices, draws)
         if not torch.isfinite(samples.latents).all():
@@ -109,8 +115,16 @@ class Batches:
             self._caption(index, int(t), generator(self.seed, "caption", step, row))
             for index, t, row in zip(indices, timesteps, rows, strict=True)
         ]
+        if self.guidance_pairs:
+            captions = [None if row % 2 else caption for row, caption in zip(given, captions, strict=True)]
         own = torch.tensor([caption in (None, index) for caption, index in zip(captions, indices, strict=True)])
-        return Batch(samples.latents, noise, noisy, timesteps, self.source.conditions(captions), own)
+        conditions = self.source.conditions(captions)
+        return Batch(samples.latents, noise, noisy, timesteps, conditions, own, self.guidance_pairs)
+
+    @property
+    def _latents(self) -> int:
+        """The number of noisy latents per step."""
+        return self.size // 2 if self.guidance_pairs else self.size
 
     def _index(self, count: int) -> int:
         """Return the row of the data that is read as the given one since the beginning. Every epoch has its order."""
@@ -118,12 +132,12 @@ class Batches:
         return int(_order(self.seed, epoch, len(self.source))[position])
 
     def _timesteps(self, step: int, rows: Sequence[int]) -> Tensor:
-        """Draw a timestep from each of `size` equal parts of the interval, which varies less than drawing from all."""
-        parts = generator(self.seed, "parts", step).permutation(self.size)
-        inside = generator(self.seed, "timestep", step).random(self.size)
+        """Draw a timestep from each of as many equal parts of the interval, which varies less than drawing from all."""
+        parts = generator(self.seed, "parts", step).permutation(self._latents)
+        inside = generator(self.seed, "timestep", step).random(self._latents)
         turn, place = divmod(step, self.timestep_intervals)
         interval = generator(self.seed, "interval", turn).permutation(self.timestep_intervals)[place]
-        drawn = (interval + (parts + inside)[list(rows)] / self.size) / self.timestep_intervals * len(self.noising)
+        drawn = (interval + (parts + inside)[list(rows)] / self._latents) / self.timestep_intervals * len(self.noising)
         return torch.from_numpy(drawn.astype(np.int64))
 
     def _caption(self, index: int, timestep: int, draw: np.random.Generator) -> int | None:

@@ -38,6 +38,7 @@ class Settings:
         proportion_empty_prompts: the share of captions that are left out, for classifier-free guidance.
         random_conditioning: see `sdgraph.tuning.Batches`.
         timestep_intervals: see `sdgraph.tuning.Batches`.
+        guidance_pairs: see `sdgraph.tuning.Batches`; half of the captions are left out then, and batches are even.
         seed: of all random numbers.
         checkpointing_steps: steps between two checkpoints.
         checkpoints_total_limit: the number of checkpoints to keep; older ones are deleted.
@@ -66,6 +67,7 @@ class Settings:
     proportion_empty_prompts: float = 0.0
     random_conditioning: bool = False
     timestep_intervals: int = 1
+    guidance_pairs: bool = False
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -87,6 +89,12 @@ class Settings:
                 raise TuningError(
                     f"the factor of {pattern!r} is {factor}", where="learning_rates", hint="pass a number above 0"
                 )
+        if self.guidance_pairs and (self.train_batch_size % 2 or self.proportion_empty_prompts):
+            raise TuningError(
+                "every second row is without its caption, so that batches are even and no other captions are left out",
+                where="guidance_pairs",
+                hint="pass an even train_batch_size, and proportion_empty_prompts=0",
+            )
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise TuningError(
                 f"there is no precision {self.mixed_precision!r}", where="mixed_precision", hint="no, fp16 or bf16"

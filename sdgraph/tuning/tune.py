@@ -221,6 +221,7 @@ def _gradient(
         settings.proportion_empty_prompts,
         settings.random_conditioning,
         settings.timestep_intervals,
+        settings.guidance_pairs,
     )
     row = batches.batch(0, [0])
     for unet in (student, teacher):

@@ -59,6 +59,22 @@ def test_batches_take_turns_with_intervals_of_the_schedule() -> None:
         assert sorted(int(t) // 50 for timesteps in turn for t in timesteps) == list(range(20))
 
 
+def test_guidance_pairs_differ_in_the_caption_alone() -> None:
+    batches = Batches(rows(10), NOISING, 8, guidance_pairs=True)
+    batch = batches.batch(3, range(8))
+    for name in ("clean", "noise", "noisy", "timesteps"):
+        value = getattr(batch, name)
+        assert torch.equal(value[0::2], value[1::2])
+    captions = batch.conditions["encoder_hidden_states"].flatten()
+    assert torch.equal(captions[0::2], batch.clean[0::2, 0, 0, 0])
+    assert (captions[1::2] == -1).all()
+    assert batch.pairs
+    assert torch.equal(batches.batch(3, [4, 5]).noisy, batch.noisy[4:6])
+    assert sorted(int(t) // 250 for t in batch.timesteps[0::2]) == [0, 1, 2, 3]
+    read = [int(row) for step in range(5) for row in batches.batch(step, range(8)).clean[0::2, 0, 0, 0]]
+    assert sorted(read) == sorted([*range(10)] * 2)
+
+
 def test_captions_are_dropped_by_proportion_and_swapped_by_noise() -> None:
     batches = Batches(rows(50), NOISING, 500, proportion_empty_prompts=0.2, random_conditioning=True)
     batch = batches.batch(0, range(500))

@@ -20,6 +20,7 @@ from sdgraph.tuning import (
     Comparison,
     Denoising,
     Features,
+    Guidance,
     ImageFeatures,
     Loss,
     Noising,
@@ -72,6 +73,23 @@ def test_denoising_and_output_are_mean_squared_errors() -> None:
     some = replace(it, batch=replace(it.batch, own=torch.tensor([True, False, True])))  # the second has another caption
     torch.testing.assert_close(Denoising()(some, []), mse_loss(it.student[[0, 2]], target[[0, 2]]) * 2 / 3)
     torch.testing.assert_close(Output()(some, []), mse_loss(it.student, it.teacher))
+
+
+def test_guidance_compares_what_a_pipeline_computes() -> None:
+    it = comparison(timesteps=(500, 500, 20, 20))
+
+    def guided(prediction: Tensor) -> Tensor:
+        captioned, empty = prediction[[0, 2]], prediction[[1, 3]]
+        return empty + 3.0 * (captioned - empty)
+
+    paired = replace(it, batch=replace(it.batch, pairs=True))
+    torch.testing.assert_close(Guidance(3.0)(paired, []), mse_loss(guided(it.student), guided(it.teacher)) / 9)
+    weighed = Guidance(3.0, snr_gamma=5.0)(paired, [])
+    weights = it.noising.min_snr(torch.tensor([500, 20]), 5.0)
+    errors_of = (guided(it.student) - guided(it.teacher)).square().mean((1, 2, 3)) / 9
+    torch.testing.assert_close(weighed, (errors_of * weights).mean())
+    with pytest.raises(errors.TuningError, match="guidance_pairs=True"):
+        Guidance(3.0)(it, [])
 
 
 @pytest.mark.parametrize(("prediction", "weights"), [("epsilon", (0, 1)), ("v_prediction", (0, 1))])

@@ -20,6 +20,7 @@ from sdgraph.tuning import (
     AttentionMaps,
     Denoising,
     Features,
+    Guidance,
     Loss,
     Output,
     RoutingPrior,
@@ -116,6 +117,16 @@ def test_parameters_may_have_learning_rates_of_their_own(
     ):
         with pytest.raises(errors.TuningError, match=complaint):
             tune(out=tmp_path / "wrong", learning_rates=wrong)
+
+
+def test_pairs_are_trained_on_the_guided_prediction(tune: Tune, tmp_path: Path) -> None:
+    options = {"losses": (Output(), Guidance(3.0)), "guidance_pairs": True, "proportion_empty_prompts": 0.0}
+    _, report = tune(steps=20, out=tmp_path / "run", train_batch_size=8, **options)
+    guided = report.column("Guidance")
+    assert guided[-5:].mean() < guided[:5].mean()
+    for wrong in ({"train_batch_size": 3}, {"proportion_empty_prompts": 0.1}):
+        with pytest.raises(errors.TuningError, match="every second row is without its caption"):
+            tune(out=tmp_path / "wrong", **{**options, **wrong})
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from .attention import AttentionMaps
 from .base import Comparison, Loss
 from .features import Features
 from .image import ImageFeatures, Wavelet
-from .prediction import Denoising, Output
+from .prediction import Denoising, Guidance, Output
 from .routing import RoutingPrior
 from .similarity import Similarity
 
@@ -16,6 +16,7 @@ __all__ = [
     "Comparison",
     "Denoising",
     "Features",
+    "Guidance",
     "ImageFeatures",
     "Loss",
     "Output",

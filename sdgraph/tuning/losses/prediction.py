@@ -1,4 +1,4 @@
-"""Losses on the prediction: against the noise that was added, and against the teacher's prediction."""
+"""Losses on the prediction: against the noise that was added, and against the teacher's, guided or not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...errors import TuningError
+from ..noising import Noising
 from .base import Comparison, Loss, Values
 
 
@@ -36,7 +37,7 @@ class Denoising(Loss):
         difference = comparison.student - target
         if batch.own is not None:
             difference = difference * batch.own[:, None, None, None]
-        return _mean(comparison, difference, self.snr_gamma)
+        return _mean(difference, comparison.noising, batch.timesteps, self.snr_gamma)
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,40 @@ class Output(Loss):
     snr_gamma: float | None = None
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
-        return _mean(comparison, comparison.student - comparison.teacher, self.snr_gamma)
+        difference = comparison.student - comparison.teacher
+        return _mean(difference, comparison.noising, comparison.batch.timesteps, self.snr_gamma)
 
 
-def _mean(comparison: Comparison, difference: Tensor, snr_gamma: float | None) -> Tensor:
+@dataclass(frozen=True)
+class Guidance(Loss):
+    """Distillation of the guided prediction: the mean squared error to the teacher's, in units of the guidance scale.
+
+    Classifier-free guidance multiplies what a caption changes, and so its error. `Output` weighs that error like any
+    other. It needs `guidance_pairs=True`.
+
+    Args:
+        scale: the guidance scale of the pipeline.
+        snr_gamma: see `Denoising`.
+    Example:
+        `sdgraph.tune(..., losses=[*DEFAULT, Guidance(7.5)], guidance_pairs=True)`
+    Source:
+        Ours. Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022.
+    """
+
+    scale: float = 7.5
+    snr_gamma: float | None = None
+
+    def __call__(self, comparison: Comparison, values: Values) -> Tensor:
+        if not comparison.batch.pairs:
+            raise TuningError(
+                "the batch has no pairs of rows with a caption and without", where=str(self), hint="guidance_pairs=True"
+            )
+        difference = comparison.student - comparison.teacher
+        captioned, empty = difference[0::2], difference[1::2]
+        guided = captioned - empty + empty / self.scale
+        return _mean(guided, comparison.noising, comparison.batch.timesteps[0::2], self.snr_gamma)
+
+
+def _mean(difference: Tensor, noising: Noising, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
     errors = difference.float().square().mean((1, 2, 3))
-    if snr_gamma is None:
-        return errors.mean()
-    return (errors * comparison.noising.min_snr(comparison.batch.timesteps, snr_gamma)).mean()
+    return errors.mean() if snr_gamma is None else (errors * noising.min_snr(timesteps, snr_gamma)).mean()
