@@ -151,6 +151,7 @@ def with_default(*losses: Loss) -> Callable[[Any], tuple[Loss, ...]]:
     return lambda pipe: (*DEFAULT, *losses)
 
 
+PAIRS: Mapping[str, Any] = {"guidance_pairs": True, "proportion_empty_prompts": 0.0}
 ROUTED: Mapping[str, Any] = {"learning_rates": {"**.routing.*": 20}, "timestep_intervals": 4}
 # As many parameters as experts of rank 8 add. Those of full experts are more than the teacher has.
 MORE_BLOCKS = ("up_blocks.0.resnets.1", "down_blocks.2.resnets.1", "down_blocks.1.resnets.1")
@@ -164,7 +165,8 @@ FIRST_HALF = {
     "ours, features at weight 1": Recipe(lambda pipe: (Output(), Features("stage"), Denoising(weight=0.01))),
     "ours, output only": Recipe(lambda pipe: (Output(), Denoising(weight=0.01))),
     "ours, random conditioning": Recipe(options={"random_conditioning": True}),
-    "ours, guided": Recipe(with_default(Guidance(GUIDANCE)), {"guidance_pairs": True, "proportion_empty_prompts": 0.0}),
+    "ours, guided": Recipe(with_default(Guidance(GUIDANCE)), PAIRS),
+    "ours, guided at weight 10": Recipe(with_default(Guidance(GUIDANCE, weight=10.0)), PAIRS),
     "ours, attention maps": Recipe(with_default(AttentionMaps())),
     "ours, image features": Recipe(lambda pipe: (*DEFAULT, ImageFeatures(Meaning(), pipe.vae, weight=0.1))),
     "ours, captions alone": Recipe(lambda pipe: DEFAULT[:-1], {"random_conditioning": True}, generated),
