@@ -183,6 +183,13 @@ SECOND_HALF = {
     "folded product": Recipe(passes=(Overparameterize(CONVOLUTIONS),), finish=(Fold(),)),
     "folded branches": Recipe(passes=(Overparameterize(CONVOLUTIONS, kind="branches"),), finish=(Fold(),)),
     "shared": Recipe(passes=(ShareWeights.similar(count=2),)),
+    "best together": Recipe(
+        with_default(Guidance(GUIDANCE)),
+        PAIRS,
+        passes=(Overparameterize(CONVOLUTIONS),),
+        finish=(Fold(),),
+        kept=MORE_BLOCKS,
+    ),
     "GRI, untuned": Recipe(passes=(GRIAttention(8, pool=4),), train=untrained),
     "GRI": Recipe(passes=(GRIAttention(8, pool=4),)),
 }
