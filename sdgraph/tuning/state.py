@@ -62,7 +62,7 @@ class State:
     def averaged(self) -> Iterator[GraphUNet]:
         """Within this context there is the student with its averaged weights, in evaluation mode."""
         if self.copy is not None:
-            yield self.result().to(self.unet.device)
+            yield self.result()
             self.copy.to("cpu")
             return
         parameters = list(self.unet.parameters())
@@ -82,7 +82,7 @@ class State:
         if self.copy is not None:
             names = self.copy.state_dict()
             self.copy.load_state_dict({n: t for n, t in self._averages(self._weights()).items() if n in names})
-            return self.copy
+            return self.copy.to(self.unet.device)
         if self.average is not None:
             self.average.copy_to(self.unet.parameters())
         return self.unet

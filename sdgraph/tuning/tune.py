@@ -115,7 +115,7 @@ def tune(
     if spread and accelerator.scaler is not None:
         raise TuningError("weights that are spread over processes train in bf16", where="mixed_precision", hint="bf16")
     gradient = _gradient(taught, teaching, source, scheduler, losses, chosen, accelerator, spread)
-    state = _state(taught, gradient, chosen, copy.deepcopy(student) if spread else None)
+    state = _state(taught, gradient, chosen, copy.deepcopy(student).to("cpu") if spread else None)
     about = {
         "student": f"{structure(student.graph)} {digest(student)}",
         "teacher": f"{structure(teaching.graph)} {digest(teaching)}",
