@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div, mse_loss
 
 import sdgraph
 from sdgraph import errors
-from sdgraph.passes import MECondConv
+from sdgraph.passes import MECondConv, PruneBlocks
 from sdgraph.spec import read
 from sdgraph.tuning import (
     AttentionMaps,
@@ -31,6 +31,8 @@ from sdgraph.tuning import (
 )
 from sdgraph.tuning.losses.image import high_bands
 from sdgraph.tuning.objective import Objective
+
+from ..models import build, trace
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
@@ -60,6 +62,15 @@ def test_the_noise_schedule_is_the_schedulers(prediction: str) -> None:
         mine = it.noising.clean(it.batch.noisy, it.student, steps)[row : row + 1]
         clipped = mine.clamp(-1, 1)  # as this scheduler does
         torch.testing.assert_close(clipped, expected.pred_original_sample, rtol=1e-3, atol=2e-3)
+
+
+def test_a_preset_leaves_out_features_of_another_resolution() -> None:
+    teacher = trace(build("sd15-levels"))
+    pruned = sdgraph.apply(teacher, [PruneBlocks("bk-sdm-tiny")])  # its third block keeps the size
+    taps = [mine.path for mine, _ in Features("stage").taps(pruned.graph, teacher.graph)]
+    assert taps == ["down_blocks.0", "down_blocks.1", "up_blocks.1", "up_blocks.2", "up_blocks.3"]
+    with pytest.raises(errors.TuningError, match=r"down_blocks.2 has another resolution"):
+        Features(("down_blocks.2",)).taps(pruned.graph, teacher.graph)
 
 
 def test_denoising_and_output_are_mean_squared_errors() -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import PathError, SpecError, did_you_mean
+from ...errors import PathError, SpecError, TuningError, did_you_mean
 from ...graph import Graph
+from ...ir.nodes import values as values_of
 from ..observe import Tap
 from .base import Comparison, Loss, TapPairs, Values
 
@@ -31,10 +32,12 @@ class Features(Loss):
     Args:
         at: a preset, or module paths; a pair of paths names the student's and the teacher's. "stage" is the output of
             every block (BK-SDM), "layer" of every resnet and attention (SSD-1B), "self-attention" of every attn1
-            (KOALA). A preset leaves out what one of the models does not have.
+            (KOALA). A preset leaves out what one of the models does not have, or has at another resolution, as
+            "bk-sdm-tiny" has its third block.
         sigma: standard deviations beyond which values are left out; None keeps all.
     Raises:
         SpecError: there is no such preset.
+        TuningError: modules that are named have features of different resolutions.
     Example:
         `Features("stage")`, `Features(("mid_block", ("up_blocks.1", "up_blocks.2")), weight=0.5)`
     Source:
@@ -54,16 +57,25 @@ class Features(Loss):
     def taps(self, student: Graph, teacher: Graph) -> TapPairs:
         if not isinstance(self.at, str):
             pairs = [(path, path) if isinstance(path, str) else path for path in self.at]
-            return [(Tap(mine), Tap(its)) for mine, its in pairs]
+            taps = [(Tap(mine), Tap(its)) for mine, its in pairs]
+            for mine, its in taps:
+                if _resolution(mine, student) != _resolution(its, teacher):
+                    raise TuningError(
+                        f"the student's {mine.path} has another resolution than the teacher's {its.path}",
+                        where=str(self),
+                        hint="name modules of the same resolution",
+                    )
+            return taps
         known = set(student.paths())
-        shared = [p for p in teacher.paths() if re.fullmatch(PRESETS[self.at], p) and p in known]
+        both = [Tap(p) for p in teacher.paths() if re.fullmatch(PRESETS[self.at], p) and p in known]
+        shared = [tap for tap in both if _resolution(tap, student) == _resolution(tap, teacher)]
         if not shared:
             raise PathError(
                 f"student and teacher share no features of the preset {self.at!r}",
                 where="Features",
                 hint="name pairs of paths, Features((('mid_block', 'mid_block'),))",
             )
-        return [(Tap(path), Tap(path)) for path in shared]
+        return [(tap, tap) for tap in shared]
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
         return torch.stack([self._error(student.float(), teacher.float()) for student, teacher in values]).mean()
@@ -73,6 +85,12 @@ class Features(Loss):
         if self.sigma is not None:
             kept = _within(student.detach(), self.sigma) * _within(teacher, self.sigma)
         return (kept * (student - teacher).square()).sum() / (kept * teacher.square()).sum().clamp(min=1e-8)
+
+
+def _resolution(tap: Tap, graph: Graph) -> tuple[int, ...]:
+    """Return the shape of a value but for its samples and its width."""
+    (value, _) = values_of(tap.node(graph))
+    return tuple(value.shape[2:] if value.ndim == 4 else value.shape[1:-1])
 
 
 def _within(values: Tensor, sigma: float) -> Tensor:
