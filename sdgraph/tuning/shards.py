@@ -1,4 +1,4 @@
-"""Weights that are spread over processes: each keeps a share of every weight, of its gradient and of its averages.
+"""Weights that are spread over processes: a process keeps a share of all weights, gradients, moments and averages.
 
 Where accelerate is told to use FSDP, the student is spread by `torch.distributed.fsdp.fully_shard`, which is FSDP2, on
 GPUs and CPUs alike. accelerate's own FSDP wraps classes of layers, and a traced UNet has one class.

@@ -62,8 +62,10 @@ class State:
     def averaged(self) -> Iterator[GraphUNet]:
         """Within this context there is the student with its averaged weights, in evaluation mode."""
         if self.copy is not None:
-            yield self.result()
-            self.copy.to("cpu")
+            try:
+                yield self.result()
+            finally:
+                self.copy.to("cpu")
             return
         parameters = list(self.unet.parameters())
         if self.average is not None:

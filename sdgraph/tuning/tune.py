@@ -112,6 +112,7 @@ def tune(
 
     with shards.asked() as spread:
         accelerator = _accelerator(chosen, folder)
+    spread = spread and accelerator.num_processes > 1
     if spread and accelerator.scaler is not None:
         raise TuningError("weights that are spread over processes train in bf16", where="mixed_precision", hint="bf16")
     gradient = _gradient(taught, teaching, source, scheduler, losses, chosen, accelerator, spread)

@@ -15,7 +15,7 @@ from sdgraph.errors import TuningError
 from sdgraph.tuning import Denoising, Output, Tensors
 
 from ..models import CROSS
-from .conftest import Tune, tensors
+from .conftest import Tune, equal, tensors
 
 LOSSES = (Output(), Denoising(weight=0.5))  # means over rows; `Features` is relative within a forward pass
 SETTINGS = {"losses": LOSSES, "train_batch_size": 8, "proportion_empty_prompts": 0.2, "use_ema": True}
@@ -100,6 +100,14 @@ def test_two_processes_are_one_with_the_whole_batch(
     for name in ("unet", "unet_ema"):
         checkpoints = [folder / "checkpoint-3" / name for folder in (tmp_path / "run", tmp_path / "one")]
         assert_close(*map(sdgraph.GraphUNet.from_pretrained, checkpoints), student)
+
+
+@pytest.mark.long
+def test_one_process_has_nothing_to_spread(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = tune(out=tmp_path / "plain", steps=2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    asked, _ = tune(out=tmp_path / "asked", steps=2)
+    assert equal(tensors(asked), tensors(plain))
 
 
 @pytest.mark.long
