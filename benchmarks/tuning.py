@@ -88,7 +88,7 @@ def main() -> None:
             circumstances = {**measure.circumstances("cpu"), "threads": args.threads, "command": command}
             result["ways"][name] = {**size, **facts, "points": measured, **circumstances}
             print(name, measured[0], flush=True)
-        result["ways"][name]["time"] = desk.time(unet)
+        result["ways"][name] |= {"time": desk.time(unet), "timed on": measure.processor()}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -24,14 +24,16 @@ def table(result: dict[str, Any]) -> str:
         close = (f"{point['psnr']:.1f} dB", f"{point['ssim']:.3f}") if "psnr" in point else ("-", "-")
         size = f"{way['parameters'] / 1e6:.2f} M"
         rows.append((name, size, f"{way['time']:.2f}", *shares, f"{point['frechet']:.0f}", *close))
-    teacher = result["ways"]["teacher"]
+    teacher, ways = result["ways"]["teacher"], result["ways"].values()
     point = teacher["points"][0]
+    trained = " and ".join(dict.fromkeys(way["device"] for way in ways))
+    timed = " and ".join(dict.fromkeys(way.get("timed on", way["device"]) for way in ways))
     quick = " **A quick run: smoke test, no figures to quote.**" if result["quick"] else ""
     return (
-        f"{teacher['device']}, float32; torch {teacher['torch']}, diffusers {teacher['diffusers']}; {result['steps']} "
+        f"{trained}, float32; torch {teacher['torch']}, diffusers {teacher['diffusers']}; {result['steps']} "
         f"optimizer steps of {result['batch']} samples; {result['captions']} held-out captions, {point['steps']} steps "
-        f"of {point['solver']}; time of a call as a share of the teacher's; PSNR (median) and SSIM to the teacher's "
-        f"images ({teacher['date'][:10]}).{quick}\n\n{markdown(rows)}"
+        f"of {point['solver']}; time of a call as a share of the teacher's on {timed}; PSNR (median) and SSIM to the "
+        f"teacher's images ({teacher['date'][:10]}).{quick}\n\n{markdown(rows)}"
     )
 
 

@@ -94,9 +94,9 @@ class Batches:
         Raises:
             TuningError: latents are not finite.
         """
-        given, rows = rows, [row // 2 for row in rows] if self.guidance_pairs else rows
-        indices = [self._index(step * self._latents + row) for row in rows]
-        draws = [generator(self.seed, "row", step, row) for row in rows]
+        numbers = [row // self._copies for row in rows]
+        indices = [self._index(step * self._latents + number) for number in numbers]
+        draws = [generator(self.seed, "row", step, number) for number in numbers]
         samples = self.source.samples(indices, draws)
         if not torch.isfinite(samples.latents).all():
             raise TuningError(
@@ -106,38 +106,41 @@ class Batches:
             )
         noise, noisy, timesteps = None, samples.noisy, samples.timesteps
         if noisy is None or timesteps is None:
-            timesteps = self._timesteps(step, rows)
+            timesteps = self._timesteps(step)[numbers]
             shape = samples.latents.shape[1:]
-            drawn = [generator(self.seed, "noise", step, row).standard_normal(shape, np.float32) for row in rows]
-            noise = torch.from_numpy(np.stack(drawn))
+            drawn = [generator(self.seed, "noise", step, number) for number in numbers]
+            noise = torch.from_numpy(np.stack([draw.standard_normal(shape, np.float32) for draw in drawn]))
             noisy = self.noising.noised(samples.latents, noise, timesteps)
         captions = [
-            self._caption(index, int(t), generator(self.seed, "caption", step, row))
-            for index, t, row in zip(indices, timesteps, rows, strict=True)
+            None if row % self._copies else self._caption(index, int(t), generator(self.seed, "caption", step, number))
+            for row, number, index, t in zip(rows, numbers, indices, timesteps, strict=True)
         ]
-        if self.guidance_pairs:
-            captions = [None if row % 2 else caption for row, caption in zip(given, captions, strict=True)]
         own = torch.tensor([caption in (None, index) for caption, index in zip(captions, indices, strict=True)])
         conditions = self.source.conditions(captions)
         return Batch(samples.latents, noise, noisy, timesteps, conditions, own, self.guidance_pairs)
 
     @property
+    def _copies(self) -> int:
+        """The number of rows that a noisy latent fills."""
+        return 2 if self.guidance_pairs else 1
+
+    @property
     def _latents(self) -> int:
         """The number of noisy latents per step."""
-        return self.size // 2 if self.guidance_pairs else self.size
+        return self.size // self._copies
 
     def _index(self, count: int) -> int:
         """Return the row of the data that is read as the given one since the beginning. Every epoch has its order."""
         epoch, position = divmod(count, len(self.source))
         return int(_order(self.seed, epoch, len(self.source))[position])
 
-    def _timesteps(self, step: int, rows: Sequence[int]) -> Tensor:
+    def _timesteps(self, step: int) -> Tensor:
         """Draw a timestep from each of as many equal parts of the interval, which varies less than drawing from all."""
         parts = generator(self.seed, "parts", step).permutation(self._latents)
         inside = generator(self.seed, "timestep", step).random(self._latents)
         turn, place = divmod(step, self.timestep_intervals)
         interval = generator(self.seed, "interval", turn).permutation(self.timestep_intervals)[place]
-        drawn = (interval + (parts + inside)[list(rows)] / self._latents) / self.timestep_intervals * len(self.noising)
+        drawn = (interval + (parts + inside) / self._latents) / self.timestep_intervals * len(self.noising)
         return torch.from_numpy(drawn.astype(np.int64))
 
     def _caption(self, index: int, timestep: int, draw: np.random.Generator) -> int | None:

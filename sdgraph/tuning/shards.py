@@ -74,9 +74,19 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors whole, those that were spread on the CPU. All processes must call this."""
-    return {name: gathered(t).cpu() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Return tensors whole, those that were spread on the CPU. All processes must call this.
+
+    Args:
+        tensors: the tensors by name.
+        keep: return them; a process that does not keep them takes part, and has one of them at a time.
+    """
+    result = {}
+    for name, tensor in tensors.items():
+        complete = gathered(tensor)
+        if keep:
+            result[name] = complete.cpu() if isinstance(tensor, DTensor) else tensor
+    return result
 
 
 def as_spread(tensor: Tensor, like: Any) -> Tensor:

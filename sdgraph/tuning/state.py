@@ -89,15 +89,15 @@ class State:
             self.average.copy_to(self.unet.parameters())
         return self.unet
 
-    def _weights(self) -> dict[str, Tensor]:
-        return shards.whole(self.unet.tensors())
+    def _weights(self, keep: bool = True) -> dict[str, Tensor]:
+        return shards.whole(self.unet.tensors(), keep)
 
-    def _averages(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _averages(self, weights: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
         """Return the averages of weights in their place."""
         if self.average is None:
             return dict(weights)
         names = [name for name, _ in self.unet.named_parameters()]
-        return {**weights, **shards.whole(dict(zip(names, self.average.shadow_params, strict=True)))}
+        return {**weights, **shards.whole(dict(zip(names, self.average.shadow_params, strict=True)), keep)}
 
     def advance(self) -> None:
         """Take the step that the gradients in the parameters ask for."""
@@ -118,10 +118,12 @@ class State:
         Raises:
             TuningError: nothing can be written there; earlier checkpoints are kept.
         """
-        weights = self._weights()
-        averages = self._averages(weights)
+        kept = out is not None
+        weights = self._weights(kept)
+        averages = self._averages(weights, kept)
         tensors, numbers = _flat(self.optimizer.state_dict()["state"])
-        moments, adapters = shards.whole(tensors), shards.whole(_contiguous(self.adapters.state_dict()))
+        moments = shards.whole(tensors, kept)
+        adapters = shards.whole(_contiguous(self.adapters.state_dict()), kept)
         if out is None:
             return
         target = out / f"checkpoint-{self.step}"
