@@ -1,5 +1,6 @@
 """Passes. Each uses only public names of `sdgraph`, as a user's pass does."""
 
+from .assemble import Assemble
 from .bypass import Bypass
 from .clean_up import CleanUp
 from .fold import Fold
@@ -12,6 +13,7 @@ from .prune_blocks import PruneBlocks
 from .share_weights import ShareWeights
 
 __all__ = [
+    "Assemble",
     "Bypass",
     "CleanUp",
     "Fold",

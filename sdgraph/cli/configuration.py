@@ -28,6 +28,9 @@ class Configuration:
         pretrained_teacher_model: folder of the pipeline or UNet to learn from; by default the pipeline's UNet, before
             the passes.
         losses: the terms to minimise, as text.
+        stage_steps: train the stages of the student apart for so many steps, each inside the teacher, before the whole.
+        progressive: train a stage with all earlier stages in place.
+        stage_processes: the number of stages that are trained at the same time.
         train_data_dir: a folder of images with captions.
         prompts: a file with one prompt per line, instead of images.
         resolution: height and width of the images, in pixels; by default 512, and for prompts the pipeline's own.
@@ -48,6 +51,9 @@ class Configuration:
     passes: str | tuple[str, ...] = ()
     pretrained_teacher_model: str | None = None
     losses: tuple[str, ...] = ()
+    stage_steps: int = 0
+    progressive: bool = False
+    stage_processes: int = 1
     train_data_dir: str | None = None
     prompts: str | None = None
     resolution: int | None = None
@@ -86,6 +92,13 @@ def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settin
             "there is no data, or there are two kinds",
             where=str(path),
             hint="name either train_data_dir, a folder of images with captions, or prompts, a text file",
+        )
+    if run.stage_steps and (run.pretrained_teacher_model is not None or run.resume_from_checkpoint != "latest"):
+        name = "resume_from_checkpoint" if run.pretrained_teacher_model is None else "pretrained_teacher_model"
+        raise SpecError(
+            f"{name} does not go with stage_steps: stages are trained inside the UNet that they are made of",
+            where=str(path),
+            hint=f"leave {name} out; every stage goes on from its last checkpoint",
         )
     return run, settings
 

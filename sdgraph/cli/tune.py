@@ -27,12 +27,16 @@ from typing import Any
 
 import torch
 
+from ..compiler.base import Pass
 from ..compiler.parse import parse
 from ..extra import imported
 from ..runtime.apply import apply
 from ..runtime.pipelines import with_unet
+from ..runtime.unet import GraphUNet
 from ..spec import read as read_spec
+from ..tuning.incubate import IncubationReport, incubate
 from ..tuning.losses import Loss
+from ..tuning.report import TuningReport
 from ..tuning.sources import Images, Prompts, Source
 from ..tuning.tune import tune
 from ..tuning.validation import ValidationImages
@@ -57,30 +61,42 @@ def run(args: argparse.Namespace) -> None:
     process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
     pipe = load_pipeline(config.pretrained_model_name_or_path, "float32", process.device)
     source = apply(pipe.unet, ())
-    student = apply(source, passes)
     if config.pretrained_teacher_model is not None:
         pipe.unet = load_unet(config.pretrained_teacher_model, "float32").to(process.device)
     generation: dict[str, Any] = {
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
     }
-    tuned, report = tune(
-        student,
-        source if config.pretrained_teacher_model is None else pipe.unet,
-        _data(config, pipe, settings.seed),
-        scheduler=pipe.scheduler,
-        steps=settings.max_train_steps,
-        out=config.output_dir,
-        losses=losses,
-        validate=ValidationImages(pipe, config.validation_prompts, **generation) if config.validation_prompts else None,
-        resume_from_checkpoint=config.resume_from_checkpoint,
+    options: dict[str, Any] = {
+        "scheduler": pipe.scheduler,
+        "steps": settings.max_train_steps,
+        "out": config.output_dir,
+        "losses": losses,
+        "validate": ValidationImages(pipe, config.validation_prompts, **generation)
+        if config.validation_prompts
+        else None,
         **{name: value for name, value in asdict(settings).items() if name != "max_train_steps"},
-    )
+    }
+    data = _data(config, pipe, settings.seed)
+    tuned: GraphUNet
+    report: TuningReport | IncubationReport
+    if config.stage_steps:
+        options |= {"progressive": config.progressive, "processes": config.stage_processes}
+        tuned, report = incubate(source, _stages(passes, source), data, stage_steps=config.stage_steps, **options)
+    else:
+        teacher = source if config.pretrained_teacher_model is None else pipe.unet
+        options |= {"resume_from_checkpoint": config.resume_from_checkpoint}
+        tuned, report = tune(apply(source, passes), teacher, data, **options)
     if process.is_main_process:
         with with_unet(pipe, tuned):
             pipe.save_pretrained(config.output_dir)
         print(f"{report}\nsaved in {config.output_dir}")
     process.destroy_process_group()
+
+
+def _stages(passes: Sequence[Pass], source: GraphUNet) -> list[Pass]:
+    """Return the passes, those that know their stages as several."""
+    return [stage for p in passes for stage in (p.stages(source.graph) if hasattr(p, "stages") else (p,))]
 
 
 def _data(config: Configuration, pipe: Any, seed: int) -> Source:

@@ -21,6 +21,7 @@ from .region import Region, region_at, regions_of
 from .sites import Site, bypass, sites
 from .specialize import copy_nodes
 from .state import GraphState
+from .taking import take_weights
 from .weights import Shares, described
 
 
@@ -212,6 +213,27 @@ class EditableGraph(GraphState):
             )
         node.target = path
         self.infer(node)
+
+    def take_weights(self, regions: str | Iterable[str], other: GraphState) -> tuple[str, ...]:
+        """Take the weights of regions from another graph, over the same storage.
+
+        The regions must be the same in both graphs but for the values of their weights.
+
+        Args:
+            regions: paths or patterns, see `matching`.
+            other: the graph to take from, which stays as it is.
+        Returns:
+            The names of the weights: leaf modules and tensors.
+        Raises:
+            PathError: there is no such region in one of the graphs.
+            EditError: a region is not the same in both, or shares its weights with another one; or dtype or device of
+                the weights differ.
+            ShapeError: the weights differ in more than their values.
+        Example:
+            `graph.take_weights(["mid_block", "up_blocks.*"], tuned.graph)`
+        """
+        self._check_editable()
+        return take_weights(self, self.matching(regions), other)
 
     def erase(self, node: torch.fx.Node) -> None:
         """Remove a node that has no users.

@@ -117,6 +117,7 @@ class Batches:
         ]
         own = torch.tensor([caption in (None, index) for caption, index in zip(captions, indices, strict=True)])
         conditions = self.source.conditions(captions)
+        noisy = noisy.contiguous()  # or the layout in which a VAE encoded would decide which kernels a UNet runs
         return Batch(samples.latents, noise, noisy, timesteps, conditions, own, self.guidance_pairs)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from .losses import Features, Loss, Output
 from .report import TuningReport
 from .settings import Settings
 from .sources import Source, as_source
-from .tune import tune
+from .tune import Validate, tune
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ def incubate(
     steps: int,
     out: str | Path,
     losses: Sequence[Loss] | None = None,
+    validate: Validate | None = None,
     progressive: bool = False,
     processes: int = 1,
     **settings: Any,
@@ -72,7 +72,7 @@ def incubate(
         stage_steps: the number of optimizer steps of every stage.
         steps: the number of optimizer steps of the assembled student.
         out: the folder of all runs: `stage-1/`, `stage-2/`, ... and `whole/`.
-        losses: of the assembled student, see `sdgraph.tune`.
+        losses, validate: of the assembled student, see `sdgraph.tune`.
         progressive: train a stage inside the teacher with all earlier stages in place, one after the other.
         processes: the number of stages that are trained at the same time, in processes of their own. The data must be
             picklable then.
@@ -117,8 +117,8 @@ def incubate(
                 begun = assemble(apply(teaching, earlier, verify=False), tuned)
             tuned.append((job.blocks, job.run(begun, teaching, source)))
     whole = assemble(student, tuned)
-    options = {"scheduler": scheduler, "out": folder / "whole", "losses": losses, **settings}
-    result, report = tune(whole, teaching, source, steps=steps, **options)
+    options = {"scheduler": scheduler, "losses": losses, "validate": validate, **settings}
+    result, report = tune(whole, teaching, source, steps=steps, out=folder / "whole", **options)
     return result, IncubationReport(tuple(TuningReport.of(job.out) for job in jobs), report)
 
 
@@ -201,28 +201,14 @@ def assemble(student: GraphUNet, parts: Iterable[tuple[Sequence[str], GraphUNet]
         student: the UNet whose graph is kept; it stays as it is.
         parts: blocks, and the UNet whose weights they get.
     Raises:
-        TuningError: a UNet has other weights in a block than the student.
+        EditError, ShapeError: a block is not the same in both UNets, see `sdgraph.Graph.take_weights`.
     Example:
         `assemble(student, [(("mid_block",), tuned)])`
     """
-    whole = copy.deepcopy(student)
-    weights = whole.state_dict()
+    graph = student.graph.copy()
     for blocks, unet in parts:
-        others = unet.state_dict()
-        for block in blocks:
-            names = [name for name in weights if name.startswith(f"{block}.")]
-            wrong = [n for n in names if n not in others or others[n].shape != weights[n].shape]
-            wrong += [n for n in others if n.startswith(f"{block}.") and n not in weights]
-            if wrong or not names:
-                raise TuningError(
-                    f"{block} does not fit: the student and the UNet that it is taken from differ at "
-                    f"{(wrong or ['all weights'])[0]}",
-                    where=block,
-                    hint="take a block from a UNet that had the same passes applied to it",
-                )
-            weights |= {name: others[name] for name in names}
-    whole.load_state_dict(weights)
-    return whole
+        graph.take_weights(blocks, unet.graph)
+    return GraphUNet(graph, student.report)
 
 
 def _run_apart(jobs: Sequence[Job], students: Sequence[GraphUNet], teacher: Path, data: Source, processes: int) -> None:

@@ -72,6 +72,8 @@ def test_toml_and_json_say_the_same_and_settings_can_be_changed() -> None:
         ({"prompts": "prompts.txt"}, "no data, or there are two kinds"),
         ({"without": "train_data_dir"}, "no data, or there are two kinds"),
         ({"max_train_steps": 0}, "max_train_steps is 0"),
+        ({"stage_steps": 1, "pretrained_teacher_model": "other"}, "pretrained_teacher_model does not go with stage_st"),
+        ({"stage_steps": 1, "resume_from_checkpoint": "checkpoint-1"}, "resume_from_checkpoint does not go with"),
     ],
 )
 def test_wrong_configurations_are_refused(changes: dict[str, Any], reason: str) -> None:
@@ -153,3 +155,17 @@ def test_a_run_from_prompts_alone(model: Path, prompts: Path, capsys: pytest.Cap
     other = written(without="train_data_dir", losses=["Output", "Denoising"], **run)
     assert main(["tune", str(other)]) == 2
     assert "leave this loss out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_stages_are_trained_apart_and_assembled(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_photos(Path("photos"))
+    config = written(pretrained_model_name_or_path=str(model), stage_steps=1, max_train_steps=1)
+    assert main(["tune", str(config)]) == 0
+    assert capsys.readouterr().out.count("1 steps in") == 3  # two stages, and the whole
+    with quiet():
+        tuned = load_pipeline("tuned", "float32", "cpu").unet
+        stage = sdgraph.GraphUNet.from_pretrained("tuned/stage-1/unet")
+        untuned = sdgraph.apply(load_unet(str(model), "float32"), PASSES, verify=False)
+    assert tuned.graph.removed.keys() == untuned.graph.removed.keys()
+    assert 0 < len(stage.graph.removed) < len(tuned.graph.removed)

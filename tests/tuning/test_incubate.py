@@ -125,7 +125,7 @@ def test_parts_that_do_not_fit_are_refused(
     unchanged = sdgraph.apply(teaching, [], verify=False)
     with pytest.raises(errors.TuningError, match="changes no block"):
         changed_blocks(unchanged, teaching)
-    with pytest.raises(errors.TuningError, match=r"down_blocks\.0 does not fit"):
+    with pytest.raises(errors.EditError, match=r"down_blocks\.0 is not the same in both"):
         assemble(student, [(("down_blocks.0",), teaching)])
     with pytest.raises(errors.TuningError, match="chain has no passes"):
         chain(teacher, [], data, steps=1, out=tmp_path)
