@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from scenes.judge import Judge
 from scenes.pipeline import GUIDANCE
-from scenes.student import captions, drawn
+from scenes.quality import held_out_captions
+from scenes.student import SEED, captions, drawn
 from torch import Tensor, nn
 
 import sdgraph
@@ -59,16 +60,25 @@ class Meaning(nn.Module):
         return features
 
 
-def generated(pipe: Any, count: int, folder: Path, calls: int = 20) -> Source:
+def generated(pipe: Any, count: int, folder: Path, calls: int = 20, unseen: bool = False) -> Source:
     """Return as many rows without any drawing: what the teacher saw while it generated from captions.
 
     All calls of a generation are kept.
+
+    Args:
+        unseen: half of the captions name a pair of shape and colour that no training scene shows. None of them is
+            among those that quality is measured on.
     """
     calls = min(calls, count)
+    texts = captions(count // calls)
+    if unseen:
+        measured = frozenset(held_out_captions(2000)[1])
+        others = [text for text in captions(2 * len(texts), SEED + 2, held_out=True) if text not in measured]
+        texts[::2] = others[: len(texts[::2])]
     return Prompts(
-        captions(count // calls),
+        texts,
         pipe,
-        cache=folder / "trajectories",
+        cache=folder / f"trajectories{'-unseen' * unseen}",
         num_inference_steps=calls,
         calls_per_prompt=calls,
         batch=32,
@@ -170,6 +180,9 @@ FIRST_HALF = {
     "ours, attention maps": Recipe(with_default(AttentionMaps())),
     "ours, image features": Recipe(lambda pipe: (*DEFAULT, ImageFeatures(Meaning(), pipe.vae, weight=0.1))),
     "ours, captions alone": Recipe(lambda pipe: DEFAULT[:-1], {"random_conditioning": True}, generated),
+    "ours, captions of all pairs": Recipe(
+        lambda pipe: DEFAULT[:-1], {"random_conditioning": True}, partial(generated, unseen=True)
+    ),
 }
 SECOND_HALF = {
     "incubated": Recipe(train=in_stages),

@@ -62,9 +62,10 @@ def drawn(pipe: StableDiffusionPipeline, count: int, folder: Path) -> Tensors:
     )
 
 
-def captions(count: int) -> list[str]:
-    """Return a caption for each of the training scenes."""
-    return [caption(scene, np.random.default_rng((SEED, i))) for i, scene in enumerate(data.scenes(count, SEED))]
+def captions(count: int, seed: int = SEED, held_out: bool = False) -> list[str]:
+    """Return a caption for each of the training scenes, or of other ones; see `data.scenes`."""
+    scenes = data.scenes(count, seed, held_out)
+    return [caption(scene, np.random.default_rng((seed, i))) for i, scene in enumerate(scenes)]
 
 
 def _embedded(pipe: Any, texts: list[str]) -> torch.Tensor:

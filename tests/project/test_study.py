@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -45,3 +46,18 @@ def test_ways_are_added_and_those_that_are_there_stay(tmp_path: Path, monkeypatc
     other = run("--ways", "ours", "--rate", "0.1")
     assert other.returncode == 1
     assert "pass another --out" in other.stderr
+
+
+def test_curves_show_what_several_numbers_of_steps_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = load("benchmarks/learning_curves.py")
+    long = json.loads((ROOT / "benchmarks/results/tuning/cpu-float32-800-steps.json").read_text())
+    short = copy.deepcopy(long) | {"steps": 100}
+    short["ways"] = {name: long["ways"][name] for name in ("teacher", "base, untuned", "base, ours")}
+    found = script.curves([long, short])
+    assert {way: list(points) for way, points in found.items()} == {"base, ours": [100, 800]}
+    script.draw(found, tmp_path / "curves.svg")
+    assert "base, ours" in (tmp_path / "curves.svg").read_text()
+    assert "| base, ours | " in script.table(found)
+    with pytest.raises(SystemExit, match="measured in different ways"):
+        script.curves([long, short | {"captions": 4}])
