@@ -61,7 +61,7 @@ def _operations(region: Region) -> list[str]:
     def named(node: fx.Node) -> str:
         return f"%{number[node]}" if node in number else "%"
 
-    return [f"{called(node)} {fx.map_arg((node.args, node.kwargs), named)}" for node in region.nodes]  # type: ignore[arg-type]
+    return [f"{called(node)} {fx.map_arg((node.args, node.kwargs), named)}" for node in region.nodes]
 
 
 def _check_fits(name: str, mine: nn.Module | torch.Tensor, its: nn.Module | torch.Tensor) -> None:
