@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from measure import spent
 from solvers import SOLVERS
-from trained import Quality, held_out_captions
+from trained import Quality, held_out_captions, sheet
 
 from sdgraph.evaluation import metrics
 
@@ -62,9 +63,20 @@ class Desk:
         mine, its = np.median([[spent(call, "cpu") for call in calls] for _ in range(50)][2:], axis=0)
         return float(mine / its)
 
+    def sheet(self, names: Iterable[str], solver: str, steps: int, path: Path, count: int = 12) -> list[str]:
+        """Write the first images of UNets as one picture, a row of each, and return the names that have images here."""
+        files = {name: self._file(name, solver, steps) for name in names}
+        rows = {name: np.load(file)["images"][:count] / 255.0 for name, file in files.items() if file.exists()}
+        if rows:
+            sheet(np.concatenate(list(rows.values())), columns=min(count, len(self.captions)), scale=1).save(path)
+        return list(rows)
+
+    def _file(self, name: str, solver: str, steps: int) -> Path:
+        return self.folder / f"{name}, {solver}, {steps}, {len(self.captions)}.npz"
+
     def _kept(self, name: str, unet: Any, solver: str, steps: int) -> Any:
         """Return images (N, H, W, 3) in [0, 1], which are generated the first time."""
-        file = self.folder / f"{name}, {solver}, {steps}, {len(self.captions)}.npz"
+        file = self._file(name, solver, steps)
         if not file.exists():
             images = self._generated(unet, solver, steps)
             file.parent.mkdir(parents=True, exist_ok=True)

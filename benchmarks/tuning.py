@@ -7,8 +7,9 @@
 
 All ways take the same number of optimizer steps of the same batch size. Quality is measured on held-out captions, every
 caption with a noise of its own. Runs and images are kept in a folder, and the same command goes on where it was
-stopped. The script writes JSON after every way, and prints a table. Ways that the file has already are left as they
-are, so that a study may take several days or machines.
+stopped. The script writes JSON after every way, prints a table, and puts images of the ways that have some in the
+folder side by side. Ways that the file has already are left as they are, so that a study may take several days or
+machines.
 """
 
 from __future__ import annotations
@@ -75,14 +76,16 @@ def main() -> None:
     if args.frontier:
         points += [(solver, steps) for solver in SOLVERS for steps in STEPS if (solver, steps) not in points]
 
+    def kept_as(name: str) -> str:
+        return name if name == "teacher" else f"{name}, {args.steps} steps"
+
     def missing(name: str) -> bool:
         return len(result["ways"].get(name, {"points": ()})["points"]) < len(points)
 
     def note(name: str, unet: Any, **facts: Any) -> None:
         """Measure a UNet, or its time alone if its images are measured, and write it down."""
         if missing(name):
-            kept = name if unet is teacher else f"{name}, {args.steps} steps"
-            measured = [desk.figures(kept, unet, solver, steps) for solver, steps in points]
+            measured = [desk.figures(kept_as(name), unet, solver, steps) for solver, steps in points]
             size = {"parameters": sum(p.numel() for p in unet.parameters()), "macs": unet.graph.macs}
             command = f"python benchmarks/tuning.py {shlex.join(sys.argv[1:])}"
             circumstances = {**measure.circumstances("cpu"), "threads": args.threads, "command": command}
@@ -103,7 +106,10 @@ def main() -> None:
                     note(name, unet, losses=[str(loss) for loss in RECIPES[way].losses(pipe)], training=seconds)
                 elif args.times:
                     note(name, RECIPES[way].untrained(teacher, preset))
-    print(f"\n{report(result)}\n\nwritten to {out}")
+    picture = args.folder / "images.png"
+    shown = desk.sheet(map(kept_as, result["ways"]), *points[0], picture)
+    rows = f"; the rows of {picture} are {', '.join(shown)}" if shown else ""
+    print(f"\n{report(result)}\n\nwritten to {out}{rows}")
 
 
 def begun(out: Path, args: argparse.Namespace) -> dict[str, Any]:

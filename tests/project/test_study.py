@@ -43,6 +43,8 @@ def test_ways_are_added_and_those_that_are_there_stay(tmp_path: Path, monkeypatc
     assert timed["timed on"] == result["ways"]["teacher"]["timed on"]
     result["ways"]["base, untuned"] |= {name: timed[name] for name in ("time", "timed on")}
     assert after == result
+    assert (tmp_path / "runs" / "images.png").stat().st_size > 0
+    assert "are teacher, base, untuned, 8 steps, base, ours, 8 steps" in second.stdout
     other = run("--ways", "ours", "--rate", "0.1")
     assert other.returncode == 1
     assert "pass another --out" in other.stderr
