@@ -1,7 +1,8 @@
 """Draws what students of the small trained Stable Diffusion have learned after few and many optimizer steps.
 
-    python benchmarks/tuning.py --presets base --ways ours chain --steps 200     # one file for each number of steps
-    python benchmarks/learning_curves.py benchmarks/results/tuning/*.json        # the ways that several of them have
+    python benchmarks/tuning.py --presets base --ways ours chain --steps 200    # a file for that number of steps
+    cd benchmarks/results/tuning
+    python ../../learning_curves.py cpu-float32-{200,800}-steps.json            # the ways that both files have
 
 A point is a run of its own, whose learning rate falls to zero at its end. The script writes a figure and a table.
 """

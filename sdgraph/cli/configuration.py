@@ -100,6 +100,12 @@ def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settin
             where=str(path),
             hint=f"leave {name} out; every stage goes on from its last checkpoint",
         )
+    if not run.stage_steps and (run.progressive or run.stage_processes != 1):
+        raise SpecError(
+            "progressive and stage_processes are about stages, and no stages are trained",
+            where=str(path),
+            hint="set stage_steps, the number of steps of a stage",
+        )
     return run, settings
 
 

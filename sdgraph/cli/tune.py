@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
     process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
     pipe = load_pipeline(config.pretrained_model_name_or_path, "float32", process.device)
     source = apply(pipe.unet, ())
+    student = apply(source, passes)  # before the data are encoded, which takes long
     if config.pretrained_teacher_model is not None:
         pipe.unet = load_unet(config.pretrained_teacher_model, "float32").to(process.device)
     generation: dict[str, Any] = {
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         teacher = source if config.pretrained_teacher_model is None else pipe.unet
         options |= {"resume_from_checkpoint": config.resume_from_checkpoint}
-        tuned, report = tune(apply(source, passes), teacher, data, **options)
+        tuned, report = tune(student, teacher, data, **options)
     if process.is_main_process:
         with with_unet(pipe, tuned):
             pipe.save_pretrained(config.output_dir)

@@ -46,7 +46,7 @@ def _check_same(mine: Region, its: Region) -> None:
     """Refuse regions that differ in more than their weights."""
     for here, there in zip_longest(_operations(mine), _operations(its), fillvalue="nothing"):
         if here != there:
-            passes = ", ".join(map(str, getattr(its.graph, "passes", ()))) or "none"
+            passes = ", ".join(map(str, its.graph.passes)) or "none"
             raise EditError(
                 f"{mine.path} is not the same in both graphs: here {here}, there {there}",
                 where=mine.path,

@@ -80,7 +80,8 @@ def incubate(
     Returns:
         The tuned student in evaluation mode, and the logs of all runs.
     Raises:
-        TuningError: two stages change the same block, or a stage changes nothing that could be trained.
+        TuningError: two stages change the same block, or a stage changes nothing that could be trained; or stages are
+            to be trained both one after the other and at the same time.
     Example:
         ```python
         stages = PruneBlocks("bk-sdm-base").stages(sdgraph.trace(pipe.unet))
@@ -93,6 +94,12 @@ def incubate(
         frozen teacher in the place of their meta model is our decision.
     """
     Settings.of({"max_train_steps": stage_steps, **settings})
+    if progressive and processes > 1:
+        raise TuningError(
+            "stages that are trained one after the other cannot be trained at the same time",
+            where="progressive, processes",
+            hint="leave one of them out",
+        )
     folder, source = Path(out), as_source(data)
     teaching = apply(teacher, (), verify=False)
     passes = [as_passes(stage) if isinstance(stage, str) else [stage] for stage in stages]
@@ -105,7 +112,7 @@ def incubate(
     ]
     student = apply(teaching, [p for stage in passes for p in stage], verify=False)
     tuned: list[tuple[tuple[str, ...], GraphUNet]] = []
-    if processes > 1 and not progressive:
+    if processes > 1:
         teaching.save_pretrained(folder / "teacher")
         _run_apart(jobs, alone, folder / "teacher", source, processes)
         tuned = [(job.blocks, GraphUNet.from_pretrained(job.out / "unet")) for job in jobs]

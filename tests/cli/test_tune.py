@@ -74,6 +74,8 @@ def test_toml_and_json_say_the_same_and_settings_can_be_changed() -> None:
         ({"max_train_steps": 0}, "max_train_steps is 0"),
         ({"stage_steps": 1, "pretrained_teacher_model": "other"}, "pretrained_teacher_model does not go with stage_st"),
         ({"stage_steps": 1, "resume_from_checkpoint": "checkpoint-1"}, "resume_from_checkpoint does not go with"),
+        ({"progressive": True}, "no stages are trained"),
+        ({"stage_processes": 2}, "no stages are trained"),
     ],
 )
 def test_wrong_configurations_are_refused(changes: dict[str, Any], reason: str) -> None:

@@ -75,7 +75,7 @@ def test_guidance_pairs_differ_in_the_caption_alone() -> None:
     assert sorted(read) == sorted([*range(10)] * 2)
 
 
-def test_the_layout_of_latents_in_memory_is_none_of_the_models_business() -> None:
+def test_noisy_latents_have_one_layout_in_memory() -> None:
     latents = torch.randn(4, 4, 8, 8).contiguous(memory_format=torch.channels_last)
     batch = Batches(Tensors(latents, {}), NOISING, 4).batch(0, range(4))
     assert batch.noisy.stride() == (256, 64, 8, 1)

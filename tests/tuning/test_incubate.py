@@ -118,6 +118,8 @@ def test_parts_that_do_not_fit_are_refused(
         run(overlapping)
     with pytest.raises(errors.TuningError, match="there is no option"):
         run(["PruneBlocks('mid_block')"], rate=3)
+    with pytest.raises(errors.TuningError, match="cannot be trained at the same time"):
+        run(["PruneBlocks('mid_block')"], progressive=True, processes=2)
     unpicklable = Tensors(torch.zeros(2, 4, 8, 8), {})
     unpicklable.local = lambda: None  # type: ignore[attr-defined]
     with pytest.raises(errors.TuningError, match="cannot be sent to another process"):
