@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import sdgraph
 from sdgraph import Graph, GraphUNet, Pass
 from sdgraph.errors import SdgraphError
 from sdgraph.passes import (
+    Assemble,
     CleanUp,
     GRIAttention,
     HoistInvariants,
@@ -72,6 +74,19 @@ def test_two_passes_in_both_orders(source: Graph, one: str, other: str) -> None:
     for result in results[1:]:
         for found, expected in zip(result, results[0], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", PASSES)
+def test_regions_that_any_pass_changed_are_assembled(source: Graph, name: str, tmp_path: Path) -> None:
+    other = sdgraph.apply(build("sd15-levels", sample_size=16, seed=1), PASSES[name], verify=False)
+    other.save_pretrained(tmp_path / "other")
+    regions = ("conv_in", "time_embedding", "down_blocks.*", "mid_block", "up_blocks.*", "conv_norm_out", "conv_out")
+    assembled = sdgraph.apply(source, [PASSES[name], Assemble(regions, str(tmp_path / "other"))], verify=False)
+    assembled.save_pretrained(tmp_path / "assembled")
+    for unet in (assembled, GraphUNet.from_pretrained(tmp_path / "assembled")):
+        for found, expected in zip(generation(unet), generation(other), strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.long
