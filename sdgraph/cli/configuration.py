@@ -32,7 +32,8 @@ class Configuration:
         progressive: train a stage with all earlier stages in place.
         stage_processes: the number of stages that are trained at the same time.
         train_data_dir: a folder of images with captions.
-        prompts: a file with one prompt per line, instead of images.
+        prompts: a file with one prompt per line, instead of images; beside images, with random_conditioning, these are
+            captions that have none.
         resolution: height and width of the images, in pixels; by default 512, and for prompts the pipeline's own.
         center_crop: cut out the centre of images instead of a random place.
         random_flip: mirror half of the images.
@@ -87,11 +88,17 @@ def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settin
             raise SpecError(f"there is no setting {name!r}", where=str(path), hint=hint)
     settings = _typed(Settings, {name: given[name] for name in given if name in of_loop}, path)
     run = _typed(Configuration, {name: given[name] for name in given if name in of_run}, path)
-    if (run.train_data_dir is None) == (run.prompts is None):
+    if run.train_data_dir is None and run.prompts is None:
         raise SpecError(
-            "there is no data, or there are two kinds",
+            "there is no data",
             where=str(path),
-            hint="name either train_data_dir, a folder of images with captions, or prompts, a text file",
+            hint="name train_data_dir, a folder of images with captions, or prompts, a text file",
+        )
+    if run.train_data_dir is not None and run.prompts is not None and not settings.random_conditioning:
+        raise SpecError(
+            "there are two kinds of data; prompts beside images are read with random conditioning only",
+            where=str(path),
+            hint="name either train_data_dir or prompts, or set random_conditioning = true",
         )
     if run.stage_steps and (run.pretrained_teacher_model is not None or run.resume_from_checkpoint != "latest"):
         name = "resume_from_checkpoint" if run.pretrained_teacher_model is None else "pretrained_teacher_model"

@@ -37,7 +37,7 @@ from ..spec import read as read_spec
 from ..tuning.incubate import IncubationReport, incubate
 from ..tuning.losses import Loss
 from ..tuning.report import TuningReport
-from ..tuning.sources import Images, Prompts, Source
+from ..tuning.sources import Images, MoreCaptions, Prompts, Source
 from ..tuning.tune import tune
 from ..tuning.validation import ValidationImages
 from .arguments import add_imports
@@ -102,9 +102,10 @@ def _stages(passes: Sequence[Pass], source: GraphUNet) -> list[Pass]:
 
 def _data(config: Configuration, pipe: Any, seed: int) -> Source:
     """Return the images or the prompts that a configuration names, encoded."""
-    if config.prompts is not None:
+    prompts = None if config.prompts is None else read_prompts(Path(config.prompts))
+    if config.train_data_dir is None:
         return Prompts(
-            read_prompts(Path(config.prompts)),
+            prompts or (),
             pipe,
             cache=config.data_cache or Path(config.output_dir, "data"),
             num_inference_steps=config.num_inference_steps,
@@ -115,8 +116,8 @@ def _data(config: Configuration, pipe: Any, seed: int) -> Source:
             seed=seed,
             cache_limit=config.data_cache_limit,
         )
-    return Images(
-        str(config.train_data_dir),
+    images = Images(
+        config.train_data_dir,
         pipe,
         resolution=config.resolution or 512,
         center_crop=config.center_crop,
@@ -126,3 +127,4 @@ def _data(config: Configuration, pipe: Any, seed: int) -> Source:
         cache=config.data_cache,
         cache_limit=config.data_cache_limit,
     )
+    return images if prompts is None else MoreCaptions(images, prompts, pipe)

@@ -24,7 +24,7 @@ from .noising import Noising
 from .observe import Observed, Tap
 from .report import TuningReport
 from .settings import Settings
-from .sources import Images, Prompts, Samples, Source, Tensors
+from .sources import Images, MoreCaptions, Prompts, Samples, Source, Tensors
 from .tune import DEFAULT, tune
 from .validation import ValidationImages
 
@@ -41,6 +41,7 @@ __all__ = [
     "Images",
     "IncubationReport",
     "Loss",
+    "MoreCaptions",
     "Noising",
     "Observed",
     "Output",

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import TuningError
 from .counter import generator
 from .noising import Noising
-from .sources import Source
+from .sources import MoreCaptions, Source
 
 STEEPNESS = 5.0  # of random conditioning: p = 1 at the last timestep, 0.08 in the middle
 
@@ -64,13 +64,15 @@ class Batches:
         size: the number of samples per step, of all processes and accumulated batches together.
         seed: the seed of the run.
         proportion_empty_prompts: the share of rows whose caption is left out, for classifier-free guidance.
-        random_conditioning: give noisy rows the caption of another row, with a probability that rises exponentially
-            with the timestep. The teacher's answer then teaches captions of which there are no images, and `Denoising`
-            leaves these rows out.
+        random_conditioning: give noisy rows another caption of the source, with a probability that rises exponentially
+            with the timestep. The teacher's answer then teaches captions of which there are no images, those of
+            `MoreCaptions` among them, and `Denoising` leaves these rows out.
         timestep_intervals: every batch draws its timesteps from one of so many equal parts of the schedule, and as many
             batches in a row draw from all of them. Experts that are routed by the timestep then learn in turn.
         guidance_pairs: every noisy latent fills two rows, the second without its caption, as a pipeline calls the UNet
             for classifier-free guidance.
+    Raises:
+        TuningError: there are captions without images, and no random conditioning.
     Source:
         Kim et al., "Random Conditioning with Distillation for Data-Efficient Diffusion Model Compression", 2025; one
         interval per batch: Fang et al., "Remix-DiT: Mixing Diffusion Transformers for Multi-Expert Denoising", 2024.
@@ -84,6 +86,14 @@ class Batches:
     random_conditioning: bool = False
     timestep_intervals: int = 1
     guidance_pairs: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, MoreCaptions) and not self.random_conditioning:
+            raise TuningError(
+                "captions without images are read with random conditioning only",
+                where="random_conditioning",
+                hint="pass random_conditioning=True, or the source without more captions",
+            )
 
     def batch(self, step: int, rows: Sequence[int]) -> Batch:
         """Return rows of the batch of a step, on the CPU.
@@ -145,7 +155,8 @@ class Batches:
         return torch.from_numpy(drawn.astype(np.int64))
 
     def _caption(self, index: int, timestep: int, draw: np.random.Generator) -> int | None:
-        empty, swapped, other = draw.random(), draw.random(), int(draw.integers(len(self.source)))
+        captions = self.source.captions if isinstance(self.source, MoreCaptions) else len(self.source)
+        empty, swapped, other = draw.random(), draw.random(), int(draw.integers(captions))
         if empty < self.proportion_empty_prompts:
             return None
         probability = math.expm1(STEEPNESS * timestep / (len(self.noising) - 1)) / math.expm1(STEEPNESS)

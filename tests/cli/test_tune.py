@@ -69,8 +69,8 @@ def test_toml_and_json_say_the_same_and_settings_can_be_changed() -> None:
         ({"without": "output_dir"}, "missing required field `output_dir`"),
         ({"without": "max_train_steps"}, "missing required field `max_train_steps`"),
         ({"resolution": "large"}, r"got `str` - at `\$.resolution`"),
-        ({"prompts": "prompts.txt"}, "no data, or there are two kinds"),
-        ({"without": "train_data_dir"}, "no data, or there are two kinds"),
+        ({"prompts": "prompts.txt"}, "two kinds of data"),
+        ({"without": "train_data_dir"}, "there is no data"),
         ({"max_train_steps": 0}, "max_train_steps is 0"),
         ({"stage_steps": 1, "pretrained_teacher_model": "other"}, "pretrained_teacher_model does not go with stage_st"),
         ({"stage_steps": 1, "resume_from_checkpoint": "checkpoint-1"}, "resume_from_checkpoint does not go with"),
@@ -157,6 +157,19 @@ def test_a_run_from_prompts_alone(model: Path, prompts: Path, capsys: pytest.Cap
     other = written(without="train_data_dir", losses=["Output", "Denoising"], **run)
     assert main(["tune", str(other)]) == 2
     assert "leave this loss out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_from_images_with_captions_that_have_none(model: Path, prompts: Path) -> None:
+    write_photos(Path("photos"))
+    run = {"pretrained_model_name_or_path": str(model), "random_conditioning": True, "train_batch_size": 16}
+    weights = []
+    for folder, more in (("images", {}), ("more", {"prompts": str(prompts)})):
+        assert main(["tune", str(written(output_dir=folder, **run, **more))]) == 0
+        with quiet():
+            unet = load_pipeline(folder, "float32", "cpu").unet
+        weights.append(unet.state_dict()["conv_in.weight"])
+    assert not torch.equal(*weights)
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@ only random numbers and digests."""
 
 from .base import Samples, Source
 from .images import Images
+from .more_captions import MoreCaptions
 from .prompts import Prompts
 from .tensors import Tensors, as_source
 
-__all__ = ["Images", "Prompts", "Samples", "Source", "Tensors", "as_source"]
+__all__ = ["Images", "MoreCaptions", "Prompts", "Samples", "Source", "Tensors", "as_source"]

@@ -1,0 +1,67 @@
+"""Captions without images, beside the captions that rows have, as a source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import TuningError
+from .base import Samples, Source
+from .captions import Captions
+
+
+class MoreCaptions:
+    """A source, and captions of which there are no images, for `random_conditioning=True`.
+
+    Very noisy latents are given a caption that is drawn from all of these and those of the rows, and the teacher says
+    what follows from it. The student so learns words, and combinations of words, that no image of the source shows.
+
+    Args:
+        source: the rows.
+        captions: the captions.
+        pipe: the pipeline of the teacher; its text encoder encodes the captions of every batch.
+    Raises:
+        TuningError: there are no captions.
+    Example:
+        `MoreCaptions(Images("photos", pipe), ["a purple triangle"], pipe)`
+    Source:
+        Kim et al., "Random Conditioning with Distillation for Data-Efficient Diffusion Model Compression", 2025.
+    """
+
+    def __init__(self, source: Source, captions: Iterable[str], pipe: Any) -> None:
+        self._source, self._texts = source, [captions] if isinstance(captions, str) else list(captions)
+        if not self._texts or not all(isinstance(text, str) for text in self._texts):
+            raise TuningError("there are no captions, or some are no text", where="captions", hint="pass texts")
+        self._encode = Captions(pipe)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @property
+    def captions(self) -> int:
+        """The number of all captions. The first ones, as many as there are rows, are those of the rows."""
+        return len(self) + len(self._texts)
+
+    def samples(self, rows: Sequence[int], generators: Sequence[np.random.Generator]) -> Samples:
+        return self._source.samples(rows, generators)
+
+    def conditions(self, rows: Sequence[int | None]) -> dict[str, Tensor]:
+        # A caption without an image takes what is no text, as SDXL's sizes are, from some row.
+        known = self._source.conditions([row if row is None else row % len(self) for row in rows])
+        more = {place: row - len(self) for place, row in enumerate(rows) if row is not None and row >= len(self)}
+        if not more:
+            return known
+        encoded = self._encode([self._texts[number] for number in more.values()])
+        return known | {
+            name: known[name].index_copy(0, torch.tensor([*more]), encoded[name].float()) for name in encoded
+        }
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(
+            "\n".join([self._source.fingerprint(), self._encode.digest, *self._texts]).encode()
+        ).hexdigest()
