@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from scenes.judge import Judge
 from scenes.pipeline import GUIDANCE
-from scenes.quality import held_out_captions
-from scenes.student import SEED, captions, drawn
+from scenes.student import captions, drawn, unseen_captions
 from torch import Tensor, nn
 
 import sdgraph
@@ -27,6 +26,7 @@ from sdgraph.tuning import (
     Guidance,
     ImageFeatures,
     Loss,
+    MoreCaptions,
     Output,
     Prompts,
     RoutingPrior,
@@ -66,15 +66,12 @@ def generated(pipe: Any, count: int, folder: Path, calls: int = 20, unseen: bool
     All calls of a generation are kept.
 
     Args:
-        unseen: half of the captions name a pair of shape and colour that no training scene shows. None of them is
-            among those that quality is measured on.
+        unseen: half of the captions name a pair of shape and colour that no training scene shows.
     """
     calls = min(calls, count)
     texts = captions(count // calls)
     if unseen:
-        measured = frozenset(held_out_captions(2000)[1])
-        others = [text for text in captions(2 * len(texts), SEED + 2, held_out=True) if text not in measured]
-        texts[::2] = others[: len(texts[::2])]
+        texts[::2] = unseen_captions(2 * len(texts))[: len(texts[::2])]
     return Prompts(
         texts,
         pipe,
@@ -83,6 +80,11 @@ def generated(pipe: Any, count: int, folder: Path, calls: int = 20, unseen: bool
         calls_per_prompt=calls,
         batch=32,
     )
+
+
+def worded(pipe: Any, count: int, folder: Path) -> Source:
+    """Return drawn scenes, and as many captions without scenes, of pairs that no scene shows."""
+    return MoreCaptions(drawn(pipe, count, folder), unseen_captions(count), pipe)
 
 
 # -- how the steps are spent: a student of the teacher by pruning and further passes, after `steps` steps in all ------
@@ -182,6 +184,9 @@ FIRST_HALF = {
     "ours, captions alone": Recipe(lambda pipe: DEFAULT[:-1], {"random_conditioning": True}, generated),
     "ours, captions of all pairs": Recipe(
         lambda pipe: DEFAULT[:-1], {"random_conditioning": True}, partial(generated, unseen=True)
+    ),
+    "ours, guided, more captions": Recipe(
+        with_default(Guidance(GUIDANCE)), {**PAIRS, "random_conditioning": True}, worded
     ),
 }
 SECOND_HALF = {

@@ -68,6 +68,15 @@ def captions(count: int, seed: int = SEED, held_out: bool = False) -> list[str]:
     return [caption(scene, np.random.default_rng((seed, i))) for i, scene in enumerate(scenes)]
 
 
+def unseen_captions(count: int) -> list[str]:
+    """Return captions of scenes with a pair of shape and colour that no training scene shows, about as many as asked.
+
+    None of them is among those that quality is measured on.
+    """
+    measured = frozenset(quality.held_out_captions(2000)[1])
+    return [text for text in captions(count, SEED + 2, held_out=True) if text not in measured]
+
+
 def _embedded(pipe: Any, texts: list[str]) -> torch.Tensor:
     tokens = pipe.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     embeddings: torch.Tensor = pipe.text_encoder(tokens).last_hidden_state
