@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from scenes.judge import Judge
 from scenes.pipeline import GUIDANCE
-from scenes.student import captions, drawn, unseen_captions
+from scenes.student import GUIDED, LOSSES, captions, drawn, unseen_captions
 from torch import Tensor, nn
 
 import sdgraph
@@ -163,7 +163,6 @@ def with_default(*losses: Loss) -> Callable[[Any], tuple[Loss, ...]]:
     return lambda pipe: (*DEFAULT, *losses)
 
 
-PAIRS: Mapping[str, Any] = {"guidance_pairs": True, "proportion_empty_prompts": 0.0}
 ROUTED: Mapping[str, Any] = {"learning_rates": {"**.routing.*": 20}, "timestep_intervals": 4}
 # As many parameters as experts of rank 8 add. Those of full experts are more than the teacher has.
 MORE_BLOCKS = ("up_blocks.0.resnets.1", "down_blocks.2.resnets.1", "down_blocks.1.resnets.1")
@@ -177,17 +176,15 @@ FIRST_HALF = {
     "ours, features at weight 1": Recipe(lambda pipe: (Output(), Features("stage"), Denoising(weight=0.01))),
     "ours, output only": Recipe(lambda pipe: (Output(), Denoising(weight=0.01))),
     "ours, random conditioning": Recipe(options={"random_conditioning": True}),
-    "ours, guided": Recipe(with_default(Guidance(GUIDANCE)), PAIRS),
-    "ours, guided at weight 10": Recipe(with_default(Guidance(GUIDANCE, weight=10.0)), PAIRS),
+    "ours, guided": Recipe(lambda pipe: LOSSES, GUIDED),
+    "ours, guided at weight 10": Recipe(with_default(Guidance(GUIDANCE, weight=10.0)), GUIDED),
     "ours, attention maps": Recipe(with_default(AttentionMaps())),
     "ours, image features": Recipe(lambda pipe: (*DEFAULT, ImageFeatures(Meaning(), pipe.vae, weight=0.1))),
     "ours, captions alone": Recipe(lambda pipe: DEFAULT[:-1], {"random_conditioning": True}, generated),
     "ours, captions of all pairs": Recipe(
         lambda pipe: DEFAULT[:-1], {"random_conditioning": True}, partial(generated, unseen=True)
     ),
-    "ours, guided, more captions": Recipe(
-        with_default(Guidance(GUIDANCE)), {**PAIRS, "random_conditioning": True}, worded
-    ),
+    "ours, guided, more captions": Recipe(lambda pipe: LOSSES, {**GUIDED, "random_conditioning": True}, worded),
 }
 SECOND_HALF = {
     "incubated": Recipe(train=in_stages),
@@ -202,8 +199,8 @@ SECOND_HALF = {
     "folded branches": Recipe(passes=(Overparameterize(CONVOLUTIONS, kind="branches"),), finish=(Fold(),)),
     "shared": Recipe(passes=(ShareWeights.similar(count=2),)),
     "best together": Recipe(
-        with_default(Guidance(GUIDANCE)),
-        PAIRS,
+        lambda pipe: LOSSES,
+        GUIDED,
         passes=(Overparameterize(CONVOLUTIONS),),
         finish=(Fold(),),
         kept=MORE_BLOCKS,

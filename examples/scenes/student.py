@@ -21,12 +21,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import sdgraph
-from sdgraph.tuning import Tensors
+from sdgraph.tuning import DEFAULT, Guidance, MoreCaptions, Tensors
 
 from . import data, quality
 from .caption import caption
 from .models import scheduler
-from .pipeline import CURVE, RECORD, STUDENT, UNET, load, load_student, write_sums
+from .pipeline import CURVE, GUIDANCE, RECORD, STUDENT, UNET, load, load_student, write_sums
 
 PASSES = "PruneBlocks('bk-sdm-base')"
 SEED, SCENES, STEPS, RATE = 1, 20_000, 4_000, 2e-3
@@ -40,6 +40,8 @@ TRAINING = {
     "validation_steps": 10**9,
     "report_to": "none",
 }
+LOSSES = (*DEFAULT, Guidance(GUIDANCE))
+GUIDED = {"guidance_pairs": True, "proportion_empty_prompts": 0.0}
 
 
 @torch.no_grad()
@@ -86,11 +88,12 @@ def _embedded(pipe: Any, texts: list[str]) -> torch.Tensor:
 def train(run: Path, steps: int, scenes: int) -> tuple[sdgraph.GraphUNet, Any]:
     """Tune the student, and return it with the report of the run, which is kept in a folder."""
     pipe = load()
+    data = MoreCaptions(drawn(pipe, scenes, run / "data"), unseen_captions(scenes), pipe)
     teacher = sdgraph.GraphUNet(sdgraph.trace(pipe.unet.to(memory_format=torch.channels_last)))  # a tenth faster
     return sdgraph.tune(
-        sdgraph.apply(teacher, PASSES), teacher, drawn(pipe, scenes, run / "data"),
-        scheduler=scheduler(), steps=steps, out=run, learning_rate=RATE, lr_warmup_steps=max(1, steps // 50),
-        **TRAINING,
+        sdgraph.apply(teacher, PASSES), teacher, data,
+        scheduler=scheduler(), steps=steps, out=run, losses=LOSSES, learning_rate=RATE,
+        lr_warmup_steps=max(1, steps // 50), random_conditioning=True, **{**TRAINING, **GUIDED},
     )  # fmt: skip
 
 

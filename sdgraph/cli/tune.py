@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 
-from ..compiler.base import Pass
 from ..compiler.parse import parse
 from ..extra import imported
 from ..runtime.apply import apply
@@ -83,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
     report: TuningReport | IncubationReport
     if config.stage_steps:
         options |= {"progressive": config.progressive, "processes": config.stage_processes}
-        tuned, report = incubate(source, _stages(passes, source), data, stage_steps=config.stage_steps, **options)
+        stages = [stage for p in passes for stage in p.stages(source.graph)]
+        tuned, report = incubate(source, stages, data, stage_steps=config.stage_steps, **options)
     else:
         teacher = source if config.pretrained_teacher_model is None else pipe.unet
         options |= {"resume_from_checkpoint": config.resume_from_checkpoint}
@@ -93,11 +93,6 @@ def run(args: argparse.Namespace) -> None:
             pipe.save_pretrained(config.output_dir)
         print(f"{report}\nsaved in {config.output_dir}")
     process.destroy_process_group()
-
-
-def _stages(passes: Sequence[Pass], source: GraphUNet) -> list[Pass]:
-    """Return the passes, those that know their stages as several."""
-    return [stage for p in passes for stage in (p.stages(source.graph) if hasattr(p, "stages") else (p,))]
 
 
 def _data(config: Configuration, pipe: Any, seed: int) -> Source:

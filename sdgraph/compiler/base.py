@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,6 +41,16 @@ class Pass(Spec):
             The findings for the report, or None.
         """
         raise NotImplementedError(f"{type(self).__name__}.run")
+
+    def stages(self, graph: Graph) -> Sequence[Pass]:
+        """Return passes that do the same one after another, and whose changes can be trained apart; see `incubate`.
+
+        Args:
+            graph: the graph that the pass would be applied to. It is not changed.
+        Returns:
+            The pass itself, where a pass does not say more.
+        """
+        return (self,)
 
 
 @dataclass(frozen=True)
