@@ -24,7 +24,7 @@ CARD = "README.md"
 def filled(folder: Path = MODEL) -> str:
     """Return the text of the model card in a folder, with the figures between the markers."""
     training, quality = (json.loads((folder / name).read_text()) for name in (RECORD, QUALITY))
-    trained = _tuning(training) if "settings" in training else _training(training)
+    trained = _tuning(training) if isinstance(training, list) else _training(training)
     figures = f"{_quality(quality)}\n\n{trained}\n"
     return MARKED.sub(lambda match: match[1] + figures + match[2], (folder / CARD).read_text())
 
@@ -54,16 +54,20 @@ def _training(runs: dict[str, Any]) -> str:
     return f"{markdown(rows)}\n\nOn {last['machine']}; {versions}."
 
 
-def _tuning(record: dict[str, Any]) -> str:
+def _tuning(rounds: Sequence[dict[str, Any]]) -> str:
     default = {field.name: field.default for field in dataclasses.fields(Settings)}
-    chosen = {name: value for name, value in record["settings"].items() if value != default[name]}
+    chosen = [default | record["settings"] for record in rounds]
+    unusual = [name for name in default if any(settings[name] != default[name] for settings in chosen)]
     rows = [
-        ("setting", "value"),
-        ("passes", ", ".join(f"`{one}`" for one in record["passes"])),
-        ("losses", f"`{record['losses']}`"),
-        *((f"`{name}`", f"{value}") for name, value in chosen.items()),
+        ("setting", *(f"round {number}" for number in range(1, len(rounds) + 1))),
+        ("losses", *(f"`{record['losses']}`" for record in rounds)),
+        *((f"`{name}`", *(f"{settings[name]}" for settings in chosen)) for name in unusual),
     ]
-    return f"{markdown(rows)}\n\nAll other settings are the defaults of `sdgraph.tune`, version {record['sdgraph']}."
+    passes = ", ".join(f"`{one}`" for one in rounds[-1]["passes"])
+    return (
+        f"Passes: {passes}.\n\n{markdown(rows)}\n\n"
+        f"All other settings are the defaults of `sdgraph.tune`, version {rounds[-1]['sdgraph']}."
+    )
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

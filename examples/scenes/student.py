@@ -4,15 +4,18 @@
     python -m scenes.student            # from ../out/student to scenes/student; the same command goes on
     python -m scenes.card               # its model card
 
-The folder gets the UNet in float16, `training.json` (the recipe), `loss.svg`, and the figures of 1,000 held-out
-captions, measured as those of the model are.
+The UNet learns in two rounds: what the teacher predicts, and then what it predicts with guidance as well. The folder gets
+the UNet in float16, `training.json` (the recipes of the rounds), `loss.svg` of the last round, and the figures of 1,000
+held-out captions, measured as those of the model are.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import shutil
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import sdgraph
-from sdgraph.tuning import DEFAULT, Guidance, MoreCaptions, Tensors
+from sdgraph.tuning import DEFAULT, Guidance, Tensors
 
 from . import data, quality
 from .caption import caption
@@ -29,7 +32,7 @@ from .models import scheduler
 from .pipeline import CURVE, GUIDANCE, RECORD, STUDENT, UNET, load, load_student, write_sums
 
 PASSES = "PruneBlocks('bk-sdm-base')"
-SEED, SCENES, STEPS, RATE = 1, 20_000, 4_000, 2e-3
+SEED, SCENES, RATE = 1, 20_000, 2e-3
 TRAINING = {
     "train_batch_size": 32,
     "lr_scheduler": "cosine",
@@ -42,6 +45,10 @@ TRAINING = {
 }
 LOSSES = (*DEFAULT, Guidance(GUIDANCE))
 GUIDED = {"guidance_pairs": True, "proportion_empty_prompts": 0.0}
+ROUNDS: tuple[dict[str, Any], ...] = (
+    {"steps": 4_000, "learning_rate": RATE},
+    {"steps": 3_000, "learning_rate": RATE / 2, "losses": LOSSES, "seed": 1, **GUIDED},
+)
 
 
 @torch.no_grad()
@@ -85,24 +92,30 @@ def _embedded(pipe: Any, texts: list[str]) -> torch.Tensor:
     return embeddings
 
 
-def train(run: Path, steps: int, scenes: int) -> tuple[sdgraph.GraphUNet, Any]:
-    """Tune the student, and return it with the report of the run, which is kept in a folder."""
-    pipe = load()
-    data = MoreCaptions(drawn(pipe, scenes, run / "data"), unseen_captions(scenes), pipe)
+def train(run: Path, share: float, scenes: int) -> tuple[sdgraph.GraphUNet, list[sdgraph.tuning.TuningReport]]:
+    """Tune the student in rounds, and return it with their reports. The rounds are kept in a folder."""
+    pipe, reports = load(), []
+    data = drawn(pipe, scenes, run / "data")
     teacher = sdgraph.GraphUNet(sdgraph.trace(pipe.unet.to(memory_format=torch.channels_last)))  # a tenth faster
-    return sdgraph.tune(
-        sdgraph.apply(teacher, PASSES), teacher, data,
-        scheduler=scheduler(), steps=steps, out=run, losses=LOSSES, learning_rate=RATE,
-        lr_warmup_steps=max(1, steps // 50), random_conditioning=True, **{**TRAINING, **GUIDED},
-    )  # fmt: skip
+    student = sdgraph.apply(teacher, PASSES)
+    for number, planned in enumerate(ROUNDS, 1):
+        options = {**TRAINING, **planned}
+        options["steps"] = steps = math.ceil(share * planned["steps"])
+        student, report = sdgraph.tune(
+            student, teacher, data, scheduler=scheduler(), out=run / f"round-{number}",
+            lr_warmup_steps=math.ceil(steps / 50), **options,
+        )  # fmt: skip
+        reports.append(report)
+    return student, reports
 
 
-def save(student: sdgraph.GraphUNet, report: Any, folder: Path) -> None:
-    """Write the student in float16, with the recipe and the curve of the losses."""
+def save(student: sdgraph.GraphUNet, reports: Sequence[sdgraph.tuning.TuningReport], folder: Path) -> None:
+    """Write the student in float16, with the recipes of its rounds, and the losses of the last one."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(student).half().save_pretrained(folder / UNET)
-    shutil.copy(report.out / "tuning.json", folder / RECORD)
-    report.picture(folder / CURVE)
+    recipes = [json.loads((report.out / "tuning.json").read_text()) for report in reports]
+    (folder / RECORD).write_text(json.dumps(recipes, indent=1) + "\n")
+    reports[-1].picture(folder / CURVE)
     write_sums(folder)
 
 
@@ -110,11 +123,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("../out/student"), help="folder of the training run")
     parser.add_argument("--out", type=Path, default=STUDENT)
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps")
+    parser.add_argument("--share", type=float, default=1.0, help="the share of the optimizer steps to take")
     parser.add_argument("--scenes", type=int, default=SCENES, help="drawn scenes to learn from")
     parser.add_argument("--count", type=int, default=1000, help="held-out captions")
     options = parser.parse_args()
-    save(*train(options.run, options.steps, options.scenes), options.out)
+    save(*train(options.run, options.share, options.scenes), options.out)
     pipe = load()
     pipe.unet = load_student(options.out)
     quality.write(pipe, options.out, options.count)

@@ -201,13 +201,24 @@ def test_training_end_to_end(tmp_path: Path) -> None:
 def test_a_student_end_to_end(tmp_path: Path) -> None:
     """A folder of an earlier student is replaced."""
     for _ in range(2):
-        options = ("--run", tmp_path / "run", "--out", tmp_path / "student", "--steps", 2, "--scenes", 32, "--count", 8)
+        options = (
+            "--run",
+            tmp_path / "run",
+            "--out",
+            tmp_path / "student",
+            "--share",
+            0.0005,
+            "--scenes",
+            32,
+            "--count",
+            8,
+        )
         command = [sys.executable, "-m", "scenes.student", *map(str, options)]
         done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert load_student(tmp_path / "student").dtype == torch.float32
     (tmp_path / "student" / card.CARD).write_text("<!-- figures -->\n<!-- end of figures -->")
-    assert "| `max_train_steps` | 2 |" in card.filled(tmp_path / "student")
+    assert "| `max_train_steps` | 2 | 2 |" in card.filled(tmp_path / "student")
 
 
 def equal_weights(a: nn.Module, b: nn.Module) -> bool:
