@@ -4,9 +4,9 @@
     python -m scenes.student            # from ../out/student to scenes/student; the same command goes on
     python -m scenes.card               # its model card
 
-The UNet learns in two rounds: what the teacher predicts, and then what it predicts with guidance as well. The folder gets
-the UNet in float16, `training.json` (the recipes of the rounds), `loss.svg` of the last round, and the figures of 1,000
-held-out captions, measured as those of the model are.
+The UNet learns in two rounds: what the teacher predicts, and then what it predicts with guidance as well. The folder
+gets the UNet in float16, `training.json` (the recipes of the rounds), `loss.svg` of the last round, and the figures of
+1,000 held-out captions, measured as those of the model are.
 """
 
 from __future__ import annotations

@@ -201,18 +201,8 @@ def test_training_end_to_end(tmp_path: Path) -> None:
 def test_a_student_end_to_end(tmp_path: Path) -> None:
     """A folder of an earlier student is replaced."""
     for _ in range(2):
-        options = (
-            "--run",
-            tmp_path / "run",
-            "--out",
-            tmp_path / "student",
-            "--share",
-            0.0005,
-            "--scenes",
-            32,
-            "--count",
-            8,
-        )
+        folders = ("--run", tmp_path / "run", "--out", tmp_path / "student")
+        options = (*folders, "--share", 0.0005, "--scenes", 32, "--count", 8)
         command = [sys.executable, "-m", "scenes.student", *map(str, options)]
         done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
