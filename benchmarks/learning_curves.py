@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trained import ROOT
 from sdgraph.views.figure import paper
 
 PANELS = {"shape and colour": "share of captions shown right", "psnr": "PSNR to the teacher's images, dB"}
+MARKED = re.compile("<!-- curves -->.*?<!-- end of curves -->", re.DOTALL)
 FIGURE = ROOT / "benchmarks" / "results" / "tuning" / "learning-curves.svg"
 
 
@@ -72,11 +74,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of tuning.py")
     parser.add_argument("--out", type=Path, default=FIGURE, help="figure, .svg or .png")
+    parser.add_argument("--into", type=Path, help="document whose marked table is replaced")
     chosen = parser.parse_args()
     found = curves([json.loads(file.read_text()) for file in chosen.results])
     if not found:
         raise SystemExit("no way is in two of the files: train it with another number of steps as well")
     draw(found, chosen.out)
+    if chosen.into is not None:
+        text = f"<!-- curves -->\n{table(found)}\n<!-- end of curves -->"
+        chosen.into.write_text(MARKED.sub(lambda _: text, chosen.into.read_text()))
     print(f"{table(found)}\n\ndrawn in {chosen.out}")
 
 
