@@ -82,7 +82,10 @@ def main() -> None:
     draw(found, chosen.out)
     if chosen.into is not None:
         text = f"<!-- curves -->\n{table(found)}\n<!-- end of curves -->"
-        chosen.into.write_text(MARKED.sub(lambda _: text, chosen.into.read_text()))
+        document, count = MARKED.subn(lambda _: text, chosen.into.read_text())
+        if not count:
+            raise SystemExit(f"{chosen.into} has no table between <!-- curves --> and <!-- end of curves -->")
+        chosen.into.write_text(document)
     print(f"{table(found)}\n\ndrawn in {chosen.out}")
 
 

@@ -83,7 +83,7 @@ def generated(pipe: Any, count: int, folder: Path, calls: int = 20, unseen: bool
 
 
 def worded(pipe: Any, count: int, folder: Path) -> Source:
-    """Return drawn scenes, and as many captions without scenes, of pairs that no scene shows."""
+    """Return drawn scenes, and captions without scenes, of pairs that no scene shows."""
     return MoreCaptions(drawn(pipe, count, folder), unseen_captions(count), pipe)
 
 

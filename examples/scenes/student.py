@@ -78,9 +78,9 @@ def captions(count: int, seed: int = SEED, held_out: bool = False) -> list[str]:
 
 
 def unseen_captions(count: int) -> list[str]:
-    """Return captions of scenes with a pair of shape and colour that no training scene shows, about as many as asked.
+    """Return the captions of so many scenes with a pair of shape and colour that no training scene shows.
 
-    None of them is among those that quality is measured on.
+    Captions that quality is measured on are left out.
     """
     measured = frozenset(quality.held_out_captions(2000)[1])
     return [text for text in captions(count, SEED + 2, held_out=True) if text not in measured]
@@ -99,11 +99,10 @@ def train(run: Path, share: float, scenes: int) -> tuple[sdgraph.GraphUNet, list
     teacher = sdgraph.GraphUNet(sdgraph.trace(pipe.unet.to(memory_format=torch.channels_last)))  # a tenth faster
     student = sdgraph.apply(teacher, PASSES)
     for number, planned in enumerate(ROUNDS, 1):
-        options = {**TRAINING, **planned}
-        options["steps"] = steps = math.ceil(share * planned["steps"])
+        steps = math.ceil(share * planned["steps"])
         student, report = sdgraph.tune(
             student, teacher, data, scheduler=scheduler(), out=run / f"round-{number}",
-            lr_warmup_steps=math.ceil(steps / 50), **options,
+            lr_warmup_steps=math.ceil(steps / 50), **{**TRAINING, **planned, "steps": steps},
         )  # fmt: skip
         reports.append(report)
     return student, reports

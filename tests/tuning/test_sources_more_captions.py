@@ -68,6 +68,8 @@ def test_captions_that_would_not_be_read_or_are_none_are_refused(pipe: Any) -> N
     source = MoreCaptions(rows, MORE, pipe)
     with pytest.raises(TuningError, match=r"random conditioning only(.|\n)*random_conditioning=True"):
         Batches(source, NOISING, 4)
+    with pytest.raises(TuningError, match=r"already(.|\n)*all captions at once"):
+        MoreCaptions(source, MORE, pipe)
     others = [MoreCaptions(rows, MORE[:1], pipe), MoreCaptions(rows, MORE[::-1], pipe)]
     assert len({one.fingerprint() for one in [rows, source, *others]}) == 4
     assert source.fingerprint() == MoreCaptions(rows, MORE, pipe).fingerprint()

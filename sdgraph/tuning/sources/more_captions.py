@@ -18,15 +18,15 @@ from .captions import Captions
 class MoreCaptions:
     """A source, and captions of which there are no images, for `random_conditioning=True`.
 
-    Very noisy latents are given a caption that is drawn from all of these and those of the rows, and the teacher says
-    what follows from it. The student so learns words, and combinations of words, that no image of the source shows.
+    Very noisy latents are given a caption that is drawn from these and from those of the rows, and the student learns
+    what the teacher predicts for it. These captions may name things that no image of the source shows.
 
     Args:
         source: the rows.
         captions: the captions.
         pipe: the pipeline of the teacher; its text encoder encodes the captions of every batch.
     Raises:
-        TuningError: there are no captions.
+        TuningError: there are no captions, or the source has captions without images already.
     Example:
         `MoreCaptions(Images("photos", pipe), ["a purple triangle"], pipe)`
     Source:
@@ -37,6 +37,10 @@ class MoreCaptions:
         self._source, self._texts = source, [captions] if isinstance(captions, str) else list(captions)
         if not self._texts or not all(isinstance(text, str) for text in self._texts):
             raise TuningError("there are no captions, or some are no text", where="captions", hint="pass texts")
+        if isinstance(source, MoreCaptions):
+            raise TuningError(
+                "the source has captions without images already", where="source", hint="pass all captions at once"
+            )
         self._encode = Captions(pipe)
 
     def __len__(self) -> int:
