@@ -22,7 +22,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 FIGURE = DOCS / "architecture.svg"
 TREES = {"sdgraph": "sdgraph", "passes": "sdgraph.passes", "exporters": "sdgraph.exporters"}
-FACADE = "sdgraph/__init__.py"  # the public names, which passes and exporters use
+FACADE = "sdgraph/__init__.py"  # the public names, which passes and exporters use; they are loaded from public.py
 WIDTH, GAP, ACROSS = 176, 14, 6  # of a box; between boxes; boxes side by side
 RISE = 46  # between rows
 
@@ -45,7 +45,7 @@ def modules() -> dict[str, Path]:
 def group(path: Path) -> str:
     """The box that a file belongs to, as a path from the root of the repository."""
     folder, *rest = path.relative_to(ROOT).parts
-    if folder == "passes" or rest == ["__init__.py"]:
+    if folder == "passes" or rest in (["__init__.py"], ["public.py"]):
         return FACADE if folder == "sdgraph" else folder
     return f"{folder}/{rest[0]}" if folder == "sdgraph" or len(rest) > 1 else folder
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..compiler.parse import parse
-from ..runtime.apply import apply
 from .arguments import add_dtype, add_imports, add_model, add_overwrite
 from .sources import load_unet
 
@@ -28,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..compiler.parse import parse
+    from ..runtime.apply import apply
+
     passes = parse(args.passes)
     unet = apply(load_unet(args.model, args.dtype), passes, verify=not args.no_verify, progress=True)
     print(unet.report)

@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import SpecError
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -41,6 +39,10 @@ def bound(text: str) -> tuple[str, float]:
 
 def device(text: str) -> str:
     """Check that PyTorch can use a device on this machine."""
+    if text == "cpu":  # without loading PyTorch, as for `--help`
+        return text
+    import torch
+
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

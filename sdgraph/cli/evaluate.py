@@ -14,13 +14,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..compiler.parse import parse
 from ..errors import SpecError, did_you_mean
-from ..evaluation.evaluate import PERCEPTUAL, evaluate
-from ..evaluation.metrics import CLIP
 from .arguments import add_generation, add_imports, add_overwrite, add_pipeline, bound, positive
 from .sources import load_pipeline, load_unet, read_prompts
 
+PERCEPTUAL = ("lpips", "clip")
 FIGURES = ("psnr", "ssim", "largest", "equal", *PERCEPTUAL)
 
 
@@ -45,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--perceptual", nargs="+", default=[], choices=PERCEPTUAL, help="further figures, whose models are downloaded"
     )
     parser.add_argument(
-        "--clip", default=CLIP, metavar="MODEL", help="folder of a CLIP model, or its name on the hub (%(default)s)"
+        "--clip", metavar="MODEL", help="folder of a CLIP model, or its name on the hub (default: OpenAI's ViT-B/16)"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for evaluation.json and evaluation.png")
     add_overwrite(parser, "out")
@@ -53,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.metrics import CLIP
+
     at_least, at_most = dict(args.require), dict(args.at_most)
     for name in (*at_least, *at_most):
         if name not in FIGURES:
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
     required = {*args.perceptual, *at_least, *at_most}
     evaluation = evaluate(
-        pipe, change, prompts, seeds=args.seeds, batch=args.batch, clip=args.clip,
+        pipe, change, prompts, seeds=args.seeds, batch=args.batch, clip=args.clip or CLIP,
         perceptual=[name for name in PERCEPTUAL if name in required], num_inference_steps=args.steps, **guidance,
     )  # fmt: skip
     print(evaluation)
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _change(text: str, dtype: str) -> Any:
     """Load the UNet of a folder, or parse passes."""
+    from ..compiler.parse import parse
+
     folder = Path(text).expanduser()
     if (folder / "model.onnx").is_file():
         from ..exporters.ort.unet import ORTUNet

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..compiler.parse import parse
-from ..runtime.apply import apply
 from .arguments import add_calls, add_dtype, add_imports, add_model, add_overwrite
 from .sources import load_unet
 
@@ -44,8 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..compiler.parse import parse
     from ..exporters.onnx import check_target
     from ..exporters.onnx.export import export
+    from ..runtime.apply import apply
 
     check_target(args.overwrite, args.out)  # before the minutes that the export takes
     passes = parse(args.passes)

@@ -14,12 +14,13 @@ import importlib.metadata
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..compiler.base import Pass
-from ..compiler.chain import Chain
 from ..errors import SdgraphError, SpecError, did_you_mean
 from ..spec import Spec, presets
+
+if TYPE_CHECKING:
+    from ..compiler.base import Pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +72,8 @@ def _package(point: importlib.metadata.EntryPoint) -> str:
 
 
 def _facts(pass_class: type[Pass]) -> list[str]:
+    from ..compiler.chain import Chain
+
     options = "" if issubclass(pass_class, Chain) else _signature(pass_class)  # a chain's passes are no options of it
     return [_labelled("contract", _contract(pass_class)), _labelled("options", options)]
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..calibration.search import search
-from ..compiler.parse import parse
 from .arguments import add_generation, add_imports, add_overwrite, add_pipeline, positive, write_json
 from .sources import load_pipeline, read_prompts
 
@@ -62,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..calibration.search import search
+    from ..compiler.parse import parse
+
     candidates = parse(", ".join(args.candidates))
     prompts = read_prompts(args.prompts)
     held_out = () if args.held_out is None else read_prompts(args.held_out)

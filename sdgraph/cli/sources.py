@@ -8,11 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-
 from ..errors import SavedError, SourceError, SpecError
-from ..runtime.unet import GraphUNet
 
 
 def local_folder(source: str) -> Path | None:
@@ -53,6 +49,9 @@ def load_pipeline(source: str, dtype: str, device: str) -> Any:
         SpecError: there is no such folder, or it holds no pipeline.
         SourceError: diffusers cannot load it.
     """
+    import torch
+    from diffusers import DiffusionPipeline
+
     folder = local_folder(source)
     if folder is not None and not (folder / "model_index.json").is_file():
         raise SpecError(
@@ -75,6 +74,11 @@ def load_unet(source: str, dtype: str) -> Any:
         SourceError: diffusers cannot load it.
         SavedError: a saved `GraphUNet` is damaged.
     """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from ..runtime.unet import GraphUNet
+
     folder, torch_dtype = local_folder(source), getattr(torch, dtype)
     if folder is None:
         return _load(UNet2DConditionModel.from_pretrained, source, source, subfolder="unet", torch_dtype=torch_dtype)

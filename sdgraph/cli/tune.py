@@ -23,25 +23,17 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..compiler.parse import parse
-from ..extra import imported
-from ..runtime.apply import apply
-from ..runtime.pipelines import with_unet
-from ..runtime.unet import GraphUNet
-from ..spec import read as read_spec
-from ..tuning.incubate import IncubationReport, incubate
-from ..tuning.losses import Loss
-from ..tuning.report import TuningReport
-from ..tuning.sources import Images, MoreCaptions, Prompts, Source
-from ..tuning.tune import tune
-from ..tuning.validation import ValidationImages
 from .arguments import add_imports
-from .configuration import Configuration, read
 from .sources import load_pipeline, load_unet, read_prompts
+
+if TYPE_CHECKING:
+    from ..runtime.unet import GraphUNet
+    from ..tuning.incubate import IncubationReport
+    from ..tuning.report import TuningReport
+    from ..tuning.sources import Source
+    from .configuration import Configuration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..compiler.parse import parse
+    from ..extra import imported
+    from ..runtime.apply import apply
+    from ..runtime.pipelines import with_unet
+    from ..spec import read as read_spec
+    from ..tuning.incubate import incubate
+    from ..tuning.losses import Loss
+    from ..tuning.tune import tune
+    from ..tuning.validation import ValidationImages
+    from .configuration import read
+
     config, settings = read(args.config, args.set)
     passes = parse(config.passes if isinstance(config.passes, str) else ", ".join(config.passes))
     losses: Sequence[Any] | None = [read_spec(text, Loss) for text in config.losses] or None
@@ -97,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _data(config: Configuration, pipe: Any, seed: int) -> Source:
     """Return the images or the prompts that a configuration names, encoded."""
+    from ..tuning.sources import Images, MoreCaptions, Prompts
+
     prompts = None if config.prompts is None else read_prompts(Path(config.prompts))
     if config.train_data_dir is None:
         return Prompts(

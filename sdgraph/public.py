@@ -1,0 +1,62 @@
+"""The public names of `sdgraph`, which loads this module when the first of them is asked for."""
+
+from typing import TYPE_CHECKING
+
+from . import errors
+from .calibration.fit import Fit, fit_forecast
+from .calibration.search import search
+from .compiler.base import Findings, Pass
+from .compiler.chain import Chain, Fixpoint
+from .compiler.matching import NoMatch
+from .compiler.parse import parse
+from .compiler.report import NearMiss, PassReport, Report
+from .compiler.rewrite import Example, Rewrite
+from .contract import Contract
+from .errors import SdgraphError
+from .evaluation.evaluate import Evaluation, evaluate
+from .frontend.capture import trace, trace_code
+from .graph import Graph
+from .inheritance.attach import attach
+from .ir.region import Region
+from .ir.sites import Site, inherit
+from .ir.specialize import per_call
+from .runtime.apply import apply
+from .runtime.unet import GraphUNet
+from .spec import Spec
+
+if TYPE_CHECKING:
+    from .tuning.tune import tune
+
+__all__ = [
+    "Chain",
+    "Contract",
+    "Evaluation",
+    "Example",
+    "Findings",
+    "Fit",
+    "Fixpoint",
+    "Graph",
+    "GraphUNet",
+    "NearMiss",
+    "NoMatch",
+    "Pass",
+    "PassReport",
+    "Region",
+    "Report",
+    "Rewrite",
+    "SdgraphError",
+    "Site",
+    "Spec",
+    "apply",
+    "attach",
+    "errors",
+    "evaluate",
+    "fit_forecast",
+    "inherit",
+    "parse",
+    "per_call",
+    "search",
+    "trace",
+    "trace_code",
+    "tune",
+]
