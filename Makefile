@@ -5,7 +5,7 @@ RUN := $(CURDIR)/$(VENV)/bin
 # Models are part of the repository or built from configurations: nothing is downloaded.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo train scenes student test test-fast test-long test-full test-oldest lint docs bench frontier tuning drop-in package-tree
+.PHONY: demo train scenes student test test-fast test-long test-full test-oldest test-wheel wheel lint docs bench frontier tuning drop-in package-tree
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/.installed-onnx,plots,pipelines
@@ -57,6 +57,21 @@ test-oldest: $(VENV)/bin/python
 	$(RUN)/uv venv -q --allow-existing --python $(RUN)/python $(VENV)-oldest
 	$(RUN)/uv pip install -q --python $(VENV)-oldest/bin/python --resolution lowest-direct -e ".[test]" $(OLDEST)
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not (slow or long or full)" -o filterwarnings=ignore $(ARGS)
+
+# A source distribution, and the wheel that is built from it, in dist/.
+wheel: $(VENV)/.installed-test,dev
+	rm -rf dist
+	$(RUN)/python -m build
+
+# The wheel, in an environment of its own that sees nothing of this checkout, runs the README's quick start.
+WHEEL_VENV := .venv-wheel
+test-wheel: wheel
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install -q -c constraints.txt "$$(echo dist/*.whl)[onnx,pipelines,plots]" pytest hypothesis
+	cd $(WHEEL_VENV) && bin/python -c "import sdgraph.passes; assert 'site-packages' in sdgraph.passes.__file__"
+	$(WHEEL_VENV)/bin/sdgraph passes PruneBlocks
+	OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/pytest -q tests/project/test_docs.py -k "run_in_order and README"
 
 tuning: $(VENV)/.installed-bench,pipelines,tuning
 	$(RUN)/python benchmarks/tuning.py $(ARGS)

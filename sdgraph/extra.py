@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from .errors import ExtraError
+from .version import __version__
 
 
 def imported(module: str, extra: str) -> Any:
@@ -17,11 +18,14 @@ def imported(module: str, extra: str) -> Any:
     Returns:
         The module.
     Raises:
-        ExtraError: the module cannot be imported; the hint is the command that installs it.
+        ExtraError: the module cannot be imported; the hint says how to install it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ExtraError(
-            f"{module} cannot be imported: {error}", where=module, hint=f"pip install sdgraph[{extra}]"
+            f"{module} cannot be imported: {error}",
+            where=module,
+            hint=f"install the extra {extra!r}, from a clone: pip install -e '.[{extra}]', or from a wheel "
+            f"file: pip install 'sdgraph_compiler-{__version__}-py3-none-any.whl[{extra}]'",
         ) from error

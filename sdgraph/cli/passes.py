@@ -64,7 +64,7 @@ def _description(point: importlib.metadata.EntryPoint) -> str:
 
 
 def _title(point: importlib.metadata.EntryPoint) -> str:
-    return point.name if _package(point) == "sdgraph" else f"{point.name}, of {_package(point)}"
+    return point.name if point.module.startswith("sdgraph.") else f"{point.name}, of {_package(point)}"
 
 
 def _package(point: importlib.metadata.EntryPoint) -> str:

@@ -51,8 +51,8 @@ def test_without_the_extra_perceptual_figures_name_it(
     noisy: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ExtraError, match=r"torchvision(.*\n)*.*pip install sdgraph\[quality\]"):
+    with pytest.raises(ExtraError, match=r"torchvision(.*\n)*.*pip install -e '\.\[quality\]'"):
         similarity.lpips(*noisy)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ExtraError, match=r"transformers(.*\n)*.*pip install sdgraph\[pipelines\]"):
+    with pytest.raises(ExtraError, match=r"transformers(.*\n)*.*pip install -e '\.\[pipelines\]'"):
         similarity.clip_score(noisy[0], ["a", "b", "c"])

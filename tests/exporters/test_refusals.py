@@ -40,7 +40,7 @@ def test_what_cannot_be_exported_says_why(exported: Callable[..., Exported], tmp
 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    with pytest.raises(errors.ExtraError, match=r"pip install sdgraph\[onnx\]"):
+    with pytest.raises(errors.ExtraError, match=r"pip install -e '\.\[onnx\]'"):
         extra.require_onnx()
 
 

@@ -42,7 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("source")
     for folder in FOLDERS.values():
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / file, copy)
     return copy
 
@@ -82,7 +82,7 @@ def test_installed_wheel_imports_away_from_the_checkout(installed: Path, tmp_pat
 
 @pytest.mark.slow
 def test_wheel_declares_the_passes_of_pyproject(installed: Path) -> None:
-    (distribution,) = importlib.metadata.distributions(name="sdgraph", path=[str(installed)])
+    (distribution,) = importlib.metadata.distributions(name="sdgraph-compiler", path=[str(installed)])
     declared = {entry.name: entry.value for entry in distribution.entry_points if entry.group == "sdgraph.passes"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert declared == project["entry-points"]["sdgraph.passes"]
@@ -98,7 +98,7 @@ def test_declared_passes_load() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
 def test_editable_install_imports_the_checkout(inside: bool, tmp_path: Path) -> None:
-    origin = importlib.metadata.distribution("sdgraph").read_text("direct_url.json")
+    origin = importlib.metadata.distribution("sdgraph-compiler").read_text("direct_url.json")
     if not json.loads(origin or "{}").get("dir_info", {}).get("editable"):
         pytest.skip("the environment holds sdgraph as a wheel")
     expected = {package: ROOT / folder for package, folder in FOLDERS.items()}
@@ -132,6 +132,6 @@ for extra, need in (("onnx", lambda: sdgraph.exporters.onnx.export(pruned, "x"))
     try:
         need()
     except sdgraph.errors.ExtraError as error:
-        print(extra, f"sdgraph[{extra}]" in str(error))
+        print(extra, f"pip install -e '.[{extra}]'" in str(error))
 """
     assert run(sys.executable, "-W", "ignore", "-c", code, cwd=tmp_path).split() == ["onnx", "True", "plots", "True"]

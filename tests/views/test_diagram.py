@@ -129,5 +129,5 @@ def test_what_is_no_unet_is_refused(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(unet: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ExtraError, match=r"pip install sdgraph\[plots\]"):
+    with pytest.raises(ExtraError, match=r"pip install -e '\.\[plots\]'"):
         picture(unet, tmp_path / "unet.svg")
