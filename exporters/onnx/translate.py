@@ -127,6 +127,8 @@ def compact(model: ir.Model, inputs: Sequence[Input], outputs: Sequence[Input]) 
     for spec, value in zip(inputs, list(model.graph.inputs), strict=True):
         if spec.broadcast:
             expand_over_batch(model, value)
+    # Tools that quantise or infer shapes read constants in one form only: tensors.
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     strip(model)
 
 
@@ -175,22 +177,34 @@ def _changed(
 
 
 def expand_over_batch(model: ir.Model, value: ir.Value) -> None:
-    """Let an input hold one entry for the whole batch, as a scalar timestep does: `Expand` it."""
-    sample = model.graph.inputs[0]
+    """Let an input hold one entry for the whole batch, as a scalar timestep does: gather its last entry for the rest.
+
+    `Expand` would do the same, but ONNX Runtime's symbolic shape inference, with which quantisation begins, gives up
+    where two free sizes are broadcast.
+    """
+    nodes: list[ir.Node] = []
+
+    def compute(operator_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        nodes.append(ir.node(operator_type, inputs, attributes))
+        return nodes[-1].outputs[0]
+
+    def constant(number: int | list[int]) -> ir.Value:
+        nodes.append(ir.node("Constant", [], {"value": ir.tensor(np.array(number, np.int64))}))
+        return nodes[-1].outputs[0]
+
     assert value.shape is not None
-    batch = ir.node("Shape", [sample], {"start": 0, "end": 1})
-    nodes, target = [batch], batch.outputs[0]
-    if len(value.shape) > 1:
-        ones = ir.node("Constant", [], {"value_ints": [1] * (len(value.shape) - 1)})
-        joined = ir.node("Concat", [target, ones.outputs[0]], {"axis": 0})
-        nodes, target = [batch, ones, joined], joined.outputs[0]
-    expand = ir.node("Expand", [value, target])
-    expanded = expand.outputs[0]
+    users = [use.node for use in value.uses()]
+    batch = compute("Squeeze", compute("Shape", model.graph.inputs[0], start=0, end=1), constant([0]))
+    last = compute("Sub", compute("Shape", value, start=0, end=1), constant([1]))
+    rows = compute("Min", compute("Range", constant(0), batch, constant(1)), last)
+    expanded = compute("Gather", value, rows, axis=0)
     expanded.name, expanded.type = f"{value.name}_of_batch", value.type
-    value.replace_all_uses_with(expanded)
-    expand.replace_input_with(0, value)
+    for user in users:
+        for i, given in enumerate(user.inputs):
+            if given is value:
+                user.replace_input_with(i, expanded)
     value.shape = ir.Shape([f"{value.name}_batch", *value.shape.dims[1:]])
-    model.graph.insert_before(model.graph[0], [*nodes, expand])
+    model.graph.insert_before(model.graph[0], nodes)
 
 
 def strip(model: ir.Model) -> None:
@@ -206,8 +220,11 @@ def strip(model: ir.Model) -> None:
             value.metadata_props.clear()
             if not value.is_graph_output():
                 value.shape = value.type = None
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+    for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+        value.shape = value.type = None  # the tensor has them; a second account is stale once a tool changes the tensor
     common.NameFixPass()(model)
     for node in model.graph:
         if node.op_type == "SkipLayerNormalization":
