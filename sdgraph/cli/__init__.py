@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the name of the program; by default that of the process.
     Returns:
         The exit status: 0 for success; 1 if the command ran and failed, as when images fall short; 2 if the request is
-        invalid; 130 if the user interrupted it.
+        invalid; 3 if sdgraph has a defect, whose traceback is printed; 130 if the user interrupted it.
     """
     args = _parser().parse_args(arguments)
     try:
@@ -58,9 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (SdgraphError, OSError) as error:
+    except SdgraphError as error:
         print(f"sdgraph: {error}", file=sys.stderr)
         return 1 if isinstance(error, FAILURES) else 2
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename else ""
+        print(f"sdgraph: {file}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, of a device
+            print(f"sdgraph: out of memory: {error}\n  hint:  a smaller batch, or --dtype float16", file=sys.stderr)
+            return 1
+        traceback.print_exc()
+        print("sdgraph: this is a defect of sdgraph or of a pass: please report the lines above", file=sys.stderr)
+        return 3
     return 0
 
 

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from ..runtime.apply import apply
 
     passes = parse(args.passes)
-    unet = apply(load_unet(args.model, args.dtype), passes, verify=not args.no_verify, progress=True)
+    unet = apply(load_unet(args.model, args.dtype, args.variant), passes, verify=not args.no_verify, progress=True)
     print(unet.report)
     if args.save is not None:
         unet.save_pretrained(args.save)

@@ -24,6 +24,7 @@ class Configuration:
     Args:
         pretrained_model_name_or_path: folder of a diffusers pipeline, or its name on the hub.
         output_dir: the folder of the run, and of the tuned pipeline.
+        variant: the variant of the pipeline's weights, such as "fp16".
         passes: the passes that make the student, as text; none if the pipeline's UNet is the student already.
         pretrained_teacher_model: folder of the pipeline or UNet to learn from; by default the pipeline's UNet, before
             the passes.
@@ -49,6 +50,7 @@ class Configuration:
 
     pretrained_model_name_or_path: str
     output_dir: str
+    variant: str | None = None
     passes: str | tuple[str, ...] = ()
     pretrained_teacher_model: str | None = None
     losses: tuple[str, ...] = ()

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
             raise SpecError(f"there is no figure named {name!r}", where="--require, --at-most", hint=hint)
     prompts = read_prompts(args.prompts)
     change = _change(args.change, args.dtype)
-    pipe = load_pipeline(args.pipeline, args.dtype, args.device)
+    pipe = load_pipeline(args.pipeline, args.dtype, args.device, args.variant)
     guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
     required = {*args.perceptual, *at_least, *at_most}
     evaluation = evaluate(

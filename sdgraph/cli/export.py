@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_target(args.overwrite, args.out)  # before the minutes that the export takes
     passes = parse(args.passes)
-    unet = apply(load_unet(args.model, args.dtype), passes)
+    unet = apply(load_unet(args.model, args.dtype, args.variant), passes)
     if unet.graph.passes:
         print(unet.report)
     options = {name: getattr(args, name) for name in ("target", "layout", "calls", "inputs", "overwrite")}

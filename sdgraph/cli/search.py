@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     candidates = parse(", ".join(args.candidates))
     prompts = read_prompts(args.prompts)
     held_out = () if args.held_out is None else read_prompts(args.held_out)
-    pipe = load_pipeline(args.pipeline, args.dtype, args.device)
+    pipe = load_pipeline(args.pipeline, args.dtype, args.device, args.variant)
     guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
     result = search(
         pipe, candidates, prompts, budget=args.budget, held_out=held_out, cost=args.cost, seed=args.seed,

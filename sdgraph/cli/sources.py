@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import SavedError, SourceError, SpecError
+from ..errors import SdgraphError, SourceError, SpecError
+
+INDEX = "model_index.json"
+AGAIN = "repair the folder, or save the model again"
+UNETS = ("UNet2DConditionModel", "GraphUNet")
+NO_UNET = "give a pipeline of Stable Diffusion or SDXL, or the folder of its UNet"
+# The files of weights that diffusers and transformers write: plain, of a variant, in shards, with an index.
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>(?!safetensors|bin)[\w-]+?))?(?:-\d{5}-of-\d{5})?"
+    r"\.(?:safetensors|bin)(?:\.index(?:\.(?P<indexed>[\w-]+))?\.json)?"
+)
 
 
 def local_folder(source: str) -> Path | None:
@@ -21,8 +32,12 @@ def local_folder(source: str) -> Path | None:
     if path.is_dir():
         return path
     if path.exists():
+        single = path.suffix in (".safetensors", ".ckpt", ".pt", ".bin")
         raise SpecError(
-            f"{source} is a file", hint="give a folder, or the name of a model on the hub, which is OWNER/NAME"
+            f"{source} is a file",
+            hint="make it a folder: StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+            if single
+            else "give a folder, or the name of a model on the hub, which is OWNER/NAME",
         )
     match = re.fullmatch(r"(\w[\w.-]*)/[\w.-]+", source)
     if match is None or Path(match[1]).exists():
@@ -42,35 +57,58 @@ def bundle_folder(source: str) -> Path:
     return folder
 
 
-def load_pipeline(source: str, dtype: str, device: str) -> Any:
+def load_pipeline(source: str, dtype: str, device: str, variant: str | None = None) -> Any:
     """Load a diffusers pipeline, move it to a device, and disable its own progress bar.
 
+    Args:
+        source: the folder of a pipeline, or its name on the hub.
+        dtype: name of the dtype to load in.
+        device: the device to move it to.
+        variant: the variant of the weights, such as "fp16". If it is None and a part of the pipeline has the weights of
+            one variant only, that variant is loaded.
     Raises:
-        SpecError: there is no such folder, or it holds no pipeline.
-        SourceError: diffusers cannot load it.
+        SpecError: there is no such folder, or it holds no pipeline of this variant.
+        SourceError: diffusers cannot load it, or it has no UNet.
     """
     import torch
     from diffusers import DiffusionPipeline
 
+    from ..runtime.unet import GraphUNet  # diffusers loads a part only if its class was imported  # noqa: F401
+
+    kind: Any = DiffusionPipeline
     folder = local_folder(source)
-    if folder is not None and not (folder / "model_index.json").is_file():
-        raise SpecError(
-            f"there is no pipeline in {source}",
-            hint="give a folder with model_index.json, which the save_pretrained of a diffusers pipeline writes",
-        )
-    pipe = _load(DiffusionPipeline.from_pretrained, source, folder or source, torch_dtype=getattr(torch, dtype))
+    if folder is not None:
+        if not (folder / INDEX).is_file():
+            holds = "a UNet alone" if (folder / "config.json").is_file() else "no model_index.json"
+            raise SpecError(
+                f"there is no pipeline in {source}: it holds {holds}",
+                hint="give a folder with model_index.json, which the save_pretrained of a diffusers pipeline writes",
+            )
+        index = _read_index(folder)
+        _check_unet(index, source)
+        _check_parts(index, folder)
+        kind = _pipeline_class(index, source)
+        variant = _variant([folder / name for name in _parts(index)], variant, source)
+    options = {"torch_dtype": getattr(torch, dtype), "variant": variant}
+    pipe = _load(kind.from_pretrained, source, folder or source, **options)
+    if getattr(pipe, "unet", None) is None:
+        raise SourceError(f"{type(pipe).__name__} has no UNet", where=source, hint=NO_UNET)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def load_unet(source: str, dtype: str) -> Any:
+def load_unet(source: str, dtype: str, variant: str | None = None) -> Any:
     """Load the UNet of a pipeline, or a UNet from a folder of its own.
 
+    Args:
+        source: the folder of a pipeline or of a UNet, or the name of a pipeline on the hub.
+        dtype: name of the dtype to load in.
+        variant: as in `load_pipeline`.
     Returns:
         A `GraphUNet` if the folder holds a saved one, otherwise a `UNet2DConditionModel`.
     Raises:
-        SpecError: there is no such folder, or it holds no UNet.
+        SpecError: there is no such folder, or it holds no UNet of this variant.
         SourceError: diffusers cannot load it.
         SavedError: a saved `GraphUNet` is damaged.
     """
@@ -79,10 +117,12 @@ def load_unet(source: str, dtype: str) -> Any:
 
     from ..runtime.unet import GraphUNet
 
-    folder, torch_dtype = local_folder(source), getattr(torch, dtype)
+    folder, options = local_folder(source), {"torch_dtype": getattr(torch, dtype)}
     if folder is None:
-        return _load(UNet2DConditionModel.from_pretrained, source, source, subfolder="unet", torch_dtype=torch_dtype)
-    if (folder / "model_index.json").is_file():
+        options |= {"subfolder": "unet", "variant": variant}
+        return _load(UNet2DConditionModel.from_pretrained, source, source, **options)
+    if (folder / INDEX).is_file():
+        _check_unet(_read_index(folder), source)
         folder = folder / "unet"
     if (folder / "model.onnx").is_file():
         raise SpecError(
@@ -90,20 +130,140 @@ def load_unet(source: str, dtype: str) -> Any:
             hint="give the model that it was exported from; `sdgraph inspect` lists the passes that were applied",
         )
     if not (folder / "config.json").is_file():
-        raise SpecError(f"there is neither a pipeline nor a UNet in {source}", hint="give a folder with config.json")
+        raise SpecError(
+            f"there is neither a pipeline nor a UNet in {source}",
+            where=str(folder),
+            hint="give a folder with config.json, or one with model_index.json and a folder unet",
+        )
     if (folder / "sdgraph.json").is_file():
-        return _load(GraphUNet.from_pretrained, source, folder, torch_dtype=torch_dtype)
-    return _load(UNet2DConditionModel.from_pretrained, source, folder, torch_dtype=torch_dtype)
+        return _load(GraphUNet.from_pretrained, source, folder, variant=variant, **options)
+    kind = _read_json(folder / "config.json").get("_class_name")
+    if kind not in (None, *UNETS):
+        raise SourceError(f"{source} holds a {kind}, and sdgraph traces a UNet2DConditionModel", hint=NO_UNET)
+    options["variant"] = _variant([folder], variant, source)
+    return _load(UNet2DConditionModel.from_pretrained, source, folder, **options)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object of diffusers, which may be a link into the cache of the hub."""
+    try:
+        plain = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path.name} cannot be read: {error}", where=str(path), hint=AGAIN) from error
+    if not isinstance(plain, dict):
+        raise SourceError(f"{path.name} is not a JSON object", where=str(path), hint=AGAIN)
+    return plain
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    index = _read_json(folder / INDEX)
+    if not isinstance(index.get("_class_name"), str | list):
+        raise SourceError("model_index.json does not name the class of the pipeline", where=str(folder), hint=AGAIN)
+    return index
+
+
+def _parts(index: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return library and class of each part of a pipeline that is not empty."""
+    return {
+        name: value
+        for name, value in index.items()
+        if isinstance(value, list) and not name.startswith("_") and len(value) == 2 and value[0] is not None
+    }
+
+
+def _check_unet(index: Mapping[str, Any], source: str) -> None:
+    """Refuse a pipeline without a UNet that can be traced."""
+    _, kind = _parts(index).get("unet", (None, None))
+    if kind is None:
+        parts = ", ".join(_parts(index)) or "nothing"
+        raise SourceError(f"{index['_class_name']} has no UNet, only {parts}", where=source, hint=NO_UNET)
+    if kind not in UNETS:
+        raise SourceError(
+            f"the UNet of this pipeline is a {kind}, and sdgraph traces a UNet2DConditionModel",
+            where=source,
+            hint=NO_UNET,
+        )
+
+
+def _check_parts(index: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a pipeline that lists a part whose folder is missing."""
+    for name in _parts(index):
+        if not (folder / name).is_dir():
+            raise SourceError(
+                f"model_index.json lists {name}, and there is no folder {name}",
+                where=str(folder),
+                hint=f"copy the folder {name} as well, or set {name} to [null, null] if the pipeline can do without",
+            )
+
+
+def _pipeline_class(index: Mapping[str, Any], source: str) -> Any:
+    """Return the class that loads a pipeline: one of diffusers, or one that was imported."""
+    import diffusers
+
+    name = index["_class_name"]
+    by_import = "if it is a class of your own, name its module with --import where the command has that option"
+    if isinstance(name, list):
+        raise SourceError(
+            f"the pipeline is code in its folder, {'.'.join(map(str, name))}, which is not run",
+            where=source,
+            hint="set _class_name in model_index.json to a class of diffusers, such as StableDiffusionPipeline, or "
+            "load it in Python and call sdgraph.evaluate, which takes any pipeline",
+        )
+    if hasattr(diffusers, name):
+        return diffusers.DiffusionPipeline
+    kinds = [diffusers.DiffusionPipeline]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    own = next((kind for kind in kinds if kind.__name__ == name), None)
+    if own is None:
+        raise SourceError(
+            f"diffusers has no pipeline {name}",
+            where=f"{source}, _class_name in model_index.json",
+            hint=f"{by_import}, or set _class_name to the class of diffusers that it derives from",
+        )
+    return own
+
+
+def _variant(folders: Iterable[Path], asked: str | None, source: str) -> str | None:
+    """Return the variant of weights to load: the one that was asked for, or else the only one where none is plain.
+
+    Raises:
+        SpecError: there is no such variant, or there are several and no plain weights.
+    """
+    found = {folder: _variants(folder) for folder in folders}
+    every = sorted({variant for variants in found.values() for variant in variants if variant})
+    if asked is not None:
+        if asked not in every:
+            hint = f"variants: {', '.join(every)}" if every else "leave --variant out"
+            raise SpecError(f"there is no variant {asked} in {source}", where="--variant", hint=hint)
+        return asked
+    only = sorted({variant for variants in found.values() if "" not in variants for variant in variants})
+    if len(only) > 1:
+        raise SpecError(
+            f"{source} holds the variants {', '.join(only)}, and no weights without a variant",
+            where="--variant",
+            hint=f"add --variant {only[0]}",
+        )
+    if only:
+        print(f"{source} holds the variant {only[0]}, which is loaded", file=sys.stderr)
+    return only[0] if only else None
+
+
+def _variants(folder: Path) -> set[str]:
+    """Return the variants whose weights lie in a folder; "" is for weights without a variant."""
+    names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    matches = [WEIGHTS.fullmatch(name) for name in names]
+    return {match["variant"] or match["indexed"] or "" for match in matches if match is not None}
 
 
 def _load(from_pretrained: Callable[..., Any], source: str, *args: Any, **options: Any) -> Any:
     print(f"loading {source}", file=sys.stderr)
     try:
         return from_pretrained(*args, **options)
-    except SavedError:
+    except SdgraphError:
         raise
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # whatever libraries raise over files of others; the cause is chained
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         if Path(source).expanduser().exists():
             raise SourceError(
                 f"{source} cannot be loaded: {reason}", hint="repair the folder, or save the model again"

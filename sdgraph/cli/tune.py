@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     passes = parse(config.passes if isinstance(config.passes, str) else ", ".join(config.passes))
     losses: Sequence[Any] | None = [read_spec(text, Loss) for text in config.losses] or None
     process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
-    pipe = load_pipeline(config.pretrained_model_name_or_path, "float32", process.device)
+    pipe = load_pipeline(config.pretrained_model_name_or_path, "float32", process.device, config.variant)
     source = apply(pipe.unet, ())
     student = apply(source, passes)  # before the data are encoded, which takes long
     if config.pretrained_teacher_model is not None:

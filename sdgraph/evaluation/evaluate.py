@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..compiler.base import Pass
 from ..compiler.parse import as_passes
-from ..errors import QualityError, SourceError, SpecError, did_you_mean
+from ..errors import QualityError, SdgraphError, SourceError, SpecError, did_you_mean
 from ..inheritance.attach import attach
 from ..runtime.apply import apply
 from ..runtime.interface import UNetCall
@@ -272,9 +272,19 @@ class _Side:
     def run(self, part: Sequence[tuple[str, int]], call: Mapping[str, Any]) -> Images:
         generators = [torch.Generator().manual_seed(seed) for _, seed in part]
         with with_unet(self.pipe, self.unet), _attached(self.pipe):
-            output = self.pipe(
-                prompt=[prompt for prompt, _ in part], generator=generators, **{**call, "output_type": "np"}
-            )
+            try:
+                output = self.pipe(
+                    prompt=[prompt for prompt, _ in part], generator=generators, **{**call, "output_type": "np"}
+                )
+            except SdgraphError:
+                raise
+            except (TypeError, ValueError, AttributeError) as error:  # as pipelines refuse arguments
+                raise QualityError(
+                    f"the pipeline does not run on prompts and {', '.join(call) or 'no other arguments'}: {error}",
+                    where=f"{self.name}, {type(self.pipe).__name__}",
+                    hint="pass what it needs besides prompts to sdgraph.evaluate, such as image=...; the command line "
+                    "has pipelines from text to images only",
+                ) from error
         images = getattr(output, "images", None)
         if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[0] != len(part):
             raise QualityError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 from scenes.pipeline import MODEL
 
 from sdgraph import cli
@@ -148,6 +149,27 @@ def test_interrupting_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(cli.passes, "run", interrupted)
     assert main(["passes"]) == 130
     assert capsys.readouterr().err == "\nsdgraph: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (PermissionError(13, "Permission denied", "some/file"), 2, "sdgraph: some/file: Permission denied\n"),
+        (OSError("the disk is gone"), 2, "sdgraph: the disk is gone\n"),
+        (torch.OutOfMemoryError("4 GiB wanted"), 1, "sdgraph: out of memory: 4 GiB wanted\n  hint:  a smaller batch"),
+        (ZeroDivisionError("a defect"), 3, "in interrupted"),
+        (ZeroDivisionError("a defect"), 3, "ZeroDivisionError: a defect\nsdgraph: this is a defect"),
+    ],
+)
+def test_what_goes_wrong_is_told_from_a_defect(
+    raised: Exception, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(args: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(cli.passes, "run", interrupted)
+    assert main(["passes"]) == status
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow
