@@ -6,7 +6,6 @@ purpose, so that a newer sdgraph may add what older ones can do without; what th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from .errors import SavedError
+from .text import from_json, read_text
 
 Kind = TypeVar("Kind")
 LARGEST_FILE = 16 << 20  # of JSON
@@ -65,9 +65,11 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise SavedError(f"{path.name} has more than {LARGEST_FILE >> 20} MB", where=str(path), hint=hint)
-        plain = json.loads(path.read_bytes())
     except OSError as error:
         raise SavedError(f"{path.name} cannot be read: {error.strerror}", where=str(path), hint=hint) from error
+    text = read_text(path, SavedError, hint=hint)
+    try:
+        plain = from_json(text)
     except (ValueError, RecursionError) as error:
         raise SavedError(f"{path.name} is not JSON", where=str(path), hint=hint) from error
     if not isinstance(plain, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..errors import ScheduleError, SpecError
 from ..runtime.interface import no_value
 from ..runtime.unet import GraphUNet
+from ..text import from_json, read_text
 
 Cost = Callable[[frozenset[str]], float]  # of a call, by the sites that are stale and that it comes by
 TURNS = 7  # of which the first two are not counted
@@ -62,15 +62,17 @@ def seconds_of(path: Path) -> Cost:
         SpecError: the file cannot be read, or says something else.
         ScheduleError: a kind of call is not among those that were measured; raised where its cost is asked for.
     """
+    hint = "'time', 'macs', or the JSON file of `sdgraph bench BUNDLE --out FILE`"
+    text = read_text(path, SpecError, where="cost", hint=hint)
     try:
-        figures: Any = json.loads(path.read_text())
+        figures: Any = from_json(text)
         stale = {name: frozenset(map(str, sites)) for name, sites in figures["stale"].items()}
         seconds = {stale[name]: float(took) for name, took in figures["models"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(
             f"{path} has no times of calls ({type(error).__name__}: {error})",
             where="cost",
-            hint="'time', 'macs', or the JSON file of `sdgraph bench BUNDLE --out FILE`",
+            hint=hint,
         ) from error
 
     def cost(stale: frozenset[str]) -> float:

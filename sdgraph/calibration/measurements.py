@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import SavedError
+from ..text import from_json, read_text
 from .latents import Array
 
 
@@ -21,13 +23,22 @@ class Measurements:
     Args:
         folder: the folder that keeps it; None keeps it in memory.
         key: what all of it depends on.
+    Raises:
+        SavedError: a file there is damaged.
     """
 
     def __init__(self, folder: Path | None, key: bytes) -> None:
         self._path = None if folder is None else folder / f"{hashlib.sha256(key).hexdigest()[:20]}.json"
         self._known: dict[str, list[float]] = {}
         if self._path is not None and self._path.exists():
-            self._known = json.loads(self._path.read_text())
+            hint = "delete it; the same command measures again"
+            text = read_text(self._path, SavedError, hint=hint)
+            try:
+                self._known = from_json(text)
+            except ValueError as error:
+                raise SavedError(
+                    f"{self._path.name} cannot be read: {error}", where=str(self._path), hint=hint
+                ) from error
 
     def numbers(self, kind: str, subject: str, measure: Callable[[], Array]) -> Array:
         """Return the numbers of a kind that a subject has, and measure them if they are not known."""

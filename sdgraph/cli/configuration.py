@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from ..errors import SpecError, did_you_mean
+from ..text import from_json, read_text
 from ..tuning.settings import Settings
 
 Kind = TypeVar("Kind")
@@ -38,6 +38,7 @@ class Configuration:
         resolution: height and width of the images, in pixels; by default 512, and for prompts the pipeline's own.
         center_crop: cut out the centre of images instead of a random place.
         random_flip: mirror half of the images.
+        background: the colour behind transparent places of images.
         caption_column: the column of the captions.
         data_cache: the folder to keep encoded data in; for prompts by default `data` in `output_dir`.
         data_cache_limit: the largest size of that folder, in bytes.
@@ -62,6 +63,7 @@ class Configuration:
     resolution: int | None = None
     center_crop: bool = False
     random_flip: bool = False
+    background: str = "white"
     caption_column: str = "text"
     data_cache: str | None = None
     data_cache_limit: int = 10**11
@@ -121,9 +123,11 @@ def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settin
 def _file(path: Path) -> dict[str, Any]:
     hint = "give a file .toml or .json with names and values, as the guide on tuning shows"
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
+        text = read_text(path, SpecError, hint=hint)
+        content = from_json(text) if path.suffix == ".json" else tomllib.loads(text)
+    except SpecError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"the configuration cannot be read: {error}", where=str(path), hint=hint) from error
     if not isinstance(content, dict):
         raise SpecError("the configuration is not an object with names and values", where=str(path), hint=hint)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SdgraphError, SourceError, SpecError
+from ..text import lines, read_text
 
 INDEX = "model_index.json"
 AGAIN = "repair the folder, or save the model again"
@@ -281,13 +282,8 @@ def read_prompts(path: Path) -> list[str]:
         SpecError: there is no such file, it is not text, or it has no prompts.
     """
     hint = "give a text file with one prompt per line"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise SpecError(f"there is no file {path}", where="--prompts", hint=hint) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} cannot be read: {error}", where="--prompts", hint=hint) from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    text = read_text(path, SpecError, where="--prompts", hint=hint)
+    prompts = [line.strip() for line in lines(text) if line.strip()]
     if not prompts:
         raise SpecError(f"there are no prompts in {path}", where="--prompts", hint=hint)
     return prompts

@@ -124,6 +124,7 @@ def _data(config: Configuration, pipe: Any, seed: int) -> Source:
         resolution=config.resolution or 512,
         center_crop=config.center_crop,
         random_flip=config.random_flip,
+        background=config.background,
         caption_column=config.caption_column,
         seed=seed,
         cache=config.data_cache,

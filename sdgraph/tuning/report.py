@@ -35,7 +35,7 @@ class TuningReport:
     @classmethod
     def of(cls, out: Path) -> TuningReport:
         """Read the log of a run."""
-        with (out / LOG).open() as lines:
+        with (out / LOG).open(encoding="utf-8", newline="") as lines:
             names, *rows = csv.reader(lines)
         return cls(out, tuple(names), tuple(tuple(map(float, row)) for row in rows))
 
@@ -88,9 +88,9 @@ class Log:
             return
         kept: list[list[str]] = []
         if step and path.exists():
-            with path.open() as lines:
+            with path.open(encoding="utf-8", newline="") as lines:
                 kept = [row for row in list(csv.reader(lines))[1:] if int(row[0]) <= step]
-        self._lines = path.open("w", newline="", buffering=1)
+        self._lines = path.open("w", encoding="utf-8", newline="", buffering=1)
         csv.writer(self._lines).writerows([("step", "seconds", *COLUMNS, *terms), *kept])
 
     def __enter__(self) -> Log:

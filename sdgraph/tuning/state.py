@@ -24,6 +24,7 @@ from ..atomic import appearing
 from ..errors import SdgraphError, TuningError
 from ..runtime.serialization import save
 from ..runtime.unet import GraphUNet
+from ..text import from_json, read_text
 from . import shards
 from .settings import Settings
 
@@ -200,13 +201,12 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         TuningError: there is none, or it is damaged.
     """
+    hint = "name a folder checkpoint-N of a run"
     try:
-        record: dict[str, Any] = json.loads((folder / STATE).read_text())
+        record: dict[str, Any] = from_json(read_text(folder / STATE, TuningError, hint=hint))
         record["step"], record["settings"], record["identity"]
-    except (OSError, ValueError, KeyError) as error:
-        raise TuningError(
-            f"no checkpoint can be read: {error}", where=str(folder), hint="name a folder checkpoint-N of a run"
-        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise TuningError(f"no checkpoint can be read: {error}", where=str(folder), hint=hint) from error
     return record
 
 

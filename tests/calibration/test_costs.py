@@ -58,5 +58,5 @@ def test_files_that_are_no_figures(text: str, tmp_path: Path) -> None:
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="FileNotFoundError"):
+    with pytest.raises(SpecError, match="there is no file"):
         seconds_of(tmp_path / "nothing.json")

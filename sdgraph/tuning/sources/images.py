@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..counter import generator
 from ..digest import digest
 from .base import Samples
 from .captions import Captions, time_ids, with_empty
-from .image_folder import Crop, captioned, pixels
+from .image_folder import Crop, captioned, colour, pixels
 from .kept import GIGABYTE, Kept
 from .latents import encoded, scaled
 
@@ -28,6 +29,8 @@ class Images:
 
     The shorter side of an image becomes `resolution`, and a square is cut out of it. Its latents are a sample of the
     VAE's distribution, another one whenever the row is read. SDXL is told the original size and the corner of the crop.
+    An image is what a viewer shows: upright, in sRGB, in front of a background where it is transparent. All images are
+    looked at first, and what viewers show differently, such as animations and 32-bit TIFF, is refused.
 
     Args:
         folder: the folder. Captions are in `metadata.jsonl` or `metadata.csv`, with columns `file_name` and
@@ -35,7 +38,8 @@ class Images:
         pipe: the pipeline of the teacher; its VAE and text encoder encode the data where they are.
         resolution: height and width of the crops, in pixels.
         center_crop: cut out the centre; otherwise a random place, which an image keeps in all epochs.
-        random_flip: mirror half of the images, other ones in every epoch.
+        random_flip: mirror half of the images before they are cropped, other ones in every epoch.
+        background: the colour behind transparent places, as HTML names it.
         caption_column: the column of the captions.
         seed: of the crops.
         cache: a folder to keep everything encoded in, so that training runs neither VAE nor text encoder; None encodes
@@ -56,6 +60,7 @@ class Images:
         resolution: int = 512,
         center_crop: bool = False,
         random_flip: bool = False,
+        background: str = "white",
         caption_column: str = "text",
         seed: int = 0,
         cache: str | Path | None = None,
@@ -67,7 +72,9 @@ class Images:
                 where="resolution",
                 hint=f"pass a multiple of {pipe.vae_scale_factor}",
             )
-        self._images = captioned(Path(folder), caption_column)
+        colour(background)
+        self._folder, self._caption_column, self._background = Path(folder), caption_column, background
+        self._images = captioned(self._folder, caption_column, decode=cache is None)
         self._crops = [
             Crop.of(image.size, resolution, None if center_crop else generator(seed, "crop", row))
             for row, image in enumerate(self._images)
@@ -77,15 +84,16 @@ class Images:
         self._empty = dict(self._captions.empty)
         if "text_embeds" in self._empty:
             self._empty["time_ids"] = time_ids((resolution, resolution), (0, 0), (resolution, resolution))
-        listed = [f"{i.path.relative_to(folder)} {i.size} {i.caption}" for i in self._images]
+        listed = [f"{os.path.relpath(i.path, folder)} {i.size} {i.caption}" for i in self._images]
         files = [f"{i.path.stat().st_size}" for i in self._images]
         made = {
-            "folder of images": hashlib.sha256("\n".join([*listed, *files]).encode()).hexdigest(),
+            "folder of images": hashlib.sha256(os.fsencode("\n".join([*listed, *files]))).hexdigest(),
             "VAE": digest(pipe.vae),
             "text encoder": self._captions.digest,
             "resolution": str(resolution),
             "choice of crops": "centre" if center_crop else f"random, seed {seed}",
             "random_flip": str(random_flip),
+            "background": background,
         }
         self._fingerprint = hashlib.sha256(repr(made).encode()).hexdigest()
         self._kept = None
@@ -126,9 +134,7 @@ class Images:
 
     def _seen(self, rows: Sequence[int], flipped: Sequence[bool]) -> Tensor:
         """Return the distributions of latents of rows, (B, 2, C, h, w)."""
-        crops = [pixels(self._images[row], self._crops[row]) for row in rows]
-        crops = [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flipped, strict=True)]
-        seen = encoded(self._vae, torch.stack(crops))
+        seen = encoded(self._vae, torch.stack([self._pixels(*row) for row in zip(rows, flipped, strict=True)]))
         for row, one in zip(rows, seen, strict=True):
             if not torch.isfinite(one).all():
                 raise TuningError(
@@ -137,6 +143,13 @@ class Images:
                     hint="encode in float32: pipe.vae.to(torch.float32)",
                 )
         return seen
+
+    def _pixels(self, row: int, flip: bool) -> Tensor:
+        try:
+            return pixels(self._images[row], self._crops[row], flip, self._background)
+        except TuningError:
+            captioned(self._folder, self._caption_column, decode=True)  # which names all that cannot be read
+            raise
 
     def _conditions(self, rows: Sequence[int]) -> dict[str, Tensor]:
         known = self._captions([self._images[row].caption for row in rows])

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import TuningError
+from ...text import from_json, read_text
 
 RECORD = "kept.json"
 LOCK = ".lock"  # of the folder, and the ending of those of chunks
@@ -103,7 +104,7 @@ class Kept:
                 )
             self._replace(record, lambda new: new.write_text(json.dumps(self._made, indent=1) + "\n"))
         try:
-            saved = json.loads(record.read_text())
+            saved = from_json(read_text(record, TuningError, hint="delete the folder"))
         except ValueError as error:
             raise TuningError(f"it cannot be read: {error}", where=str(record), hint="delete the folder") from error
         for name, value in self._made.items():
