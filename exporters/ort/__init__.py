@@ -3,6 +3,6 @@
 It imports `bundle`.
 """
 
-from .unet import ORTUNet
+from .unet import ORTUNet, load_pipeline
 
-__all__ = ["ORTUNet"]
+__all__ = ["ORTUNet", "load_pipeline"]

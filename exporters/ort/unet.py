@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 
 from sdgraph.errors import ModeError
@@ -153,3 +154,24 @@ class ORTUNet(UNetCall):
     def __repr__(self) -> str:
         recipe = ", ".join(self.manifest.recipe) or "no passes"
         return f"ORTUNet({self.models.provider}, {self.manifest.dtype}, {recipe})"
+
+
+def load_pipeline(pipeline: str | os.PathLike[str], unet: ORTUNet, **options: Any) -> Any:
+    """Load a diffusers pipeline around an exported UNet, without reading the weights of the UNet that it replaces.
+
+    Args:
+        pipeline: the folder of the pipeline that the UNet was exported from, or its name on the hub. A folder without
+            the UNet will do.
+        unet: the exported UNet. The other models have its dtype.
+        options: options of `DiffusionPipeline.from_pretrained`, such as `variant="fp16"`.
+    Returns:
+        The pipeline. `sdgraph.attach` it, if the UNet inherits features.
+    Example:
+        `pipe = load_pipeline("stable-diffusion-v1-5", ORTUNet.from_pretrained("unet-onnx"))`
+    """
+    with warnings.catch_warnings():
+        # Newer versions of diffusers call it `dtype`, which older ones ignore.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        without = DiffusionPipeline.from_pretrained(pipeline, **{"unet": None, "torch_dtype": unet.dtype, **options})
+        # Pipelines look at the sizes of their UNet when they are made.
+        return type(without).from_pipe(without, unet=unet, torch_dtype=unet.dtype)

@@ -326,6 +326,9 @@ class GraphUNet(SourceSettings, LoraLayers):
         twin._take_weights()
         return twin.train(True) if self.training else twin
 
+    def extra_repr(self) -> str:
+        return f"passes: {', '.join(map(str, self._graph.passes)) or 'none'}"
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModeError("a GraphUNet is not pickled", hint="use save_pretrained(directory) and from_pretrained")
 
