@@ -11,6 +11,7 @@ from ..errors import ContractError, DecisionError, NoChangeError, OrderError, Pa
 from ..graph import Graph
 from ..ir.decisions import Applied, Decision, Decisions
 from ..ir.guards import Guard
+from ..ir.read_only import read_only
 from ..ir.structure import fingerprint
 from .base import Findings, Pass
 from .chain import Chain
@@ -64,27 +65,19 @@ def run_pass(
             where=type(pass_).__name__,
             hint="annotate it as no option: contract: ClassVar[Contract] = Contract.EXACT",
         )
-    # Tensors made in inference mode do not count their edits.
-    versions = [(name, p, p._version) for name, p in graph.parameters().items() if not p.is_inference()]
     decisions = Decisions(recorded)
     size_before = size(graph)  # before the copy, which takes over what its nodes cost
     after = graph.copy()
-    findings, children = _edit(pass_, graph, after, decisions)
-    if fingerprint(after) == fingerprint(graph) and not pass_.may_change_nothing:
-        closest = "; ".join(f"{m.where}: {m.reason}" for m in findings.near_misses[:3])
-        raise NoChangeError(
-            f"{pass_} changed nothing",
-            where=f"nearest misses: {closest}" if closest else "",
-            hint="drop it, or set may_change_nothing = True on the pass",
-        )
-    touched = [name for name, p, version in versions if p._version != version]
-    if touched:
-        raise ContractError(
-            f"{pass_} edited weights in place, which the source UNet shares",
-            where=", ".join(touched[:3]),
-            hint="give the graph new tensors (add_tensor, add_parameter)",
-        )
-    difference = _verify(pass_, graph, after) if verify else None
+    with read_only(graph.tensors(), lambda name: _written(pass_, name)):
+        findings, children = _edit(pass_, graph, after, decisions)
+        if fingerprint(after) == fingerprint(graph) and not pass_.may_change_nothing:
+            closest = "; ".join(f"{m.where}: {m.reason}" for m in findings.near_misses[:3])
+            raise NoChangeError(
+                f"{pass_} changed nothing",
+                where=f"nearest misses: {closest}" if closest else "",
+                hint="drop it, or set may_change_nothing = True on the pass",
+            )
+        difference = _verify(pass_, graph, after) if verify else None
     applied = Applied(pass_, decisions.finish())
     after.passes = (*graph.passes, applied)
     seconds = time.perf_counter() - start
@@ -99,6 +92,14 @@ def run_pass(
         findings.near_misses,
         children,
         applied.decisions,
+    )
+
+
+def _written(pass_: Pass, name: str) -> ContractError:
+    return ContractError(
+        f"{pass_} edits weights in place, which the source UNet shares",
+        where=name,
+        hint="edit a clone(), and give it to the graph (add_tensor, add_parameter, add_module)",
     )
 
 
@@ -232,7 +233,13 @@ def _verify(pass_: Pass, before: Graph, after: Graph) -> float:
 def _compare(
     pass_: Pass, before: Graph, after: Graph, calls: list[Call], old: frozenset[str], new: frozenset[str]
 ) -> float:
-    expected, outputs = play(before, calls, old), play(after, calls, new)
+    expected = play(before, calls, old)
+    try:
+        outputs = play(after, calls, new)
+    except SdgraphError:
+        raise
+    except Exception as error:
+        raise _failed(pass_, error, after) from error
     differences = [largest_difference(a, b) for a, b in zip(expected, outputs, strict=True)]
     difference = max(differences)
     wrong = [

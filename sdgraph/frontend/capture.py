@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import fx, nn
 
-from ..errors import SdgraphError, ShapeError, SpecError, TraceError
+from ..errors import SdgraphError, ShapeError, SourceError, SpecError, TraceError
 from ..graph import Graph
 from ..ir.dims import Dims, Symbol
 from ..ir.inputs import Dim, Input, example_of
@@ -21,6 +22,7 @@ from .call import unflatten
 from .signature import call_guards, config_of, free_sizes, unet_inputs
 from .source import check_source
 
+CONTAINERS = (dict, list, set, OrderedDict)
 SYMBOLS = (Symbol("B", 1, 5), Symbol("H", 64, 101), Symbol("W", 64, 149), Symbol("L", 77, 31))
 
 
@@ -70,23 +72,85 @@ def _capture_unet(unet: UNet2DConditionModel, inputs: Collection[str], divisible
     def call(**flat: Any) -> Any:
         return type(unet).forward(unet, **unflatten(flat, graph.inputs), return_dict=False)[0]
 
-    with _evaluating(unet):
+    with _unchanged(unet):
         _capture(graph, call, unet)
     graph.source = skeleton(unet, graph.weights)
     return graph
 
 
 @contextlib.contextmanager
-def _evaluating(unet: nn.Module) -> Iterator[None]:
-    """Switch training flags off. In training mode diffusers' code makes copies, which have no effect."""
-    flags = [(module, module.training) for module in unet.modules()]
+def _unchanged(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Switch training flags off, and leave the UNet as it was. In training mode diffusers' code makes copies of weights.
+
+    Raises:
+        SourceError: the code of the UNet keeps something between calls.
+    """
+    holders: dict[str, Any] = {**dict(unet.named_modules()), **unet.attn_processors}
+    held = [_Held(path, holder) for path, holder in holders.items()]
+    kept: list[str] = []
     try:
-        for module, _ in flags:
+        for module in unet.modules():
             module.training = False
         yield
+        kept += [f"{each.path}, attribute {name}" for each in held for name in each.changes()]
     finally:
-        for module, flag in flags:
-            module.training = flag
+        for each in held:
+            each.restore()
+    if kept:
+        raise SourceError(
+            "the code of the UNet keeps something between calls, which a graph does not",
+            where=kept[0],
+            hint="unet.set_default_attn_processor(), or write it as a function of its tensors",
+        )
+
+
+class _Held:
+    """The attributes of a module or an attention processor, and what is in them."""
+
+    def __init__(self, path: str, holder: Any) -> None:
+        self.path, self._holder = path, holder
+        self._attributes = dict(vars(holder))
+        self._contents = {name: value.copy() for name, value in self._attributes.items() if type(value) in CONTAINERS}
+        self._versions = {name: _version(value) for name, value in self._attributes.items()}
+
+    def changes(self) -> list[str]:
+        """Return the names of attributes that were set or edited in place, but for the training flag."""
+        now = vars(self._holder)
+        return [
+            name
+            for name in dict.fromkeys((*self._attributes, *now))
+            if name != "training"
+            and not (
+                name in self._attributes
+                and name in now
+                and _same(self._attributes[name], now[name])
+                and (name not in self._contents or _same_contents(self._contents[name], now[name]))
+                and self._versions[name] == _version(now[name])
+            )
+        ]
+
+    def restore(self) -> None:
+        vars(self._holder).clear()
+        vars(self._holder).update(self._attributes)
+        for name, contents in self._contents.items():
+            value = self._attributes[name]
+            if not _same_contents(contents, value):
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(contents)
+
+
+def _version(value: Any) -> int | None:
+    return value._version if type(value) is torch.Tensor and not value.is_inference() else None
+
+
+def _same(before: Any, now: Any) -> bool:
+    return before is now or (type(before) is type(now) and type(now) in (bool, int, float, str) and before == now)
+
+
+def _same_contents(before: Any, now: Any) -> bool:
+    if isinstance(before, dict):
+        return before.keys() == now.keys() and all(_same(before[key], now[key]) for key in before)
+    return len(before) == len(now) and all(map(_same, before, now))
 
 
 def trace_code(code: Callable[..., Any] | nn.Module, **shapes: tuple[Dim, ...]) -> Graph:

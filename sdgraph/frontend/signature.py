@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Collection
@@ -208,5 +209,5 @@ def _ip_layers(unet: UNet2DConditionModel) -> list[tuple[int, bool]]:
 
 
 def config_of(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """Return the current configuration. An IP-Adapter changes it by attribute, which its items do not show."""
-    return {name: getattr(unet.config, name, value) for name, value in unet.config.items()}
+    """Return a copy of the current configuration. An IP-Adapter changes it by attribute, which its items do not show."""
+    return {name: copy.deepcopy(getattr(unet.config, name, value)) for name, value in unet.config.items()}

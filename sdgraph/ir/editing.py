@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Self
@@ -339,6 +340,7 @@ class EditableGraph(GraphState):
             weights=self.weights.sharing(weights_read(self.fx.nodes)),
             frozen=False,
             replays=False,
+            config=copy.deepcopy(dict(self.config)),
             classes=dict(self.classes),
             _sites=dict(self._sites),
             _meta=dict(self._meta),

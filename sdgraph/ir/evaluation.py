@@ -65,6 +65,7 @@ def infer(graph: Evaluated, node: fx.Node) -> None:
     """Compute both values of a node; see `GraphState.infer`."""
     node.meta.pop("macs", None)
     node.meta["evaluated"] = Operation.of(node)
+    versions = _versions(node)
     for key in ("val", "probe"):
         try:
             node.meta[key] = computed(*_call(graph, node, key))
@@ -78,9 +79,21 @@ def infer(graph: Evaluated, node: fx.Node) -> None:
                 where=f"{scope(node) or '(top level)'}, node {node.name}",
                 hint="the shapes on both sides must agree at every size of the call",
             ) from error
+    if _versions(node) != versions:
+        raise EditError(
+            f"{called(node)} edits a tensor in place",
+            where=f"{scope(node) or '(top level)'}, node {node.name}",
+            hint="use the form that returns a new tensor",
+        )
     nominal, generic = values(node)
     if isinstance(nominal, int | float) and not isinstance(nominal, bool):
         node.meta["size"] = _size(graph, node, nominal, generic)
+
+
+def _versions(node: fx.Node) -> list[int]:
+    """Return how often each tensor that a node reads has been edited in place."""
+    read = [v for n in node.all_input_nodes for v in values(n) if isinstance(v, torch.Tensor)]
+    return [v._version for v in read if not v.is_inference()]
 
 
 def evaluate(graph: Evaluated, node: fx.Node, key: str) -> Any:

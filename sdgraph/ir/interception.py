@@ -36,6 +36,14 @@ def tracing(tracer: Tracer) -> Iterator[None]:
             return tracer.read(value)
         return value
 
+    def keep(module: nn.Module, name: str, value: Any) -> None:
+        if threading.get_ident() == thread and any(isinstance(leaf, fx.Proxy) for leaf in _leaves(value)):
+            raise tracer.error(
+                f"a {type(module).__name__} keeps a tensor between calls, as its attribute {name!r}",
+                "write it as a function of its tensors; a graph keeps nothing",
+            )
+        originals[nn.Module, "__setattr__"](module, name, value)
+
     def factory(original: Callable[..., Any]) -> Callable[..., Any]:
         def build(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == thread and any(isinstance(a, fx.Proxy) for a in _leaves((args, kwargs))):
@@ -45,7 +53,11 @@ def tracing(tracer: Tracer) -> Iterator[None]:
         return build
 
     with _LOCK, torch.inference_mode(False), torch.no_grad():
-        patched: dict[tuple[Any, str], Any] = {(nn.Module, "__call__"): call, (nn.Module, "__getattr__"): attribute}
+        patched: dict[tuple[Any, str], Any] = {
+            (nn.Module, "__call__"): call,
+            (nn.Module, "__getattr__"): attribute,
+            (nn.Module, "__setattr__"): keep,
+        }
         originals = {(holder, name): getattr(holder, name) for holder, name in patched}
         for holder, name in (*((torch, name) for name in FACTORIES), *WHOLE):
             originals[holder, name] = getattr(holder, name)

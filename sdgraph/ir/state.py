@@ -127,6 +127,11 @@ class GraphState:
         """Return the parameters by name."""
         return dict(self.weights.named_parameters())
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return all tensors whose memory the graph may share with its source, by name."""
+        held: tuple[Any, ...] = (self.weights, self.source) if isinstance(self.source, nn.Module) else (self.weights,)
+        return {n: t for h in reversed(held) for n, t in (*h.named_parameters(), *h.named_buffers())}
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one call at the nominal sizes (batch 1), including the products of attention."""

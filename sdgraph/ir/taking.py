@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from ..errors import EditError, ShapeError
 from .nodes import called, weights_read
+from .read_only import also_read_only
 from .region import Region, region_at
 from .state import GraphState
 from .weights import Shares, described
@@ -33,6 +34,7 @@ def take_weights(graph: GraphState, paths: Sequence[str], other: GraphState) -> 
                 where=name,
                 hint="take all regions that share these weights",
             )
+    also_read_only(other.tensors())
     shares = Shares()
     for name, value in held.items():
         if isinstance(value, nn.Module):

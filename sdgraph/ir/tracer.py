@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import ShapeError, TraceError
+from ..errors import EditError, ShapeError, TraceError
 from . import branches, proxies
 from .branches import EQUIVALENT_BRANCHES, calling_line
 from .dims import Probe
@@ -134,21 +134,18 @@ class Tracer(ProxyTracer):
         for arg in node.all_input_nodes:
             if arg.meta["val"] is None:
                 self._shape_residual(arg, node)
-        versions = _versions(node)
         try:
             self.owner.infer(node)
-        except ShapeError as error:
+        except EditError as error:
             self.graph.erase_node(node)
             if isinstance(error.__cause__, NotImplementedError):
                 name = getattr(target, "__name__", target)
                 raise self.error(
                     f"the shape of the result of {name} depends on the values", "use torch.where or a mask"
                 ) from error
+            if not isinstance(error, ShapeError):
+                raise self.error(error.what, error.hint) from error
             raise
-        if _versions(node) != versions:
-            self.graph.erase_node(node)
-            name = getattr(target, "__name__", target)
-            raise self.error(f"{name} edits a tensor in place", "use the form that returns a new tensor")
         return self.proxy(node)
 
     def create_arg(self, a: Any) -> Any:
@@ -278,9 +275,3 @@ class Tracer(ProxyTracer):
         if user.target not in (operator.add, torch.add) or len(others) != 1:
             raise self.error(f"the optional input {residual.name} is not simply added", "give it a shape")
         residual_like(residual, others[0])
-
-
-def _versions(node: fx.Node) -> list[int]:
-    """Return how often each tensor that a node reads has been edited in place."""
-    read = [v for n in node.all_input_nodes for v in values(n) if isinstance(v, torch.Tensor)]
-    return [v._version for v in read if not v.is_inference()]

@@ -152,7 +152,7 @@ def _like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def _rebuilt(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     own = copy.copy(module)
-    own.__dict__ = {n: v.copy() if isinstance(v, dict | set) else v for n, v in module.__dict__.items()}  # hooks too
+    own.__dict__ = {n: v.copy() if isinstance(v, dict | set | list) else v for n, v in module.__dict__.items()}
     own.training = False
     own._parameters = {n: None if t is None else make(t) for n, t in module._parameters.items()}  # type: ignore[misc]
     own._buffers = {n: None if t is None else make(t) for n, t in module._buffers.items()}

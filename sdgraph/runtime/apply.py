@@ -14,10 +14,11 @@ from ..compiler.parse import as_passes
 from ..compiler.report import Report
 from ..compiler.runner import check_order, run_pass
 from ..contract import Contract
-from ..errors import ContractError
+from ..errors import ContractError, SourceError
 from ..frontend.call import unflatten
 from ..frontend.capture import trace
 from ..graph import Graph
+from ..ir.read_only import read_only
 from .unet import GraphUNet
 
 log = logging.getLogger("sdgraph")
@@ -96,5 +97,9 @@ def _check_trace(unet: UNet2DConditionModel, graph: Graph) -> str:
 
 
 def _answer(unet: UNet2DConditionModel, graph: Graph, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), read_only(graph.tensors(), _edits_itself):
         return unet(**unflatten(flat, graph.inputs), return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+def _edits_itself(name: str) -> SourceError:
+    return SourceError("the code of the UNet edits this weight when it is called", where=name, hint="call unet.eval()")

@@ -130,7 +130,7 @@ def test_failure_rolls_back(graph: Graph, one: Pass, error: type[Exception], wor
 
 def test_editing_shared_weights_in_place_is_caught() -> None:
     unet = build("sd15")
-    with pytest.raises(ContractError, match="edited weights in place") as caught:
+    with pytest.raises(ContractError, match="edits weights in place") as caught:
         sdgraph.apply(unet, [EditsWeights()], verify=False)
     assert "weight" in caught.value.where
 
