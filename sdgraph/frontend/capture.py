@@ -80,7 +80,7 @@ def _capture_unet(unet: UNet2DConditionModel, inputs: Collection[str], divisible
 
 @contextlib.contextmanager
 def _unchanged(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Switch training flags off, and leave the UNet as it was. In training mode diffusers' code makes copies of weights.
+    """Leave the UNet as it was. Training flags are off inside, for in training mode diffusers' code copies weights.
 
     Raises:
         SourceError: the code of the UNet keeps something between calls.

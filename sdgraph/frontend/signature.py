@@ -209,5 +209,5 @@ def _ip_layers(unet: UNet2DConditionModel) -> list[tuple[int, bool]]:
 
 
 def config_of(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """Return a copy of the current configuration. An IP-Adapter changes it by attribute, which its items do not show."""
+    """Return a copy of the configuration as it is now. IP-Adapters change its attributes, not its items."""
     return {name: copy.deepcopy(getattr(unet.config, name, value)) for name, value in unet.config.items()}

@@ -87,7 +87,7 @@ def also_read_only(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the first address of the memory of a tensor, and that behind the last; (0, 0) if it has none of its own."""
+    """Return where the memory of a tensor starts and ends; (0, 0) if it has none of its own."""
     if tensor.is_meta or tensor.layout is not torch.strided:
         return 0, 0
     try:

@@ -239,7 +239,7 @@ def test_code_that_keeps_something_is_refused_and_the_source_as_before(how: str)
     unet = build(**ONE_LEVEL)
     unet.set_attn_processor(Counting(how))
     state = State(unet)
-    with pytest.raises((SourceError, sdgraph.errors.TraceError), match="between calls|in place"):
+    with pytest.raises((SourceError, sdgraph.errors.TraceError), match=r"between calls|in place"):
         sdgraph.apply(unet, processors=(Counting,))
     state.check()
     assert all(p.kept is None and not p.seen for p in unet.attn_processors.values())
