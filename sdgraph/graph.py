@@ -92,15 +92,22 @@ class Graph(EditableGraph):
             raise PathError(f"no site {name!r}", hint=did_you_mean(name, self.sites) or f"sites: {list(self.sites)}")
         self._sites[name] = replace(self._sites[name], schedule=schedule)
 
-    def timetable(self, calls: Any) -> Timetable:
+    def timetable(self, calls: Any, **sizes: int) -> Timetable:
         """Return what each call of a generation computes, inherits, forecasts and bypasses, and what it costs.
 
         Args:
-            calls: a diffusers scheduler after `set_timesteps`, the timesteps of the calls, or their number.
+            calls: a diffusers scheduler after `set_timesteps`, the timesteps of the calls, or their number. Of a number
+                the timesteps are supposed to be evenly spaced, as those of Stable Diffusion's own schedulers; the table
+                says so.
+            sizes: sizes of the calls at which costs are quoted, such as `B=2, H=64, W=64, L=77`; by default the
+                model's own, for one sample.
         Raises:
             ScheduleError: a schedule does not fit the calls.
+            SpecError: the graph does not cover the sizes.
+        Example:
+            `pipe.scheduler.set_timesteps(25)`, then `print(unet.graph.timetable(pipe.scheduler, B=2))`
         """
-        return timetable(self, Run.of(calls))
+        return timetable(self.at(**sizes) if sizes else self, Run.of(calls))
 
     def decide(self, about: str, code: Callable[..., Any], *args: Any) -> Any:
         """Return the result of `code(*args)` and record it with the pass.

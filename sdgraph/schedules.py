@@ -6,7 +6,8 @@ always refreshes. Schedules are specs: they print as text, parse back, and are s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from .errors import ScheduleError
 from .solvers import is_random, lambdas_of, name_of
 from .spec import Spec
+
+TRAINED = 1000  # timesteps of the noise that Stable Diffusion is trained with
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,35 @@ class Run:
             calls: the number of calls, their timesteps, or a scheduler after `set_timesteps`, of which noise levels and
                 solver are known too.
             part: the part of a scheduler's timesteps that is run, as image-to-image begins later.
+        Raises:
+            ScheduleError: it is none of these, or there are no calls.
         """
-        if isinstance(calls, int):
+        hint = "a number of calls, their timesteps, or a diffusers scheduler after set_timesteps"
+        if isinstance(calls, int) and not isinstance(calls, bool):
+            if calls < 1:
+                raise ScheduleError("a generation without calls", where=f"calls={calls}", hint=hint)
             return cls(calls)
+        try:
+            timesteps = _floats(None if isinstance(calls, str | bytes) else getattr(calls, "timesteps", calls))
+        except (TypeError, ValueError) as error:
+            raise ScheduleError(f"{calls!r} says nothing about calls", where="calls", hint=hint) from error
+        if not timesteps or not all(map(isfinite, timesteps)):
+            raise ScheduleError("a generation without calls", where=f"calls={calls!r}"[:80], hint=hint)
         if not hasattr(calls, "timesteps"):
-            timesteps = _floats(calls)
             return cls(len(timesteps), timesteps)
-        timesteps = _floats(calls.timesteps)[part]
+        timesteps = timesteps[part]
         return cls(len(timesteps), timesteps, lambdas_of(calls, timesteps, part), name_of(calls), is_random(calls))
+
+    def supposed(self) -> Run:
+        """Return the run with the timesteps that it will have, as far as anybody can say beforehand.
+
+        Where nobody gave any, they are those of the schedulers that Stable Diffusion is published with: evenly spaced
+        over the training timesteps, the last one 1 ("leading", with an offset of 1).
+        """
+        if self.timesteps is not None or not self.calls:
+            return self
+        between = TRAINED // self.calls or TRAINED / self.calls
+        return replace(self, timesteps=tuple(1.0 + between * left for left in reversed(range(self.calls))))
 
 
 def _floats(timesteps: Any) -> tuple[float, ...]:
@@ -73,8 +97,9 @@ class Schedule(Spec):
         raise NotImplementedError(f"{type(self).__name__}.refreshes")
 
     def calls(self, run: Run) -> tuple[int, ...]:
-        """All refreshing calls of a run whose timesteps are known."""
-        timesteps = run.timesteps if run.timesteps is not None else (float("nan"),) * _known(run.calls, self)
+        """All refreshing calls of a run, see `Run.supposed`."""
+        _known(run.calls if run.timesteps is None else run.timesteps, self)
+        timesteps = run.supposed().timesteps or ()
         return tuple(i for i, t in enumerate(timesteps) if i == 0 or self.refreshes(i, t, run))
 
 

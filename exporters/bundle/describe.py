@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 
 from sdgraph import Graph, GraphUNet
@@ -20,9 +18,7 @@ from sdgraph.ir.specialize import per_call
 from .manifest import MODEL, REFRESH, Dtype, Layout, Manifest, Model, Order, Target, Value
 
 
-def describe(
-    unet: GraphUNet, given: frozenset[str], target: str, layout: str, opset: int, calls: int | Sequence[float]
-) -> Manifest:
+def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, opset: int, calls: Any) -> Manifest:
     """Return the manifest, still without files, of a UNet.
 
     Args:
@@ -30,8 +26,7 @@ def describe(
         target: "portable" or "cuda", see `Manifest`.
         layout: "variants" or "single", see `Manifest`; a UNet with one model has "variants".
         opset: version of the ONNX operators.
-        calls: the generations to serve, which decide the models: a number of calls at evenly spaced timesteps, or the
-            timesteps.
+        calls: the generations to serve, which decide the models, see `sdgraph.Graph.timetable`.
     Raises:
         ExportError: a size or an inherited value cannot be described.
         ScheduleError: a schedule does not fit `calls`.
@@ -72,20 +67,18 @@ def _require_one_timestep(graph: Graph) -> None:
     graph.propagate(anew=True)
 
 
-def _models(graph: Graph, calls: int | Sequence[float]) -> tuple[Model, ...]:
+def _models(graph: Graph, calls: Any) -> tuple[Model, ...]:
     """Return a model for each kind of call. The first refreshes all sites, as the first call of a generation does."""
     if not graph.sites:
         return (Model(MODEL, macs=graph.macs),)
-    models: dict[tuple[tuple[str, ...], ...], Model] = {}
+    models = []
     may_go = {name for name, site in graph.sites.items() if site.bypassed}
-    timesteps = np.linspace(999, 0, calls).tolist() if isinstance(calls, int) else calls
-    for kind in graph.timetable(timesteps).variants:  # two may differ only in sites that neither needs
-        name = f"inherit_{len(models)}.onnx" if models else REFRESH
+    for number, kind in enumerate(graph.timetable(calls).variants):
+        name = f"inherit_{number}.onnx" if number else REFRESH
         kept = tuple(site for site in kind.refreshed if site not in may_go)
         computed = tuple(site for site in kind.refreshed if site in may_go)
-        key = kind.inherited, kind.refreshed, kind.bypassed
-        models.setdefault(key, Model(name, kind.inherited, kept, kind.macs, kind.bypassed, computed))
-    return tuple(models.values())
+        models.append(Model(name, kind.inherited, kept, kind.macs, kind.bypassed, computed))
+    return tuple(models)
 
 
 def _value(graph: Graph, name: str, site: Site, dtype: torch.dtype) -> Value:

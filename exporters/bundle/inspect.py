@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnx
 import torch
 
-from sdgraph.inheritance.timetable import played, ranges
+from sdgraph.inheritance.timetable import Course, foreseen, ranges, supposition
 from sdgraph.schedules import Run
 from sdgraph.untrusted import read_config
 from sdgraph.views.format import columns, cost, count, several
@@ -18,11 +18,11 @@ from .manifest_file import check_files, read_manifest
 from .untrusted import check_model
 
 
-def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
+def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
     """A table of the graphs, what calls inherit, the inputs and the files.
 
     Args:
-        calls: of the generation whose calls are told, at timesteps evenly spaced.
+        calls: the generation whose calls are told, see `sdgraph.Graph.timetable`.
         verify: compare the files with their hashes.
     Raises:
         SavedError: what is there is not whole.
@@ -39,17 +39,26 @@ def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
         f"{manifest.target}, {manifest.layout}; " + ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
         "",
     ]
-    served = _calls(manifest, calls)
-    rows: list[tuple[str, ...]] = [("graph", "nodes", "MACs", "share", "takes", "gives", f"of {calls} calls")]
+    run = Run.of(calls)
+    course = _course(manifest, run)
+    served: dict[Model, list[int]] = {}
+    for number, doings in enumerate(course.calls):
+        for model in dict.fromkeys(manifest.model_for(stale)[0] for stale in doings):
+            served.setdefault(model, []).append(number)
+    last = f"of {len(course.calls)} calls"
+    rows: list[tuple[str, ...]] = [("graph", "nodes", "MACs", "share", "takes", "gives", last)]
     for model in manifest.models:
         check_model(directory / model.file, manifest.files)
         nodes = len(onnx.load(directory / model.file, load_external_data=False).graph.node)
         figures = (cost(model.macs), f"{model.macs / first.macs:.1%}", str(len(model.takes)), str(len(model.gives)))
         rows.append((model.file, str(nodes), *figures, ranges(served.get(model, [])) or "-"))
     lines.append(columns(rows))
-    total = sum(model.macs * len(numbers) for model, numbers in served.items())
-    if total:
-        lines.append(f"at most {calls * first.macs / total:.2f} times as fast as computing everything")
+    if course.least:
+        fastest, slowest = (len(course.calls) * first.macs / total for total in (course.least, course.most))
+        span = f"at most {fastest:.2f}" if fastest == slowest else f"{slowest:.2f} to {fastest:.2f}"
+        drift = "" if fastest == slowest else ", as features drift"
+        lines.append(f"{span} times as fast as computing everything{drift}")
+        lines.append(f"supposed: {supposition(run.supposed(), run.timesteps is None)}")
     if first.file == REFRESH:
         lines.append(f"{MODEL} is {REFRESH} with one output, for other tools")
     schedules: dict[tuple[str, str], list[str]] = {}
@@ -72,14 +81,10 @@ def contents(directory: Path, calls: int = 50, verify: bool = True) -> str:
     return "\n".join(lines)
 
 
-def _calls(manifest: Manifest, calls: int) -> dict[Model, list[int]]:
-    """Which calls each graph serves."""
+def _course(manifest: Manifest, run: Run) -> Course:
+    """What the calls of a run may do, and their multiply-accumulates."""
 
-    def refreshed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
-        return dict.fromkeys(manifest.model_for(stale)[0].gives, torch.empty(0))
+    def computed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(manifest.model_for(stale)[0].gives, torch.empty(0, device="meta"))
 
-    calls_of: dict[Model, list[int]] = {}
-    run = Run.of(np.linspace(999, 0, calls).tolist())
-    for number, (stale, _) in enumerate(played(run, manifest.sites, refreshed)):
-        calls_of.setdefault(manifest.model_for(stale)[0], []).append(number)
-    return calls_of
+    return foreseen(run, manifest.sites, computed, lambda stale: manifest.model_for(stale)[0].macs)

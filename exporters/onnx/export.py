@@ -51,7 +51,7 @@ def export(
     layout: str = "variants",
     dtype: torch.dtype | None = None,
     inputs: Collection[str] = (),
-    calls: int | Sequence[float] = 50,
+    calls: Any = 50,
     opset: int = 20,
     overwrite: bool = False,
     atol: float | None = None,
@@ -81,8 +81,9 @@ def export(
         dtype: float32 or float16; by default the UNet's, which stays as it is.
         inputs: optional inputs to include: names of arguments such as "mid_block_additional_residual". A call of the
             exported model must then give them.
-        calls: the generations to serve, of a UNet that inherits features: how many calls, or their timesteps. There is
-            a model for each kind of call among them; one of another kind computes more than it need.
+        calls: the generations to serve, of a UNet that inherits features: a scheduler, timesteps, or a number of calls,
+            see `sdgraph.Graph.timetable`. There is a model for each kind of call among them; one of another kind
+            computes more than it need.
         opset: version of the ONNX operators, 18 to 20.
         overwrite: replace an earlier export, once the new one is checked.
         atol: bound on the largest difference from eager, which is `atol + rtol * largest value`.

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import torch
 from tqdm import tqdm
 
 from sdgraph.errors import SpecError
 from sdgraph.ir.inputs import Input
+from sdgraph.schedules import Run
 from sdgraph.views.format import columns
 
 from .unet import ORTUNet
@@ -61,7 +61,7 @@ def bench(
     """Time each graph, and whole generations, in turns; the first turn is not counted.
 
     Args:
-        calls: of a generation, at timesteps evenly spaced.
+        calls: of a generation, at the timesteps that `sdgraph.Graph.timetable` supposes.
         size: height and width of the latents; the configuration's by default.
         batch: of a call; with guidance twice that of the images.
     Raises:
@@ -72,7 +72,7 @@ def bench(
     size = size or _side(unet)
     height, width = size
     flat = _random(unet, {"B": batch, "H": height, "W": width, "L": 77})
-    timesteps = [torch.tensor([float(t)]) for t in np.linspace(999, 0, calls)]
+    timesteps = [torch.tensor([t]) for t in Run.of(calls).supposed().timesteps or ()]
     sizes = unet.manifest.check(flat)
     outputs = unet.models.run(unet.manifest.models[0], flat, sizes)
     values = dict(zip(unet.manifest.models[0].gives, outputs[1:], strict=True))

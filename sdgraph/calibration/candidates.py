@@ -13,7 +13,7 @@ from ..compiler.base import Pass
 from ..compiler.chain import Chain
 from ..errors import SpecError
 from ..forecasts import REPEAT, Fitted, Forecast, Polynomial, as_forecast
-from ..inheritance.timetable import played
+from ..inheritance.timetable import foreseen
 from ..ir.sites import live_nodes
 from ..ir.sites import sites as nodes_of_sites
 from ..runtime.apply import apply
@@ -99,14 +99,15 @@ class Candidates:
         return self.unet
 
     def cost(self, plan: Plan, run: Run, of_call: Cost) -> float:
-        """Return what the calls of a plan cost together."""
+        """Return what the calls of a plan cost together; the most that they may, where the drift of features decides
+        about sites that the source has already."""
         sites = self.play(plan, run)._sites
 
-        def refreshed(stale: frozenset[str]) -> dict[str, Tensor]:
+        def computed(stale: frozenset[str]) -> dict[str, Tensor]:
             fresh = self._live_sites(stale) - stale
             return {name: self._nodes[name].meta["val"] for name in fresh if not sites[name].bypassed}
 
-        return sum(of_call(stale & self._live_sites(stale)) for stale, _ in played(run, sites, refreshed))
+        return foreseen(run, sites, computed, lambda stale: of_call(stale & self._live_sites(stale))).most
 
     # -- one candidate -------------------------------------------------------------------------------------------
 

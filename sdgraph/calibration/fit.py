@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..compiler.base import Pass
 from ..errors import ScheduleError, SpecError
 from ..forecasts import REPEAT, Fitted, Forecast, Polynomial, as_forecast
+from ..inheritance.timetable import timetable
 from ..runtime.apply import apply
 from ..schedules import Run
 from .latents import Array, check_request, final_latents, typical
@@ -90,7 +91,7 @@ def fit_forecast(
         `fit = sdgraph.fit_forecast(pipe, InheritFeatures.damped(2), prompts, num_inference_steps=20)`
     """
     check_request("fit_forecast", pipe, prompts, call)
-    start, schedule = _forecast_of(inherit), inherit.schedule  # type: ignore[attr-defined]
+    start = _forecast_of(inherit)
     source = apply(pipe.unet, ())
     trial = apply(source, inherit, verify=False)
     names = trial.graph.sites.keys() - source.graph.sites.keys()
@@ -108,12 +109,13 @@ def fit_forecast(
 
     before = [residual(start, group) for group in groups]
     run = before[0][1]
-    refreshes = schedule.calls(run)
+    table = timetable(trial.graph, run)
+    refreshes = sorted(set().union(*(table.refreshes(name) for name in names)))
     known = {n: [r for r in refreshes if r < n][-2:] for n in range(run.calls or 0) if n not in refreshes}
     free = [number for number, calls in known.items() if len(calls) == 2]
     if not free:
         raise ScheduleError(
-            f"{schedule} leaves nothing to fit in {run.calls} calls: none inherits from two refreshes",
+            f"there is nothing to fit in {run.calls} calls: none inherits from two refreshes",
             where=str(inherit),
             hint="more steps, or a schedule that refreshes at some calls only",
         )

@@ -201,7 +201,7 @@ def _settle(pass_: Pass, before: Graph, after: Graph) -> None:
     after.fx.lint()
     if after.dims is not before.dims:  # the pass requires certain sizes: compare at those
         before = before.copy()
-        before.probe_at(after.dims.symbols)
+        before.evaluate_at(after.dims.symbols)
     names = [[n.name for n in g.fx.nodes if n.op == "placeholder"] for g in (before, after)]
     if names[0] != names[1]:
         raise ContractError(f"{pass_} changed the inputs", where=str(set(names[0]) ^ set(names[1])), hint="keep them")

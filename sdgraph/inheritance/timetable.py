@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import pairwise, product
+from math import inf
 from typing import Any
 
 import torch
 
-from ..errors import ScheduleError
+from ..errors import PathError, ScheduleError, SpecError, did_you_mean
 from ..ir.sites import Site, live_nodes
 from ..ir.sites import sites as nodes_of_sites
 from ..ir.state import GraphState
@@ -19,7 +20,10 @@ from ..views.figure import paper
 from ..views.format import cost, count, several
 from .generation import Generation
 
-REFRESHED, INHERITED, FORECAST, BYPASSED, UNNEEDED = "■", "□", "◪", "○", "·"
+NAMED = ("B", "H", "W", "L")  # sizes that a table names
+REFRESHED, INHERITED, FORECAST, BYPASSED, UNNEEDED, DRIFTING = "■", "□", "◪", "○", "·", "◇"
+WORDS = {REFRESHED: "computed", INHERITED: "inherited", FORECAST: "forecast", BYPASSED: "bypassed",
+         UNNEEDED: "not needed", DRIFTING: "as features drift"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class Variant:
     """One kind of call.
 
     Args:
-        calls: which calls are of it; none where only a drift of features leads to it.
-        macs: multiply-accumulates of one of them, at the nominal sizes.
+        calls: which calls are of it; where the drift of features decides, those that may be.
+        macs: multiply-accumulates of one of them.
         refreshed: the sites it computes, in graph order.
         inherited: the sites it takes over.
         bypassed: the sites whose place another value takes.
@@ -46,73 +50,86 @@ class Timetable:
     """What the calls of a generation do. Prints as a table; `picture(path)` draws it.
 
     Args:
-        run: the calls.
+        run: the calls, with their timesteps.
         sites: by name, in graph order.
         variants: the kinds of calls, in the order they come.
-        full_macs: of a call that computes everything.
-        cache_bytes: kept between calls, at most, at the nominal sizes (batch 1).
-        forecasts: the calls at which the value of a site is a forecast from several refreshes, by site.
+        signs: what the calls do with each site: a sign for every call, see `row`.
+        full_macs: multiply-accumulates of a call that computes everything.
+        macs: multiply-accumulates of all calls; the most that they may be, where the drift of features decides.
+        least_macs: the least that they may be.
+        cache_bytes: bytes kept between calls, at most.
+        at: the sizes of a call for which costs are quoted, by symbol.
+        supposed: nobody gave the timesteps, see `Run.supposed`.
     """
 
     run: Run
     sites: Mapping[str, Site]
     variants: tuple[Variant, ...]
+    signs: Mapping[str, str]
     full_macs: int
+    macs: int
+    least_macs: int
     cache_bytes: int
-    forecasts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of all calls."""
-        return sum(len(v.calls) * v.macs for v in self.variants)
+    at: Mapping[str, int] = field(default_factory=dict)
+    supposed: bool = False
 
     @property
     def bound(self) -> float:
         """How much faster the generation can be at most, if time goes by multiply-accumulates."""
-        return sum(len(v.calls) for v in self.variants) * self.full_macs / self.macs
+        return (self.run.calls or 0) * self.full_macs / self.least_macs
 
     def row(self, site: str) -> str:
-        """One sign for each call: ■ computed, □ inherited, ◪ forecast, ○ bypassed, · not needed."""
-        signs: dict[int, str] = {}
-        for v in self.variants:
-            kinds = ((REFRESHED, v.refreshed), (INHERITED, v.inherited), (BYPASSED, v.bypassed))
-            sign = next((sign for sign, names in kinds if site in names), UNNEEDED)
-            signs |= dict.fromkeys(v.calls, sign)
-        signs |= {call: FORECAST for call in self.forecasts.get(site, ()) if signs[call] == INHERITED}
-        return "".join(signs[call] for call in sorted(signs))
+        """One sign for each call: ■ computed, □ inherited, ◪ forecast, ○ bypassed, · not needed, ◇ as features drift.
+
+        Raises:
+            PathError: there is no such site.
+        """
+        if site not in self.signs:
+            hint = did_you_mean(site, self.signs) or f"sites: {', '.join(self.signs) or 'none'}"
+            raise PathError(f"no site {site!r}", hint=hint)
+        return self.signs[site]
 
     def refreshes(self, site: str) -> tuple[int, ...]:
-        """The calls that compute a site."""
+        """The calls that compute a site, whatever drifts."""
         return tuple(i for i, sign in enumerate(self.row(site)) if sign == REFRESHED)
 
     def __str__(self) -> str:
         rows: dict[str, list[str]] = {}
-        for site in self.sites:
-            rows.setdefault(self.row(site), []).append(site)
-        words = {REFRESHED: "computed", INHERITED: "inherited", FORECAST: "forecast", BYPASSED: "bypassed",
-                 UNNEEDED: "not needed"}  # fmt: skip
+        for site, row in self.signs.items():
+            rows.setdefault(row, []).append(site)
         seen = set("".join(rows))
-        legend = " ".join(f"{sign} {word}" for sign, word in words.items() if sign in seen)
-        lines = [f"{len(next(iter(rows)))} calls: {legend}"] if rows else ["nothing is inherited"]
+        legend = " ".join(f"{sign} {word}" for sign, word in WORDS.items() if sign in seen)
+        lines = [f"{self.run.calls} calls: {legend}" if rows else f"{self.run.calls} calls: nothing is inherited"]
         lines += [f"  {row}  {several(names)}" for row, names in rows.items()]
+        drifting = DRIFTING in seen
         lines += [
-            f"  {len(v.calls)} × {cost(v.macs)} ({v.macs / self.full_macs:.1%}): "
-            f"{f'calls {ranges(v.calls)}' if v.calls else 'if features drift'}; {len(v.refreshed)} computed, "
-            f"{len(v.inherited)} inherited{f', {len(v.bypassed)} bypassed' * bool(v.bypassed)}"
+            f"  {'up to ' * drifting}{len(v.calls)} × {cost(v.macs)} ({v.macs / self.full_macs:.1%}): "
+            f"calls {ranges(v.calls)}; {len(v.refreshed)} computed, {len(v.inherited)} inherited"
+            f"{f', {len(v.bypassed)} bypassed' * bool(v.bypassed)}"
             for v in self.variants
         ]
-        lines.append(f"  at most {self.bound:.2f} times as fast; {count(self.cache_bytes)}B kept between calls")
+        slowest = (self.run.calls or 0) * self.full_macs / self.macs
+        times = f"{slowest:.2f} to {self.bound:.2f} times as fast, as features drift" if drifting else ""
+        times = times or f"at most {self.bound:.2f} times as fast"
+        lines.append(f"  {times}; {count(self.cache_bytes)}B kept between calls")
+        lines.append(f"  supposed: {supposition(self.run, self.supposed)}")
+        if self.at:
+            lines[-1] += "; costs at " + ", ".join(f"{name}={size}" for name, size in self.at.items())
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "calls": self.run.calls,
+            "timesteps": list(self.run.timesteps or ()),
+            "supposed": self.supposed,
+            "at": dict(self.at),
             "sites": {
                 name: {"schedule": str(s.schedule), "forecast": str(s.forecast), "bypassed": s.bypassed}
                 for name, s in self.sites.items()
             },
             "refreshes": {name: list(self.refreshes(name)) for name in self.sites},
+            "rows": dict(self.signs),
             "variants": [
                 {
                     "calls": list(v.calls),
@@ -124,6 +141,7 @@ class Timetable:
                 for v in self.variants
             ],
             "macs": self.macs,
+            "least_macs": self.least_macs,
             "bound": self.bound,
             "cache_bytes": self.cache_bytes,
         }
@@ -140,8 +158,11 @@ class Timetable:
             FORECAST: (0.62, 0.84, 0.72),
             BYPASSED: (0.96, 0.85, 0.70),
             UNNEEDED: (1.0, 1.0, 1.0),
+            DRIFTING: (0.80, 0.70, 0.90),
         }
         rows = [[shades[sign] for sign in self.row(site)] for site in self.sites]
+        if not rows:
+            raise SpecError("nothing is inherited or bypassed", where="picture", hint="apply a pass with a schedule")
         with paper(path) as figure:
             figure.set_size_inches(4.5 + 0.11 * len(rows[0]), 1.0 + 0.16 * len(rows))
             axes = figure.add_subplot()
@@ -149,6 +170,7 @@ class Timetable:
             axes.set_yticks(range(len(rows)), list(self.sites), fontsize=7)
             axes.set_xlabel("call")
             legend = "dark: computed, light: inherited, green: forecast, orange: bypassed, white: not needed"
+            legend += ", violet: as features drift" * any(DRIFTING in row for row in self.signs.values())
             axes.set_title(f"{legend}; at most {self.bound:.2f} times as fast", fontsize=8)
             figure.tight_layout()
 
@@ -160,71 +182,196 @@ def timetable(graph: GraphState, run: Run) -> Timetable:
         ScheduleError: a schedule does not fit the run, or the run has no calls.
     """
     sites, nodes = graph.sites, nodes_of_sites(graph.fx)
-    kinds: dict[frozenset[str], Variant] = {}
+    kinds: dict[tuple[tuple[str, ...], ...], Variant] = {}
+    of: dict[frozenset[str], tuple[tuple[str, ...], ...]] = {}
 
-    def refreshed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
-        if stale not in kinds:
+    def computed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
+        if stale not in of:
             seen = live_nodes(graph.fx, stale)
             live = [name for name, node in nodes.items() if node in seen]
-            kinds[stale] = Variant(
-                (),
-                graph.step_macs(stale),
+            of[stale] = kind = (
                 tuple(name for name in live if name not in stale),
                 tuple(name for name in live if name in stale and not sites[name].bypassed),
                 tuple(name for name in live if name in stale and sites[name].bypassed),
             )
-        return {name: nodes[name].meta["val"] for name in kinds[stale].refreshed if not sites[name].bypassed}
+            if kind not in kinds:  # two may differ only in sites that neither needs
+                kinds[kind] = Variant((), graph.step_macs(stale), *kind)
+        return {name: nodes[name].meta["val"] for name in of[stale][0] if not sites[name].bypassed}
 
-    kept = 0
-    forecasts: dict[str, list[int]] = {}
-    known: Mapping[str, Sequence[tuple[int, torch.Tensor]]] = {}
-    for number, (stale, values) in enumerate(played(run, sites, refreshed)):
-        kinds[stale] = replace(kinds[stale], calls=(*kinds[stale].calls, number))
-        for name in stale & known.keys():
-            weights = sites[name].forecast.weights([call for call, _ in known[name]], number, run)
-            if sum(weight != 0 for weight in weights) > 1:
-                forecasts.setdefault(name, []).append(number)
-        kept = max(kept, sum(v.nbytes for each in values.values() for _, v in each))
-        known = dict(values)
-    for stale in _after_drift(sites, tuple(kinds)):
-        refreshed(stale)
-    calls_of_forecasts = {name: tuple(calls) for name, calls in forecasts.items()}
-    return Timetable(run, sites, tuple(kinds.values()), graph.step_macs(), kept, calls_of_forecasts)
-
-
-def _after_drift(sites: Mapping[str, Site], foreseen: Sequence[frozenset[str]]) -> Iterator[frozenset[str]]:
-    """The sets of stale sites that calls may have besides those foreseen, where schedules follow the drift of features:
-    sites with the same such schedule are refreshed together, at any call or not."""
-    groups: dict[Drift, frozenset[str]] = {}
-    for name, site in sites.items():
-        if isinstance(site.schedule, Drift):
-            groups[site.schedule] = groups.get(site.schedule, frozenset()) | {name}
-    for stale in foreseen:
-        others = stale - frozenset().union(*groups.values())
-        for chosen in product((False, True), repeat=len(groups)):
-            yield others.union(*(names for names, at_once in zip(groups.values(), chosen, strict=True) if at_once))
+    course = foreseen(run, sites, computed, lambda stale: kinds[of[stale]].macs)
+    signs = dict.fromkeys(sites, "")
+    for number, doings in enumerate(course.calls):
+        for stale in doings:
+            variant = kinds[of[stale]]
+            if number not in variant.calls:
+                kinds[of[stale]] = replace(variant, calls=(*variant.calls, number))
+        for name in sites:
+            ways = {_sign(kinds[of[stale]], name, name in forecast) for stale, fs in doings.items() for forecast in fs}
+            signs[name] += ways.pop() if len(ways) == 1 else DRIFTING
+    return Timetable(
+        run.supposed(),
+        sites,
+        tuple(kinds.values()),
+        signs,
+        graph.step_macs(),
+        int(course.most),
+        int(course.least),
+        course.kept,
+        {s.name: s.nominal for s in graph.dims.symbols if s.name in NAMED},
+        run.timesteps is None,
+    )
 
 
-def played(
-    run: Run, sites: Mapping[str, Site], refreshed: Callable[[frozenset[str]], Mapping[str, torch.Tensor]]
-) -> Iterator[tuple[frozenset[str], Mapping[str, Sequence[tuple[int, torch.Tensor]]]]]:
-    """For each call of a run the sites that it inherits, and what is kept after it.
+def _sign(variant: Variant, site: str, forecast: bool) -> str:
+    """What a kind of call does with a site."""
+    if site in variant.inherited:
+        return FORECAST if forecast else INHERITED
+    return REFRESHED if site in variant.refreshed else BYPASSED if site in variant.bypassed else UNNEEDED
+
+
+@dataclass(frozen=True)
+class Course:
+    """What the calls of a run may do.
 
     Args:
-        refreshed: what a call computes that inherits these sites; tensors that stand for the real ones.
+        calls: for each call the sets of sites that it may not compute, each with the sets of sites among them that are
+            forecast from several refreshes. There is one of each, unless a schedule follows the drift of features.
+        least: what all calls cost together, at least.
+        most: the same, at most.
+        kept: bytes kept between calls, at most.
+    """
+
+    calls: tuple[Mapping[frozenset[str], frozenset[frozenset[str]]], ...]
+    least: float
+    most: float
+    kept: int
+
+
+Gaps = dict[Drift, tuple[int, int]]
+WAYS = 500  # that are told apart by their gaps
+
+
+@dataclass
+class _Way:
+    """A generation under way.
+
+    Args:
+        generation: its values, without numbers.
+        gaps: the least and the largest gap that each drift schedule may have now.
+        least: what its calls so far cost, at least.
+        most: the same, at most.
+    """
+
+    generation: Generation
+    gaps: Gaps
+    least: float = 0.0
+    most: float = 0.0
+
+    def __or__(self, other: _Way) -> _Way:
+        """Return what covers both of two ways whose generations have the same values."""
+        pairs = zip(self.gaps.values(), other.gaps.values(), strict=True)
+        spans = [(min(mine[0], its[0]), max(mine[1], its[1])) for mine, its in pairs]
+        gaps = dict(zip(self.gaps, spans, strict=True))
+        return _Way(self.generation, gaps, min(self.least, other.least), max(self.most, other.most))
+
+
+def foreseen(
+    run: Run,
+    sites: Mapping[str, Site],
+    computed: Callable[[frozenset[str]], Mapping[str, torch.Tensor]],
+    cost: Callable[[frozenset[str]], float],
+) -> Course:
+    """Return what the calls of a run may do, by the rules of the driver.
+
+    It is the one place that foretells calls: timetables, exports, descriptions of bundles and searches ask it. Where a
+    schedule follows the drift of features, every gap that the drift may lead to is followed up.
+
+    Args:
+        run: the calls, see `Run.supposed`.
+        sites: the sites of the graph.
+        computed: what a call computes that does not compute these sites; tensors on the meta device.
+        cost: what such a call costs.
     Raises:
         ScheduleError: there are no calls, or a schedule does not fit them.
     """
-    timesteps = run.timesteps or tuple(float(left) for left in range(run.calls or 0, 0, -1))
-    if not timesteps:
+    run = run.supposed()
+    if not run.timesteps:
         raise ScheduleError("a generation without calls", where="timetable", hint="a number of calls, or timesteps")
-    generation = Generation((), (), None, run, 0, timesteps[0])
-    for timestep in timesteps:
-        generation.timestep = timestep
-        stale = generation.stale(sites)
-        generation.keep(refreshed(stale), sites, stale)
-        yield stale, generation.values
-        generation.advance()
+    calls: list[Mapping[frozenset[str], frozenset[frozenset[str]]]] = []
+    drifts = dict.fromkeys(site.schedule for site in sites.values() if isinstance(site.schedule, Drift))
+    begun = Generation((), (), None, run, 0, run.timesteps[0])
+    ways, kept = [_Way(begun, {drift: (drift.least, drift.least) for drift in drifts})], 0
+    for timestep in run.timesteps:
+        after: dict[object, _Way] = {}
+        doings: dict[frozenset[str], frozenset[frozenset[str]]] = {}
+        for way in ways:
+            for gaps in _decided(way, sites):
+                generation = replace(way.generation, timestep=timestep, values=dict(way.generation.values))
+                generation.gaps = {drift: least for drift, (least, _) in gaps.items()}
+                stale = generation.stale(sites)
+                values, price = computed(stale), cost(stale)
+                forecast = frozenset(n for n in stale & generation.values.keys() if _combines(generation, sites[n], n))
+                doings[stale] = doings.get(stale, frozenset()) | {forecast}
+                for drift in {sites[name].schedule for name in values.keys() & generation.values.keys()}:
+                    if isinstance(drift, Drift):  # a refresh measures it
+                        gaps[drift] = drift.next_gap(gaps[drift][0], inf), drift.next_gap(gaps[drift][1], 0.0)
+                generation.keep(values, sites, stale)
+                kept = max(kept, sum(v.nbytes for each in generation.values.values() for _, v in each))
+                generation.advance()
+                later = _Way(generation, gaps, way.least + price, way.most + price)
+                key = _state(generation, sites), tuple(gaps.values())
+                after[key] = after[key] | later if key in after else later
+        calls.append(doings)
+        ways = list(after.values())
+        if len(ways) > WAYS:
+            merged: dict[object, _Way] = {}
+            for way in ways:
+                key = _state(way.generation, sites)
+                merged[key] = merged[key] | way if key in merged else way
+            ways = list(merged.values())
+    return Course(tuple(calls), min(way.least for way in ways), max(way.most for way in ways), kept)
+
+
+def _decided(way: _Way, sites: Mapping[str, Site]) -> Iterator[Gaps]:
+    """Yield gaps that decide which sites the next call refreshes, of those that a way may have."""
+    generation, parts = way.generation, []
+    for drift, (least, most) in way.gaps.items():
+        since = {
+            generation.number - generation.values[name][-1][0]
+            for name, site in sites.items()
+            if site.schedule == drift and name in generation.values
+        }
+        cuts = [least, *sorted(calls + 1 for calls in since if least <= calls < most), most + 1]
+        parts.append([(first, end - 1) for first, end in pairwise(cuts)])
+    for chosen in product(*parts):
+        yield dict(zip(way.gaps, chosen, strict=True))
+
+
+def _combines(generation: Generation, site: Site, name: str) -> bool:
+    """Whether the value of a site at the call under way is a forecast from several refreshes."""
+    known = [number for number, _ in generation.values[name]]
+    weights = site.forecast.weights(known, generation.number, generation.run)
+    return sum(weight != 0 for weight in weights) > 1
+
+
+def _state(generation: Generation, sites: Mapping[str, Site]) -> object:
+    """What of a generation decides about its later calls."""
+    refreshed = frozenset(
+        (name, len(values), values[-1][0] if isinstance(sites[name].schedule, Drift) else None)
+        for name, values in generation.values.items()
+    )
+    return refreshed, frozenset(generation.missed)
+
+
+def supposition(run: Run, supposed: bool) -> str:
+    """A phrase about the timesteps of a run.
+
+    Args:
+        supposed: nobody gave them.
+    """
+    first, *_, last = (*(run.timesteps or ()), *(run.timesteps or (0.0,))[-1:])
+    who = "evenly spaced, for nobody gave a scheduler" if supposed else run.solver.partition("(")[0] or "as given"
+    return f"timesteps {first:g} to {last:g}, {who}"
 
 
 def ranges(calls: Sequence[int]) -> str:

@@ -10,10 +10,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ..errors import EditError, ModeError, PathError, ShapeError, did_you_mean
+from ..errors import EditError, ModeError, PathError, ShapeError, SpecError, did_you_mean
 from ..schedules import Schedule
 from .edits import Removed
-from .guards import Guard, check_condition, probing
+from .guards import Guard, check_condition, probing, satisfied
 from .insertion import check_same_shape, first_operation, insert, module_stack
 from .liveness import eliminate_dead_code
 from .nodes import scope, weights_read
@@ -293,7 +293,7 @@ class EditableGraph(GraphState):
         symbols = probing(guards, self.dims.symbols, len(self.config.get("down_block_types", ())))
         self.guards = guards
         if symbols != self.dims.symbols:
-            self.probe_at(symbols)
+            self.evaluate_at(symbols)
 
     def eliminate_dead_code(self) -> None:
         """Remove nodes that the output does not depend on, except inputs, and then unused weights.
@@ -345,6 +345,35 @@ class EditableGraph(GraphState):
             _sites=dict(self._sites),
             _meta=dict(self._meta),
         )
+
+    def at(self, **sizes: int) -> Self:
+        """Return a copy whose nominal sizes, at which costs are quoted, are others.
+
+        Args:
+            sizes: sizes of the call by symbol: batch `B`, height `H` and width `W` of the latents, length `L` of the
+                text. The others stay.
+        Raises:
+            SpecError: there is no such size, it is no whole number of at least 1, or the graph does not cover it.
+        Example:
+            `graph.at(B=2, H=64, W=96).macs`
+        """
+        symbols = {symbol.name: symbol for symbol in self.dims.symbols}
+        for name, size in sizes.items():
+            if name not in symbols:
+                hint = f"sizes of this UNet's calls: {', '.join(symbols)}"
+                raise SpecError(f"there is no size {name!r} in a call", where="sizes", hint=hint)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise SpecError(f"{name} is {size!r}", where="sizes", hint="a whole number of at least 1")
+        nominal = {name: sizes.get(name, symbol.nominal) for name, symbol in symbols.items()}
+        for guard in self.guards:
+            if not satisfied(guard, nominal):
+                wanted = guard.condition if guard.outcome else f"not {guard.condition}"
+                raise SpecError(f"this graph is for calls with {wanted}", where=guard.where, hint="choose other sizes")
+        copied = self.copy()
+        if sizes:
+            changed = tuple(replace(symbol, nominal=nominal[name]) for name, symbol in symbols.items())
+            copied.evaluate_at(probing(self.guards, changed, len(self.config.get("down_block_types", ()))))
+        return copied
 
     def _keep_sites(self, region: Region) -> None:
         """Refuse a region with sites, which would vanish with it unnoticed."""

@@ -257,14 +257,15 @@ class GraphState:
         """
         return raised(self.guards, sizes)
 
-    def probe_at(self, symbols: tuple[Symbol, ...]) -> None:
-        """Evaluate the graph at the generic sizes of other symbols."""
+    def evaluate_at(self, symbols: tuple[Symbol, ...]) -> None:
+        """Evaluate the graph at the nominal and the generic sizes of other symbols."""
         self.dims = Dims(symbols)
-        sizes = {symbol.name: symbol.generic for symbol in symbols}
         specs = {spec.name: spec for spec in self.inputs}
         for node in self.fx.nodes:
             if node.op == "placeholder" and specs[node.name].shape is not None:
-                node.meta["probe"] = example_of(specs[node.name], sizes, self.probe_dtype("probe"))
+                for key, which in (("val", "nominal"), ("probe", "generic")):
+                    sizes = {symbol.name: getattr(symbol, which) for symbol in symbols}
+                    node.meta[key] = example_of(specs[node.name], sizes, self.probe_dtype(key))
         self.propagate(anew=True)
 
     def _check_editable(self) -> None:

@@ -59,8 +59,12 @@ def test_the_error_is_that_of_the_forecast(
 def test_a_timetable_holds_every_graph_that_drift_may_need(pipe: StableDiffusionPipeline) -> None:
     unet = sdgraph.apply(pipe.unet, replace(InheritFeatures.deep_cache(), schedule=Drift()))
     table = unet.graph.timetable(8)
-    assert [variant.calls for variant in table.variants] == [tuple(range(8)), ()]
-    assert "if features drift" in str(table)
+    (site,) = unet.graph.sites
+    assert table.row(site) == "■■◇◇◇◇◇◇"  # the first gap is one call, and the first refresh measures nothing
+    assert [variant.calls for variant in table.variants] == [tuple(range(8)), tuple(range(2, 8))]
+    assert table.macs == 8 * unet.graph.macs
+    assert table.least_macs == 4 * unet.graph.macs + 4 * unet.graph.step_macs([site])  # at 0, 1, 3 and 6: gaps grow
+    assert "as features drift" in str(table)
 
 
 @pytest.mark.slow
