@@ -51,7 +51,7 @@ def forecasts(way: Way, interval: int) -> Iterator[Way]:
 def drift(way: Way, *bounds: float) -> Iterator[Way]:
     """Damped forecasts that are refreshed as often as the features drift."""
     for bound in bounds:
-        passes = replace(InheritFeatures.damped(), schedule=Drift(bound))
+        passes = InheritFeatures.damped(Drift(bound))
         yield accelerated(way, "drift", f"drift {bound}", passes)
 
 

@@ -72,15 +72,16 @@ class InheritFeatures(Pass):
         return cls(f"up_blocks.{-1 - block}.resnets.{-1 - layer}", Uniform(interval), part="entry")
 
     @classmethod
-    def damped(cls, interval: int = 2, branch: int = 0, damping: float = 0.5) -> InheritFeatures:
+    def damped(cls, interval: int | Schedule = 2, branch: int = 0, damping: float = 0.5) -> InheritFeatures:
         """Return DeepCache's site with a damped forecast, for 15 to 30 steps of a multistep solver.
 
         Args:
-            interval: every how many calls everything is computed.
-            branch: as of `deep_cache`.
-            damping: of the line through the last two refreshes: 0 repeats the last one, 1 is the line.
+            interval: every how many calls everything is computed; or a schedule of those calls, such as `Drift(0.1)`.
+            branch: the up layer whose entry is inherited, as in `deep_cache`.
+            damping: the share of the line through the last two refreshes: 0 repeats the last one, 1 is the line.
         """
-        return replace(cls.deep_cache(interval, branch), forecast=Polynomial(1, damping))
+        schedule = interval if isinstance(interval, Schedule) else Uniform(interval)
+        return replace(cls.deep_cache(branch=branch), schedule=schedule, forecast=Polynomial(1, damping))
 
     @classmethod
     def faster_diffusion(
