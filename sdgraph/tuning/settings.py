@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal
+
+import torch
 
 from ..errors import TuningError, did_you_mean
+from ..extra import imported
+from ..options import Bounds, Count, Index, NotNegative, Positive, check
 
 FREE = ("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to")  # may change on resume
-EVEN = ("constant", "constant_with_warmup")  # schedules of the learning rate that do not know their end
+UNENDING = ("constant", "constant_with_warmup", "piecewise_constant")  # rates that do not depend on the last step
+LAST_RATE = 1e-7  # of "polynomial", in diffusers
+EMPTY = 0.1  # the share of captions to leave out, where nothing else is asked for
+
+Rates = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
+]
+Precision = Literal["no", "fp16", "bf16"]
+Decay = Annotated[float, Bounds(ge=0, lt=1)]
+Seed = Annotated[int, Bounds(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -25,94 +39,148 @@ class Settings:
         learning_rate: the learning rate after warm-up.
         learning_rates: factors of the learning rate, by patterns of names of parameters, such as
             `{"**.routing.*": 100}`. The first pattern that matches counts. diffusers' scripts have no such option.
-        lr_scheduler: "constant", "constant_with_warmup", "linear", "cosine" and the others of diffusers.
-        lr_warmup_steps: steps over which the learning rate rises.
+        lr_scheduler: "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial" (which
+            ends at 1e-7) or "piecewise_constant" (with `step_rules`), all as in diffusers.
+        lr_warmup_steps: steps over which the learning rate rises from 0.
+        lr_num_cycles: the number of cycles of "cosine_with_restarts".
+        lr_power: the power of "polynomial".
+        step_rules: of "piecewise_constant": factors of the learning rate and the steps before which they hold, and the
+            factor of the rest; "1:10,0.1:20,0.01" multiplies by 0.1 from step 10 to step 19.
         adam_beta1: decay of the mean of the gradient, per step.
         adam_beta2: decay of its mean square.
         adam_weight_decay: decay of the weights, relative to the learning rate.
         adam_epsilon: lower bound of the root of the mean square.
-        max_grad_norm: longer gradients are scaled to this norm.
-        mixed_precision: "no", "fp16" or "bf16"; by default bf16 on a GPU that has it.
+        max_grad_norm: longer gradients are scaled to this norm; 0 leaves all gradients as they are.
+        mixed_precision: "no", "fp16" or "bf16"; by default what `accelerate launch` says, or else bf16 on a GPU that has
+            it.
         use_ema: keep a moving average of the weights, which becomes the result.
         ema_decay: decay of the average per step; in the beginning (1 + steps) / (10 + steps).
-        proportion_empty_prompts: the share of captions that are left out, for classifier-free guidance.
+        proportion_empty_prompts: the share of captions that are left out, for classifier-free guidance. By default 0.1,
+            and 0 where the data have no empty caption, or `guidance_pairs` leaves out half of the captions.
         random_conditioning: see `sdgraph.tuning.Batches`.
         timestep_intervals: see `sdgraph.tuning.Batches`.
         guidance_pairs: see `sdgraph.tuning.Batches`; half of the captions are left out then, and batches are even.
         seed: of all random numbers.
         checkpointing_steps: steps between two checkpoints.
-        checkpoints_total_limit: the number of checkpoints to keep; older ones are deleted.
+        checkpoints_total_limit: the number of checkpoints to keep; older ones are deleted. None keeps all.
         validation_steps: steps between two validations, of which one is at the end; by default as between checkpoints.
-        report_to: the tracker of accelerate, such as "tensorboard" or "wandb"; "none" for none.
+        report_to: the tracker of accelerate, such as "tensorboard" or "wandb"; "all" for all that are installed, "none"
+            for none.
+    Raises:
+        TuningError: a setting has another type, is out of range, or has no effect beside the others.
     Source:
         diffusers' `train_text_to_image.py`.
     """
 
-    max_train_steps: int
-    train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
+    max_train_steps: Count
+    train_batch_size: Count = 16
+    gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool = False
-    learning_rate: float = 1e-5
-    learning_rates: Mapping[str, float] | None = None
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-2
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    mixed_precision: str | None = None
+    learning_rate: Positive = 1e-5
+    learning_rates: Mapping[str, Positive] | None = None
+    lr_scheduler: Rates = "constant"
+    lr_warmup_steps: Index = 0
+    lr_num_cycles: Count = 1
+    lr_power: Positive = 1.0
+    step_rules: str | None = None
+    adam_beta1: Decay = 0.9
+    adam_beta2: Decay = 0.999
+    adam_weight_decay: NotNegative = 1e-2
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: NotNegative = 1.0
+    mixed_precision: Precision | None = None
     use_ema: bool = False
-    ema_decay: float = 0.9999
-    proportion_empty_prompts: float = 0.0
+    ema_decay: Decay = 0.9999
+    proportion_empty_prompts: Decay | None = None
     random_conditioning: bool = False
-    timestep_intervals: int = 1
+    timestep_intervals: Count = 1
     guidance_pairs: bool = False
-    seed: int = 0
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int = 2
-    validation_steps: int | None = None
+    seed: Seed = 0
+    checkpointing_steps: Count = 500
+    checkpoints_total_limit: Count | None = 2
+    validation_steps: Count | None = None
     report_to: str = "tensorboard"
 
     def __post_init__(self) -> None:
-        positive = [f.name for f in fields(self) if f.type == "int" and f.name not in ("seed", "lr_warmup_steps")]
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise TuningError(f"{name} is {getattr(self, name)}", where=name, hint="pass a number of at least 1")
-        for name in ("proportion_empty_prompts", "ema_decay", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise TuningError(
-                    f"{name} is {getattr(self, name)}", where=name, hint="pass a number from 0 to below 1"
-                )
-        for pattern, factor in (self.learning_rates or {}).items():
-            if not 0 < factor < math.inf:
-                raise TuningError(
-                    f"the factor of {pattern!r} is {factor}", where="learning_rates", hint="pass a number above 0"
-                )
+        check(self, TuningError)
         if self.guidance_pairs and (self.train_batch_size % 2 or self.proportion_empty_prompts):
             raise TuningError(
                 "every second row is without its caption, so that batches are even and no other captions are left out",
                 where="guidance_pairs",
-                hint="pass an even train_batch_size, and proportion_empty_prompts=0",
+                hint="pass an even train_batch_size, and leave proportion_empty_prompts out",
             )
-        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
+        self._check_rate()
+
+    def _check_rate(self) -> None:
+        """Refuse what a schedule of the learning rate leaves unread, or cannot compute."""
+        of = {
+            "lr_warmup_steps": ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+            "lr_num_cycles": ("cosine_with_restarts",),
+            "lr_power": ("polynomial",),
+            "step_rules": ("piecewise_constant",),
+        }
+        for field in fields(self):
+            readers = of.get(field.name, (self.lr_scheduler,))
+            if getattr(self, field.name) != field.default and self.lr_scheduler not in readers:
+                raise TuningError(
+                    f"{field.name} is {getattr(self, field.name)!r}, which lr_scheduler={self.lr_scheduler!r} does not read",
+                    where=field.name,
+                    hint=f"leave it out, or set lr_scheduler to {' or '.join(map(repr, readers))}",
+                )
+        if self.lr_scheduler == "piecewise_constant":
+            _check_rules(self.step_rules)
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= LAST_RATE:
             raise TuningError(
-                f"there is no precision {self.mixed_precision!r}", where="mixed_precision", hint="no, fp16 or bf16"
+                f"learning_rate is {self.learning_rate}, and 'polynomial' ends at {LAST_RATE}",
+                where="learning_rate",
+                hint="raise it, or choose another lr_scheduler, such as 'linear', which ends at 0",
+            )
+        if self.lr_scheduler == "polynomial" and self.lr_warmup_steps >= self.max_train_steps:
+            raise TuningError(
+                f"lr_warmup_steps is {self.lr_warmup_steps}, which leaves 'polynomial' none of {self.max_train_steps} steps",
+                where="lr_warmup_steps",
+                hint="pass fewer, or set lr_scheduler to 'constant_with_warmup'",
             )
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Settings:
-        """Return the settings of options by name.
+        """Return the settings of options by name, for a run on this machine.
 
         Raises:
-            TuningError: there is no such option, or its value is impossible.
+            TuningError: there is no such option, or its value is impossible, or this machine has no such precision or
+                tracker.
+            ExtraError: accelerate is not installed.
         """
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
-                hint = did_you_mean(name, known) or f"options: {', '.join(known)}"
+                hint = ELSEWHERE.get(name) or did_you_mean(name, known) or f"options: {', '.join(known)}"
                 raise TuningError(f"there is no option {name!r} of a training run", where=name, hint=hint)
-        return cls(**options)
+        if "max_train_steps" not in options:
+            raise TuningError("max_train_steps is missing", where="max_train_steps", hint="the number of optimizer steps")
+        settings = cls(**options)
+        _check_precision(settings.precision())
+        _check_tracker(settings.report_to)
+        return settings
+
+    def precision(self) -> str:
+        """Return the precision of a run on this machine."""
+        if self.mixed_precision is not None:
+            return self.mixed_precision
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return launched or ("bf16" if bf16 else "no")
+
+    def for_data(self, has_empty: bool) -> Settings:
+        """Return the settings with the share of captions that is left out where none was asked for.
+
+        Args:
+            has_empty: whether the data have the conditions of an empty caption.
+        """
+        if self.proportion_empty_prompts is not None:
+            return self
+        share = EMPTY if has_empty and not self.guidance_pairs else 0.0
+        return replace(self, proportion_empty_prompts=share)
 
     def check_resumed(self, saved: Mapping[str, Any], step: int, where: str, endless: bool = True) -> None:
         """Refuse to go on with other settings, for the result would be that of neither.
@@ -134,12 +202,70 @@ class Settings:
             )
         for field in fields(self):
             name, mine = field.name, getattr(self, field.name)
-            if name in FREE or mine == saved.get(name):
+            if name in FREE or mine == saved.get(name, field.default):
                 continue
-            if name == "max_train_steps" and self.lr_scheduler in EVEN and endless:
+            if name == "max_train_steps" and self.lr_scheduler in UNENDING and endless:
                 continue
             raise TuningError(
                 f"the checkpoint was written with {name}={saved.get(name)!r}, and now it is {mine!r}",
                 where=where,
                 hint="pass the settings of before, or another `out`; to begin anew in this one, delete its checkpoints",
             )
+
+
+ELSEWHERE = {  # names of diffusers' scripts for what is said otherwise here
+    "snr_gamma": "it is an option of the losses: Output(snr_gamma=5), Denoising(snr_gamma=5)",
+    "prediction_type": "pass a scheduler with this prediction_type",
+    "num_train_epochs": "pass the number of steps",
+    "enable_xformers_memory_efficient_attention": "PyTorch's attention is used, which needs as little memory",
+    "scale_lr": "multiply learning_rate by hand",
+}
+
+
+def _check_rules(rules: str | None) -> None:
+    """Refuse rules that are not factors with rising steps, and a factor at the end."""
+    try:
+        *pairs, last = (rules or "").split(",")
+        factors, steps = zip(*(pair.split(":") for pair in pairs), strict=True) if pairs else ((), ())
+        numbers, ends = [float(factor) for factor in (*factors, last)], [0, *map(int, steps)]
+        right = all(0 < n < math.inf for n in numbers) and all(a < b for a, b in zip(ends, ends[1:], strict=False))
+    except ValueError:
+        right = False
+    if not right:
+        raise TuningError(
+            f"step_rules is {rules!r}",
+            where="step_rules",
+            hint="factors above 0 with the steps before which they hold, rising, and the factor of the rest: "
+            "'1:1000,0.1:2000,0.01'",
+        )
+
+
+def _check_precision(precision: str) -> None:
+    bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+    if precision not in ("no", "bf16", "fp16") or (precision == "fp16" and not torch.accelerator.is_available()):
+        raise TuningError(
+            f"mixed_precision is {precision!r}, which this machine does not train in",
+            where="mixed_precision",
+            hint=f"'no'{', or bf16' if bf16 else ''}; fp16 needs a GPU",
+        )
+    if precision == "bf16" and not bf16:
+        raise TuningError("mixed_precision is 'bf16', which this GPU does not have", where="mixed_precision", hint="fp16")
+
+
+def _check_tracker(name: str) -> None:
+    imported("accelerate", "tuning")
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [str(kind.value) for kind in LoggerType]
+    if name in ("none", "all"):
+        return
+    if name not in known:
+        hint = did_you_mean(name, known) or f"one of {', '.join(known)}; or 'none'"
+        raise TuningError(f"report_to is {name!r}, which is no tracker of accelerate", where="report_to", hint=hint)
+    if name not in map(str, get_available_trackers()):
+        raise TuningError(
+            f"report_to is {name!r}, which is not installed",
+            where="report_to",
+            hint=f"pip install {name.replace('_', '-')}; or report_to='none'",
+        )

@@ -1,0 +1,284 @@
+"""Options: values that are checked against their annotations once, when an object is made from them.
+
+The range of an option is part of its annotation: `Annotated[int, Bounds(ge=1)]`, or `Count` for short. Specs check all
+their options so, without code of their own. An option whose values no annotation describes is annotated `Any`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import sys
+import types
+import typing
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar, Union
+
+from .errors import SdgraphError, SpecError, did_you_mean
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The range of an option, as part of its annotation.
+
+    Args:
+        ge: the smallest number.
+        gt: numbers are above it.
+        le: the largest number.
+        lt: numbers are below it.
+        length: the smallest length of a text or a tuple.
+    Example:
+        `ratio: Annotated[float, Bounds(gt=0, le=0.5)] = 0.5`
+    """
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    length: int = 0
+
+    def __contains__(self, value: Any) -> bool:
+        """Whether a value is in the range. A number that is none, nan, is in no range."""
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+            and (not self.length or len(value) >= self.length)
+        )
+
+    def __str__(self) -> str:
+        low = "" if self.gt is None else f"above {self.gt:g}" if self.gt > -math.inf else ""
+        low = low if self.ge is None else f"of at least {self.ge:g}" if self.ge > -math.inf else ""
+        high = "" if self.le is None or self.le == math.inf else f"at most {self.le:g}"
+        high = high if self.lt is None else f"below {self.lt:g}" if self.lt < math.inf else ""
+        if low.startswith("of") and high.startswith("at"):
+            return f"from {self.ge:g} to {self.le:g}"
+        return " and ".join(filter(None, (low, high)))
+
+
+Count = Annotated[int, Bounds(ge=1)]
+Index = Annotated[int, Bounds(ge=0)]
+Number = Annotated[float, Bounds(ge=-math.inf, le=math.inf)]  # and not nan
+Finite = Annotated[float, Bounds(gt=-math.inf, lt=math.inf)]
+Positive = Annotated[float, Bounds(gt=0, lt=math.inf)]
+NotNegative = Annotated[float, Bounds(ge=0, lt=math.inf)]
+Share = Annotated[float, Bounds(ge=0, le=1)]
+Text = Annotated[str, Bounds(length=1)]
+Paths: TypeAlias = Text | Annotated[tuple[Text, ...], Bounds(length=1)]
+
+_SHOWN = 80  # characters of a value in a message
+_resolved: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+class Misfit(ValueError):
+    """A value is not what an annotation describes."""
+
+
+def fitted(value: Any, kind: Any) -> Any:
+    """Return a value as an annotation describes it.
+
+    A list becomes a tuple, and a number of NumPy or PyTorch one of Python, so that options print as literals. An
+    annotation that says nothing of values, such as `Any` or a protocol, accepts all of them.
+
+    Args:
+        value: the value.
+        kind: the annotation.
+    Raises:
+        Misfit: the value has another type, or is out of range.
+    Example:
+        `fitted([0, 2], tuple[int, ...])` is `(0, 2)`
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        result = fitted(value, arguments[0])
+        if not all(result in bounds for bounds in arguments[1:] if isinstance(bounds, Bounds)):
+            raise Misfit(described(kind))
+        return result
+    if origin in (Union, types.UnionType):
+        for member in arguments:
+            try:
+                return fitted(value, member)
+            except Misfit:
+                continue
+        raise Misfit(described(kind))
+    if origin is Literal:
+        plain = _plain(value)
+        if not any(type(plain) is type(known) and plain == known for known in arguments):
+            raise Misfit(did_you_mean(plain, map(str, arguments)) if isinstance(plain, str) else "")
+        return plain
+    if kind in (None, type(None)):
+        if value is not None:
+            raise Misfit(described(kind))
+        return None
+    if kind in (bool, int, float, str):
+        plain = _plain(value)
+        if type(plain) is not kind and not (kind is float and type(plain) is int and abs(plain) < sys.float_info.max):
+            raise Misfit(described(kind))
+        return plain
+    return _contained(value, kind, origin or kind, arguments)
+
+
+def _contained(value: Any, kind: Any, origin: Any, arguments: tuple[Any, ...]) -> Any:
+    """Return a value of another class, and of a container with fitted elements."""
+    if origin is tuple and not isinstance(value, tuple):
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping | set | frozenset):
+            raise Misfit(described(kind))
+        value = tuple(value)
+    try:
+        fits = not isinstance(origin, type) or isinstance(value, origin)
+    except TypeError:  # a protocol that cannot be asked
+        return value
+    if not fits or (isinstance(value, str | bytes) and arguments):  # text is no sequence of texts
+        raise Misfit(described(kind))
+    if origin is tuple and arguments:
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(kinds) != len(value):
+            raise Misfit(described(kind))
+        return tuple(map(fitted, value, kinds))
+    if isinstance(value, Mapping) and len(arguments) == 2:
+        return {fitted(key, arguments[0]): fitted(item, arguments[1]) for key, item in value.items()}
+    if isinstance(value, list | set | frozenset) and len(arguments) == 1:
+        return type(value)(fitted(item, arguments[0]) for item in value)
+    if isinstance(value, tuple) and isinstance(origin, type) and issubclass(origin, Collection) and arguments:
+        return tuple(fitted(item, arguments[0]) for item in value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Return a scalar of NumPy or PyTorch, or of a subclass of Python's, as Python's own."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (RuntimeError, TypeError):  # a tensor without values
+            return value
+    for kind in (int, float, str):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind.__str__(value) if kind is str else kind(value)
+    return value
+
+
+def described(kind: Any) -> str:
+    """Return the values that an annotation accepts, in words, such as "a whole number of at least 1"."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        text = described(arguments[0])
+        for bounds in (one for one in arguments[1:] if isinstance(one, Bounds)):
+            noun = text.split(",")[0]
+            text = text.replace(noun, f"{noun} that is not empty" if bounds.length else noun, 1)
+            text = text.replace("a number", "a finite number") if bounds.lt == math.inf else text
+            text = f"{text} {bounds}".strip()
+        return text
+    if origin in (Union, types.UnionType):
+        return ", or ".join(map(described, arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
+    names |= {None: "None", Any: "anything"}
+    if kind in names:
+        return names[kind]
+    if origin is tuple and arguments and arguments[-1] is ...:
+        return f"a tuple, of which each is {described(arguments[0])}"
+    if origin is tuple:
+        return f"a tuple of {len(arguments)}: {'; '.join(map(described, arguments))}"
+    if isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2:
+        return f"a mapping from {described(arguments[0])} to {described(arguments[1])}"
+    return getattr(kind, "in_words", None) or getattr(origin or kind, "__name__", str(kind))
+
+
+def annotations(owner: Any) -> dict[str, Any]:
+    """Return the annotations of a class or a function by name. Those that only a type checker can resolve are left out.
+
+    Args:
+        owner: the class, whose bases' annotations count as well, or the function.
+    """
+    if owner in _resolved:
+        return _resolved[owner]
+    found: dict[str, Any] = {}
+    whole = True
+    for part in reversed(owner.__mro__) if isinstance(owner, type) else (inspect.unwrap(owner),):
+        names = vars(sys.modules.get(part.__module__, typing))
+        for name, text in vars(part).get("__annotations__", getattr(part, "__annotations__", {})).items():
+            try:
+                one = types.SimpleNamespace(__annotations__={name: text})
+                hints = typing.get_type_hints(one, names, dict(vars(part)), include_extras=True)
+            except Exception:  # whatever the text of an annotation raises
+                whole = False
+                found.pop(name, None)
+            else:
+                found |= hints
+    if whole:  # otherwise a module may not have come to what it names
+        _resolved[owner] = found
+    return found
+
+
+def check(instance: Any, refusal: type[SdgraphError] = SpecError, where: str = "") -> None:
+    """Check the fields of a dataclass against their annotations, and replace them by what fits.
+
+    Args:
+        instance: the object, which may be frozen.
+        refusal: the class of the error.
+        where: where the error is said to be; by default at the name of the field.
+    Raises:
+        SdgraphError: a field has another type than it is annotated with, or is out of range.
+    """
+    hints = annotations(type(instance))
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name, None)
+        implied = value is None and field.default is None  # `size: int = None` allows None
+        if field.init and field.name in hints and not implied:
+            object.__setattr__(instance, field.name, _option(field.name, value, hints[field.name], refusal, where))
+
+
+def checked(refusal: type[SdgraphError] = SpecError, where: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator of functions that checks the arguments of calls against their annotations.
+
+    Args:
+        refusal: the class of the error.
+        where: where the error is said to be; by default at the name of the argument.
+    Raises:
+        SdgraphError: on a call, as `check`.
+    Example:
+        `@checked(TuningError)`
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError:
+                return function(*args, **kwargs)  # which says what is wrong with the call in Python's own words
+            hints = annotations(function)
+            for name, value in bound.arguments.items():
+                parameter = signature.parameters[name]
+                implied = value is None and parameter.default is None
+                if name in hints and not implied and "VAR_" not in parameter.kind.name:
+                    bound.arguments[name] = _option(name, value, hints[name], refusal, where)
+            return function(*bound.args, **bound.kwargs)
+
+        return call
+
+    return decorate
+
+
+def _option(name: str, value: Any, kind: Any, refusal: type[SdgraphError], where: str) -> Any:
+    try:
+        return fitted(value, kind)
+    except Misfit as misfit:
+        shown = repr(value)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        meant = str(misfit) if str(misfit).startswith("did you mean") else ""
+        hint = f"{meant} {name} is {described(kind)}".strip()
+        if isinstance(value, type) and isinstance(kind, type) and issubclass(value, kind):
+            hint = f"construct it: {value.__name__}(...)"
+        raise refusal(f"{name} is {shown}", where=where or name, hint=hint) from None
