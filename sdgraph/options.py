@@ -113,6 +113,8 @@ def fitted(value: Any, kind: Any) -> Any:
         if not any(type(plain) is type(known) and plain == known for known in arguments):
             raise Misfit(did_you_mean(plain, map(str, arguments)) if isinstance(plain, str) else "")
         return plain
+    if kind is Any:
+        return value
     if kind in (None, type(None)):
         if value is not None:
             raise Misfit(described(kind))
@@ -132,11 +134,9 @@ def _contained(value: Any, kind: Any, origin: Any, arguments: tuple[Any, ...]) -
         if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping | set | frozenset):
             raise Misfit(described(kind))
         value = tuple(value)
-    try:
-        fits = not isinstance(origin, type) or isinstance(value, origin)
-    except TypeError:  # a protocol that cannot be asked
+    if not isinstance(origin, type) or getattr(origin, "_is_protocol", False):
         return value
-    if not fits or (isinstance(value, str | bytes) and arguments):  # text is no sequence of texts
+    if not isinstance(value, origin) or (isinstance(value, str | bytes) and arguments):  # text is no sequence of texts
         raise Misfit(described(kind))
     if origin is tuple and arguments:
         kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
@@ -147,7 +147,7 @@ def _contained(value: Any, kind: Any, origin: Any, arguments: tuple[Any, ...]) -
         return {fitted(key, arguments[0]): fitted(item, arguments[1]) for key, item in value.items()}
     if isinstance(value, list | set | frozenset) and len(arguments) == 1:
         return type(value)(fitted(item, arguments[0]) for item in value)
-    if isinstance(value, tuple) and isinstance(origin, type) and issubclass(origin, Collection) and arguments:
+    if isinstance(value, tuple) and issubclass(origin, Collection) and arguments:
         return tuple(fitted(item, arguments[0]) for item in value)
     return value
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
-
-import msgspec
+from typing import Any
 
 from ..errors import SpecError, did_you_mean
+from ..options import Count, Index, NotNegative, Text, check
 from ..text import from_json, read_text
 from ..tuning.settings import Settings
-
-Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -49,29 +46,32 @@ class Configuration:
         resume_from_checkpoint: "latest", or a folder checkpoint-N.
     """
 
-    pretrained_model_name_or_path: str
-    output_dir: str
-    variant: str | None = None
+    pretrained_model_name_or_path: Text
+    output_dir: Text
+    variant: Text | None = None
     passes: str | tuple[str, ...] = ()
-    pretrained_teacher_model: str | None = None
+    pretrained_teacher_model: Text | None = None
     losses: tuple[str, ...] = ()
-    stage_steps: int = 0
+    stage_steps: Index = 0
     progressive: bool = False
-    stage_processes: int = 1
-    train_data_dir: str | None = None
-    prompts: str | None = None
-    resolution: int | None = None
+    stage_processes: Count = 1
+    train_data_dir: Text | None = None
+    prompts: Text | None = None
+    resolution: Count | None = None
     center_crop: bool = False
     random_flip: bool = False
-    background: str = "white"
-    caption_column: str = "text"
-    data_cache: str | None = None
-    data_cache_limit: int = 10**11
-    num_inference_steps: int = 25
-    guidance_scale: float | None = None
-    calls_per_prompt: int = 4
+    background: Text = "white"
+    caption_column: Text = "text"
+    data_cache: Text | None = None
+    data_cache_limit: Count = 10**11
+    num_inference_steps: Count = 25
+    guidance_scale: NotNegative | None = None
+    calls_per_prompt: Count = 4
     validation_prompts: tuple[str, ...] = ()
-    resume_from_checkpoint: str = "latest"
+    resume_from_checkpoint: Text = "latest"
+
+    def __post_init__(self) -> None:
+        check(self, SpecError)
 
 
 def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settings]:
@@ -90,8 +90,13 @@ def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settin
         if name not in of_run and name not in of_loop:
             hint = did_you_mean(name, [*of_run, *of_loop]) or f"names: {', '.join([*of_run, *of_loop])}"
             raise SpecError(f"there is no setting {name!r}", where=str(path), hint=hint)
-    settings = _typed(Settings, {name: given[name] for name in given if name in of_loop}, path)
-    run = _typed(Configuration, {name: given[name] for name in given if name in of_run}, path)
+    for field in [*fields(Configuration), *fields(Settings)]:
+        if field.default is MISSING and field.name not in given:
+            raise SpecError(f"{field.name} is missing", where=str(path), hint="`sdgraph tune --help` shows an example")
+    settings = Settings.of({name: given[name] for name in given if name in of_loop})
+    run = Configuration(**{name: given[name] for name in given if name in of_run})
+    if run.guidance_scale is not None and run.guidance_scale <= 1:  # pipelines call the UNet without guidance then
+        settings = settings.for_data(has_empty=False)
     if run.train_data_dir is None and run.prompts is None:
         raise SpecError(
             "there is no data",
@@ -142,14 +147,3 @@ def _change(text: str) -> tuple[str, Any]:
         return name.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return name.strip(), value.strip()
-
-
-def _typed(kind: type[Kind], given: Mapping[str, Any], path: Path) -> Kind:
-    try:
-        return msgspec.convert(given, kind)
-    except msgspec.ValidationError as error:
-        raise SpecError(
-            f"the configuration is incomplete or has a wrong value: {error}",
-            where=str(path),
-            hint="`sdgraph tune --help` shows an example",
-        ) from error

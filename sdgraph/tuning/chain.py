@@ -10,7 +10,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ..compiler.base import Pass
+from ..compiler.parse import as_passes
 from ..errors import TuningError
+from ..options import Count, checked
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from .report import TuningReport
@@ -18,12 +20,13 @@ from .sources import Source, as_source
 from .tune import tune
 
 
+@checked(TuningError)
 def chain(
     teacher: GraphUNet | UNet2DConditionModel,
     passes: Sequence[Pass | str],
     data: Source | Iterable[Mapping[str, Tensor]],
     *,
-    steps: int,
+    steps: Count,
     out: str | Path,
     **options: Any,
 ) -> tuple[GraphUNet, tuple[TuningReport, ...]]:
@@ -48,10 +51,12 @@ def chain(
     if not passes:
         raise TuningError("a chain has no passes", where="passes", hint="pass at least one")
     source = as_source(data)
+    links = [as_passes(link) for link in passes]
     last = apply(teacher, (), verify=False)
+    apply(last, [one for link in links for one in link], verify=False)  # what cannot be applied is refused at once
     reports = []
-    for number, link in enumerate(passes, 1):
-        student = apply(last, link if isinstance(link, str) else [link], verify=False)
+    for number, link in enumerate(links, 1):
+        student = apply(last, link, verify=False)
         last, report = tune(student, last, source, steps=steps, out=Path(out) / f"link-{number}", **options)
         reports.append(report)
     return last, tuple(reports)

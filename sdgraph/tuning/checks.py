@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import TuningError
-from ..ir.structure import alike
 from ..runtime.serialization import check_savable
 from ..runtime.unet import GraphUNet
+from .observe import Observed
+from .sources import Source
 from .state import checkpoints
+
+log = logging.getLogger("sdgraph")
 
 
 def check_models(student: GraphUNet, teacher: GraphUNet) -> None:
     """Refuse a student that cannot learn from the teacher.
 
     Raises:
-        TuningError: they take other inputs, return another shape, or compute the same already.
+        TuningError: they take other inputs, or return another shape.
         ModeError: the student could not be saved.
     """
     mine, its = ({i.name: i.shape for i in m.graph.resolved_inputs() if not i.optional} for m in (student, teacher))
@@ -36,21 +41,56 @@ def check_models(student: GraphUNet, teacher: GraphUNet) -> None:
             where="output",
             hint="both must predict latents of the same shape",
         )
-    if student is teacher or (alike(student.graph, teacher.graph) and _equal_weights(student, teacher)):
-        raise TuningError(
-            "the student computes what the teacher computes, so there is nothing to learn",
-            where="student",
-            hint="apply a pass to the student, such as PruneBlocks, or pass the teacher that it was derived from",
-        )
     check_savable(student.graph)
 
 
-def _equal_weights(student: GraphUNet, teacher: GraphUNet) -> bool:
-    other = teacher.state_dict()
-    return all(torch.equal(value, other[name].to(value)) for name, value in student.state_dict().items())
+def check_differs(student: GraphUNet, teacher: GraphUNet, inputs: Mapping[str, Tensor]) -> None:
+    """Refuse a student with the teacher's parameters that predicts what the teacher predicts.
+
+    Training computes everything at every call, so that passes which leave something out at some calls, such as
+    `InheritFeatures`, change nothing of it.
+
+    Args:
+        inputs: those of a call, such as the first row of the data.
+    Raises:
+        TuningError: there is nothing to learn.
+    """
+    if student is not teacher:
+        mine, its = (dict(unet.named_parameters()) for unet in (student, teacher))
+        if mine.keys() != its.keys() or not all(torch.equal(p, its[n].to(p)) for n, p in mine.items()):
+            return
+        predictions = [_prediction(unet, inputs).float() for unet in (student, teacher)]
+        if not torch.allclose(*predictions, rtol=1e-4, atol=1e-4 * float(predictions[1].std())):
+            return
+    passes = [str(applied.one) for applied in student.graph.passes]
+    raise TuningError(
+        f"the student computes what the teacher computes{' but for ' * bool(passes)}{', '.join(passes)}, so there is "
+        "nothing to learn",
+        where="student",
+        hint="apply a pass that changes what is computed, such as PruneBlocks, or pass the teacher that it comes from",
+    )
 
 
-def checkpoint_to_resume(out: Path, wanted: str | None) -> Path | None:
+def _prediction(unet: GraphUNet, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return what a UNet predicts if it computes everything."""
+    given = {
+        name: value.to(unet.device, unet.dtype if value.is_floating_point() else None) for name, value in inputs.items()
+    }
+    with torch.no_grad():
+        return Observed(unet, (), frozenset(given))(given)[0]
+
+
+def has_empty(source: Source) -> bool:
+    """Return whether the conditions of an empty caption can be had of a source, in the shapes of the others."""
+    try:
+        empty, other = source.conditions([None]), source.conditions([0])
+    except Exception as reason:  # whatever the code of a source raises that does not have them
+        log.info("no captions are left out: %s", reason)
+        return False
+    return bool(empty) and {n: t.shape for n, t in empty.items()} == {n: t.shape for n, t in other.items()}
+
+
+def checkpoint_to_resume(out: Path, wanted: str | Path | None) -> Path | None:
     """Return the checkpoint that a run goes on from, None if it begins.
 
     Args:
@@ -66,7 +106,7 @@ def checkpoint_to_resume(out: Path, wanted: str | None) -> Path | None:
         folder = Path(wanted) if Path(wanted).exists() else out / wanted
         if not folder.is_dir():
             raise TuningError(
-                f"there is no checkpoint {wanted!r}",
+                f"there is no checkpoint {str(wanted)!r}",
                 where="resume_from_checkpoint",
                 hint=f"there are {', '.join(path.name for _, path in kept) or 'none'} in {out}; or pass 'latest'",
             )

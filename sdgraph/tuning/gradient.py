@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,8 @@ class Gradient:
                 loss, seen = self._loss(step, range(begin, begin + size))
                 self.accelerator.backward(loss / parts)
             terms += torch.cat([loss.detach().float().reshape(1), seen]) / parts
-        norm = gathered(torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm)))
+        largest = self.settings.max_grad_norm or math.inf
+        norm = gathered(torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained, largest)))
         figures = self.accelerator.reduce(torch.cat([norm.detach().reshape(1).to(terms), terms]), "mean")
         return dict(zip(("gradient_norm", "loss", *self.objective.names), figures.tolist(), strict=True))
 

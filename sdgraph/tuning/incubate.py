@@ -17,6 +17,7 @@ from torch import Tensor
 from ..compiler.base import Pass
 from ..compiler.parse import as_passes
 from ..errors import TuningError
+from ..options import Count, checked
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from .losses import Features, Loss, Output
@@ -42,19 +43,20 @@ class IncubationReport:
         return "\n".join(map(str, (*self.stages, self.whole)))
 
 
+@checked(TuningError)
 def incubate(
     teacher: GraphUNet | UNet2DConditionModel,
     stages: Sequence[Pass | str],
     data: Source | Iterable[Mapping[str, Tensor]],
     *,
     scheduler: Any,
-    stage_steps: int,
-    steps: int,
+    stage_steps: Count,
+    steps: Count,
     out: str | Path,
     losses: Sequence[Loss] | None = None,
     validate: Validate | None = None,
     progressive: bool = False,
-    processes: int = 1,
+    processes: Count = 1,
     **settings: Any,
 ) -> tuple[GraphUNet, IncubationReport]:
     """Train the stages of a student inside its teacher, assemble them, and tune the whole.
@@ -93,7 +95,8 @@ def incubate(
         Ni et al., "Deep Incubation: Training Large Models by Divide-and-Conquering", 2023; A-SDM, model assembly. The
         frozen teacher in the place of their meta model is our decision.
     """
-    Settings.of({"max_train_steps": stage_steps, **settings})
+    for number in (stage_steps, steps):
+        Settings.of({"max_train_steps": number, **settings})
     if progressive and processes > 1:
         raise TuningError(
             "stages that are trained one after the other cannot be trained at the same time",
@@ -102,7 +105,7 @@ def incubate(
         )
     folder, source = Path(out), as_source(data)
     teaching = apply(teacher, (), verify=False)
-    passes = [as_passes(stage) if isinstance(stage, str) else [stage] for stage in stages]
+    passes = [as_passes(stage) for stage in stages]
     alone = [apply(teaching, stage, verify=False) for stage in passes]
     trained = [changed_blocks(student, teaching) for student in alone]
     _check_apart(trained, passes)

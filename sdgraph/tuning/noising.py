@@ -33,7 +33,7 @@ class Noising:
             TuningError: the scheduler has no such schedule, as those of flow matching.
         """
         alphas = getattr(scheduler, "alphas_cumprod", None)
-        prediction = getattr(scheduler.config, "prediction_type", None)
+        prediction = getattr(getattr(scheduler, "config", None), "prediction_type", None)
         if alphas is None or prediction not in PREDICTIONS:
             raise TuningError(
                 f"{type(scheduler).__name__} has no noise schedule with alphas_cumprod and a prediction type of "

@@ -107,5 +107,5 @@ class Log:
             figures: the learning rate, the norm of the gradient, the loss and its terms, in this order.
         """
         if self._lines is not None:
-            row = [step, f"{seconds:.2f}", *(f"{figure:.6g}" for figure in figures.values())]
+            row = [step, f"{seconds:.2f}", *(f"{figure:.10g}" for figure in figures.values())]
             csv.writer(self._lines).writerow(row)

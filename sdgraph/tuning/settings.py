@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -39,8 +40,8 @@ class Settings:
         learning_rate: the learning rate after warm-up.
         learning_rates: factors of the learning rate, by patterns of names of parameters, such as
             `{"**.routing.*": 100}`. The first pattern that matches counts. diffusers' scripts have no such option.
-        lr_scheduler: "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial" (which
-            ends at 1e-7) or "piecewise_constant" (with `step_rules`), all as in diffusers.
+        lr_scheduler: "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial" (to
+            1e-7) or "piecewise_constant" (with `step_rules`), all as in diffusers.
         lr_warmup_steps: steps over which the learning rate rises from 0.
         lr_num_cycles: the number of cycles of "cosine_with_restarts".
         lr_power: the power of "polynomial".
@@ -51,8 +52,8 @@ class Settings:
         adam_weight_decay: decay of the weights, relative to the learning rate.
         adam_epsilon: lower bound of the root of the mean square.
         max_grad_norm: longer gradients are scaled to this norm; 0 leaves all gradients as they are.
-        mixed_precision: "no", "fp16" or "bf16"; by default what `accelerate launch` says, or else bf16 on a GPU that has
-            it.
+        mixed_precision: "no", "fp16" or "bf16"; by default what `accelerate launch` says, or else bf16 on a GPU that
+            has it.
         use_ema: keep a moving average of the weights, which becomes the result.
         ema_decay: decay of the average per step; in the beginning (1 + steps) / (10 + steps).
         proportion_empty_prompts: the share of captions that are left out, for classifier-free guidance. By default 0.1,
@@ -122,8 +123,9 @@ class Settings:
         for field in fields(self):
             readers = of.get(field.name, (self.lr_scheduler,))
             if getattr(self, field.name) != field.default and self.lr_scheduler not in readers:
+                given = f"{field.name} is {getattr(self, field.name)!r}"
                 raise TuningError(
-                    f"{field.name} is {getattr(self, field.name)!r}, which lr_scheduler={self.lr_scheduler!r} does not read",
+                    f"{given}, which lr_scheduler={self.lr_scheduler!r} does not read",
                     where=field.name,
                     hint=f"leave it out, or set lr_scheduler to {' or '.join(map(repr, readers))}",
                 )
@@ -137,7 +139,7 @@ class Settings:
             )
         if self.lr_scheduler == "polynomial" and self.lr_warmup_steps >= self.max_train_steps:
             raise TuningError(
-                f"lr_warmup_steps is {self.lr_warmup_steps}, which leaves 'polynomial' none of {self.max_train_steps} steps",
+                f"lr_warmup_steps is {self.lr_warmup_steps}, which leaves 'polynomial' no step of the run",
                 where="lr_warmup_steps",
                 hint="pass fewer, or set lr_scheduler to 'constant_with_warmup'",
             )
@@ -156,8 +158,6 @@ class Settings:
             if name not in known:
                 hint = ELSEWHERE.get(name) or did_you_mean(name, known) or f"options: {', '.join(known)}"
                 raise TuningError(f"there is no option {name!r} of a training run", where=name, hint=hint)
-        if "max_train_steps" not in options:
-            raise TuningError("max_train_steps is missing", where="max_train_steps", hint="the number of optimizer steps")
         settings = cls(**options)
         _check_precision(settings.precision())
         _check_tracker(settings.report_to)
@@ -228,7 +228,7 @@ def _check_rules(rules: str | None) -> None:
         *pairs, last = (rules or "").split(",")
         factors, steps = zip(*(pair.split(":") for pair in pairs), strict=True) if pairs else ((), ())
         numbers, ends = [float(factor) for factor in (*factors, last)], [0, *map(int, steps)]
-        right = all(0 < n < math.inf for n in numbers) and all(a < b for a, b in zip(ends, ends[1:], strict=False))
+        right = all(0 < n < math.inf for n in numbers) and all(a < b for a, b in pairwise(ends))
     except ValueError:
         right = False
     if not right:
@@ -249,7 +249,9 @@ def _check_precision(precision: str) -> None:
             hint=f"'no'{', or bf16' if bf16 else ''}; fp16 needs a GPU",
         )
     if precision == "bf16" and not bf16:
-        raise TuningError("mixed_precision is 'bf16', which this GPU does not have", where="mixed_precision", hint="fp16")
+        raise TuningError(
+            "mixed_precision is 'bf16', which this GPU does not have", where="mixed_precision", hint="fp16"
+        )
 
 
 def _check_tracker(name: str) -> None:

@@ -152,7 +152,8 @@ class State:
                 where=str(target),
                 hint="free space there; the checkpoint before it is kept, and the same command goes on from it",
             ) from error
-        for _, old in checkpoints(out)[: -settings.checkpoints_total_limit]:
+        limit = settings.checkpoints_total_limit
+        for _, old in checkpoints(out)[:-limit] if limit else ():
             shutil.rmtree(old)
 
     def load(self, folder: Path) -> None:

@@ -23,12 +23,13 @@ from ..errors import ModeError, TuningError
 from ..extra import imported
 from ..ir.guards import check_call
 from ..ir.structure import structure
+from ..options import Count, checked
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from ..version import __version__
 from . import shards
 from .batch import Batches
-from .checks import check_models, check_same_run, checkpoint_to_resume
+from .checks import check_differs, check_models, check_same_run, checkpoint_to_resume, has_empty
 from .digest import digest
 from .gradient import Gradient
 from .losses import Denoising, Features, Loss, Output
@@ -47,18 +48,19 @@ log = logging.getLogger("sdgraph")
 Validate = Callable[[GraphUNet, int], Mapping[str, Any]]
 
 
+@checked(TuningError)
 def tune(
     student: GraphUNet,
     teacher: GraphUNet | UNet2DConditionModel,
     data: Source | Iterable[Mapping[str, Tensor]],
     *,
     scheduler: Any,
-    steps: int,
+    steps: Count,
     out: str | Path,
     losses: Sequence[Loss] | None = None,
     train: Sequence[str] | None = None,
     validate: Validate | None = None,
-    resume_from_checkpoint: str | None = "latest",
+    resume_from_checkpoint: str | Path | None = "latest",
     **settings: Any,
 ) -> tuple[GraphUNet, TuningReport]:
     """Train a student to predict what its teacher predicts, and return the tuned student.
@@ -103,7 +105,12 @@ def tune(
     """
     chosen, folder = Settings.of({"max_train_steps": steps, **settings}), Path(out)
     source, teaching = as_source(data), apply(teacher, (), verify=False)
+    chosen = chosen.for_data(has_empty(source))
     check_models(student, teaching)
+    row = _batches(source, Noising.of(scheduler), chosen, 1).batch(0, [0])
+    for unet in (student, teaching):
+        check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, unet.dtype)
+    check_differs(student, teaching, row.inputs)
     resumed = checkpoint_to_resume(folder, resume_from_checkpoint)
     taught = copy.deepcopy(student).requires_grad_(train is None).train()
     for path in taught.graph.matching(train) if train is not None else ():
@@ -172,16 +179,11 @@ def tune(
 
 def _accelerator(settings: Settings, folder: Path) -> Any:
     accelerate = imported("accelerate", "tuning")
-    precision = settings.mixed_precision
-    if precision is None:
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     tracked = settings.report_to != "none"
-    if settings.report_to == "tensorboard":
-        imported("tensorboard", "tuning")
     try:
         accelerator = accelerate.Accelerator(
             cpu=not torch.accelerator.is_available(),
-            mixed_precision=precision,
+            mixed_precision=settings.precision(),
             log_with=settings.report_to if tracked else None,
             project_dir=folder,
         )
@@ -189,6 +191,12 @@ def _accelerator(settings: Settings, folder: Path) -> Any:
         raise TuningError(
             f"accelerate refuses: {error}", where="mixed_precision, report_to", hint="start Python anew for another"
         ) from error
+    if accelerator.gradient_accumulation_steps != 1:  # it would divide the loss once more
+        raise TuningError(
+            "accelerate launch was told to accumulate gradients, and so is the run, by its own setting",
+            where="accelerate launch --gradient_accumulation_steps",
+            hint="leave it out there, and set gradient_accumulation_steps of the run",
+        )
     kinds = accelerate.DistributedType
     if accelerator.distributed_type in (kinds.DEEPSPEED, kinds.MEGATRON_LM, kinds.XLA):
         raise TuningError(
@@ -200,6 +208,19 @@ def _accelerator(settings: Settings, folder: Path) -> Any:
     if tracked:
         accelerator.init_trackers("logs")
     return accelerator
+
+
+def _batches(source: Source, noising: Noising, settings: Settings, processes: int) -> Batches:
+    return Batches(
+        source,
+        noising,
+        settings.train_batch_size * settings.gradient_accumulation_steps * processes,
+        settings.seed,
+        settings.proportion_empty_prompts or 0.0,
+        settings.random_conditioning,
+        settings.timestep_intervals,
+        settings.guidance_pairs,
+    )
 
 
 def _gradient(
@@ -214,19 +235,8 @@ def _gradient(
 ) -> Gradient:
     """Put the models on their device, and connect them with the data and the losses."""
     noising = Noising.of(scheduler)
-    batches = Batches(
-        source,
-        noising,
-        settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes,
-        settings.seed,
-        settings.proportion_empty_prompts,
-        settings.random_conditioning,
-        settings.timestep_intervals,
-        settings.guidance_pairs,
-    )
+    batches = _batches(source, noising, settings, accelerator.num_processes)
     row = batches.batch(0, [0])
-    for unet in (student, teacher):
-        check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, unet.dtype)
     if losses is None:
         losses = [loss for loss in DEFAULT if row.noise is not None or not isinstance(loss, Denoising)]
     objective, given = Objective(losses, student, teacher), frozenset(row.inputs)
@@ -259,6 +269,7 @@ def _state(student: GraphUNet, gradient: Gradient, settings: Settings, copy: Gra
     accelerator = gradient.accelerator
     optimizer = torch.optim.AdamW(
         by_rate(gradient.trained, student, settings),
+        lr=settings.learning_rate,  # which "polynomial" reads, beside those of the groups
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,
@@ -267,8 +278,11 @@ def _state(student: GraphUNet, gradient: Gradient, settings: Settings, copy: Gra
     rate = get_scheduler(
         settings.lr_scheduler,
         optimizer,
+        step_rules=settings.step_rules,
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=settings.max_train_steps,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
     )
     average = EMAModel(student.parameters(), decay=settings.ema_decay) if settings.use_ema else None
     adapters = accelerator.unwrap_model(gradient.student).adapters

@@ -66,9 +66,9 @@ def test_toml_and_json_say_the_same_and_settings_can_be_changed() -> None:
     ("changes", "reason"),
     [
         ({"learning_rat": 1e-4}, "no setting 'learning_rat'(.|\n)*did you mean 'learning_rate'"),
-        ({"without": "output_dir"}, "missing required field `output_dir`"),
-        ({"without": "max_train_steps"}, "missing required field `max_train_steps`"),
-        ({"resolution": "large"}, r"got `str` - at `\$.resolution`"),
+        ({"without": "output_dir"}, "output_dir is missing"),
+        ({"without": "max_train_steps"}, "max_train_steps is missing"),
+        ({"resolution": "large"}, "resolution is 'large'"),
         ({"prompts": "prompts.txt"}, "two kinds of data"),
         ({"without": "train_data_dir"}, "there is no data"),
         ({"max_train_steps": 0}, "max_train_steps is 0"),

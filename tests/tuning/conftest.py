@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,8 +65,8 @@ def tune(student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, data: Tensors,
 
     def run(**changed: Any) -> tuple[sdgraph.GraphUNet, TuningReport]:
         fixed: dict[str, Any] = {"steps": 4, "out": tmp_path / "run", "scheduler": DDPMScheduler(), **settings}
-        subject = functools.partial(sdgraph.tune, student, teaching, changed.pop("data", data))
-        return subject(**{**fixed, **changed})
+        fixed |= {"student": student, "teacher": teaching, "data": data}
+        return sdgraph.tune(**{**fixed, **changed})
 
     yield run
     torch.set_num_threads(threads)

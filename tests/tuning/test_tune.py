@@ -113,7 +113,7 @@ def test_parameters_may_have_learning_rates_of_their_own(
     for wrong, complaint in (
         ({"**.rooting.*": 2}, "no parameter is named"),
         ({"conv_in.weigh": 2}, r"(?s)no parameter is named 'conv_in.weigh'.*did you mean 'conv_in.weight'"),
-        ({"conv_in.weight": 0}, "the factor of 'conv_in.weight' is 0"),
+        ({"conv_in.weight": 0}, "learning_rates is {'conv_in.weight': 0}"),
     ):
         with pytest.raises(errors.TuningError, match=complaint):
             tune(out=tmp_path / "wrong", learning_rates=wrong)

@@ -1,0 +1,401 @@
+"""Settings: every one does what its users mean, or is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import sdgraph
+from sdgraph.cli.configuration import read
+from sdgraph.errors import SpecError, TuningError
+from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
+from sdgraph.schedules import Uniform
+from sdgraph.tuning import Output, Settings, Tensors
+
+from ..models import CROSS
+from .conftest import Tune, equal, tensors
+
+ANYTHING = (
+    None, True, False, -1, 0, 1, 2, 3, 2**64, -1.0, -1e-9, 0.0, 0.1, 0.5, 1.0, 2.5, math.nan, math.inf, -math.inf, "",
+    "1", "1e-4", "no", "none", "cosine", "cosines", "fp16", "fp8", "tensorbord", "wandb", (), [1], {"a": 1}, {"a": -1},
+    object(), b"x", 1j, np.array([1, 2]), torch.zeros(2),
+)  # fmt: skip
+
+
+def count(value: Any, least: int = 1) -> bool:
+    return type(value) is int and value >= least
+
+
+def number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def decay(value: Any) -> bool:
+    return number(value) and 0 <= value < 1
+
+
+def switch(value: Any) -> bool:
+    return type(value) is bool
+
+
+def positive(value: Any) -> bool:
+    return number(value) and value > 0
+
+
+def not_negative(value: Any) -> bool:
+    return number(value) and value >= 0
+
+
+def factors(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(positive, value.values()))
+
+
+# What is right on a CPU, by field, in words of its own.
+RIGHT: dict[str, Callable[[Any], bool]] = {
+    "max_train_steps": count,
+    "train_batch_size": count,
+    "gradient_accumulation_steps": count,
+    "gradient_checkpointing": switch,
+    "learning_rate": positive,
+    "learning_rates": lambda v: v is None or factors(v),
+    "lr_scheduler": lambda v: v == "cosine" if isinstance(v, str) else False,
+    "lr_warmup_steps": lambda v: count(v, 0),
+    "lr_num_cycles": count,
+    "lr_power": positive,
+    "step_rules": lambda v: isinstance(v, str) and v in ("1", "1e-4"),  # one factor to the end
+    "adam_beta1": decay,
+    "adam_beta2": decay,
+    "adam_weight_decay": not_negative,
+    "adam_epsilon": positive,
+    "max_grad_norm": not_negative,
+    "mixed_precision": lambda v: v is None or (isinstance(v, str) and v == "no"),
+    "use_ema": switch,
+    "ema_decay": decay,
+    "proportion_empty_prompts": lambda v: v is None or decay(v),
+    "random_conditioning": switch,
+    "timestep_intervals": count,
+    "guidance_pairs": switch,
+    "seed": lambda v: count(v, 0) and v < 2**63,
+    "checkpointing_steps": count,
+    "checkpoints_total_limit": lambda v: v is None or count(v),
+    "validation_steps": lambda v: v is None or count(v),
+    "report_to": lambda v: isinstance(v, str) and v == "none",
+}
+READER = {
+    "lr_warmup_steps": "linear",
+    "lr_num_cycles": "cosine_with_restarts",
+    "lr_power": "polynomial",
+    "step_rules": "piecewise_constant",
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Settings)])
+def test_values_of_any_kind_are_right_or_refused_by_the_name_of_the_setting(name: str) -> None:
+    for value in ANYTHING:
+        options = {"max_train_steps": 2**65, "report_to": "none", name: value}
+        if name in READER:
+            options["lr_scheduler"] = READER[name]
+        if RIGHT[name](value):
+            assert getattr(Settings.of(options), name) == value
+            continue
+        with pytest.raises(TuningError) as error:
+            Settings.of(options)
+        assert error.value.where == name, value
+        assert error.value.hint
+
+
+def test_numbers_of_numpy_and_pytorch_are_numbers() -> None:
+    settings = Settings.of({
+        "max_train_steps": np.int64(3), "learning_rate": torch.tensor(0.5), "seed": np.array(4),
+        "use_ema": np.bool_(True), "ema_decay": np.float32(0.5), "report_to": np.str_("none"),
+    })  # fmt: skip
+    assert repr(settings) == repr(
+        Settings(max_train_steps=3, learning_rate=0.5, seed=4, use_ema=True, ema_decay=0.5, report_to="none")
+    )
+
+
+@given(st.data())
+@hypothesis_settings(derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_wrong_setting_is_refused_before_anything_is_written(tune: Tune, tmp_path: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(RIGHT.keys() - {"max_train_steps"})))
+    value = data.draw(st.sampled_from([v for v in ANYTHING if not RIGHT[name](v)]))
+    with pytest.raises(TuningError):
+        tune(**{"out": tmp_path / "wrong", "lr_scheduler": READER.get(name, "constant"), name: value})
+    with pytest.raises(TuningError):
+        tune(out=tmp_path / "wrong", steps=data.draw(st.sampled_from([v for v in ANYTHING if not count(v)])))
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.slow
+@given(st.data())
+@hypothesis_settings(
+    derandomize=True, max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_right_settings_run(tune: Tune, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    rates = data.draw(st.sampled_from(["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]))
+    draws = {
+        "train_batch_size": st.integers(1, 3),
+        "gradient_accumulation_steps": st.integers(1, 2),
+        "gradient_checkpointing": st.booleans(),
+        "learning_rate": st.floats(1e-6, 1e-2),
+        "learning_rates": st.sampled_from([None, {"mid_block.**": 0.5}]),
+        "lr_warmup_steps": st.just(0) if rates == "constant" else st.integers(0, 1),
+        "adam_beta1": st.floats(0, 0.99),
+        "adam_beta2": st.floats(0, 0.999),
+        "adam_weight_decay": st.floats(0, 0.1),
+        "adam_epsilon": st.floats(1e-9, 1e-3),
+        "max_grad_norm": st.sampled_from([0, 0.5, 10.0]),
+        "use_ema": st.booleans(),
+        "ema_decay": st.floats(0, 0.999),
+        "proportion_empty_prompts": st.none() | st.floats(0, 0.99),
+        "random_conditioning": st.booleans(),
+        "timestep_intervals": st.integers(1, 4),
+        "seed": st.integers(0, 2**63 - 1),
+        "checkpointing_steps": st.integers(1, 3),
+        "checkpoints_total_limit": st.none() | st.integers(1, 3),
+        "validation_steps": st.none() | st.integers(1, 3),
+    }
+    settings = {name: data.draw(draw) for name, draw in draws.items()}
+    _, report = tune(steps=2, lr_scheduler=rates, out=tmp_path_factory.mktemp("run") / "run", **settings)
+    assert len(report.rows) == 2
+
+
+# -- the learning rate -------------------------------------------------------------------------------------------------
+
+SCHEDULES: tuple[dict[str, Any], ...] = (
+    {"lr_scheduler": "constant"},
+    {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3},
+    {"lr_scheduler": "linear", "lr_warmup_steps": 2},
+    {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
+    {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2, "lr_warmup_steps": 1},
+    {"lr_scheduler": "polynomial", "lr_power": 2.0, "lr_warmup_steps": 1},
+    {"lr_scheduler": "piecewise_constant", "step_rules": "1:2,0.1:4,0.01"},
+)
+
+
+def rates_of_diffusers(steps: int, rate: float, lr_scheduler: str, **options: Any) -> list[float]:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    names = {"lr_warmup_steps": "num_warmup_steps", "lr_num_cycles": "num_cycles", "lr_power": "power"}
+    given = {"num_warmup_steps": 0} | {names.get(name, name): value for name, value in options.items()}
+    schedule, rates = get_scheduler(lr_scheduler, optimizer, num_training_steps=steps, **given), []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["lr_scheduler"])
+def test_the_learning_rate_is_that_of_diffusers_at_every_step(
+    schedule: dict[str, Any], tune: Tune, tmp_path: Path
+) -> None:
+    """With gradients that are accumulated, and resumed in the middle, which continues the schedule."""
+    expected = rates_of_diffusers(6, 2e-3, **schedule)
+    options = {"learning_rate": 2e-3, "train_batch_size": 1, "losses": (Output(),), **schedule}
+    options |= {"gradient_accumulation_steps": 2, "checkpointing_steps": 3}
+
+    def stop(unet: sdgraph.GraphUNet, step: int) -> dict[str, Any]:
+        if step == 3 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(steps=6, out=tmp_path / "run", validate=stop, **options)
+    _, report = tune(steps=6, out=tmp_path / "run", **options)
+    assert list(report.column("learning_rate")) == pytest.approx(expected, abs=1e-9)
+
+
+def test_factors_of_the_learning_rate_follow_the_polynomial_too(tune: Tune, tmp_path: Path) -> None:
+    _, report = tune(steps=4, learning_rates={"mid_block.**": 10}, lr_scheduler="polynomial", learning_rate=1e-5)
+    expected = rates_of_diffusers(4, 1e-5, "polynomial")
+    assert list(report.column("learning_rate")) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"lr_warmup_steps": 5}, "lr_warmup_steps"),  # "constant" has no warm-up
+        ({"lr_scheduler": "piecewise_constant", "step_rules": "1", "lr_warmup_steps": 5}, "lr_warmup_steps"),
+        ({"lr_num_cycles": 2, "lr_scheduler": "cosine"}, "lr_num_cycles"),
+        ({"lr_power": 2, "lr_scheduler": "linear"}, "lr_power"),
+        ({"step_rules": "1:2,0.1"}, "step_rules"),
+        ({"lr_scheduler": "piecewise_constant"}, "step_rules"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 5e-8}, "learning_rate"),
+        ({"lr_scheduler": "polynomial", "lr_warmup_steps": 9}, "lr_warmup_steps"),
+        *(
+            ({"lr_scheduler": "piecewise_constant", "step_rules": rules}, "step_rules")
+            for rules in (
+                "1:2",
+                "1:2,",
+                "2:1:1,1",
+                "1:4,0.1:2,1",
+                "1:2,0.1:2,1",
+                "-1:2,1",
+                "1:2.5,1",
+                "nan",
+                "1:0,1",
+                "a",
+            )
+        ),
+    ],
+)
+def test_schedules_that_would_leave_something_unread_are_refused(options: dict[str, Any], where: str) -> None:
+    with pytest.raises(TuningError) as error:
+        Settings(9, **options)
+    assert error.value.where == where
+
+
+# -- what single settings mean -----------------------------------------------------------------------------------------
+
+
+def test_a_norm_of_zero_clips_nothing(tune: Tune, tmp_path: Path) -> None:
+    found = [
+        tensors(tune(steps=2, max_grad_norm=norm, out=tmp_path / str(norm), losses=(Output(),))[0])
+        for norm in (0, 1e9, 0.1)
+    ]
+    assert equal(found[0], found[1])
+    assert not equal(found[0], found[2])
+
+
+def test_no_limit_keeps_all_checkpoints(tune: Tune, tmp_path: Path) -> None:
+    tune(steps=4, checkpointing_steps=1, checkpoints_total_limit=None)
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 4
+
+
+def test_captions_are_left_out_by_default_where_they_can_be(tune: Tune, data: Tensors, tmp_path: Path) -> None:
+    latents, text = torch.randn(5, 4, 8, 8), {"encoder_hidden_states": torch.randn(5, 5, CROSS)}
+    with_empty = Tensors(latents, text, {"encoder_hidden_states": torch.zeros(5, CROSS)})
+    for number, (options, expected) in enumerate([
+        ({"data": with_empty}, 0.1),
+        ({"data": with_empty, "proportion_empty_prompts": 0}, 0),
+        ({"data": with_empty, "guidance_pairs": True}, 0),
+        ({"data": Tensors(latents, text)}, 0),
+    ]):  # fmt: skip
+        out = tmp_path / str(number)
+        tune(steps=1, out=out, train_batch_size=2, losses=(Output(),), **options)
+        assert json.loads((out / "tuning.json").read_text())["settings"]["proportion_empty_prompts"] == expected
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8", "float16"])
+def test_a_precision_that_the_machine_does_not_have_is_refused(
+    precision: str, tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TuningError, match="mixed_precision"):
+        tune(mixed_precision=precision)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(TuningError, match="mixed_precision"):
+        tune()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("tracker", "reason"),
+    [("wandb", "not installed"), ("tensorbord", "did you mean 'tensorboard'"), ("print", "one of")],
+)
+def test_a_tracker_that_is_not_there_is_refused(tracker: str, reason: str, tune: Tune, tmp_path: Path) -> None:
+    with pytest.raises(TuningError, match=reason):
+        tune(report_to=tracker)
+    assert not (tmp_path / "run").exists()
+
+
+# -- students ----------------------------------------------------------------------------------------------------------
+
+SAME = (
+    (CleanUp(),),
+    (HoistInvariants(),),
+    (InheritFeatures.deep_cache(2),),
+    (Bypass("mid_block", Uniform(2)),),
+    (CleanUp(), HoistInvariants(), InheritFeatures.deep_cache(3)),
+    (),
+)
+
+
+@pytest.mark.parametrize("passes", SAME, ids=str)
+def test_a_student_that_computes_what_its_teacher_computes_is_refused(
+    passes: tuple[sdgraph.Pass, ...], tune: Tune, teacher: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    with pytest.raises(TuningError, match="nothing to learn"):
+        tune(student=sdgraph.apply(teacher, passes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_new_parameters_and_other_weights_are_something_to_learn(
+    tune: Tune, teacher: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    experts = sdgraph.apply(teacher, [MECondConv("mid_block.resnets.0.conv1", donors="copies")])
+    tune(student=experts, steps=1, out=tmp_path / "experts")
+    pruned = sdgraph.apply(teacher, [PruneBlocks("mid_block"), InheritFeatures.deep_cache(2)])
+    tune(student=pruned, steps=1, out=tmp_path / "pruned")
+
+
+# -- other arguments, and files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("student", "unet"), ("teacher", 3), ("losses", Output()), ("losses", ["Output"]), ("losses", 3),
+        ("train", "mid_block"), ("train", [3]), ("validate", "images"), ("resume_from_checkpoint", True), ("out", None),
+        ("steps", 1.5),
+    ],
+)  # fmt: skip
+def test_arguments_of_wrong_types_are_refused(argument: str, value: Any, tune: Tune, tmp_path: Path) -> None:
+    with pytest.raises(TuningError, match=argument):
+        tune(**{argument: value})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("learning_rate = '1e-4'", "learning_rate is '1e-4'"),
+        ("learning_rate = nan", "learning_rate is nan"),
+        ("learning_rate = -1e-4", "learning_rate is -0.0001"),
+        ("train_batch_size = 2.5", "train_batch_size is 2.5"),
+        ("max_grad_norm = -1.0", "max_grad_norm is -1.0"),
+        ("use_ema = 1", "use_ema is 1"),
+        ("lr_scheduler = 'cosines'", "did you mean 'cosine'"),
+        ("lr_schedular = 'cosine'", "did you mean 'lr_scheduler'"),
+        ("report_to = 'wandb'", "not installed"),
+        ("mixed_precision = 'fp16'", "does not train in"),
+        ("snr_gamma = 5.0", "did you mean|it is an option of the losses"),
+        ("resolution = 0", "resolution is 0"),
+        ("passes = [3]", r"passes is \[3\]"),
+        ("guidance_scale = -1.0", "guidance_scale is -1.0"),
+    ],
+)
+def test_a_file_and_the_command_line_are_read_as_strictly(line: str, reason: str, tmp_path: Path) -> None:
+    run = "pretrained_model_name_or_path = 'm'\noutput_dir = 'o'\nmax_train_steps = 3\nprompts = 'p'\n"
+    file = tmp_path / "tuning.toml"
+    if "report_to" not in line:
+        run += "report_to = 'none'\n"
+    file.write_text(run + line)
+    with pytest.raises((TuningError, SpecError), match=reason):
+        read(file)
+    file.write_text(run)
+    with pytest.raises((TuningError, SpecError), match=reason):
+        read(file, [line.replace(" ", "", 2)])
+
+
+def test_images_without_guidance_need_no_empty_captions(tmp_path: Path) -> None:
+    run = "pretrained_model_name_or_path = 'm'\noutput_dir = 'o'\nmax_train_steps = 3\nprompts = 'p'\n"
+    run += "report_to = 'none'\n"
+    for line, expected in (("", None), ("guidance_scale = 7.5", None), ("guidance_scale = 1.0", 0.0)):
+        (tmp_path / "tuning.toml").write_text(run + line)
+        assert read(tmp_path / "tuning.toml")[1].proportion_empty_prompts == expected
