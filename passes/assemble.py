@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sdgraph import Contract, Findings, Graph, GraphUNet, Pass
-from sdgraph.errors import EditError, SpecError
+from sdgraph.errors import EditError
+from sdgraph.options import Paths, Text
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,8 @@ class Assemble(Pass):
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
     may_change_nothing: ClassVar[bool] = True  # on loading; an edit without effect is refused below
-    regions: str | tuple[str, ...] = ()
-    source: str = ""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.regions, str):
-            object.__setattr__(self, "regions", tuple(self.regions))
-        if not self.regions or not isinstance(self.source, str) or not self.source:
-            raise SpecError(
-                f"regions are {self.regions!r}, source is {self.source!r}",
-                where="Assemble",
-                hint="name regions, and the folder of a saved UNet: Assemble('mid_block', 'tuned/unet')",
-            )
+    regions: Paths = ()
+    source: Text = ""
 
     def run(self, graph: Graph) -> Findings:
         regions = graph.decide(f"weights from {self.source}", self._take, graph)

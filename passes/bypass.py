@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sdgraph import Contract, Findings, Graph, Pass
-from sdgraph.errors import EditError, SpecError
+from sdgraph.errors import EditError
+from sdgraph.options import Paths
 from sdgraph.schedules import Schedule, Uniform
 
 EVERY_OTHER = Uniform(2)
@@ -34,15 +35,8 @@ class Bypass(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    sites: str | tuple[str, ...] = ()
+    sites: Paths = ()
     schedule: Schedule = EVERY_OTHER
-
-    def __post_init__(self) -> None:
-        names = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
-        if not names or not all(isinstance(name, str) for name in names):
-            raise SpecError(f"sites are module paths, got {self.sites!r}", where="Bypass", hint="pass some")
-        if not isinstance(self.schedule, Schedule):
-            raise SpecError(f"{self.schedule!r} is no schedule", where="Bypass", hint="such as Uniform(2)")
 
     def run(self, graph: Graph) -> Findings:
         paths = graph.matching(self.sites)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,7 @@ from torch import Tensor, fx, nn
 
 from sdgraph import Contract, Findings, Graph, NearMiss, Pass
 from sdgraph.errors import EditError, SpecError
-
-VARIANTS = ("joint", "gated")
+from sdgraph.options import Bounds, Count, Index
 
 
 @dataclass(frozen=True)
@@ -42,28 +41,19 @@ class GRIAttention(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    window: int = 16
-    pool: int = 4
-    levels: tuple[int, ...] = (0,)
-    shift: int = 0
-    variant: str = "joint"
+    window: Count = 16
+    pool: Count = 4
+    levels: Annotated[tuple[Index, ...], Bounds(length=1)] = (0,)
+    shift: Index = 0
+    variant: Literal["joint", "gated"] = "joint"
 
     def __post_init__(self) -> None:
-        for name, least in (("window", 1), ("pool", 1), ("shift", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SpecError(f"{name} is {value!r}", where="GRIAttention", hint=f"a whole number, at least {least}")
         if self.window % self.pool or self.shift % self.pool or self.shift >= self.window:
             raise SpecError(
                 f"window {self.window}, pool {self.pool} and shift {self.shift} do not go together",
                 where="GRIAttention",
                 hint="pool divides window and shift, and shift is less than window",
             )
-        if self.variant not in VARIANTS:
-            hint = f"one of {', '.join(VARIANTS)}"
-            raise SpecError(f"no variant {self.variant!r}", where="GRIAttention", hint=hint)
-        if not self.levels or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in self.levels):
-            raise SpecError(f"levels are {self.levels!r}", where="GRIAttention", hint="such as (0,) or (0, 1)")
 
     def run(self, graph: Graph) -> Findings:
         attentions = self_attentions(graph)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import fx
 
 from sdgraph import Chain, Contract, Findings, Graph, Pass, Region
-from sdgraph.errors import EditError, SpecError, did_you_mean
-from sdgraph.forecasts import Forecast, Polynomial, as_forecast
+from sdgraph.errors import EditError
+from sdgraph.forecasts import DAMPING, Forecast, Order, Polynomial
+from sdgraph.options import Bounds, Count, Index, Number, Paths, Text
 from sdgraph.schedules import Explicit, Gate, Range, Schedule, Uniform, Warm
 
-PARTS = ("auto", "branch", "value", "entry")
 EVERY_OTHER = Uniform(2)
 INNER = "{down_blocks.-2,down_blocks.-1,mid_block,up_blocks.0,up_blocks.1}"
 LEVELS = {"block": "", "layer": ".{resnets,attentions}.*", "unit": ".{resnets.*,**.attn1,**.attn2,**.ff}"}
@@ -43,24 +43,13 @@ class InheritFeatures(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    sites: str | tuple[str, ...] = ()
+    sites: Paths = ()
     schedule: Schedule = EVERY_OTHER
-    part: str = "auto"
-    forecast: int | Forecast = 0
-
-    def __post_init__(self) -> None:
-        sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
-        if not sites or not all(isinstance(site, str) for site in sites):
-            raise SpecError(f"sites are module paths, got {self.sites!r}", where="InheritFeatures", hint="pass some")
-        if not isinstance(self.schedule, Schedule):
-            raise SpecError(f"{self.schedule!r} is no schedule", where="InheritFeatures", hint="such as Uniform(3)")
-        if self.part not in PARTS:
-            raise SpecError(f"no part {self.part!r}", where="InheritFeatures", hint=f"one of {', '.join(PARTS)}")
-        as_forecast(self.forecast)
-        object.__setattr__(self, "sites", self.sites if isinstance(self.sites, str) else sites)
+    part: Literal["auto", "branch", "value", "entry"] = "auto"
+    forecast: Order | Forecast = 0
 
     @classmethod
-    def deep_cache(cls, interval: int = 3, branch: int = 0) -> InheritFeatures:
+    def deep_cache(cls, interval: Count = 3, branch: Index = 0) -> InheritFeatures:
         """DeepCache (Ma et al., 2023, arXiv 2312.00858), for UNets with two layers per block.
 
         Args:
@@ -72,7 +61,9 @@ class InheritFeatures(Pass):
         return cls(f"up_blocks.{-1 - block}.resnets.{-1 - layer}", Uniform(interval), part="entry")
 
     @classmethod
-    def damped(cls, interval: int | Schedule = 2, branch: int = 0, damping: float = 0.5) -> InheritFeatures:
+    def damped(
+        cls, interval: Count | Schedule = 2, branch: Index = 0, damping: Annotated[float, DAMPING] = 0.5
+    ) -> InheritFeatures:
         """Return DeepCache's site with a damped forecast, for 15 to 30 steps of a multistep solver.
 
         Args:
@@ -85,7 +76,7 @@ class InheritFeatures(Pass):
 
     @classmethod
     def faster_diffusion(
-        cls, key_calls: tuple[int, ...] = (0, 1, 2, 3, 5, 10, 15, 25, 35), of: int | None = None
+        cls, key_calls: tuple[Index, ...] = (0, 1, 2, 3, 5, 10, 15, 25, 35), of: Count | None = None
     ) -> InheritFeatures:
         """Faster Diffusion (Li et al., 2023, arXiv 2312.09608): skips and mid block are those of the last key call.
 
@@ -95,7 +86,7 @@ class InheritFeatures(Pass):
         return cls("{conv_in,down_blocks.*,mid_block}", Explicit(key_calls, of), part="value")
 
     @classmethod
-    def t_gate(cls, gate: int = 10, interval: int = 5, warm_up: int = 2) -> Chain:
+    def t_gate(cls, gate: Annotated[int, Bounds(ge=2)] = 10, interval: Count = 5, warm_up: Index = 2) -> Chain:
         """T-GATE (Zhang et al., 2024, arXiv 2404.02747): cross-attention stops at a call, self-attention begins there.
 
         Published for 25 calls. Guidance goes on after the gate, and each half of the batch keeps its own features;
@@ -114,10 +105,10 @@ class InheritFeatures(Pass):
     @classmethod
     def attention_broadcast(
         cls,
-        interval: int = 2,
-        cross_interval: int = 5,
-        between: tuple[float, float] = (100, 800),
-        cross_between: tuple[float, float] = (100, 900),
+        interval: Count = 2,
+        cross_interval: Count = 5,
+        between: tuple[Number, Number] = (100, 800),
+        cross_between: tuple[Number, Number] = (100, 900),
     ) -> Chain:
         """Pyramid attention broadcast (Zhao et al., 2024, arXiv 2408.12588): attention at every n-th call, within a
         range of timesteps; self-attention (`attn1`) and cross-attention (`attn2`) each have theirs."""
@@ -129,7 +120,9 @@ class InheritFeatures(Pass):
         )
 
     @classmethod
-    def at_level(cls, level: str, schedule: Schedule = EVERY_OTHER, within: str = INNER) -> InheritFeatures:
+    def at_level(
+        cls, level: Literal["block", "layer", "unit"], schedule: Schedule = EVERY_OTHER, within: Text = INNER
+    ) -> InheritFeatures:
         """Blocks, layers (each resnet and attention) or units (each resnet, attn1, attn2 and feed-forward): the three
         levels of A-SDM's feature inheritance. Layers and units inherit their residual branches.
 
@@ -137,9 +130,6 @@ class InheritFeatures(Pass):
             level: "block", "layer" or "unit".
             within: the blocks. The default, ours, are the two innermost stages of each side and the middle.
         """
-        if level not in LEVELS:
-            hint = did_you_mean(str(level), LEVELS) or f"one of {', '.join(LEVELS)}"
-            raise SpecError(f"no level {level!r}", where="InheritFeatures.at_level", hint=hint)
         return cls(within + LEVELS[level], schedule)
 
     def run(self, graph: Graph) -> Findings:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from torch import fx, nn
 
 from sdgraph import Contract, Findings, Graph, Pass
-from sdgraph.errors import EditError, SpecError
+from sdgraph.errors import EditError
+from sdgraph.options import Bounds, Index, Positive, Text
 
 from .conditional_conv import ConditionalConv2d
 from .low_rank_conv import LowRankConv2d
 
-ROUTINGS = ("timestep", "input")
-DONORS = ("pruned", "copies")
-GATES = ("softmax", "sigmoid")
 CLOSE = Contract.CLOSE(rtol=1e-4, atol=1e-5)
 
 
@@ -59,32 +58,18 @@ class MECondConv(Pass):
         values, are ours, because the bodies of A-SDM's papers were not available.
     """
 
-    where: str | tuple[str, ...] = ()
-    experts: int = 4
-    routing: str = "timestep"
-    donors: str = "pruned"
-    gate: str = "softmax"
-    temperature: float = 1.0
-    rank: int = 0
+    where: str | tuple[Text, ...] = ()
+    experts: Annotated[int, Bounds(ge=2)] = 4
+    routing: Literal["timestep", "input"] = "timestep"
+    donors: Literal["pruned", "copies"] = "pruned"
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    temperature: Positive = 1.0
+    rank: Index = 0
 
     @property
     def contract(self) -> Contract:  # type: ignore[override]
         """EXACT, but for full kernels for every sample, which need another algorithm, with other last bits."""
         return Contract.EXACT if self.routing == "timestep" or self.rank else CLOSE
-
-    def __post_init__(self) -> None:
-        for name, known in (("routing", ROUTINGS), ("donors", DONORS), ("gate", GATES)):
-            if getattr(self, name) not in known:
-                hint = f"one of {', '.join(known)}"
-                raise SpecError(f"no {name} {getattr(self, name)!r}", where="MECondConv", hint=hint)
-        if isinstance(self.experts, bool) or not isinstance(self.experts, int) or self.experts < 2:
-            raise SpecError(f"experts is {self.experts!r}", where="MECondConv", hint="a whole number, at least 2")
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
-            raise SpecError(f"rank is {self.rank!r}", where="MECondConv", hint="a whole number, 0 for full kernels")
-        if not self.temperature > 0:
-            raise SpecError(f"temperature is {self.temperature!r}", where="MECondConv", hint="a number above 0")
-        if not isinstance(self.where, str):
-            object.__setattr__(self, "where", tuple(self.where))
 
     def run(self, graph: Graph) -> Findings:
         embedding = time_embedding(graph)

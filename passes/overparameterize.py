@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from sdgraph import Contract, Findings, Graph, Pass
-from sdgraph.errors import EditError, SpecError
+from sdgraph.errors import EditError
+from sdgraph.options import Paths
 
 from .composed import Branches, Product
 
@@ -43,12 +44,8 @@ class Overparameterize(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.CLOSE
-    where: str | tuple[str, ...] = "**.{conv1,conv2}"
-    kind: str = "product"
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise SpecError(f"no kind {self.kind!r}", where="Overparameterize", hint=f"one of {', '.join(KINDS)}")
+    where: Paths = "**.{conv1,conv2}"
+    kind: Literal["product", "branches"] = "product"
 
     def run(self, graph: Graph) -> Findings:
         calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}

@@ -13,6 +13,7 @@ import torch
 
 from sdgraph import Contract, Findings, Graph, Pass
 from sdgraph.errors import EditError, PathError, SpecError, did_you_mean
+from sdgraph.options import Paths
 
 PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
 
@@ -42,20 +43,13 @@ class PruneBlocks(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    blocks: str | tuple[str, ...] = ()
+    blocks: Paths = ()
 
     def __post_init__(self) -> None:
         blocks = self.blocks
-        if isinstance(blocks, str):
-            if blocks not in PRESETS and not re.search(r"[._*]", blocks):
-                hint = did_you_mean(blocks, PRESETS) or f"presets: {', '.join(PRESETS)}; or module paths"
-                raise SpecError(f"no preset {blocks!r}", where="PruneBlocks", hint=hint)
-        elif not all(isinstance(path, str) for path in blocks):
-            raise SpecError(f"paths are text, got {blocks!r}", where="PruneBlocks", hint="pass module paths")
-        else:
-            object.__setattr__(self, "blocks", tuple(blocks))
-        if not blocks:
-            raise SpecError("nothing to prune", where="PruneBlocks", hint="pass a preset or module paths")
+        if isinstance(blocks, str) and blocks not in PRESETS and not re.search(r"[._*]", blocks):
+            hint = did_you_mean(blocks, PRESETS) or f"presets: {', '.join(PRESETS)}; or module paths"
+            raise SpecError(f"no preset {blocks!r}", where="PruneBlocks", hint=hint)
 
     def run(self, graph: Graph) -> Findings:
         paths = self._paths(graph)

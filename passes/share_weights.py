@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from sdgraph import Contract, Findings, Graph, Pass
 from sdgraph.errors import EditError, SpecError
-
-Group = str | tuple[str, ...]
+from sdgraph.options import Count, Index, Paths, Text
 
 
 @dataclass(frozen=True)
@@ -38,21 +37,17 @@ class ShareWeights(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    groups: tuple[Group, ...] = ()
-    among: Group = ()
-    count: int = 0
+    groups: tuple[Paths, ...] = ()
+    among: str | tuple[Text, ...] = ()
+    count: Index = 0
 
     def __post_init__(self) -> None:
-        groups: Any = self.groups
-        if not isinstance(groups, tuple) or not all(_is_text(group) for group in (*groups, self.among)):
-            hint = "such as ShareWeights(('mid_block.resnets.*',)), with a comma"
-            raise SpecError(f"groups are {groups!r}, among {self.among!r}", where="ShareWeights", hint=hint)
         if bool(self.groups) == bool(self.among) or bool(self.among) != (self.count > 0):
             hint = "pass groups, or ShareWeights.similar(among, count)"
             raise SpecError(f"{self} names no groups", where="ShareWeights", hint=hint)
 
     @classmethod
-    def similar(cls, among: Group = "**.resnets.*", count: int = 2) -> ShareWeights:
+    def similar(cls, among: Paths = "**.resnets.*", count: Count = 2) -> ShareWeights:
         """Return the pass that groups the regions whose weights are the most similar.
 
         The similarity of two regions of the same shape is the cosine of all weights that they would share. Pairs are
@@ -103,10 +98,6 @@ class ShareWeights(Pass):
                 hint="lower count, or name more regions",
             )
         return [group for path, group in group_of.items() if group[0] == path and len(group) > 1]
-
-
-def _is_text(group: Any) -> bool:
-    return isinstance(group, str) or (isinstance(group, tuple) and all(isinstance(path, str) for path in group))
 
 
 def _check_apart(groups: Iterable[Iterable[str]]) -> None:

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, isfinite, prod
-from typing import Literal, get_args
+from math import exp, prod
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from .errors import ScheduleError
+from .errors import ScheduleError, SdgraphError
+from .options import Bounds, Finite
 from .schedules import Run
 from .spec import Spec
 
+Order = Literal[0, 1, 2]
 Coordinate = Literal["call", "lambda", "sigma"]
+DAMPING = Bounds(ge=-1, le=2)
 
 
 @dataclass(frozen=True)
 class Forecast(Spec):
     """Base of all forecasts. Subclass it as a frozen dataclass and define `memory` and `weights`."""
+
+    refusal: ClassVar[type[SdgraphError]] = ScheduleError
 
     @property
     def memory(self) -> int:
@@ -55,7 +60,7 @@ class Polynomial(Forecast):
 
     Args:
         order: 0 repeats the last value, 1 is the line through the last two, 2 the parabola through the last three.
-        damping: 0 repeats the last value, 1 is the polynomial.
+        damping: 0 repeats the last value, 1 is the polynomial. From -1 to 2; calibration finds some outside of 0 to 1.
         along: the variable of the polynomial: "call" (its number), "lambda" (log(alpha / sigma)) or "sigma". The noise
             levels are known of an attached scheduler, or from `unet.expecting(scheduler)`; elsewhere the number of the
             call replaces them, and a warning says so.
@@ -67,22 +72,9 @@ class Polynomial(Forecast):
         TaylorSeer (Liu et al., 2025) for undamped forecasts.
     """
 
-    order: int = 1
-    damping: float = 1.0
+    order: Order = 1
+    damping: Annotated[float, DAMPING] = 1.0
     along: Coordinate = "call"
-
-    def __post_init__(self) -> None:
-        if type(self.order) is not int or self.order not in (0, 1, 2):
-            raise ScheduleError(
-                f"there is no forecast of order {self.order!r}", where="forecast", hint="0 (the last value), 1 or 2"
-            )
-        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not isfinite(self.damping):
-            raise ScheduleError(
-                f"the damping is {self.damping!r}", where="forecast", hint="0 repeats, 1 is the polynomial; 0.5 between"
-            )
-        if self.along not in get_args(Coordinate):
-            hint = f"one of {', '.join(get_args(Coordinate))}"
-            raise ScheduleError(f"there is no coordinate {self.along!r}", where="forecast", hint=hint)
 
     @property
     def memory(self) -> int:
@@ -126,10 +118,10 @@ class Fitted(Forecast):
             is not made from pure noise, and timesteps of the caller's own, may have as many calls elsewhere.
     """
 
-    table: tuple[tuple[float, ...], ...]
+    table: Annotated[tuple[tuple[Finite, ...], ...], Bounds(length=1)]
     solver: str = ""
     otherwise: Forecast = Polynomial(1, 0.5)
-    timesteps: tuple[float, ...] = ()
+    timesteps: tuple[Finite, ...] = ()
 
     @classmethod
     def of(cls, table: Sequence[Sequence[float]], run: Run, otherwise: Forecast) -> Fitted:
@@ -138,23 +130,9 @@ class Fitted(Forecast):
         return cls(rows, run.solver, otherwise, _rounded(run.timesteps))
 
     def __post_init__(self) -> None:
-        rows = self.table if isinstance(self.table, tuple) else (None,)
-        if not rows or not all(isinstance(row, tuple) and all(map(_is_weight, row)) for row in rows):
-            raise ScheduleError(
-                f"the table of fitted weights is {str(self.table)[:80]}",
-                where="forecast",
-                hint="a tuple of finite numbers for every call, as sdgraph.fit_forecast returns it",
-            )
-        if not isinstance(self.solver, str) or not isinstance(self.otherwise, Forecast):
-            raise ScheduleError(
-                f"the solver is {self.solver!r} and the other forecast {self.otherwise!r}",
-                where="forecast",
-                hint="a text, and a forecast such as Polynomial(1, 0.5)",
-            )
-        times = self.timesteps if isinstance(self.timesteps, tuple) else (None,)
-        if not all(map(_is_weight, times)) or len(times) not in (0, len(self.table)):
+        if len(self.timesteps) not in (0, len(self.table)):
             hint = "none, or one for every row of the table"
-            raise ScheduleError(f"the timesteps are {str(self.timesteps)[:80]}", where="forecast", hint=hint)
+            raise ScheduleError(f"there are {len(self.timesteps)} timesteps", where="Fitted", hint=hint)
 
     @property
     def memory(self) -> int:
@@ -186,10 +164,6 @@ def _rounded(timesteps: tuple[float, ...] | None) -> tuple[float, ...]:
     return tuple(int(time) if float(time).is_integer() else round(time, 2) for time in timesteps or ())
 
 
-def _is_weight(value: object) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
-
-
 def weighted(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """Return the weighted sum of tensors of one shape; if the last tensor alone counts, that tensor."""
     if weights[-1] == 1 and not any(weights[:-1]):
@@ -203,7 +177,7 @@ def weighted(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.
 REPEAT = Polynomial(0)
 
 
-def as_forecast(forecast: Forecast | int) -> Forecast:
+def as_forecast(forecast: Forecast | Order) -> Forecast:
     """Return the forecast itself, or the polynomial of an order.
 
     Raises:

@@ -1,7 +1,8 @@
 """Options: values that are checked against their annotations once, when an object is made from them.
 
 The range of an option is part of its annotation: `Annotated[int, Bounds(ge=1)]`, or `Count` for short. Specs check all
-their options so, without code of their own. An option whose values no annotation describes is annotated `Any`.
+their options so, without code of their own. An option whose values no annotation describes is annotated `Any`, or
+`Annotated[tuple[Layer, ...], Any]` if a type checker shall know more.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ def fitted(value: Any, kind: Any) -> Any:
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
+        if Any in arguments[1:]:
+            return value
         result = fitted(value, arguments[0])
         if not all(result in bounds for bounds in arguments[1:] if isinstance(bounds, Bounds)):
             raise Misfit(described(kind))
@@ -190,7 +193,8 @@ def described(kind: Any) -> str:
         return f"a tuple of {len(arguments)}: {'; '.join(map(described, arguments))}"
     if isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2:
         return f"a mapping from {described(arguments[0])} to {described(arguments[1])}"
-    return getattr(kind, "in_words", None) or getattr(origin or kind, "__name__", str(kind))
+    name = getattr(origin or kind, "__name__", str(kind))
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def annotations(owner: Any) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from .errors import ScheduleError
+from .errors import ScheduleError, SdgraphError
+from .options import Bounds, Count, Index, Number
 from .solvers import is_random, lambdas_of, name_of
 from .spec import Spec
 
@@ -85,6 +86,8 @@ def _floats(timesteps: Any) -> tuple[float, ...]:
 class Schedule(Spec):
     """Base of all schedules. Subclass it as a frozen dataclass and define `refreshes`."""
 
+    refusal: ClassVar[type[SdgraphError]] = ScheduleError
+
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
         """Whether the site is computed anew at call number `call` (0 is the first, and always is).
 
@@ -112,20 +115,11 @@ def _known(value: Any, schedule: Schedule) -> Any:
     return value
 
 
-def _at_least(schedule: Schedule, bound: int, /, **options: int) -> None:
-    for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-            raise ScheduleError(f"{name} is {value!r}", where=str(schedule), hint=f"a whole number of at least {bound}")
-
-
 @dataclass(frozen=True)
 class Uniform(Schedule):
     """Every `interval`-th call, from the first: DeepCache's N."""
 
-    interval: int
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, interval=self.interval)
+    interval: Count
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
         return call % self.interval == 0
@@ -133,7 +127,8 @@ class Uniform(Schedule):
 
 @dataclass(frozen=True)
 class Explicit(Schedule):
-    """These calls, by number; the first one, 0, among them. Those that a shorter generation does not have never come.
+    """These calls, by number, in any order; the first one, 0, among them. Those that a shorter generation does not have
+    never come.
 
     Args:
         steps: the refreshing calls.
@@ -141,12 +136,12 @@ class Explicit(Schedule):
             the number is known, see `sdgraph.attach`.
     """
 
-    steps: tuple[int, ...]
-    of: int | None = None
+    steps: Annotated[tuple[Index, ...], Bounds(length=1)]
+    of: Count | None = None
 
     def __post_init__(self) -> None:
         steps = tuple(sorted(set(self.steps)))
-        if not steps or steps[0] != 0:
+        if steps[0] != 0:
             raise ScheduleError(
                 f"{steps} does not refresh at the first call",
                 where=str(self),
@@ -170,18 +165,12 @@ class Explicit(Schedule):
 class _Dense(Schedule):
     """As many refreshes as `Uniform(interval)` has, dense somewhere.
 
-    `power` is above 1; the larger, the denser. It is lowered in steps of 0.02 until the calls are distinct, which is
+    `power` is the larger, the denser. It is lowered in steps of 0.02 until the calls are distinct, which is
     DeepCache's rule (Ma et al., 2023).
     """
 
-    interval: int
-    power: float = 1.4
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, interval=self.interval)
-        if not 1 < self.power <= 100:  # it is lowered in small steps, which from 1e17 on would never end
-            hint = "above 1, at most 100; 1.4 is DeepCache's"
-            raise ScheduleError(f"power is {self.power}", where=str(self), hint=hint)
+    interval: Count
+    power: Annotated[float, Bounds(gt=1, le=100)] = 1.4  # lowered in small steps, which from 1e17 on would never end
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
         return call in self._chosen(_known(run.calls, self))
@@ -225,11 +214,7 @@ class DenseCenter(_Dense):
     complex and only the real part is taken at the end, as in DeepCache's code: its values come from that.
     """
 
-    center: int = 15
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 1, center=self.center)
+    center: Count = 15
 
     def _spaced(self, calls: int, count: int, power: float) -> tuple[int, ...]:
         if self.center >= calls:
@@ -245,12 +230,9 @@ class DenseCenter(_Dense):
 class Gate(Schedule):
     """`before` until call number `call`, which refreshes; then `after`, or never again: T-GATE's rule."""
 
-    call: int
+    call: Count
     before: Schedule = Uniform(1)
     after: Schedule | None = None
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, call=self.call)
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
         if call < self.call:
@@ -265,9 +247,15 @@ class Range(Schedule):
     Pyramid attention broadcast's rule (Zhao et al., 2024), as in diffusers.
     """
 
-    low: float
-    high: float
+    low: Number
+    high: Number
     within: Schedule = Uniform(2)
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ScheduleError(
+                f"no timestep lies between {self.low} and {self.high}", where="Range", hint="the smaller one first"
+            )
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
         return not self.low < timestep < self.high or self.within.refreshes(call, timestep, run)
@@ -286,11 +274,8 @@ class Warm(Schedule):
     """`then`, but every one of the `first` calls refreshes, and every one of the `last`: warm-up and tail."""
 
     then: Schedule
-    first: int = 1
-    last: int = 0
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, first=self.first, last=self.last)
+    first: Index = 1
+    last: Index = 0
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
         if call < self.first or (self.last and call >= _known(run.calls, self) - self.last):
@@ -313,16 +298,13 @@ class Drift(Schedule):
         most: the most calls from a refresh to the next.
     """
 
-    bound: float = 0.1
-    least: int = 1
-    most: int = 4
+    bound: Annotated[float, Bounds(gt=0, lt=10)] = 0.1
+    least: Count = 1
+    most: Count = 4
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, least=self.least, most=self.most)
         if self.most < self.least:
             raise ScheduleError(f"most is {self.most}", where=str(self), hint=f"at least {self.least}, which least is")
-        if not 0 < self.bound < 10:
-            raise ScheduleError(f"bound is {self.bound!r}", where=str(self), hint="a relative error, such as 0.1")
 
     def next_gap(self, gap: int, error: float) -> int:
         """Calls from a refresh to the next, after one at which the error was measured."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
+import gc
 import importlib
 import importlib.metadata
 import inspect
@@ -16,10 +18,11 @@ import math
 import os
 import sys
 import typing
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
-from .errors import SpecError, did_you_mean
+from .errors import SdgraphError, SpecError, did_you_mean
+from .options import annotations, check, checked
 
 log = logging.getLogger("sdgraph")
 
@@ -34,7 +37,29 @@ ABSTRACT = (
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The base class of passes and schedules: a frozen dataclass that prints as a call, which parses back to it."""
+    """The base class of passes and schedules: a frozen dataclass that prints as a call, which parses back to it.
+
+    When it is made, its options are checked against their annotations, see `sdgraph.options`, and so are the arguments
+    of its presets. A `__post_init__` of a subclass runs afterwards, and only has to check how options go together.
+
+    Class attributes:
+        refusal: the class of the error about a wrong option.
+    """
+
+    refusal: ClassVar[type[SdgraphError]] = SpecError
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, member in list(vars(cls).items()):
+            if name == "__post_init__":
+                setattr(cls, name, _after_check(member))
+            elif isinstance(member, classmethod) and not name.startswith("_"):
+                setattr(cls, name, classmethod(checked(cls.refusal, f"{cls.__name__}.{name}")(member.__func__)))
+
+    def __post_init__(self) -> None:
+        check(self, self.refusal, type(self).__name__)
+        if not _ours(type(self)):
+            _check_name(type(self).__name__, _ours)
 
     def __str__(self) -> str:
         parts = []
@@ -56,6 +81,15 @@ class Spec:
                 yield from value.specs()
             elif isinstance(value, tuple):
                 stack.extend(value)
+
+
+def _after_check(own: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(own)
+    def post_init(self: Any) -> None:
+        Spec.__post_init__(self)
+        own(self)
+
+    return post_init
 
 
 def _text(value: Any) -> str:
@@ -129,15 +163,67 @@ def import_module(name: str) -> None:
         ) from error
 
 
-def _defined() -> dict[str, type[Spec]]:
-    """Return the public spec classes that are defined so far, by name."""
-    classes: dict[str, type[Spec]] = {}
+def _classes() -> Iterator[type[Spec]]:
+    """Iterate over the public spec classes that are defined so far, subclasses after their bases."""
     stack = [Spec]
     while stack:
         for spec_class in stack.pop().__subclasses__():
-            classes[spec_class.__name__] = spec_class  # the newest of a class that is defined again, as in a notebook
             stack.append(spec_class)
-    return {name: spec_class for name, spec_class in classes.items() if not name.startswith("_")}
+            if not spec_class.__name__.startswith("_"):
+                yield spec_class
+
+
+def _defined() -> dict[str, type[Spec]]:
+    """Return these classes by name; of a class that is defined again, as in a notebook, the newest."""
+    return {spec_class.__name__: spec_class for spec_class in _classes()}
+
+
+def _ours(spec_class: type[Spec]) -> bool:
+    return spec_class.__module__.partition(".")[0] == __package__
+
+
+@functools.cache
+def _declared() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """Return the entry points of installed packages by the names of their classes, read once."""
+    points: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for point in importlib.metadata.entry_points(group="sdgraph.passes"):
+        points.setdefault(point.attr, []).append(point)
+    return points
+
+
+def _check_name(name: str, concerns: Callable[[type[Spec]], bool] = lambda _: True) -> None:
+    """Refuse a name that several classes have, whichever was defined first: a text would mean any of them.
+
+    A class that is defined again, in a cell of a notebook or by reloading its module, is the same class.
+
+    Args:
+        name: the name.
+        concerns: whether one of the classes must be such that there is a conflict.
+    Raises:
+        SpecError: there are several; the message names their modules.
+    """
+    for point in _declared().get(name, ()):
+        try:
+            point.load()
+        except Exception as error:  # a package that cannot be loaded has no class of the name
+            log.warning("the pass %s (%s) cannot be loaded: %s", point.name, point.value, error)
+    for _ in range(2):
+        named = {_origin(c): c for c in _classes() if c.__name__ == name}
+        if len(named) < 2 or not any(map(concerns, named.values())):
+            return
+        gc.collect()  # a class that was deleted is there until then
+    where = sorted(f"{c.__module__}.{c.__qualname__}" for c in named.values())
+    raise SpecError(
+        f"{len(where)} classes are named {name}: {' and '.join(where)}",
+        where=name,
+        hint="give yours another name, and delete the class of the old name or start Python anew",
+    )
+
+
+def _origin(spec_class: type[Spec]) -> tuple[str, str]:
+    """Return the file, or the module without a file, that defines a class, and its name there."""
+    module = sys.modules.get(spec_class.__module__)
+    return getattr(module, "__file__", None) or spec_class.__module__, spec_class.__qualname__
 
 
 def value_of(tree: ast.expr, text: str, kind: type[Spec]) -> Any:
@@ -189,6 +275,7 @@ def _named(name: str, preset: str, text: str, kind: type[Spec]) -> tuple[str, An
         otherwise = f"write text in quotes: {name!r}" if kind is Spec else f"known: {', '.join(sorted(names))}"
         hint = did_you_mean(name, names) or otherwise
         raise SpecError(f"there is no {kind.__name__.lower()} named {name!r}", where=text, hint=hint)
+    _check_name(name)
     if not preset:
         return name, classes[name]
     constructors = presets(classes[name])
@@ -200,11 +287,7 @@ def _named(name: str, preset: str, text: str, kind: type[Spec]) -> tuple[str, An
 
 def _options(constructor: Any) -> dict[str, type[Spec]]:
     """Return the options of a class or a preset in order, with the spec class that each annotation names."""
-    annotated = constructor if isinstance(constructor, type) else constructor.__func__
-    try:
-        hints = typing.get_type_hints(annotated)
-    except Exception:  # an annotation that only a type checker can resolve
-        hints = {}
+    hints = annotations(constructor if isinstance(constructor, type) else constructor.__func__)
     return {name: _spec_in(hints.get(name)) for name in inspect.signature(constructor).parameters}
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 from ..contract import Contract
+from ..options import Count
 from .base import Pass
 from .parse import as_passes
 
@@ -18,8 +20,8 @@ class Chain(Pass):
         repeat: the largest number of rounds; rounds end when nothing changes any more.
     """
 
-    passes: tuple[Pass, ...] = ()
-    repeat: int = 1
+    passes: Annotated[tuple[Pass, ...], Any] = ()  # texts too, see `as_passes`
+    repeat: Count = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", as_passes(self.passes))
@@ -37,4 +39,4 @@ class Chain(Pass):
 class Fixpoint(Chain):
     """A chain that repeats its passes until nothing changes. More than `repeat` rounds are an error."""
 
-    repeat: int = 10
+    repeat: Count = 10
