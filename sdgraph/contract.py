@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+
+from .errors import SpecError
+from .options import NotNegative, check
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,16 @@ class Contract:
         atol: the absolute bound of CLOSE, as in `torch.allclose`.
     """
 
-    kind: str
-    rtol: float = 0.0
-    atol: float = 0.0
+    kind: Literal["exact", "close", "approximate"]
+    rtol: NotNegative = 0.0
+    atol: NotNegative = 0.0
 
     EXACT: ClassVar[Contract]
     CLOSE: ClassVar[Contract]
     APPROXIMATE: ClassVar[Contract]
+
+    def __post_init__(self) -> None:
+        check(self, SpecError, "Contract")
 
     def __call__(self, *, rtol: float | None = None, atol: float | None = None) -> Contract:
         if self.kind != "close":

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import fx
 
 from ..errors import ScheduleError
 from ..forecasts import REPEAT, Forecast, as_forecast
+from ..options import check
 from ..schedules import Drift, Schedule
 from .inputs import Input
 from .liveness import ancestors, eliminate_dead_code
@@ -45,11 +47,12 @@ class Site:
     """
 
     schedule: Schedule
-    forecast: Forecast = REPEAT
+    forecast: Annotated[Forecast, Any] = REPEAT  # or an order
     invariant: bool = False
     bypassed: bool = False
 
     def __post_init__(self) -> None:
+        check(self, ScheduleError, "Site")
         object.__setattr__(self, "forecast", as_forecast(self.forecast))
         drifts = [inner for inner in self.schedule.specs() if isinstance(inner, Drift)]
         if drifts and (self.bypassed or drifts != [self.schedule]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,10 +14,9 @@ from ..graph import Graph
 from ..ir.region import region_at
 from ..ir.sites import step
 from ..ir.specialize import copy_nodes
+from ..options import Text, check
 from ..runtime.unet import GraphUNet
 from .recompute import recomputed
-
-PARTS = ("output", "query", "key")
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,11 @@ class Tap:
             what its attention compares, (B, heads, tokens, features).
     """
 
-    path: str
-    part: str = "output"
+    path: Text
+    part: Literal["output", "query", "key"] = "output"
 
     def __post_init__(self) -> None:
-        if self.part not in PARTS:
-            raise SpecError(f"there is no part {self.part!r}", where="Tap", hint=f"parts: {', '.join(PARTS)}")
+        check(self, SpecError, "Tap")
 
     def node(self, graph: Graph) -> fx.Node:
         """Return the node of the value.
@@ -55,7 +54,7 @@ class Tap:
                     where=self.path,
                     hint="name one attention, such as ...transformer_blocks.0.attn2, that no pass has replaced",
                 )
-            node = calls[0].all_input_nodes[PARTS.index(self.part) - 1]
+            node = calls[0].all_input_nodes[("query", "key").index(self.part)]
         return node
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import PathError
 from ...graph import Graph
+from ...options import Text
 from ..observe import Tap
 from .base import Comparison, Loss, TapPairs, Values
 
@@ -32,7 +33,7 @@ class AttentionMaps(Loss):
         A-SDM, semantic-aware supervision; maps as word positions: Hertz et al., "Prompt-to-Prompt", 2022.
     """
 
-    at: tuple[str, ...] = ()
+    at: tuple[Text, ...] = ()
 
     def taps(self, student: Graph, teacher: Graph) -> TapPairs:
         known = set(student.paths())

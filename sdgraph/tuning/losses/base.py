@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from torch import Tensor
 
-from ...errors import SpecError
 from ...graph import Graph
+from ...options import Bounds, Positive
 from ...spec import Spec
 from ..batch import Batch
 from ..noising import Noising
@@ -46,18 +47,8 @@ class Loss(Spec):
         until: the share of the run at whose end the weight has fallen to zero, linearly; None keeps it.
     """
 
-    weight: float = field(default=1.0, kw_only=True)
-    until: float | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise SpecError(
-                f"the weight {self.weight} is not a positive number", where=type(self).__name__, hint="leave it out"
-            )
-        if self.until is not None and not 0 < self.until <= 1:
-            raise SpecError(
-                f"until={self.until} is no share of a run", where=type(self).__name__, hint="a number from 0 to 1"
-            )
+    weight: Positive = field(default=1.0, kw_only=True)
+    until: Annotated[float, Bounds(gt=0, le=1)] | None = field(default=None, kw_only=True)
 
     def weight_at(self, progress: float) -> float:
         """Return the weight after a share of the run."""

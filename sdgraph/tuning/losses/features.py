@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...errors import PathError, SpecError, TuningError, did_you_mean
 from ...graph import Graph
 from ...ir.nodes import values as values_of
+from ...options import Bounds, Positive, Text
 from ..observe import Tap
 from .base import Comparison, Loss, TapPairs, Values
 
@@ -45,11 +47,10 @@ class Features(Loss):
         normalisation: Zhang et al., "LAPTOP-Diff", 2024.
     """
 
-    at: str | tuple[str | tuple[str, str], ...] = "stage"
-    sigma: float | None = 2.0
+    at: Text | Annotated[tuple[Text | tuple[Text, Text], ...], Bounds(length=1)] = "stage"
+    sigma: Positive | None = 2.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if isinstance(self.at, str) and self.at not in PRESETS:
             hint = did_you_mean(self.at, PRESETS) or f"presets: {', '.join(PRESETS)}; or a tuple of module paths"
             raise SpecError(f"there are no features named {self.at!r}", where="Features", hint=hint)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ...errors import SpecError
+from ...options import Bounds, Count
 from .base import Comparison, Loss, Values
 
 
@@ -31,7 +32,7 @@ class ImageFeatures(Loss):
     """
 
     encoder: nn.Module
-    vae: AutoencoderKL
+    vae: Annotated[AutoencoderKL, Any]  # or another class that decodes as it does
 
     def __str__(self) -> str:
         return f"ImageFeatures({type(self.encoder).__name__}, weight={self.weight})"
@@ -81,15 +82,8 @@ class Wavelet(Loss):
         Zhang et al., "Wavelet Knowledge Distillation: Towards Efficient Image-to-Image Translation", 2022.
     """
 
-    levels: int = 2
-    below: float = 0.3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.levels < 1 or not 0 < self.below <= 1:
-            raise SpecError(
-                f"levels={self.levels}, below={self.below}", where="Wavelet", hint="levels >= 1 and 0 < below <= 1"
-            )
+    levels: Count = 2
+    below: Annotated[float, Bounds(gt=0, le=1)] = 0.3
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
         batch, noising = comparison.batch, comparison.noising

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...errors import TuningError
+from ...options import Positive
 from ..noising import Noising
 from .base import Comparison, Loss, Values
 
@@ -23,7 +24,7 @@ class Denoising(Loss):
         Ho et al., "Denoising Diffusion Probabilistic Models", 2020; Hang et al., 2023 (min-SNR).
     """
 
-    snr_gamma: float | None = None
+    snr_gamma: Positive | None = None
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
         batch = comparison.batch
@@ -50,7 +51,7 @@ class Output(Loss):
         Kim et al., "BK-SDM: A Lightweight, Fast, and Cheap Version of Stable Diffusion", 2024.
     """
 
-    snr_gamma: float | None = None
+    snr_gamma: Positive | None = None
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
         difference = comparison.student - comparison.teacher
@@ -73,8 +74,8 @@ class Guidance(Loss):
         Ours. Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022.
     """
 
-    scale: float = 7.5
-    snr_gamma: float | None = None
+    scale: Positive = 7.5
+    snr_gamma: Positive | None = None
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
         if not comparison.batch.pairs:

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ...errors import PathError
 from ...graph import Graph
+from ...options import Paths
 from ..observe import Tap
 from .base import Comparison, Loss, TapPairs, Values
 
@@ -28,7 +29,7 @@ class RoutingPrior(Loss):
         Fang et al., "Remix-DiT: Mixing Diffusion Transformers for Multi-Expert Denoising", 2024.
     """
 
-    at: str = "**.routing"
+    at: Paths = "**.routing"
 
     def taps(self, student: Graph, teacher: Graph) -> TapPairs:
         try:
