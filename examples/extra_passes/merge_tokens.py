@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from sdgraph import Contract, Findings, Graph, Pass
-from sdgraph.errors import EditError, SpecError
+from sdgraph.errors import EditError
+from sdgraph.options import Bounds
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,7 @@ class MergeTokens(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    ratio: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 0.5:
-            raise SpecError(f"ratio is {self.ratio}", where="MergeTokens", hint="use a value above 0 and at most 0.5")
+    ratio: Annotated[float, Bounds(gt=0, le=0.5)] = 0.5
 
     def run(self, graph: Graph) -> Findings:
         regions = [graph.region(path) for path in graph.paths() if path.endswith(".attn1")]

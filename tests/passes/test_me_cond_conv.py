@@ -280,7 +280,7 @@ def test_inherited_kernels_are_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "complaint"),
     [
-        ({"routing": "both"}, SpecError, "no routing 'both'"),
+        ({"routing": "both"}, SpecError, "routing is 'both'"),
         ({"experts": 1}, SpecError, "experts is 1"),
         ({"rank": -1}, SpecError, "rank is -1"),
         ({"where": "**.conv2", "donors": "copies", "rank": 6}, EditError, "16x144 in 1 group.* rank 18 together"),

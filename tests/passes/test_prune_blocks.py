@@ -237,7 +237,7 @@ def test_unknown_paths_name_the_nearest(unet: UNet2DConditionModel) -> None:
         sdgraph.apply(unet, "PruneBlocks('up_blocks.*.attention.0')", verify=False)
     with pytest.raises(SpecError, match="did you mean 'bk-sdm-tiny'"):
         PruneBlocks("bk-sdm-tinny")
-    with pytest.raises(SpecError, match="nothing to prune"):
+    with pytest.raises(SpecError, match=r"blocks is \(\)"):
         PruneBlocks(())
 
 

@@ -151,7 +151,7 @@ def test_shared_regions_are_pruned_inherited_and_rewritten_one_by_one() -> None:
     ("groups", "error", "complaint"),
     [
         ((), SpecError, "names no groups"),
-        ("mid_block.resnets.*", SpecError, "groups are 'mid_block"),
+        ("mid_block.resnets.*", SpecError, "groups is 'mid_block"),
         ((("mid_block.resnets.9", "mid_block.resnets.0"),), PathError, "no module 'mid_block.resnets.9'"),
         (("mid_block.attentions.*",), EditError, "mid_block.attentions.0 is alone in its group"),
         (

@@ -271,7 +271,7 @@ def test_unknown_presets_paths_and_weights_are_refused(student: sdgraph.GraphUNe
         Features("stages")
     with pytest.raises(errors.SpecError, match="weight"):
         Output(weight=0.0)
-    with pytest.raises(errors.SpecError, match="until=2 is no share"):
+    with pytest.raises(errors.SpecError, match="until is 2"):
         Output(until=2)
     with pytest.raises(errors.PathError, match="removed by PruneBlocks"):
         Objective([Features(("down_blocks.0.resnets.1",))], student, teaching)
