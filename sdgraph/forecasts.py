@@ -20,7 +20,8 @@ from .spec import Spec
 
 Order = Literal[0, 1, 2]
 Coordinate = Literal["call", "lambda", "sigma"]
-DAMPING = Bounds(ge=-1, le=2)
+DAMPINGS = -1.0, 2.0
+DAMPING = Bounds(ge=DAMPINGS[0], le=DAMPINGS[1])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..compiler.base import Pass
 from ..errors import ScheduleError, SpecError
-from ..forecasts import REPEAT, Fitted, Forecast, Polynomial, as_forecast
+from ..forecasts import DAMPINGS, REPEAT, Fitted, Forecast, Polynomial, as_forecast
 from ..inheritance.timetable import timetable
 from ..runtime.apply import apply
 from ..schedules import Run
@@ -122,7 +122,8 @@ def fit_forecast(
 
     def fitted(dampings: Array) -> Fitted:
         """The forecast with a damping for every call of `free`."""
-        damped = {n: Polynomial(1, float(d), start.along) for n, d in zip(free, dampings, strict=True)}
+        within = np.clip(dampings, *DAMPINGS)
+        damped = {n: Polynomial(1, float(d), start.along) for n, d in zip(free, within, strict=True)}
         rows = [damped.get(n, REPEAT).weights(known[n], n, run) if n in known else () for n in range(run.calls or 0)]
         return Fitted.of(rows, run, start)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, pi, sin
 
+from ..forecasts import DAMPING
+
 STEP = 0.25  # by which a damping is moved
 
 # Of a share of the refreshes, the share of the calls that they are among.
@@ -84,4 +86,5 @@ class Plan:
                     yield self.changed(number, Call(kind, call.damping if call.stale else usual) if kind else Call())
             if call.stale:
                 for damping in (call.damping - STEP, call.damping + STEP):
-                    yield self.changed(number, replace(call, damping=round(damping, 4)))
+                    if damping in DAMPING:
+                        yield self.changed(number, replace(call, damping=round(damping, 4)))

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import ScheduleError
+from ..forecasts import DAMPINGS
 from ..runtime.unet import GraphUNet
 from ..schedules import Run
 from .candidates import Candidates
@@ -87,7 +88,8 @@ class Rehearsal:
 
 def with_dampings(plan: Plan, calls: Sequence[int], dampings: Array) -> Plan:
     """Return the plan with other dampings of some calls."""
-    changed = dict(zip(calls, dampings.tolist(), strict=True))
+    within = np.clip(dampings, *DAMPINGS).tolist()
+    changed = dict(zip(calls, within, strict=True))
     return Plan(tuple(replace(c, damping=changed.get(n, c.damping)) for n, c in enumerate(plan.calls)))
 
 
