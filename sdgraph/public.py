@@ -1,7 +1,5 @@
 """The public names of `sdgraph`, which loads this module when the first of them is asked for."""
 
-from typing import TYPE_CHECKING
-
 from . import errors
 from .calibration.fit import Fit, fit_forecast
 from .calibration.search import search
@@ -23,9 +21,7 @@ from .ir.specialize import per_call
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 from .spec import Spec
-
-if TYPE_CHECKING:
-    from .tuning.tune import tune
+from .tuning.tune import tune
 
 __all__ = [
     "Chain",
