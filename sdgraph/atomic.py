@@ -1,4 +1,4 @@
-"""Directories that are there whole or not at all, and hashes of files."""
+"""Directories and files that are there whole or not at all, and hashes of files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import glob
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ def appearing(
         OSError: writing fails later; what was there stays.
     """
     target = Path(os.path.abspath(target))
-    beside = next(parent for parent in target.parents if parent.exists())
+    beside = nearest_folder(target)
     _clear(target, beside)
     check(target)
     try:
@@ -73,6 +74,28 @@ def _clear(target: Path, beside: Path) -> None:
             if (folder / "old").exists() and not target.exists():
                 (folder / "old").rename(target)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def written(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new file that takes the place of `target` when the block ends, and is gone if it fails.
+
+    Args:
+        target: the file; its folders are made at the end too.
+    """
+    target = Path(os.path.abspath(target))
+    unfinished = nearest_folder(target) / f".{target.stem}-{secrets.token_hex(4)}{target.suffix}"
+    try:
+        yield unfinished
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def nearest_folder(target: Path) -> Path:
+    """Return the folder that a file or folder is in, or the nearest above that exists."""
+    return next(parent for parent in Path(os.path.abspath(target)).parents if parent.exists())
 
 
 def sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdgraph.atomic import appearing
+from sdgraph.atomic import appearing, written
 from sdgraph.errors import SavedError
 
 KILLED = """
@@ -43,3 +44,22 @@ def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
             assert running.exists()  # another process's, or thread's
     assert seen[0]  # what was put away is back
     assert sorted(tmp_path.iterdir()) == sorted([target, *others])
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder" / "figures.json"
+    with contextlib.suppress(KeyboardInterrupt), written(target) as file:
+        file.write_text("half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with written(target) as file:
+        file.write_text("first")
+        assert not target.exists()
+    with contextlib.suppress(ValueError), written(target) as file:
+        file.write_text("half")
+        raise ValueError
+    assert [(path.name, path.read_text()) for path in target.parent.iterdir()] == [("figures.json", "first")]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

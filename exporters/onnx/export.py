@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from tqdm import tqdm
 
 import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.atomic import appearing
 from sdgraph.errors import ExportError, SavedError, SdgraphError, SpecError
+from sdgraph.progress import Bar
 
 from ..bundle.describe import describe
 from ..bundle.example_calls import example_call, with_values
@@ -148,7 +148,7 @@ def _export(
     nodes: dict[str, int] = {}
     choosing = 0
     stages = 6 * len(manifest.models) + 1  # four to make each, two to check it; and opening them
-    with tqdm(total=stages, desc="export", unit="stage", disable=not progress) as bar, _ticking(bar):
+    with Bar(total=stages, desc="export", unit="stage", disable=not progress) as bar, _ticking(bar):
 
         @contextmanager
         def stage(name: str, file: str) -> Iterator[None]:
@@ -195,7 +195,7 @@ def _export(
 
 
 @contextmanager
-def _ticking(bar: tqdm[Any]) -> Iterator[None]:
+def _ticking(bar: Bar) -> Iterator[None]:
     """The time on a bar goes on during a stage: capturing and translating a large UNet take a minute."""
     done = threading.Event()
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import onnxruntime
 import torch
-from tqdm import tqdm
 
 from sdgraph.errors import SpecError
 from sdgraph.ir.inputs import Input
+from sdgraph.progress import Bar
 from sdgraph.schedules import Run
 from sdgraph.views.format import columns
 
@@ -94,7 +94,7 @@ def bench(
         given = {**flat, **{f"inherited.{site}": values[site] for site in model.takes}}
         ways[name] = lambda model=model, given=given: unet.models.run(model, given, sizes)  # type: ignore[misc]
     samples: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in tqdm(range(repeats + 1), desc="bench", unit="turn"):
+    for turn in Bar(range(repeats + 1), desc="bench", unit="turn"):
         for name, way in ways.items():
             start = time.perf_counter()
             way()

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from sdgraph.errors import SpecError, did_you_mean
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -31,6 +33,7 @@ def make(settings: Mapping[str, Any], sizes: Mapping[str, int], weights: Mapping
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # ONNX Runtime itself does not read OMP_NUM_THREADS
     for name, value in settings.items():
         if "." in name:
             options.add_session_config_entry(name, str(value))

@@ -66,7 +66,8 @@ class ORTUNet(UNetCall):
                 else the CPU.
             provider_options: of that provider; by default settled for CUDA.
             session_options: attributes and configuration entries of `onnxruntime.SessionOptions`, such as
-                `{"intra_op_num_threads": 4, "session.disable_prepacking": 1}`. A `SessionOptions` is used as it is, and
+                `{"intra_op_num_threads": 4, "session.disable_prepacking": 1}`. A session has as many threads as PyTorch
+                (`torch.get_num_threads()`) where they do not say otherwise. A `SessionOptions` is used as it is, and
                 then sessions share neither weights nor working memory.
             free_dims: sizes that all calls will have, such as `{"batch": 2, "height": 64, "width": 64}`: ONNX Runtime
                 plans for them. Other calls are refused.

@@ -13,12 +13,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..compiler.base import Pass
 from ..errors import ScheduleError, SpecError
 from ..forecasts import DAMPINGS, REPEAT, Fitted, Forecast, Polynomial, as_forecast
 from ..inheritance.timetable import timetable
+from ..progress import Bar
 from ..runtime.apply import apply
 from ..schedules import Run
 from .latents import Array, check_request, final_latents, typical
@@ -128,7 +128,7 @@ def fit_forecast(
         return Fitted.of(rows, run, start)
 
     begun = float(start.damping) if start.order else 0.0
-    with tqdm(total=rounds * (1 + len(free)), desc="fit", unit="run", disable=not progress) as bar:
+    with Bar(total=rounds * (1 + len(free)), desc="fit", unit="run", disable=not progress) as bar:
 
         def off(dampings: Array) -> Array:
             bar.update()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic import written
 from ..errors import SavedError
 from ..text import from_json, read_text
 from .latents import Array
@@ -67,7 +68,5 @@ class Measurements:
                 yield name.removeprefix(f"{kind}: ")
 
     def _write(self, path: Path, data: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        unfinished.write_bytes(data)
-        unfinished.rename(path)
+        with written(path) as file:
+            file.write_bytes(data)

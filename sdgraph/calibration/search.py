@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..compiler.base import Pass
 from ..errors import ScheduleError, SpecError
 from ..inheritance.timetable import timetable
+from ..progress import Bar
 from ..runtime.apply import apply
 from .candidates import Candidates
 from .costs import Cost, seconds_here, seconds_of
@@ -99,7 +99,7 @@ def search(
     aim = max(CONVERGED, 2 * steps) if reference_steps is None else reference_steps
     key = "\n".join([*map(str, options.passes), str(aim)]).encode()
     key += b"".join(latents.cpu().float().numpy().tobytes() for latents in rehearsal.whole.values())
-    with tqdm(desc="search", unit="generation", disable=not progress) as bar:
+    with Bar(desc="search", unit="generation", disable=not progress) as bar:
         judge = _Judge(options, rehearsal, Measurements(Path(folder) if folder else None, key), cost, aim, budget, bar)
         even, start = _starts(judge)
         improved = _improved(judge, start, trials, seed)

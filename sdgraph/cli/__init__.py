@@ -8,18 +8,20 @@ written.
 from __future__ import annotations
 
 import argparse
-import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
 from ..errors import ContractError, ExportError, PassError, QualityError, SdgraphError
+from ..progress import silent
 from ..spec import import_module
 from ..version import __version__
 from . import apply, bench, evaluate, export, inspect, passes, search, tune
-from .arguments import check_outputs
+from .arguments import add_quiet, check_outputs, threads
 from .quiet import quiet
+from .terminal import interruptible, outputs
 
 __all__ = ["main"]
 
@@ -43,22 +45,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the name of the program; by default that of the process.
     Returns:
         The exit status: 0 for success; 1 if the command ran and failed, as when images fall short; 2 if the request is
-        invalid; 3 if sdgraph has a defect, whose traceback is printed; 130 if the user interrupted it.
+        invalid; 3 if sdgraph has a defect, whose traceback is printed; 130 if the user interrupted it; 143 if it was
+        terminated.
     """
-    args = _parser().parse_args(arguments)
+    with interruptible() as over:
+        try:
+            with outputs():
+                status = _status(arguments)
+            over.set()
+        except KeyboardInterrupt as interrupt:
+            over.set()
+            number = signal.SIGTERM if signal.SIGTERM in interrupt.args else signal.SIGINT
+            with outputs():
+                print(f"\nsdgraph: {'terminated' if number == signal.SIGTERM else 'interrupted'}", file=sys.stderr)
+            status = 128 + number
+    return status
+
+
+def _status(arguments: Sequence[str] | None) -> int:
+    """Execute a command, print its errors, and return its exit status."""
     try:
-        check_outputs(args)
-        for module in getattr(args, "imports", ()):
-            import_module(module)
-        with quiet():
-            args.run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\nsdgraph: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        _execute(_parser().parse_args(arguments))
     except SdgraphError as error:
         print(f"sdgraph: {error}", file=sys.stderr)
         return 1 if isinstance(error, FAILURES) else 2
@@ -74,6 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("sdgraph: this is a defect of sdgraph or of a pass: please report the lines above", file=sys.stderr)
         return 3
     return 0
+
+
+def _execute(args: argparse.Namespace) -> None:
+    check_outputs(args)
+    for module in getattr(args, "imports", ()):
+        import_module(module)
+    with silent(args.quiet), threads(args), quiet():
+        args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,6 +113,7 @@ def _add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    add_quiet(parser)
     required = [action for action in parser._actions if action.required]
     words = [" ".join([*action.option_strings, str(action.metavar)]) for action in required]
     # argparse would list every option, which puts seven lines before an error

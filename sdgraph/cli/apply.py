@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_dtype, add_imports, add_model, add_overwrite
+from .arguments import add_dtype, add_imports, add_model, add_overwrite, add_threads
 from .sources import load_unet
 
 
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not check the passes against their contracts")
     add_overwrite(parser, "save")
+    add_threads(parser, "PyTorch")
     add_imports(parser)
 
 

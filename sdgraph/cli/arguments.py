@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import SpecError
+from ..progress import note
 
+PICTURES = ("picture", "timetable")  # options that name files of pictures
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -107,6 +111,42 @@ def add_dtype(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = DTYPES)
     )
 
 
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet, which every command has."""
+    parser.add_argument("--quiet", action="store_true", help="print results and errors only, and no progress")
+
+
+def add_threads(parser: argparse.ArgumentParser, *libraries: str) -> None:
+    """Add --threads.
+
+    Args:
+        parser: the parser of the command.
+        libraries: the libraries that compute, PyTorch and ONNX Runtime or one of them; all have as many threads.
+    """
+    parser.set_defaults(computing=libraries)
+    parser.add_argument(
+        "--threads", type=positive, metavar="N",
+        help="threads of PyTorch, and as many of ONNX Runtime (default: one for each core, or OMP_NUM_THREADS)",
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def threads(args: argparse.Namespace) -> Iterator[None]:
+    """Give PyTorch the number of threads that a command was asked for, and say how many compute."""
+    if not hasattr(args, "threads"):  # the command computes nothing
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or before)
+    note(f"threads: {torch.get_num_threads()} ({' and '.join(args.computing)})")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def add_calls(parser: argparse.ArgumentParser, default: int) -> None:
     """Add --calls, the length of a generation."""
     parser.add_argument(
@@ -137,19 +177,40 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuse to replace existing output without --overwrite, before anything is loaded.
 
     Raises:
-        SpecError: a file or a folder that is not empty already exists where the command would write.
+        SpecError: a file or a folder that is not empty already exists where the command would write; or it cannot write
+            there.
+        ExtraError: a picture is wanted, and matplotlib is not installed.
     """
     for option in getattr(args, "outputs", ()):
         path: Path | None = getattr(args, option)
-        if path is None or args.overwrite or not path.exists():
+        if path is None:
             continue
-        if path.is_file() or any(path.iterdir()):
+        _check_writable(path, f"--{option}")
+        if option in PICTURES:
+            from ..views.figure import check_picture
+
+            check_picture(path)
+        if not args.overwrite and path.exists() and (path.is_file() or any(path.iterdir())):
             raise SpecError(
                 f"{path} already exists", where=f"--{option}", hint="pass --overwrite, or write to another path"
             )
 
 
+def _check_writable(path: Path, where: str) -> None:
+    from ..atomic import nearest_folder
+
+    folder = nearest_folder(path)
+    if not folder.is_dir():
+        raise SpecError(f"{folder} is a file, not a folder", where=where, hint="write to another path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SpecError(f"there is no permission to write in {folder}", where=where, hint="write to another path")
+    if path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise SpecError(f"there is no permission to write in {path}", where=where, hint="write to another path")
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write plain data as JSON, and create the folder of the file if necessary."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    from ..atomic import written
+
+    with written(path) as file:
+        file.write_text(json.dumps(data, indent=1) + "\n")

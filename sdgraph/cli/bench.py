@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_bundle, add_calls, add_overwrite, positive, write_json
+from .arguments import add_bundle, add_calls, add_overwrite, add_threads, positive, write_json
 from .sources import bundle_folder
 
 
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="execution provider of ONNX Runtime (default: CUDAExecutionProvider if there is a device, else the CPU's)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the figures")
+    add_threads(parser, "ONNX Runtime")
     add_overwrite(parser, "out")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SpecError, did_you_mean
-from .arguments import add_generation, add_imports, add_overwrite, add_pipeline, bound, positive
+from .arguments import add_generation, add_imports, add_overwrite, add_pipeline, add_threads, bound, positive
 from .sources import load_pipeline, load_unet, read_prompts
 
 PERCEPTUAL = ("lpips", "clip")
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for evaluation.json and evaluation.png")
     add_overwrite(parser, "out")
+    add_threads(parser, "PyTorch", "ONNX Runtime")
     add_imports(parser)
 
 

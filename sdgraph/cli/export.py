@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_calls, add_dtype, add_imports, add_model, add_overwrite
+from .arguments import add_calls, add_dtype, add_imports, add_model, add_overwrite, add_threads
 from .sources import load_unet
 
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="optional inputs to export, such as ControlNet's mid_block_additional_residual",
     )  # fmt: skip
     add_overwrite(parser, "out")
+    add_threads(parser, "PyTorch", "ONNX Runtime")
     add_imports(parser)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_generation, add_imports, add_overwrite, add_pipeline, positive, write_json
+from .arguments import add_generation, add_imports, add_overwrite, add_pipeline, add_threads, positive, write_json
 from .sources import load_pipeline, read_prompts
 
 BRANCHES = tuple(f"InheritFeatures.damped(branch={branch})" for branch in range(3))
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="SVG or PNG file for a figure of the timetable")
     add_overwrite(parser, "out", "picture")
+    add_threads(parser, "PyTorch")
     add_imports(parser)
 
 
@@ -77,5 +78,4 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         write_json(args.out, result.as_dict())
     if args.picture is not None:
-        args.picture.parent.mkdir(parents=True, exist_ok=True)
         result.timetable.picture(args.picture)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import SdgraphError, SourceError, SpecError
+from ..progress import note
 from ..text import lines, read_text
 
 INDEX = "model_index.json"
@@ -246,7 +246,7 @@ def _variant(folders: Iterable[Path], asked: str | None, source: str) -> str | N
             hint=f"add --variant {only[0]}",
         )
     if only:
-        print(f"{source} holds the variant {only[0]}, which is loaded", file=sys.stderr)
+        note(f"{source} holds the variant {only[0]}, which is loaded")
     return only[0] if only else None
 
 
@@ -258,7 +258,7 @@ def _variants(folder: Path) -> set[str]:
 
 
 def _load(from_pretrained: Callable[..., Any], source: str, *args: Any, **options: Any) -> Any:
-    print(f"loading {source}", file=sys.stderr)
+    note(f"loading {source}")
     try:
         return from_pretrained(*args, **options)
     except SdgraphError:

@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_imports
+from .arguments import add_imports, add_threads
 from .sources import load_pipeline, load_unet, read_prompts
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="another value than the file has, such as learning_rate=1e-4; may be repeated",
     )  # fmt: skip
+    add_threads(parser, "PyTorch")
     add_imports(parser)
 
 

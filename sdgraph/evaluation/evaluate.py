@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from tqdm import tqdm
 
+from ..atomic import written
 from ..compiler.base import Pass
 from ..compiler.parse import as_passes
 from ..errors import QualityError, SdgraphError, SourceError, SpecError, did_you_mean
 from ..inheritance.attach import attach
+from ..progress import Bar
 from ..runtime.apply import apply
 from ..runtime.interface import UNetCall
 from ..runtime.pipelines import with_unet, without_bar
@@ -89,10 +90,9 @@ class Evaluation:
             folder: the folder of the two files, which is created if necessary.
             rows: how many images the picture shows.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "evaluation.json").write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n")
-        self.picture(rows).save(folder / "evaluation.png")
+        with written(Path(folder, "evaluation.json")) as figures, written(Path(folder, "evaluation.png")) as picture:
+            figures.write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n")
+            self.picture(rows).save(picture)
 
     def picture(self, rows: int = 8) -> Any:
         """Draw the first images before and after the change, and their difference, in one row for each prompt.
@@ -222,7 +222,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         for pipeline in {id(side.pipe): side.pipe for side in (first, second)}.values():
             stack.enter_context(without_bar(pipeline))
-        bar = stack.enter_context(tqdm(total=2 * len(runs), desc="evaluate", unit="image", disable=not progress))
+        bar = stack.enter_context(Bar(total=2 * len(runs), desc="evaluate", unit="image", disable=not progress))
         for turn, part in enumerate(batches):
             order = (0, 1) if turn % 2 == 0 else (1, 0)
             for i in order:

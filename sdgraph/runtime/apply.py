@@ -19,6 +19,7 @@ from ..frontend.call import unflatten
 from ..frontend.capture import trace
 from ..graph import Graph
 from ..ir.read_only import read_only
+from ..progress import Bar
 from .unet import GraphUNet
 
 log = logging.getLogger("sdgraph")
@@ -59,19 +60,11 @@ def apply(
             notes = (_check_trace(unet, graph),)
     check_order(graph.passes, chosen)
     reports = list(done)
-    for one in _bar(chosen, progress):
+    for one in Bar(chosen, desc="passes", unit="pass", disable=not progress):
         graph, report = run_pass(one, graph, verify)
         log.info("%s: %d -> %d nodes in %.2f s", one, report.before.nodes, report.after.nodes, report.seconds)
         reports.append(report)
     return GraphUNet(graph, Report(tuple(reports), notes))
-
-
-def _bar(passes: tuple[Pass, ...], progress: bool) -> Iterable[Pass]:
-    if not progress:
-        return passes
-    from tqdm import tqdm
-
-    return tqdm(passes, desc="passes", unit="pass")
 
 
 def _check_trace(unet: UNet2DConditionModel, graph: Graph) -> str:

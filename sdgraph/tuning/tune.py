@@ -17,13 +17,13 @@ from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import ModeError, TuningError
 from ..extra import imported
 from ..ir.guards import check_call
 from ..ir.structure import structure
 from ..options import Count, checked
+from ..progress import Bar
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from ..version import __version__
@@ -144,7 +144,7 @@ def tune(
         accelerator.wait_for_everyone()
 
     main, begun = accelerator.is_main_process, time.monotonic() - state.seconds
-    bar = tqdm(total=steps, initial=state.step, desc="tuning", unit="step", disable=not main)
+    bar = Bar(total=steps, initial=state.step, desc="tuning", unit="step", disable=not main)
     with Log(folder / LOG if main else None, gradient.objective.names, state.step) as lines, bar:
         while state.step < steps:
             figures: dict[str, float] = {"learning_rate": float(state.rate.get_last_lr()[0]), **gradient(state.step)}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..atomic import written
 from ..errors import SpecError
 from ..extra import imported
 
@@ -24,9 +25,8 @@ STYLE: dict[Any, Any] = {
 }
 
 
-@contextmanager
-def paper(path: str | os.PathLike[str]) -> Iterator[Figure]:
-    """A matplotlib figure, written to `path` at the end: no window, no global figure, the same bytes every time.
+def check_picture(path: str | os.PathLike[str]) -> str:
+    """Return the suffix of a picture's file, in lower case.
 
     Raises:
         ExtraError: matplotlib is not installed.
@@ -37,6 +37,19 @@ def paper(path: str | os.PathLike[str]) -> Iterator[Figure]:
         raise SpecError(
             f"cannot draw a {suffix or 'file without suffix'}", where=str(path), hint="name it .svg or .png"
         )
+    imported("matplotlib", "plots")
+    return suffix
+
+
+@contextmanager
+def paper(path: str | os.PathLike[str]) -> Iterator[Figure]:
+    """A matplotlib figure, written to `path` at the end: no window, no global figure, the same bytes every time.
+
+    Raises:
+        ExtraError: matplotlib is not installed.
+        SpecError: the suffix is neither `.svg` nor `.png`.
+    """
+    suffix = check_picture(path)
     matplotlib = imported("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,4 +61,5 @@ def paper(path: str | os.PathLike[str]) -> Iterator[Figure]:
         FigureCanvasAgg(figure)
         yield figure
         metadata = {"Date": None, "Creator": None} if suffix == ".svg" else {"Software": None}
-        figure.savefig(path, format=suffix[1:], dpi=150, metadata=metadata)
+        with written(path) as file:
+            figure.savefig(file, format=suffix[1:], dpi=150, metadata=metadata)

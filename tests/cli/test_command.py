@@ -44,7 +44,7 @@ def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_help_and_usage_load_no_library() -> None:
-    """Counted in modules, for all commands in one process; a library would take seconds before each answer."""
+    """Counted in modules, for all commands in one process; PyTorch and diffusers would take seconds before each answer."""
     given = [[], ["--help"], ["--version"], *([name, "--help"] for name in NAMES), *([name, "--no"] for name in NAMES)]
     code = (
         "import contextlib, io, sys\nfrom sdgraph.__main__ import main\n"
@@ -53,7 +53,7 @@ def test_help_and_usage_load_no_library() -> None:
         "print(*{name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    known = {"sdgraph", "__main__", "site", "sitecustomize", "usercustomize"}
+    known = {"sdgraph", "tqdm", "__main__", "site", "sitecustomize", "usercustomize"}
     loaded = {name for name in done.stdout.split() if not name.startswith("_")}  # without the site's own hooks
     assert loaded <= known, loaded
     assert done.stderr.count("usage: sdgraph") == 1 + len(NAMES)

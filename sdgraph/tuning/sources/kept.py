@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from ...errors import TuningError
+from ...progress import Bar
 from ...text import from_json, read_text
 
 RECORD = "kept.json"
@@ -62,7 +62,7 @@ class Kept:
             self._check_or_begin()
         chunks = [range(i, min(i + self._size, self._count)) for i in range(0, self._count, self._size)]
         missing = [rows for rows in chunks if not self._path(rows[0]).exists()]
-        with tqdm(total=len(missing), desc=title, unit="batch", disable=not missing) as bar:
+        with Bar(total=len(missing), desc=title, unit="batch", disable=not missing) as bar:
             for wait in (False, True):  # first those that no other process is at, then those that others have left
                 for rows in missing:
                     path = self._path(rows[0])
