@@ -1,4 +1,4 @@
-"""What must hold before a run begins or goes on: the models fit each other, and a checkpoint is of the same run."""
+"""What must hold before a run begins: the models fit each other, and there is a checkpoint where one is named."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..atomic import check_apart, lies_in
 from ..errors import TuningError
+from ..runtime.recipe import RECIPE
 from ..runtime.serialization import check_savable
 from ..runtime.unet import GraphUNet
 from .observe import Observed
 from .sources import Source
-from .state import checkpoints
+from .state import UNET, checkpoints
+
+DATA = "data"  # the folder in that of a run that may keep its encoded data
 
 log = logging.getLogger("sdgraph")
 
@@ -90,6 +94,30 @@ def has_empty(source: Source) -> bool:
     return bool(empty) and {n: t.shape for n, t in empty.items()} == {n: t.shape for n, t in other.items()}
 
 
+def check_output(out: Path, student: GraphUNet, teacher: GraphUNet, source: Source) -> None:
+    """Refuse a folder that the models or the data are read from, or that holds models of others.
+
+    Raises:
+        TuningError: see there.
+    """
+    contents = getattr(source, "contents", None)
+    names = {
+        name: unet.config.get("_name_or_path") for name, unet in (("the student", student), ("the teacher", teacher))
+    }
+    inputs = [(name, Path(path)) for name, path in names.items() if path and Path(path).exists()]
+    if contents is not None:
+        inputs += [("the data", folder) for folder in contents.folders]
+        if contents.cache is not None and not lies_in(contents.cache, out / DATA):
+            inputs.append(("the cache of the data", contents.cache))
+    check_apart(out, inputs, TuningError, "out")
+    if (out / UNET / "config.json").exists() and not (out / UNET / RECIPE).exists():
+        raise TuningError(
+            f"{out / UNET} holds a model that no run of sdgraph has written",
+            where="out",
+            hint="the result would take its place: name a new folder",
+        )
+
+
 def checkpoint_to_resume(out: Path, wanted: str | Path | None) -> Path | None:
     """Return the checkpoint that a run goes on from, None if it begins.
 
@@ -118,19 +146,3 @@ def checkpoint_to_resume(out: Path, wanted: str | Path | None) -> Path | None:
             hint="pass resume_from_checkpoint='latest' to go on with it, or another folder",
         )
     return None
-
-
-def check_same_run(now: Mapping[str, str], saved: Mapping[str, str], checkpoint: Path) -> None:
-    """Refuse a checkpoint of a run with other models, data or losses.
-
-    Raises:
-        TuningError: see there; the error names what differs.
-    """
-    for name, value in now.items():
-        if value != saved.get(name):
-            shown = f": {saved.get(name)!r} then, {value!r} now" if name in ("losses", "batch", "train") else ""
-            raise TuningError(
-                f"the checkpoint is of a run with another {name}{shown}",
-                where=str(checkpoint),
-                hint="pass what that run was started with, or another `out`",
-            )

@@ -15,7 +15,9 @@ from ..errors import TuningError, did_you_mean
 from ..extra import imported
 from ..options import Bounds, Count, Index, NotNegative, Positive, check
 
-FREE = ("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to")  # may change on resume
+# What may change when a run goes on. The precision that a run computes in is part of its identity instead, because by
+# default it depends on the machine.
+FREE = ("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to", "mixed_precision")
 UNENDING = ("constant", "constant_with_warmup", "piecewise_constant")  # rates that do not depend on the last step
 LAST_RATE = 1e-7  # of "polynomial", in diffusers
 EMPTY = 0.1  # the share of captions to leave out, where nothing else is asked for

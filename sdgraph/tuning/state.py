@@ -26,9 +26,11 @@ from ..runtime.serialization import save
 from ..runtime.unet import GraphUNet
 from ..text import from_json, read_text
 from . import shards
+from .identity import Identity, versions
 from .settings import Settings
 
 STATE, OPTIMIZER, ADAPTERS = "state.json", "optimizer.safetensors", "adapters.safetensors"
+ROWS = "rows.json"  # the hashes of the rows of data
 UNET, AVERAGE = "unet", "unet_ema"
 
 
@@ -58,6 +60,13 @@ class State:
         self.unet, self.adapters, self.optimizer, self.rate = unet, adapters, optimizer, rate
         self.average, self.scaler, self.copy = average, scaler, copy
         self.step, self.seconds = 0, 0.0
+        self.changes: list[dict[str, int]] = []  # of the rows of data: the step before which, and how many
+        self.whole = True  # whether all of it is of the same step
+
+    @property
+    def spread(self) -> bool:
+        """Whether the weights are spread over processes, which can only save them together."""
+        return self.copy is not None
 
     @contextmanager
     def averaged(self) -> Iterator[GraphUNet]:
@@ -102,20 +111,22 @@ class State:
 
     def advance(self) -> None:
         """Take the step that the gradients in the parameters ask for."""
+        self.whole = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.rate.step()
         if self.average is not None:
             self.average.step(self.unet.parameters())
         self.step += 1
+        self.whole = True
 
-    def save(self, out: Path | None, settings: Settings, identity: Mapping[str, str]) -> None:
+    def save(self, out: Path | None, settings: Settings, identity: Identity) -> None:
         """Write a checkpoint, whole or not at all, and then delete the oldest ones beyond their limit.
 
         Args:
             out: the folder of the run; None in all processes but the main one, which take part with their shares.
             settings: the settings of the run.
-            identity: the models, the data and the losses, as text.
+            identity: all else that decides the result.
         Raises:
             TuningError: nothing can be written there; earlier checkpoints are kept.
         """
@@ -139,13 +150,17 @@ class State:
                     "step": self.step,
                     "seconds": self.seconds,
                     "settings": asdict(settings),
-                    "identity": dict(identity),
+                    "identity": dict(identity.parts),
+                    "versions": versions(),
+                    "changes": self.changes,
                     "optimizer": numbers,
                     "lr_scheduler": self.rate.state_dict(),
                     "averaged_steps": None if self.average is None else self.average.optimization_step,
                     "scaler": None if self.scaler is None else self.scaler.state_dict(),
                 }
                 (folder / STATE).write_text(json.dumps(record, indent=1) + "\n")
+                if identity.rows:
+                    (folder / ROWS).write_text(json.dumps(identity.rows, indent=0))
         except OSError as error:
             raise TuningError(
                 f"the checkpoint of step {self.step} cannot be written: {error.strerror or error}",
@@ -187,7 +202,7 @@ class State:
             ) from error
         for group, rate in zip(self.optimizer.param_groups, self.rate.get_last_lr(), strict=True):
             group["lr"] = rate
-        self.step, self.seconds = record["step"], record["seconds"]
+        self.step, self.seconds, self.changes = record["step"], record["seconds"], record.get("changes", [])
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
@@ -209,6 +224,12 @@ def read(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise TuningError(f"no checkpoint can be read: {error}", where=str(folder), hint=hint) from error
     return record
+
+
+def read_identity(folder: Path, record: Mapping[str, Any]) -> Identity:
+    """Return the identity of the run that a checkpoint, of which the record is read, is of."""
+    rows = folder / ROWS
+    return Identity(record["identity"], tuple(json.loads(rows.read_text())) if rows.is_file() else ())
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -18,20 +19,19 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from ..atomic import owned
 from ..errors import ModeError, TuningError
 from ..extra import imported
 from ..ir.guards import check_call
-from ..ir.structure import structure
 from ..options import Count, checked
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
-from ..version import __version__
 from . import shards
 from .batch import Batches
-from .checks import check_differs, check_models, check_same_run, checkpoint_to_resume, has_empty
-from .digest import digest
+from .checks import check_differs, check_models, check_output, checkpoint_to_resume, has_empty
 from .gradient import Gradient
+from .identity import Identity, tell_of_versions, versions
 from .losses import Denoising, Features, Loss, Output
 from .noising import Noising
 from .objective import Objective, Student
@@ -40,7 +40,7 @@ from .rates import by_rate
 from .report import LOG, Log, TuningReport
 from .settings import Settings
 from .sources import Source, as_source
-from .state import State, read
+from .state import State, read, read_identity
 
 DEFAULT = (Output(), Features("stage", weight=10.0), Denoising(weight=0.01))
 PLAIN = "unet_diffusers"
@@ -107,74 +107,107 @@ def tune(
     source, teaching = as_source(data), apply(teacher, (), verify=False)
     chosen = chosen.for_data(has_empty(source))
     check_models(student, teaching)
-    row = _batches(source, Noising.of(scheduler), chosen, 1).batch(0, [0])
+    noising = Noising.of(scheduler)
+    row = _batches(source, noising, chosen, 1).batch(0, [0])
     for unet in (student, teaching):
         check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, unet.dtype)
     check_differs(student, teaching, row.inputs)
-    resumed = checkpoint_to_resume(folder, resume_from_checkpoint)
-    taught = copy.deepcopy(student).requires_grad_(train is None).train()
-    for path in taught.graph.matching(train) if train is not None else ():
-        for parameter in taught.graph.region(path).parameters.values():
-            parameter.requires_grad_(True)
-
+    check_output(folder, student, teaching, source)
     with shards.asked() as spread:
         accelerator = _accelerator(chosen, folder)
     spread = spread and accelerator.num_processes > 1
     if spread and accelerator.scaler is not None:
         raise TuningError("weights that are spread over processes train in bf16", where="mixed_precision", hint="bf16")
-    gradient = _gradient(taught, teaching, source, scheduler, losses, chosen, accelerator, spread)
-    state = _state(taught, gradient, chosen, copy.deepcopy(student).to("cpu") if spread else None)
-    about = {
-        "student": f"{structure(student.graph)} {digest(student)}",
-        "teacher": f"{structure(teaching.graph)} {digest(teaching)}",
-        "data": source.fingerprint(),
-        "losses": ", ".join(map(str, gradient.objective.losses)),
-        "train": "all" if train is None else ", ".join(train),
-        "batch": str(gradient.batches.size),
-    }
-    if resumed is not None:
-        record = read(resumed)
-        check_same_run(about, record["identity"], resumed)
-        fading = any(loss.until is not None for loss in gradient.objective.losses)
-        chosen.check_resumed(record["settings"], record["step"], str(resumed), endless=not fading)
-        state.load(resumed)
+    with owned(folder, TuningError, "out") if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        resumed = checkpoint_to_resume(folder, resume_from_checkpoint)
+        taught = copy.deepcopy(student).requires_grad_(train is None).train()
+        for path in taught.graph.matching(train) if train is not None else ():
+            for parameter in taught.graph.region(path).parameters.values():
+                parameter.requires_grad_(True)
+        gradient = _gradient(taught, teaching, source, noising, losses, chosen, accelerator, spread)
+        state = _state(taught, gradient, chosen, copy.deepcopy(student).to("cpu") if spread else None)
+        terms, precision = gradient.objective.losses, accelerator.mixed_precision
+        identity = Identity.of(student, teaching, source, noising, terms, train, gradient.batches.size, precision)
+        if resumed is not None:
+            _resume(state, resumed, identity, chosen, terms)
+        if chosen.report_to != "none":
+            accelerator.init_trackers("logs")
+        _train(state, gradient, identity, chosen, folder, validate)
+        for tracker in accelerator.trackers:
+            tracker.finish()  # and no end_training(), after which these processes could not train any more
+        record = {
+            "settings": dataclasses.asdict(chosen),
+            **identity.parts,
+            "changes of the data": state.changes,
+            "versions": versions(),
+            "passes": [str(applied.one) for applied in student.graph.passes],
+        }
+        return _finished(state, folder, record if accelerator.is_main_process else None)
+
+
+def _resume(state: State, checkpoint: Path, identity: Identity, settings: Settings, losses: Sequence[Loss]) -> None:
+    """Take over the state of a checkpoint of the same run."""
+    record = read(checkpoint)
+    changes = identity.check(read_identity(checkpoint, record), checkpoint)
+    fading = any(loss.until is not None for loss in losses)
+    settings.check_resumed(record["settings"], record["step"], str(checkpoint), endless=not fading)
+    tell_of_versions(record.get("versions", {}))
+    state.load(checkpoint)
+    if changes:
+        state.changes.append({"step": state.step, **changes})
+
+
+def _train(
+    state: State, gradient: Gradient, identity: Identity, settings: Settings, folder: Path, validate: Validate | None
+) -> None:
+    """Take all steps that are left. If anything fails, the steps before it are kept in a checkpoint."""
+    accelerator, steps = gradient.accelerator, settings.max_train_steps
+    main, begun, saved = accelerator.is_main_process, time.monotonic() - state.seconds, state.step
 
     def save() -> None:
-        state.save(folder if accelerator.is_main_process else None, chosen, about)
+        nonlocal saved
+        saved = state.step
+        state.save(folder if main else None, settings, identity)
         accelerator.wait_for_everyone()
 
-    main, begun = accelerator.is_main_process, time.monotonic() - state.seconds
     bar = Bar(total=steps, initial=state.step, desc="tuning", unit="step", disable=not main)
     with Log(folder / LOG if main else None, gradient.objective.names, state.step) as lines, bar:
-        while state.step < steps:
-            figures: dict[str, float] = {"learning_rate": float(state.rate.get_last_lr()[0]), **gradient(state.step)}
-            wrong = [name for name, figure in figures.items() if not math.isfinite(figure)]
-            if accelerator.scaler is not None and wrong == ["gradient_norm"]:
-                wrong = []  # the optimizer leaves such a step out, and the scale of the loss is lowered
-            if wrong:
-                save()
-                raise TuningError(
-                    f"{' and '.join(wrong)} of step {state.step} is not finite",
-                    where=str(folder / f"checkpoint-{state.step}"),
-                    hint="the state before that step is kept there; lower learning_rate, or use bf16 instead of fp16",
-                )
-            state.advance()
-            state.seconds = time.monotonic() - begun
-            lines.write(state.step, state.seconds, figures)
-            accelerator.log(figures, state.step)
-            bar.update()
-            bar.set_postfix(loss=f"{figures['loss']:.4f}")
-            last = state.step == steps
-            if last or state.step % chosen.checkpointing_steps == 0:
-                save()
-            due = last or state.step % (chosen.validation_steps or chosen.checkpointing_steps) == 0
-            if validate is not None and due:
-                with state.averaged() as unet:
-                    _record(validate(unet, state.step) if main else {}, state.step, folder, accelerator)
-    for tracker in accelerator.trackers:
-        tracker.finish()  # and no end_training(), after which these processes could not train any more
-    record = {"settings": dataclasses.asdict(chosen), **about, "passes": [str(p.one) for p in student.graph.passes]}
-    return _finished(state, folder, record if main else None)
+        try:
+            while state.step < steps:
+                figures: dict[str, float] = {
+                    "learning_rate": float(state.rate.get_last_lr()[0]),
+                    **gradient(state.step),
+                }
+                wrong = [name for name, figure in figures.items() if not math.isfinite(figure)]
+                if accelerator.scaler is not None and wrong == ["gradient_norm"]:
+                    wrong = []  # the optimizer leaves such a step out, and the scale of the loss is lowered
+                if wrong:
+                    save()
+                    raise TuningError(
+                        f"{' and '.join(wrong)} of step {state.step} is not finite",
+                        where=str(folder / f"checkpoint-{state.step}"),
+                        hint="the state before it is kept there; lower learning_rate, or use bf16 instead of fp16",
+                    )
+                state.advance()
+                state.seconds = time.monotonic() - begun
+                lines.write(state.step, state.seconds, figures)
+                accelerator.log(figures, state.step)
+                bar.update()
+                bar.set_postfix(loss=f"{figures['loss']:.4f}")
+                last = state.step == steps
+                if last or state.step % settings.checkpointing_steps == 0:
+                    save()
+                due = last or state.step % (settings.validation_steps or settings.checkpointing_steps) == 0
+                if validate is not None and due:
+                    with state.averaged() as unet:
+                        _record(validate(unet, state.step) if main else {}, state.step, folder, accelerator)
+        except BaseException:
+            # Processes that share the weights can only save together, and the others know nothing of this.
+            if main and state.whole and state.step > saved and not state.spread:
+                with contextlib.suppress(TuningError):  # the first error tells more than that of a full disk
+                    state.save(folder, settings, identity)
+            raise
 
 
 def _accelerator(settings: Settings, folder: Path) -> Any:
@@ -204,9 +237,6 @@ def _accelerator(settings: Settings, folder: Path) -> Any:
             where="accelerate",
             hint="use distributed data parallel; or FSDP, which spreads the weights over processes",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if tracked:
-        accelerator.init_trackers("logs")
     return accelerator
 
 
@@ -227,14 +257,13 @@ def _gradient(
     student: GraphUNet,
     teacher: GraphUNet,
     source: Source,
-    scheduler: Any,
+    noising: Noising,
     losses: Sequence[Loss] | None,
     settings: Settings,
     accelerator: Any,
     spread: bool,
 ) -> Gradient:
     """Put the models on their device, and connect them with the data and the losses."""
-    noising = Noising.of(scheduler)
     batches = _batches(source, noising, settings, accelerator.num_processes)
     row = batches.batch(0, [0])
     if losses is None:
@@ -304,7 +333,7 @@ def _finished(state: State, folder: Path, record: Mapping[str, Any] | None) -> t
     unet = state.result().requires_grad_(False).eval()
     report = TuningReport.of(folder)
     if record is not None:
-        text = json.dumps({"sdgraph": __version__, "removed": unet.graph.removed, **record}, indent=1) + "\n"
+        text = json.dumps({"removed": unet.graph.removed, **record}, indent=1) + "\n"
         (folder / "tuning.json").write_text(text)
         unet.save_pretrained(folder / "unet")
         report.picture(folder / "loss.svg")

@@ -164,7 +164,7 @@ def test_a_full_disk_loses_nothing(tune: Tune, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(errors.TuningError, match="No space left on device"):
         tune(checkpointing_steps=2)
-    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == ["checkpoint-2", "loss.csv"]
+    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == [".lock", "checkpoint-2", "loss.csv"]
     monkeypatch.undo()
     resumed, _ = tune(checkpointing_steps=2)
     assert equal(tensors(resumed), tensors(tune(out=tmp_path / "other", checkpointing_steps=2)[0]))

@@ -15,6 +15,7 @@ from torch import Tensor
 from sdgraph.errors import TuningError
 from sdgraph.tuning import Prompts
 from sdgraph.tuning.counter import generator
+from sdgraph.tuning.digest import as_number, hash_text
 
 from ..photos import CAPTIONS
 from ..pipelines import large_with_text
@@ -51,7 +52,7 @@ def generated(pipe: Any, row: int, **call: Any) -> tuple[list[Tensor], Tensor]:
         latents.append(values["latents"])
         return values
 
-    seed = int(generator(0, "trajectory", row).integers(2**62))
+    seed = int(generator(0, "trajectory", as_number(hash_text(CAPTIONS[row], "0"))).integers(2**62))
     shape = (1, 4, SIZE["height"] // pipe.vae_scale_factor, SIZE["width"] // pipe.vae_scale_factor)
     draw = torch.Generator().manual_seed(seed)
     first = torch.randn(shape, generator=draw)
@@ -102,7 +103,7 @@ def test_every_scheduler_gives_latents_as_training_has_them(
     monkeypatch.setattr(pipe, "scheduler", getattr(diffusers, name).from_config(config))
     sizes = (1 - pipe.scheduler.alphas_cumprod).sqrt()
     monkeypatch.setattr(pipe.unet, "forward", lambda x, t, **_: (x / sizes[round(float(t))],))
-    source = prompts(num_inference_steps=12, calls_per_prompt=6, height=64, width=64)
+    source = prompts(num_inference_steps=12, calls_per_prompt=6, height=128, width=128)
     _, noisy, timesteps, _ = everything(source)
     assert timesteps.dtype == torch.int64
     assert timesteps.min() < 200

@@ -53,6 +53,7 @@ def test_the_student_learns_and_nothing_else_changes(
     assert equal(tensors(teacher), before[1])
     assert not equal(tensors(tuned), before[0])
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".lock",
         "checkpoint-40",
         "loss.csv",
         "loss.svg",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
+
+from ..digest import hash_text
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,32 @@ class Samples:
     latents: Tensor
     noisy: Tensor | None = None
     timesteps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The contents of a source: the recipe of its rows, and a hash of every row.
+
+    A resumed run has the same recipe. Rows of files may be repaired or taken away between two starts, and a run goes on
+    with the others; the rows of other data stay as they are.
+
+    Args:
+        recipe: all that rows are made with, such as the VAE and the resolution, as text or hashes by name.
+        rows: the hashes of the rows, in order.
+        repairable: whether rows may be changed between two starts of a run.
+        folders: the folders that are read, which a run must not write to.
+        cache: the folder that encoded rows are kept in.
+    """
+
+    recipe: Mapping[str, str]
+    rows: Sequence[str]
+    repairable: bool = True
+    folders: tuple[Path, ...] = ()
+    cache: Path | None = None
+
+    def fingerprint(self) -> str:
+        """Return the hash of all of it."""
+        return hash_text(*(f"{name}: {value}" for name, value in self.recipe.items()), "rows", *self.rows)
 
 
 @runtime_checkable
@@ -49,4 +78,8 @@ class Source(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """Return text that changes with the data, by which a resumed run recognises them."""
+        """Return text that changes with the data, by which a resumed run recognises them.
+
+        A source whose rows may be repaired or taken away between two starts of a run has an attribute `contents` as
+        well, of type `Contents`.
+        """

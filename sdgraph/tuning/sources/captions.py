@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ...errors import TuningError
-from ..digest import digest
+from ..digest import hash_model, hash_text, hash_tokenizer
 
 
 class Captions:
     """Encodes captions as a pipeline of Stable Diffusion or SDXL does.
 
     `empty` has the conditions of a caption that is left out, without the first dimension, as the pipeline passes them
-    for guidance; `digest` is text that changes with the weights of the text encoders.
+    for guidance; `recipe` names all that captions are encoded with, by hashes.
 
     Args:
         pipe: the pipeline.
@@ -36,7 +36,15 @@ class Captions:
                 hint="tune the UNet that it was distilled from, or pass tensors: sdgraph.tuning.Tensors",
             )
         self._pipe = pipe
-        self.digest = " ".join(digest(getattr(pipe, encoder)) for encoder in encoders)
+        tokenizers = [getattr(pipe, part, None) for part in ("tokenizer", "tokenizer_2")]
+        self.recipe = {
+            "kind of pipeline": name,
+            "text encoder": hash_text(*(hash_model(getattr(pipe, encoder)) for encoder in encoders)),
+            "tokenizer": hash_text(*(hash_tokenizer(one) for one in tokenizers if one is not None)),
+        }
+        if "force_zeros_for_empty_prompt" in pipe.config:
+            zeros = pipe.config.force_zeros_for_empty_prompt
+            self.recipe["empty caption"] = "zeros" if zeros else "encoded"
         self.empty = {key: value[0] for key, value in self._encoded([""], guided=True).items()}
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:

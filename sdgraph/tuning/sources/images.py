@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from ...errors import TuningError
 from ..counter import generator
-from ..digest import digest
-from .base import Samples
+from ..digest import as_number, hash_files, hash_model, hash_text
+from .base import Contents, Samples
 from .captions import Captions, time_ids, with_empty
 from .image_folder import Crop, captioned, colour, pixels
-from .kept import GIGABYTE, Kept
+from .kept import FILES, GIGABYTE, Kept, begin
 from .latents import encoded, scaled
 
 BATCH = 16  # images that are encoded at a time
@@ -75,30 +74,34 @@ class Images:
         colour(background)
         self._folder, self._caption_column, self._background = Path(folder), caption_column, background
         self._images = captioned(self._folder, caption_column, decode=cache is None)
-        self._crops = [
-            Crop.of(image.size, resolution, None if center_crop else generator(seed, "crop", row))
-            for row, image in enumerate(self._images)
-        ]
+        # Crops follow from the name of the file, so that other files may come and go.
+        names = [hash_text(Path(os.path.relpath(image.path, folder)).as_posix()) for image in self._images]
+        draws = [None if center_crop else generator(seed, "crop", as_number(name)) for name in names]
+        self._crops = [Crop.of(image.size, resolution, draw) for image, draw in zip(self._images, draws, strict=True)]
         self._flip, self._vae, self._captions = random_flip, pipe.vae, Captions(pipe)
         self._scaling = pipe.vae.config
         self._empty = dict(self._captions.empty)
         if "text_embeds" in self._empty:
             self._empty["time_ids"] = time_ids((resolution, resolution), (0, 0), (resolution, resolution))
-        listed = [f"{os.path.relpath(i.path, folder)} {i.size} {i.caption}" for i in self._images]
-        files = [f"{i.path.stat().st_size}" for i in self._images]
-        made = {
-            "folder of images": hashlib.sha256(os.fsencode("\n".join([*listed, *files]))).hexdigest(),
-            "VAE": digest(pipe.vae),
-            "text encoder": self._captions.digest,
+        recipe = {
+            **self._captions.recipe,
+            "VAE": hash_model(pipe.vae),
             "resolution": str(resolution),
             "choice of crops": "centre" if center_crop else f"random, seed {seed}",
             "random_flip": str(random_flip),
             "background": background,
         }
-        self._fingerprint = hashlib.sha256(repr(made).encode()).hexdigest()
-        self._kept = None
-        if cache is not None:
-            self._kept = Kept(Path(cache), made, len(self), BATCH, cache_limit)
+        self._kept, place = None, None if cache is None else Path(cache)
+        if place is not None:
+            begin(place, recipe)
+        files = hash_files([image.path for image in self._images], place and place / FILES)
+        keys = [
+            hash_text(file, image.caption, str(crop))
+            for file, image, crop in zip(files, self._images, self._crops, strict=True)
+        ]
+        self.contents = Contents(recipe, keys, folders=(Path(folder),), cache=place)
+        if place is not None:
+            self._kept = Kept(place, recipe, keys, BATCH, cache_limit)
             self._kept.fill(self._encoded, "encoding images")
             del self._vae, self._captions  # so that their memory can be freed
 
@@ -125,9 +128,9 @@ class Images:
         return with_empty(rows, known, self._empty)
 
     def fingerprint(self) -> str:
-        return self._fingerprint
+        return self.contents.fingerprint()
 
-    def _encoded(self, rows: range) -> dict[str, Tensor]:
+    def _encoded(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return everything that is kept of rows: their latents, as they are and mirrored, and their conditions."""
         ways = [self._seen(rows, [flip] * len(rows)) for flip in ([False, True] if self._flip else [False])]
         return {"latents": torch.stack(ways, 1), **self._conditions(rows)}

@@ -1,4 +1,4 @@
-"""Rows of tensors that are computed once and kept in a folder, in chunks that are there whole or not at all."""
+"""Rows of tensors that are computed once and kept in a folder by their contents, in chunks that appear whole."""
 
 from __future__ import annotations
 
@@ -20,37 +20,39 @@ from torch import Tensor
 from ...errors import TuningError
 from ...progress import Bar
 from ...text import from_json, read_text
+from ..digest import hash_text, is_hash
 
-RECORD = "kept.json"
+RECORD, FILES = "kept.json", "files.json"  # the recipe of the rows, and the hashes of files that were read for them
+KEYS = "keys"  # of the rows of a chunk, in its header
 LOCK = ".lock"  # of the folder, and the ending of those of chunks
 OPEN = 64  # chunks that are mapped into memory at a time
 GIGABYTE = 10**9
 
 
 class Kept:
-    """Rows of named tensors in a folder. Filling it again goes on where it stopped.
+    """Rows of named tensors in a folder, found by their contents. Filling it again goes on where it stopped.
+
+    A row is known by a key, which changes with all that it is computed from. So rows may be added, changed and taken
+    away, and all others are found again; several sets of rows with the same recipe may share a folder.
 
     Args:
         folder: the folder, which is created if necessary.
-        made: what the rows are made of, by name, as text; rows of anything else are refused.
-        count: the number of rows.
+        recipe: all that rows are made with, by name, as text; rows of another recipe are refused.
+        keys: the keys of the rows, in order. Equal keys are one row.
         size: rows per chunk. A process that is killed loses the chunk that it is computing.
         limit: the largest size of all rows, in bytes.
     Raises:
-        TuningError: the folder holds other rows, or other files.
+        TuningError: the folder holds rows of another recipe, or other files.
     """
 
-    def __init__(self, folder: Path, made: Mapping[str, str], count: int, size: int, limit: int) -> None:
-        self.folder, self._count, self._size, self._limit = folder, count, size, limit
-        self._made = {**made, "rows": str(count), "rows per chunk": str(size)}
-        self._open = functools.lru_cache(OPEN)(self._opened)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from error
+    def __init__(self, folder: Path, recipe: Mapping[str, str], keys: Sequence[str], size: int, limit: int) -> None:
+        self.folder, self._keys, self._size, self._limit = folder, keys, size, limit
+        self._recipe = recipe
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._open = functools.lru_cache(OPEN)(_opened)
 
-    def fill(self, compute: Callable[[range], dict[str, Tensor]], title: str) -> None:
-        """Compute the chunks that are missing. Several processes may do so at a time, and share the work.
+    def fill(self, compute: Callable[[Sequence[int]], dict[str, Tensor]], title: str) -> None:
+        """Compute the rows that are missing. Several processes may do so at a time, and share the work.
 
         Args:
             compute: returns the tensors of rows, by name, (rows, ...) each.
@@ -58,18 +60,19 @@ class Kept:
         Raises:
             TuningError: the rows would take more than the limit or than the disk has; or nothing can be written.
         """
-        with FileLock(self.folder / LOCK):
-            self._check_or_begin()
-        chunks = [range(i, min(i + self._size, self._count)) for i in range(0, self._count, self._size)]
-        missing = [rows for rows in chunks if not self._path(rows[0]).exists()]
-        with Bar(total=len(missing), desc=title, unit="batch", disable=not missing) as bar:
+        begin(self.folder, self._recipe)
+        self._find()
+        missing = list({key: row for row, key in enumerate(self._keys) if key not in self._places}.values())
+        chunks = [missing[i : i + self._size] for i in range(0, len(missing), self._size)]
+        with Bar(total=len(chunks), desc=title, unit="batch", disable=not chunks) as bar:
             for wait in (False, True):  # first those that no other process is at, then those that others have left
-                for rows in missing:
-                    path = self._path(rows[0])
+                for number, rows in enumerate(chunks):
+                    path = self._path(rows)
                     with contextlib.suppress(Timeout), _alone(path.with_suffix(LOCK), wait):
                         if not path.exists():
-                            self._write(rows, compute(rows))
+                            self._write(rows, compute(rows), len(missing), len(missing) - number * self._size)
                             bar.update()
+        self._find()
 
     def rows(self, rows: Sequence[int], *names: str) -> dict[str, Tensor]:
         """Return tensors of rows, (B, ...) each.
@@ -78,88 +81,144 @@ class Kept:
             rows: the numbers of the rows.
             names: which tensors; by default all.
         Raises:
-            TuningError: a file is damaged.
+            TuningError: a file is damaged or missing.
         """
         found: dict[str, list[Tensor]] = {}
         for row in rows:
-            path = self._path(row)
-            try:
+            path, place = self._place(row)
+            with self._reading(path):
                 chunk = self._open(path)
                 for name in names or chunk.keys():
-                    found.setdefault(name, []).append(chunk.get_slice(name)[row % self._size])
-            except (OSError, safetensors.SafetensorError) as error:
-                raise TuningError(
-                    f"a file of encoded data cannot be read: {error}",
-                    where=str(path),
-                    hint="delete it; the same command makes it again",
-                ) from error
+                    found.setdefault(name, []).append(chunk.get_slice(name)[place])
         return {name: torch.stack(values) for name, values in found.items()}
 
-    def _check_or_begin(self) -> None:
-        record = self.folder / RECORD
-        if not record.exists():
-            if others := [path.name for path in self.folder.iterdir() if path.name != LOCK]:
-                raise TuningError(
-                    f"the folder holds other files, such as {others[0]}", where=str(self.folder), hint="name a new one"
-                )
-            self._replace(record, lambda new: new.write_text(json.dumps(self._made, indent=1) + "\n"))
-        try:
-            saved = from_json(read_text(record, TuningError, hint="delete the folder"))
-        except ValueError as error:
-            raise TuningError(f"it cannot be read: {error}", where=str(record), hint="delete the folder") from error
-        for name, value in self._made.items():
-            if (before := saved.get(name)) != value:
-                shown = "" if max(len(str(before)), len(value)) > 32 else f": {before} then, {value} now"
-                raise TuningError(
-                    f"the folder holds data of another {name}{shown}",
-                    where=str(self.folder),
-                    hint="name another folder, or delete this one to encode anew",
-                )
-
-    def _write(self, rows: range, tensors: Mapping[str, Tensor]) -> None:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        self._check_space(sum(tensor.nbytes for tensor in contiguous.values()) / len(rows), rows)
-        self._replace(self._path(rows[0]), lambda new: safetensors.torch.save_file(contiguous, new))
-
-    def _check_space(self, row: float, rows: range) -> None:
-        """Refuse rows of a size in bytes, of which all have the same, before the first of them is written."""
-        whole, free = row * self._count, shutil.disk_usage(self.folder).free
-        if whole > self._limit:
+    def _place(self, row: int) -> tuple[Path, int]:
+        if self._keys[row] not in self._places:
+            self._find()
+        if self._keys[row] not in self._places:
             raise TuningError(
-                f"{self._count} rows take {whole / GIGABYTE:.3g} GB, and the limit is {self._limit / GIGABYTE:.3g} GB",
-                where=str(self.folder),
-                hint=f"raise cache_limit to {int(whole) + 1} bytes, or pass fewer rows",
+                f"the encoded data of row {row} are gone", where=str(self.folder), hint="the same command makes them"
             )
-        if row * (self._count - rows[0]) > free:
+        return self._places[self._keys[row]]
+
+    def _find(self) -> None:
+        """Find the rows of the folder, those of other processes among them."""
+        known = {path for path, _ in self._places.values()}
+        for path in sorted(self.folder.glob("rows-*.safetensors")):
+            if path not in known:
+                with self._reading(path):
+                    keys = _opened(path).metadata()[KEYS].split()
+                self._places |= {key: (path, place) for place, key in enumerate(keys)}
+
+    @contextlib.contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise TuningError(
+                f"a file of encoded data cannot be read: {error}",
+                where=str(path),
+                hint="delete it; the same command makes it again",
+            ) from error
+
+    def _write(self, rows: Sequence[int], tensors: Mapping[str, Tensor], missing: int, left: int) -> None:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self._check_space(sum(tensor.nbytes for tensor in contiguous.values()) / len(rows), missing, left)
+        keys = {KEYS: " ".join(self._keys[row] for row in rows)}
+        _replace(self._path(rows), lambda new: safetensors.torch.save_file(contiguous, new, keys))
+
+    def _check_space(self, row: float, missing: int, left: int) -> None:
+        """Refuse rows before the first of them is written.
+
+        Args:
+            row: the size of a row in bytes, which is that of all.
+            missing: the number of rows that are to be written.
+            left: the number of them that are not yet.
+        """
+        count, free = len(self._places) + missing, shutil.disk_usage(self.folder).free
+        whole, others = row * count, len(self._places.keys() - set(self._keys))
+        if whole > self._limit:
+            unread = f"; {others} of them are of other data, which a new folder would not hold" if others else ""
+            raise TuningError(
+                f"{count} rows take {whole / GIGABYTE:.3g} GB, and the limit is {self._limit / GIGABYTE:.3g} GB",
+                where=str(self.folder),
+                hint=f"raise cache_limit to {int(whole) + 1} bytes, or pass fewer rows{unread}",
+            )
+        if row * left > free:
             raise TuningError(
                 f"the rows take {whole / GIGABYTE:.3g} GB, and the disk has {free / GIGABYTE:.3g} GB left",
                 where=str(self.folder),
                 hint="free space, or name a folder on another disk",
             )
 
-    def _replace(self, path: Path, write: Callable[[Path], Any]) -> None:
-        new = path.with_suffix(".new")
-        try:
-            write(new)
-            os.replace(new, path)
-        except (OSError, safetensors.SafetensorError) as error:
-            new.unlink(missing_ok=True)
-            raise self._unwritable(error) from error
+    def _path(self, rows: Sequence[int]) -> Path:
+        return self.folder / f"rows-{hash_text(*(self._keys[row] for row in rows))}.safetensors"
 
-    def _unwritable(self, error: Exception) -> TuningError:
-        reason = getattr(error, "strerror", None) or error
-        return TuningError(
-            f"encoded data cannot be written: {reason}",
-            where=str(self.folder),
-            hint="free space there; the same command goes on with what is written already",
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _open=functools.lru_cache(OPEN)(_opened))
+
+
+def begin(folder: Path, recipe: Mapping[str, str]) -> None:
+    """Create a folder of rows, or check that it is one.
+
+    Args:
+        folder: the folder.
+        recipe: all that rows are made with, by name, as text.
+    Raises:
+        TuningError: the folder holds rows of another recipe, or other files; or nothing can be written there.
+    """
+    record, recipe = folder / RECORD, {"format": "rows by their contents", **recipe}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        begun = (LOCK, record.with_suffix(".new").name)  # by another process
+        others = [path.name for path in folder.iterdir() if path.name not in begun]
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    if others and not record.exists():
+        raise TuningError(
+            f"the folder holds other files, such as {others[0]}", where=str(folder), hint="name a new one"
         )
+    with FileLock(folder / LOCK):
+        if not record.exists():
+            _replace(record, lambda new: new.write_text(json.dumps(recipe, indent=1) + "\n"))
+    try:
+        saved = from_json(read_text(record, TuningError, hint="delete the folder"))
+    except ValueError as error:
+        raise TuningError(f"it cannot be read: {error}", where=str(record), hint="delete the folder") from error
+    for name, value in recipe.items():
+        if (before := saved.get(name)) != value:
+            shown = "" if is_hash(value) else f": {before} then, {value} now"
+            raise TuningError(
+                f"the folder holds data of another {name}{shown}",
+                where=str(folder),
+                hint="name another folder, or delete this one to encode anew",
+            )
 
-    def _path(self, row: int) -> Path:
-        return self.folder / f"rows-{row // self._size * self._size:08}.safetensors"
 
-    @staticmethod
-    def _opened(path: Path) -> Any:
-        return safetensors.safe_open(path, "pt")
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    new = path.with_suffix(".new")
+    try:
+        write(new)
+        os.replace(new, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        new.unlink(missing_ok=True)
+        raise _unwritable(path.parent, error) from error
+
+
+def _unwritable(folder: Path, error: Exception) -> TuningError:
+    reason = getattr(error, "strerror", None) or error
+    return TuningError(
+        f"encoded data cannot be written: {reason}",
+        where=str(folder),
+        hint="free space there; the same command goes on with what is written already",
+    )
+
+
+def _opened(path: Path) -> Any:
+    return safetensors.safe_open(path, "pt")
 
 
 @contextlib.contextmanager

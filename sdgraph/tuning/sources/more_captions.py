@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import TuningError
-from .base import Samples, Source
+from ..digest import hash_text
+from .base import Contents, Samples, Source
 from .captions import Captions
 
 
@@ -42,6 +43,8 @@ class MoreCaptions:
                 "the source has captions without images already", where="source", hint="pass all captions at once"
             )
         self._encode = Captions(pipe)
+        encoded = hash_text(*self._encode.recipe.values())
+        self._recipe = {"captions without images": hash_text(*self._texts), "their text encoder": encoded}
 
     def __len__(self) -> int:
         return len(self._source)
@@ -65,7 +68,11 @@ class MoreCaptions:
             name: known[name].index_copy(0, torch.tensor([*more]), encoded[name].float()) for name in encoded
         }
 
+    @property
+    def contents(self) -> Contents | None:
+        """The contents of the source, where it has some; these captions are part of the recipe."""
+        inner: Contents | None = getattr(self._source, "contents", None)
+        return inner and replace(inner, recipe={**inner.recipe, **self._recipe})
+
     def fingerprint(self) -> str:
-        return hashlib.sha256(
-            "\n".join([self._source.fingerprint(), self._encode.digest, *self._texts]).encode()
-        ).hexdigest()
+        return hash_text(self._source.fingerprint(), *self._recipe.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import collections
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ from torch import Tensor
 from ...errors import TuningError
 from ...runtime.pipelines import without_bar
 from ..counter import generator
-from ..digest import digest
+from ..digest import as_number, hash_model, hash_text
 from ..noising import Noising
-from .base import Samples
+from .base import Contents, Samples
 from .captions import Captions, time_ids, with_empty
 from .kept import GIGABYTE, Kept
 
@@ -43,7 +43,7 @@ class Prompts:
         cache_limit: the largest size of the folder, in bytes.
     Raises:
         TuningError: there are no prompts; the scheduler noises otherwise than in training; latents are not finite; the
-            folder is of something else, or too large.
+            folder is of another recipe, or too large.
     Example:
         `Prompts(["a bowl of fruit", "a house by the sea"], pipe, cache="trajectories")`
     Source:
@@ -82,19 +82,24 @@ class Prompts:
         self._call: dict[str, Any] = {"num_inference_steps": num_inference_steps, "height": height, "width": width}
         if guidance_scale is not None:
             self._call["guidance_scale"] = guidance_scale
-        scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
-        made = {
-            "list of prompts": hashlib.sha256("\n".join(self._prompts).encode()).hexdigest(),
-            "teacher": digest(pipe.unet),
-            "text encoder": captions.digest,
-            "scheduler": f"{type(pipe.scheduler).__name__} {hashlib.sha256(scheduler.encode()).hexdigest()[:8]}",
+        scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+        recipe = {
+            **captions.recipe,
+            "teacher": hash_model(pipe.unet),
+            "scheduler": type(pipe.scheduler).__name__,
+            "options of the scheduler": hash_text(json.dumps(scheduler, sort_keys=True, default=str)),
             **{name: str(value) for name, value in self._call.items()},
             "guidance_scale": str(guidance_scale),
             "calls_per_prompt": str(calls_per_prompt),
             "seed": str(seed),
         }
-        self._fingerprint = hashlib.sha256(repr(made).encode()).hexdigest()
-        self._kept = Kept(Path(cache), made, len(self._prompts), batch, cache_limit)
+        seen: collections.Counter[str] = collections.Counter()
+        self._keys = []
+        for prompt in self._prompts:  # a prompt that occurs twice has two trajectories
+            self._keys.append(hash_text(prompt, str(seen[prompt])))
+            seen[prompt] += 1
+        self.contents = Contents(recipe, self._keys, cache=Path(cache))
+        self._kept = Kept(Path(cache), recipe, self._keys, batch, cache_limit)
         self._kept.fill(self._generated, "the teacher's trajectories")
         del self._pipe, self._captions  # so that their memory can be freed
         if "text_embeds" in self._empty:
@@ -114,17 +119,21 @@ class Prompts:
         return with_empty(rows, known, self._empty)
 
     def fingerprint(self) -> str:
-        return self._fingerprint
+        return self.contents.fingerprint()
 
-    def _generated(self, rows: range) -> dict[str, Tensor]:
+    def _draw(self, purpose: str, row: int) -> np.random.Generator:
+        """Return random numbers that follow from the prompt, so that other prompts may come and go."""
+        return generator(self._seed, purpose, as_number(self._keys[row]))
+
+    def _generated(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Generate from prompts; return the final latents, the calls that are kept of them, and their conditions."""
         prompts = [self._prompts[row] for row in rows]
-        seeds = [int(generator(self._seed, "trajectory", row).integers(2**62)) for row in rows]
+        seeds = [int(self._draw("trajectory", row).integers(2**62)) for row in rows]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with without_bar(self._pipe), _recorded(self._pipe.unet, len(rows)) as calls:
             result = self._pipe(prompt=prompts, generator=generators, output_type="latent", **self._call)
         latents = result.images.cpu()
-        chosen = torch.tensor([_drawn(len(calls), self._calls, generator(self._seed, "calls", row)) for row in rows])
+        chosen = torch.tensor([_drawn(len(calls), self._calls, self._draw("calls", row)) for row in rows])
         noisy = torch.stack([sample for sample, _ in calls], 1)[torch.arange(len(rows))[:, None], chosen]
         for prompt, final, kept in zip(prompts, latents, noisy, strict=True):
             if not (torch.isfinite(final).all() and torch.isfinite(kept).all()):
