@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """Load a public name or a submodule when it is first asked for, so that `sdgraph --help` does not load PyTorch."""
+    if name == "ModelMixin":  # diffusers looks for the base class of `GraphUNet` in the module that a pipeline names
+        return importlib.import_module("diffusers").ModelMixin
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
     public = importlib.import_module(f"{__name__}.public")

@@ -74,8 +74,6 @@ def load_pipeline(source: str, dtype: str, device: str, variant: str | None = No
     import torch
     from diffusers import DiffusionPipeline
 
-    from ..runtime.unet import GraphUNet  # diffusers loads a part only if its class was imported  # noqa: F401
-
     kind: Any = DiffusionPipeline
     folder = local_folder(source)
     if folder is not None:
@@ -91,6 +89,8 @@ def load_pipeline(source: str, dtype: str, device: str, variant: str | None = No
         kind = _pipeline_class(index, source)
         variant = _variant([folder / name for name in _parts(index)], variant, source)
     options = {"torch_dtype": getattr(torch, dtype), "variant": variant}
+    if folder is not None and (folder / "unet/sdgraph.json").is_file():  # whatever class the index names
+        options["unet"] = load_unet(source, dtype)
     pipe = _load(kind.from_pretrained, source, folder or source, **options)
     if getattr(pipe, "unet", None) is None:
         raise SourceError(f"{type(pipe).__name__} has no UNet", where=source, hint=NO_UNET)

@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> None:
     from ..compiler.parse import parse
     from ..extra import imported
     from ..runtime.apply import apply
-    from ..runtime.pipelines import with_unet
     from ..spec import read as read_spec
     from ..tuning.incubate import incubate
     from ..tuning.losses import Loss
@@ -95,10 +94,26 @@ def run(args: argparse.Namespace) -> None:
         options |= {"resume_from_checkpoint": config.resume_from_checkpoint}
         tuned, report = tune(student, teacher, data, **options)
     if process.is_main_process:
-        with with_unet(pipe, tuned):
-            pipe.save_pretrained(config.output_dir)
+        _save(pipe, tuned, Path(config.output_dir))
         print(f"{report}\nsaved in {config.output_dir}")
     process.destroy_process_group()
+
+
+def _save(pipe: Any, tuned: GraphUNet, folder: Path) -> None:
+    """Write the tuned pipeline. Its index names the plain UNet where one computes the same, so that diffusers needs no
+    sdgraph to load it.
+    """
+    from ..errors import ModeError
+    from ..runtime.pipelines import with_unet
+
+    try:
+        named: Any = tuned.to_diffusers()
+    except ModeError:
+        named = tuned
+    with with_unet(pipe, named):
+        pipe.save_pretrained(folder)
+    if named is not tuned:
+        tuned.save_pretrained(folder / "unet")  # the same to diffusers, and to sdgraph with the passes
 
 
 def _data(config: Configuration, pipe: Any, seed: int) -> Source:

@@ -17,10 +17,8 @@ from ..frontend.capture import capture
 from ..graph import Graph
 from ..inheritance.generation import Generations
 from .interface import UNetCall
-from .recipe import read_passes
+from .recipe import PASSES, read_passes
 from .refused import REFUSED, refusal
-
-PASSES = "sdgraph_passes"  # the entry of a configuration that lists the passes
 
 
 class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]

@@ -13,9 +13,10 @@ from ..errors import SavedError
 from ..ir.decisions import Applied, Decision
 from ..untrusted import Digest, FileName, Format, as_kind, check_format, read_json, require_inside
 
-FORMAT = 2  # 1: without decisions, shards and settings
+FORMAT = 3  # 1: without decisions, shards and settings; 2: of a folder that plain diffusers does not read
 RECIPE, CONFIG = "sdgraph.json", "config.json"
 AGAIN = "save the UNet again"
+PASSES = "sdgraph_passes"  # the entry of a configuration that lists the passes
 
 
 class Entry(msgspec.Struct, frozen=True, rename={"text": "pass"}):
@@ -58,6 +59,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         files: SHA-256 of each other file, by name.
         weights: name of the file of weights, or of the index of its shards.
         settings: what was set on the source UNet besides its configuration, see `sdgraph.frontend.source`.
+        source: the configuration of the source UNet, where `config.json` is that of the plain model of diffusers which
+            computes the same as the graph.
+        names: in that case the plain model's name of each tensor of the graph.
     """
 
     format: Format
@@ -71,6 +75,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     files: dict[FileName, Digest]
     weights: FileName
     settings: Settings = {}
+    source: dict[str, Any] = {}
+    names: dict[str, str] = {}
 
 
 def read_recipe(folder: Path) -> Recipe:

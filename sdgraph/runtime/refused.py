@@ -10,6 +10,10 @@ from ..errors import ModeError
 _AGAIN = "do it on the source UNet, then call sdgraph.apply again"
 _FUSED = "leave it off: the graph calls PyTorch's fused attention, whatever the backend"
 _SOURCE = "call it on the source UNet"
+UPLOAD = (
+    "save it, and upload the folder by huggingface_hub.upload_folder; from_pretrained takes the folder that "
+    "huggingface_hub.snapshot_download(repository, local_dir=...) returns"
+)
 REFUSED: Mapping[str, str] = {  # hints by name
     # The graph holds the attention that the source's processors computed when they were traced.
     "enable_npu_flash_attention": _FUSED,
@@ -34,6 +38,8 @@ REFUSED: Mapping[str, str] = {  # hints by name
     "load_attn_procs": "use load_lora_adapter, or load them into the source UNet and call sdgraph.apply again",
     "save_attn_procs": "use save_lora_adapter, or save them from the source UNet",
     "from_single_file": "UNet2DConditionModel.from_single_file(...), then sdgraph.apply",
+    # Of a name on the hub, diffusers downloads the files that it knows, without the recipe.
+    "push_to_hub": UPLOAD,
     "enable_lora_hotswap": "load the adapter under a new name, then set_adapters; nothing is compiled for good here",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,15 +24,32 @@ from ..frontend.source import make_settings, settings_of
 from ..graph import Graph
 from ..ir.decisions import Applied
 from ..ir.structure import alike, structure
-from ..untrusted import read_config
+from ..untrusted import Config, as_kind, read_config
 from ..version import __version__
-from .recipe import AGAIN, CONFIG, FORMAT, RECIPE, Recipe, Settings, entry, passes_of, read_recipe
+from .recipe import AGAIN, CONFIG, FORMAT, PASSES, RECIPE, Recipe, Settings, entry, passes_of, read_recipe
+from .refused import UPLOAD
+from .to_diffusers import counterpart
 from .weight_files import load_weights, write_weights
 
 HINTS = {
-    "push_to_hub": "save it, then unet.push_to_hub(repository)",
+    "push_to_hub": UPLOAD,
     "quantization_config": "quantize the source UNet's exported form; a graph computes in one floating dtype",
 }
+# Names of the file of weights. Where no plain model computes the same, plain diffusers must not find the weights: it
+# would leave out what it does not know, in silence.
+OURS, THEIRS = "sdgraph", "diffusion_pytorch_model"
+WEIGHTS = re.compile(rf"({OURS}|{THEIRS})([.-][\w.-]+)?\.safetensors(\.index[\w.-]*\.json)?")
+README = "README.md"
+NOT_PLAIN = """\
+This UNet was changed by sdgraph, and no `UNet2DConditionModel` of diffusers computes the same. So diffusers alone
+cannot load it. Load it with sdgraph:
+
+    import sdgraph
+
+    pipe.unet = sdgraph.GraphUNet.from_pretrained("path/to/this/folder")
+
+If a whole pipeline was saved, its `from_pretrained` loads this UNet too, after `import sdgraph`.
+"""
 # Options of diffusers about downloads, about files that are not safetensors, and about memory while loading.
 HARMLESS = (
     "cache_dir",
@@ -86,14 +104,28 @@ def save(
     traced, inputs, settings = _traced(graph)
     _warn_of_scripts(graph.passes)
     check_savable(graph)
-    name = f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors"
+    written = {k: v for k, v in config.items() if not k.startswith("_")} | traced
+    plain = _plain(graph, tensors)
+    source: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    if plain is None:
+        kind, base = "GraphUNet", OURS
+    else:
+        kind, base, names = "UNet2DConditionModel", THEIRS, plain[1]
+        tensors = {names[name]: tensor for name, tensor in tensors.items()}
+        written = {k: v for k, v in written.items() if k not in traced and k != PASSES} | plain[0]
+        as_written, source = (json.loads(json.dumps(each, default=str)) for each in (plain[0], traced))
+        if source == as_written:
+            source = {}
+    written |= {"_class_name": kind, "_diffusers_version": diffusers.__version__}
+    name = f"{base}.{variant + '.' if variant else ''}safetensors"
     with appearing(directory, _check_target, SavedError) as folder:
         name, files = write_weights(tensors, folder, name, max_shard_size)
-        plain = {k: v for k, v in config.items() if not k.startswith("_")} | traced
-        plain |= {"_class_name": "GraphUNet", "_diffusers_version": diffusers.__version__}
-        (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
+        (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True, default=str) + "\n")
+        if plain is None:
+            (folder / README).write_text(NOT_PLAIN)
         recipe = Recipe(
-            format=FORMAT if settings or len(files) > 1 or any(a.decisions for a in graph.passes) else 1,
+            format=FORMAT,
             sdgraph=__version__,
             torch=str(torch.__version__),
             diffusers=diffusers.__version__,
@@ -104,8 +136,27 @@ def save(
             files={f: sha256(folder / f) for f in (CONFIG, *files)},
             weights=name,
             settings=Settings(**settings),  # type: ignore[typeddict-item]
+            source=source,
+            names={name: theirs for name, theirs in names.items() if theirs != name},
         )
         (folder / RECIPE).write_text(json.dumps(msgspec.to_builtins(recipe), indent=2) + "\n")
+
+
+def _plain(graph: Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """Return the configuration of the plain model that computes the same, and its name of each tensor.
+
+    Returns:
+        None if there is no such model, or if its tensors are not the graph's one by one.
+    """
+    try:
+        config, names = counterpart(graph)
+    except ModeError as reason:
+        log.debug("plain diffusers cannot load what is saved: %s", reason.what)
+        return None
+    theirs = {ours: name for name, ours in names.items()}
+    if theirs.keys() != tensors.keys() or len(theirs) != len(names):
+        return None
+    return {k: v for k, v in config.items() if not k.startswith("_")}, theirs
 
 
 def _warn_of_scripts(passes: Sequence[Applied]) -> None:
@@ -190,9 +241,10 @@ def load(
         if sha256(folder / file) != digest:
             raise SavedError("the file is not the one that was saved", where=str(folder / file), hint=AGAIN)
     config = read_config(folder / CONFIG, AGAIN)
+    as_kind(recipe.source, Config, folder / RECIPE, AGAIN)
     try:
         passes = passes_of(recipe.passes)
-        graph = _rebuild(config, passes, recipe.inputs, getattr(torch, recipe.dtype), recipe.settings)
+        graph = _rebuild(recipe.source or config, passes, recipe.inputs, getattr(torch, recipe.dtype), recipe.settings)
     except Exception as error:
         names = ", ".join(listed if isinstance(listed, str) else listed.text for listed in recipe.passes)
         install = f"install the packages of these passes, or import their modules first: {names}; or " if names else ""
@@ -208,7 +260,7 @@ def load(
             where=str(folder / RECIPE),
             hint="use those versions, or apply the passes again to the source UNet",
         )
-    load_weights(graph, folder / recipe.weights, recipe.files)
+    load_weights(graph, folder / recipe.weights, recipe.files, recipe.names)
     return graph, {k: v for k, v in config.items() if not k.startswith("_") and k not in graph.config}
 
 
@@ -231,7 +283,9 @@ def _rebuild(
 def _check_target(target: Path) -> None:
     if target.exists():
         foreign = [p.name for p in target.iterdir()] if target.is_dir() else [target.name]
-        foreign = [n for n in foreign if n not in (RECIPE, CONFIG) and not n.startswith("diffusion_pytorch_model.")]
+        foreign = [n for n in foreign if n not in (RECIPE, CONFIG) and not WEIGHTS.fullmatch(n)]
+        if README in foreign and (target / README).read_bytes() == NOT_PLAIN.encode():
+            foreign.remove(README)
         if foreign:
             raise SavedError(
                 f"the folder holds other files: {', '.join(foreign[:3])}", where=str(target), hint="choose another"

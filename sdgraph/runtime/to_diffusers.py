@@ -42,32 +42,53 @@ def to_diffusers(graph: Graph, held: Mapping[str, torch.Tensor]) -> UNet2DCondit
     Raises:
         ModeError: no plain model computes this; with the first difference.
     """
-    config = propose(graph)
-    try:
-        with torch.device("meta"):
-            plain = torch.nn.Module.to(UNet2DConditionModel.from_config(config), graph.dtype)
-        other = capture(plain, [i.name for i in graph.inputs if i.name == "encoder_attention_mask"])
-        other = replay([a for a in graph.passes if isinstance(a.one, Pass) and a.one.contract.kind == "exact"], other)
-    except (SdgraphError, ValueError, KeyError, RuntimeError) as error:
-        raise _none(f"the remaining blocks fit no configuration: {error}") from error
-    names = _match(graph, other)
-    state, used = {}, set()
+    config, names = counterpart(graph)
+    plain = _empty(config, graph.dtype)
+    state = {name: held[ours].clone() for name, ours in names.items()}
     kept = plain.state_dict().keys()
-    for name in (*kept, *(name for name, _ in plain.named_buffers() if name not in kept)):
-        owner, _, leaf = name.rpartition(".")
-        source = names.get(name) or f"{names.get(owner)}.{leaf}"
-        if source not in held:
-            raise _none(f"the plain model needs {name!r}, which the graph does not use")
-        state[name] = held[source].clone()
-        used.add(source)
-    left = next((name for name in graph.parameters() if name not in used), None)
-    if left is not None:
-        raise _none(f"it has no place for {left!r}")
     plain.load_state_dict({name: state[name] for name in kept}, assign=True)
     for name in state.keys() - kept:
         path, _, leaf = name.rpartition(".")
         plain.get_submodule(path)._buffers[leaf] = state[name]
     return plain.eval()
+
+
+def counterpart(graph: Graph) -> tuple[dict[str, Any], dict[str, str]]:
+    """Find the plain model that computes what a graph computes.
+
+    Returns:
+        Its configuration, and for each of its parameters and buffers the name of the graph's tensor.
+    Raises:
+        ModeError: no plain model computes this; with the first difference.
+    """
+    config = propose(graph)
+    try:
+        plain = _empty(config, graph.dtype)
+        traced = capture(plain, [i.name for i in graph.inputs if i.name == "encoder_attention_mask"])
+        exact = [a for a in graph.passes if isinstance(a.one, Pass) and a.one.contract.kind == "exact"]
+        other = replay(exact, traced)
+    except (SdgraphError, ValueError, KeyError, RuntimeError) as error:
+        raise _none(f"the remaining blocks fit no configuration: {error}") from error
+    matched, names = _match(graph, other), {}
+    held = {**dict(graph.weights.named_buffers()), **graph.weights.state_dict()}
+    for name in dict.fromkeys((*plain.state_dict(), *(name for name, _ in plain.named_buffers()))):
+        owner, _, leaf = name.rpartition(".")
+        ours = names[name] = matched.get(name) or f"{matched.get(owner)}.{leaf}"
+        if ours not in held:
+            raise _none(f"the plain model needs {name!r}, which the graph does not use")
+        before, after = traced.weights.get(name), other.weights.get(name)
+        if after is not None and before.untyped_storage()._cdata != after.untyped_storage()._cdata:
+            raise _none(f"a pass computed {ours!r} anew")
+    left = next((name for name in graph.parameters() if name not in names.values()), None)
+    if left is not None:
+        raise _none(f"it has no place for {left!r}")
+    return config, names
+
+
+def _empty(config: Mapping[str, Any], dtype: torch.dtype) -> UNet2DConditionModel:
+    """The plain model of a configuration, without numbers."""
+    with torch.device("meta"):
+        return torch.nn.Module.to(UNet2DConditionModel.from_config(config), dtype)  # type: ignore[no-any-return]
 
 
 def propose(graph: Graph) -> dict[str, Any]:

@@ -19,11 +19,10 @@ from ..ir.guards import check_call
 from ..ir.inputs import Input
 from ..ir.specialize import per_call
 from .device_map import one_device
-from .dropin import PASSES
 from .interface import no_value
 from .lora import LoraLayers
 from .ownership import Ownership
-from .recipe import plain_passes
+from .recipe import PASSES, plain_passes
 from .serialization import load, save
 from .settings import SourceSettings, as_lists, follow_settings
 from .to_diffusers import to_diffusers
@@ -43,6 +42,8 @@ class GraphUNet(SourceSettings, LoraLayers):
         graph: the graph. It belongs to this module from now on, and is no longer edited.
         report: what the passes did that made the graph.
     """
+
+    __module__ = "sdgraph"  # which diffusers writes into the index of a pipeline, and asks its readers to import
 
     def __init__(self, graph: Graph, report: Report | None = None) -> None:
         ModelMixin.__init__(self)  # without UNet2DConditionModel's own, which would build its modules

@@ -10,7 +10,7 @@ import msgspec
 import safetensors
 import safetensors.torch
 import torch
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, _add_variant
+from diffusers.utils import _add_variant
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from ..errors import SavedError
@@ -45,7 +45,8 @@ def write_weights(
         safetensors.torch.save_file({n: stored[n] for n in names}, folder / file, metadata={"format": "pt"})
     if not split.is_sharded:
         return name, [name]
-    index = _add_variant(SAFE_WEIGHTS_INDEX_NAME, name.split(".")[1] if name.count(".") > 1 else None)
+    base, *variant = name.removesuffix(".safetensors").split(".")
+    index = _add_variant(f"{base}.safetensors.index.json", variant[0] if variant else None)
     contents = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (folder / index).write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
     return index, [index, *split.filename_to_tensors]
@@ -61,15 +62,15 @@ def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_weights(graph: Graph, path: Path, known: Mapping[str, str]) -> None:
-    """Give a graph the weights of a file.
+def read_weights(path: Path, known: Mapping[str, str], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a saved UNet, by their names in its graph.
 
     Args:
-        graph: without weights, on the meta device.
         path: the file of weights, or the index of its shards.
-        known: SHA-256 of the files that were checked, by name.
+        known: SHA-256 of the files of the folder, by name.
+        names: the file's name of a tensor of the graph, where it is another.
     Raises:
-        SavedError: the files are damaged, or hold other tensors than the graph needs.
+        SavedError: the files are damaged, or the index names others.
     """
     shards = [path]
     if path.suffix == ".json":
@@ -78,11 +79,30 @@ def load_weights(graph: Graph, path: Path, known: Mapping[str, str]) -> None:
         for shard in shards:
             if shard.name not in known or shard.parent != path.parent:
                 raise SavedError("the index names a file without a checksum", where=str(shard), hint=AGAIN)
+    ours = {theirs: name for name, theirs in names.items()}
     try:
         # Cloned, because kernels round differently on tensors that are not aligned as PyTorch allocates them.
-        tensors = {n: tensor.clone() for shard in shards for n, tensor in safetensors.torch.load_file(shard).items()}
+        return {
+            ours.get(name, name): tensor.clone()
+            for shard in shards
+            for name, tensor in safetensors.torch.load_file(shard).items()
+        }
     except (safetensors.SafetensorError, OSError) as error:
         raise SavedError(f"cannot read the weights: {error}", where=str(path), hint=AGAIN) from error
+
+
+def load_weights(graph: Graph, path: Path, known: Mapping[str, str], names: Mapping[str, str]) -> None:
+    """Give a graph the weights of a file.
+
+    Args:
+        graph: without weights, on the meta device.
+        path: see `read_weights`.
+        known: see `read_weights`.
+        names: see `read_weights`.
+    Raises:
+        SavedError: the files are damaged, or hold other tensors than the graph needs.
+    """
+    tensors = read_weights(path, known, names)
     wanted = {**dict(graph.weights.named_buffers()), **graph.weights.state_dict()}
     for name in wanted.keys() - tensors.keys():
         twin = next((k for k, v in wanted.items() if v is wanted[name] and k in tensors), None)

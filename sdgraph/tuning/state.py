@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from ..atomic import appearing
 from ..errors import SdgraphError, TuningError
+from ..runtime.recipe import read_recipe
 from ..runtime.serialization import save
 from ..runtime.unet import GraphUNet
+from ..runtime.weight_files import read_weights
 from ..text import from_json, read_text
 from . import shards
 from .identity import Identity, versions
@@ -233,9 +235,11 @@ def read_identity(folder: Path, record: Mapping[str, Any]) -> Identity:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, or of all files of a folder."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
+    """Return the tensors of a file, or of the folder of a saved UNet."""
+    if not path.is_dir():
+        return safetensors.torch.load_file(path)
+    recipe = read_recipe(path)
+    return read_weights(path / recipe.weights, recipe.files, recipe.names)
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from scenes import models
@@ -17,7 +18,7 @@ from sdgraph.cli.quiet import quiet
 from sdgraph.cli.sources import load_pipeline, load_unet
 from sdgraph.errors import SpecError, TuningError
 
-from ..models import build
+from ..models import answer, build, call_of
 from ..photos import write_photos
 
 PASSES = ["PruneBlocks('bk-sdm-base')"]
@@ -136,7 +137,11 @@ def test_a_run_ends_with_a_pipeline_that_other_commands_load(
     with quiet():
         tuned = load_pipeline("tuned", "float32", "cpu").unet
         untuned = sdgraph.apply(load_unet(str(model), "float32"), PASSES[0], verify=False)
+        plain = diffusers.DiffusionPipeline.from_pretrained("tuned").unet
     assert isinstance(tuned, sdgraph.GraphUNet)
+    assert type(plain) is diffusers.UNet2DConditionModel
+    call = call_of(plain) | {"encoder_hidden_states": torch.randn(2, 5, plain.config.cross_attention_dim)}
+    assert torch.equal(answer(plain, call), answer(tuned, call))
     assert tuned.state_dict().keys() == untuned.state_dict().keys()
     assert not torch.equal(tuned.state_dict()["conv_in.weight"], untuned.state_dict()["conv_in.weight"])
     assert main(["evaluate", str(model), "tuned", "--prompts", str(prompts), "--steps", "2"]) == 0

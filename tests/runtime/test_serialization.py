@@ -117,8 +117,10 @@ def test_what_cannot_come_back_is_not_saved(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_options_that_would_be_ignored_are_refused(pruned: GraphUNet, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SavedError, match=r"(?s)push_to_hub.*unet.push_to_hub"):
+    with pytest.raises(SavedError, match=r"(?s)push_to_hub.*upload_folder"):
         pruned.save_pretrained(tmp_path / "other", push_to_hub=True)
+    with pytest.raises(ModeError, match=r"(?s)push_to_hub.*upload_folder.*snapshot_download"):
+        pruned.push_to_hub("owner/name")
     with pytest.raises(SavedError, match="quantization_config"):
         GraphUNet.from_pretrained(folder, quantization_config={"load_in_8bit": True})
     with pytest.raises(SavedError, match="no folder"):
