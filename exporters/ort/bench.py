@@ -13,7 +13,6 @@ import onnxruntime
 import torch
 
 from sdgraph.errors import SpecError
-from sdgraph.ir.inputs import Input
 from sdgraph.progress import Bar
 from sdgraph.schedules import Run
 from sdgraph.views.format import columns
@@ -71,7 +70,7 @@ def bench(
         raise SpecError(f"{calls} calls, {repeats} repeats, batch {batch}", where="bench", hint="at least 1 of each")
     size = size or _side(unet)
     height, width = size
-    flat = _random(unet, {"B": batch, "H": height, "W": width, "L": 77})
+    flat = unet._random({"B": batch, "H": height, "W": width, "L": 77})
     timesteps = [torch.tensor([t]) for t in Run.of(calls).supposed().timesteps or ()]
     sizes = unet.manifest.check(flat)
     outputs = unet.models.run(unet.manifest.models[0], flat, sizes)
@@ -117,14 +116,3 @@ def _side(unet: ORTUNet) -> tuple[int, int]:
     if side is None:
         raise SpecError("the configuration has no sample_size", where="bench", hint="pass size=(height, width)")
     return (side, side) if isinstance(side, int) else tuple(side)
-
-
-def _random(unet: ORTUNet, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-    from ..bundle.example_calls import random_call
-
-    def known(spec: Input) -> set[str]:
-        return {d for d in spec.shape or () if isinstance(d, str) and d.isidentifier()}
-
-    for spec in unet.manifest.model_inputs:  # sizes that are the model's alone, as the number of time ids
-        sizes |= dict.fromkeys(known(spec) - set(sizes), 6)
-    return random_call(unet, unet.manifest, sizes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -19,6 +20,7 @@ from sdgraph.ir.inputs import Input
 from sdgraph.runtime.interface import UNetCall, no_value
 from sdgraph.untrusted import read_config
 
+from ..bundle.example_calls import random_call
 from ..bundle.extra import require_onnx
 from ..bundle.manifest import AGAIN, CONFIG, DATA
 from ..bundle.manifest_file import check_files, read_manifest
@@ -105,21 +107,32 @@ class ORTUNet(UNetCall):
         Raises:
             CallError: the models do not cover the call.
         """
-        sizes = self.manifest.check(flat)
-
-        def step(
-            flat: Mapping[str, torch.Tensor], stale: frozenset[str], value: Callable[[str], torch.Tensor]
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            model = self.models.of(stale)
-            given = {**flat, **{f"inherited.{site}": value(site) for site in model.takes}}
-            output, *refreshed = self.models.run(model, given, sizes)
-            return output, dict(zip(model.gives, refreshed, strict=True))
-
+        step = functools.partial(self._step, sizes=self.manifest.check(flat))
         if self.manifest.sites:
             result = self.generations.run(flat, self._conditioning, self.manifest.sites, step)
         else:
             result, _ = step(flat, frozenset(), no_value)
         return result.to(flat["sample"].device)
+
+    def _step(
+        self,
+        flat: Mapping[str, torch.Tensor],
+        stale: frozenset[str],
+        value: Callable[[str], torch.Tensor],
+        sizes: Mapping[str, int] | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        sizes, model = sizes or self.manifest.check(flat), self.models.of(stale)
+        given = {**flat, **{f"inherited.{site}": value(site) for site in model.takes}}
+        output, *refreshed = self.models.run(model, given, sizes)
+        return output, dict(zip(model.gives, refreshed, strict=True))
+
+    def _stale(self, calls: Any) -> Iterable[frozenset[str]]:
+        return {frozenset(model.stale) for model in self.manifest.models}
+
+    def _random(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        symbols = {d for i in self.manifest.model_inputs for d in i.shape or () if isinstance(d, str)}
+        rest = {symbol: 6 for symbol in symbols if symbol.isidentifier()}  # the model's own, such as SDXL's time ids
+        return random_call(self, self.manifest, rest | dict(sizes))
 
     # -- what pipelines do with a UNet ---------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ class Variant:
         refreshed: the sites it computes, in graph order.
         inherited: the sites it takes over.
         bypassed: the sites whose place another value takes.
+        stale: the sets of sites that such calls do not compute. They differ in sites that none of these calls needs.
     """
 
     calls: tuple[int, ...]
@@ -43,6 +44,7 @@ class Variant:
     refreshed: tuple[str, ...]
     inherited: tuple[str, ...]
     bypassed: tuple[str, ...] = ()
+    stale: frozenset[frozenset[str]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ def timetable(graph: GraphState, run: Run) -> Timetable:
         for stale in doings:
             variant = kinds[of[stale]]
             if number not in variant.calls:
-                kinds[of[stale]] = replace(variant, calls=(*variant.calls, number))
+                variant = replace(variant, calls=(*variant.calls, number))
+            kinds[of[stale]] = replace(variant, stale=variant.stale | {stale})
         for name in sites:
             ways = {_sign(kinds[of[stale]], name, name in forecast) for stale, fs in doings.items() for forecast in fs}
             signs[name] += ways.pop() if len(ways) == 1 else DRIFTING

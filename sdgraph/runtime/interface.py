@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
+from ..errors import CallError
 from ..frontend.call import flatten
 from ..inheritance.generation import Generations
 from ..ir.inputs import Input
@@ -26,6 +27,24 @@ class UNetCall:
         Raises:
             CallError: they are not covered.
         """
+        raise NotImplementedError
+
+    def _step(
+        self, flat: Mapping[str, torch.Tensor], stale: frozenset[str], value: Callable[[str], torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the output of a call that inherits the sites `stale`, and the values of the sites that it refreshed.
+
+        Args:
+            value: returns the value of a stale site.
+        """
+        raise NotImplementedError
+
+    def _stale(self, calls: Any) -> Iterable[frozenset[str]]:
+        """Return the sets of sites that the calls of a generation inherit or bypass."""
+        raise NotImplementedError
+
+    def _random(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Return random values of the inputs that a call must have, for sizes by symbol."""
         raise NotImplementedError
 
     def whole(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -97,6 +116,41 @@ class UNetCall:
     def reset(self) -> None:
         """Forget what was kept between calls: whatever comes next is computed anew."""
         self.generations.clear()
+
+    def warm_up(self, height: int, width: int, *, batch: int = 2, tokens: int = 77, calls: Any = 25) -> None:
+        """Prepare the calls of a generation of one size, so that the first request does not have to.
+
+        Every variant that the generation needs is built, compiled or opened, and run once on random inputs. What is
+        kept between calls stays as it is.
+
+        Args:
+            height, width: the size of the latents, an eighth of that of the images.
+            batch: the samples per call; with guidance two for every image.
+            tokens: the length of the prompt's embedding.
+            calls: a scheduler after `set_timesteps`, the timesteps of the calls, or their number; it decides which
+                variants are needed.
+        Raises:
+            CallError: the UNet cannot run this size.
+        Example:
+            `unet.warm_up(64, 64, calls=25)` before a server takes requests for images of 512x512 in 25 steps
+        """
+        for name, size in {"height": height, "width": width, "batch": batch, "tokens": tokens}.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise CallError(f"{name} is {size!r}", where="warm_up", hint="give a whole number of at least 1")
+        sizes = {"B": batch, "H": height, "W": width, "L": tokens}
+        flat = self._random(sizes)
+        ready = flat["sample"].shape[0], *flat["sample"].shape[2:]
+        if ready != (batch, height, width):
+            raise CallError(
+                f"a batch of {batch} latents of {height}x{width} is not covered",
+                where="warm_up",
+                hint=f"the nearest larger one is {ready[0]} of {ready[1]}x{ready[2]}",
+            )
+        with torch.no_grad():
+            _, values = self._step(flat, frozenset(), no_value)
+            for stale in self._stale(calls):
+                if stale:
+                    self._step(flat, stale, values.__getitem__)
 
     def cache_bytes(self) -> int:
         """Bytes kept between calls, of all generations that are under way."""

@@ -10,6 +10,7 @@ import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from torch import fx, nn
 
+from ..compiler.numerics import example
 from ..compiler.report import Report
 from ..errors import CallError, ModeError, PathError, did_you_mean
 from ..frontend.call import flatten
@@ -181,6 +182,14 @@ class GraphUNet(SourceSettings, LoraLayers):
             return result, {}
         output, *refreshed = result
         return output, dict(zip(variant.meta["gives"], refreshed, strict=True))
+
+    def _stale(self, calls: Any) -> Iterable[frozenset[str]]:
+        return frozenset().union(*(variant.stale for variant in self.graph.timetable(calls).variants))
+
+    def _random(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        flat = example(self.graph, 0, False, **sizes)
+        self._accept(flat)
+        return flat
 
     def variant(self, given: frozenset[str], inherited: frozenset[str] = frozenset()) -> fx.GraphModule:
         """Return the straight-line module for one kind of call, over this module's weights. It is built once.
