@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..errors import SdgraphError, SourceError, SpecError
 from ..progress import note
-from ..text import lines, read_text
+from ..text import from_json, lines, read_text
 
 INDEX = "model_index.json"
 AGAIN = "repair the folder, or save the model again"
@@ -147,9 +146,10 @@ def load_unet(source: str, dtype: str, variant: str | None = None) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object of diffusers, which may be a link into the cache of the hub."""
+    text = read_text(path, SourceError, hint=AGAIN)
     try:
-        plain = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        plain = from_json(text)
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path.name} cannot be read: {error}", where=str(path), hint=AGAIN) from error
     if not isinstance(plain, dict):
         raise SourceError(f"{path.name} is not a JSON object", where=str(path), hint=AGAIN)

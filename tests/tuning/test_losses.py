@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -31,8 +33,10 @@ from sdgraph.tuning import (
 )
 from sdgraph.tuning.losses.image import high_bands
 from sdgraph.tuning.objective import Objective
+from sdgraph.tuning.sources.latents import as_pipelines_run_it, encoded, scaled, unscaled
 
 from ..models import build, trace
+from .conftest import equal
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
@@ -118,7 +122,8 @@ def test_min_snr_is_diffusers_formula(prediction: str, weights: object) -> None:
 def test_features_are_squared_errors_relative_to_the_teachers() -> None:
     mine, its = torch.randn(2, 3, 8, 4, 4)
     wide = 100 * mine, 100 * its
-    expected = mse_loss(mine, its) / its.square().mean()
+    rows = [mse_loss(a, b) / b.square().mean() for a, b in zip(mine, its, strict=True)]
+    expected = torch.stack(rows).mean()
 
     torch.testing.assert_close(Features(sigma=None)(comparison(), [(mine, its)]), expected)
     torch.testing.assert_close(Features(sigma=None)(comparison(), [(mine, its), wide]), expected)
@@ -148,7 +153,14 @@ def test_similarity_is_that_of_its_paper() -> None:
     mine, its = torch.randn(6, 4, 2, 2), torch.randn(6, 10, 3, 3)  # other widths and sizes
     products = [f.flatten(1) @ f.flatten(1).T for f in (mine, its)]
     rows = [p / p.norm(dim=1, keepdim=True) for p in products]
-    torch.testing.assert_close(Similarity()(comparison(), [(mine, its)]), (rows[0] - rows[1]).square().sum() / 36)
+    whole = Similarity(group=6)(comparison(), [(mine, its)])
+    torch.testing.assert_close(whole, (rows[0] - rows[1]).square().sum() / 36)
+    parts = [Similarity(group=3)(comparison(), [(mine[at], its[at])]) for at in (slice(3), slice(3, 6))]
+    torch.testing.assert_close(Similarity(group=3)(comparison(), [(mine, its)]), torch.stack(parts).mean())
+    with pytest.raises(errors.TuningError, match="6 samples of a forward pass are no whole groups of 4"):
+        Similarity(group=4)(comparison(), [(mine, its)])
+    with pytest.raises(errors.SpecError, match="group"):
+        Similarity(group=1)
 
 
 def test_haar_bands_keep_the_energy_and_see_no_constant() -> None:
@@ -170,7 +182,7 @@ def test_wavelets_count_only_little_noise() -> None:
         )
         for p in (it.student, it.teacher)
     )
-    torch.testing.assert_close(Wavelet()(it, []), (mine - its)[0].abs().sum() / its[0].abs().sum())
+    torch.testing.assert_close(Wavelet()(it, []), (mine - its)[0].abs().sum() / its[0].abs().sum() / 3)
     assert Wavelet()(few, []) == 0
 
 
@@ -183,7 +195,7 @@ def test_the_encoder_sees_decoded_images_and_stays_as_it_is(pipe: object) -> Non
     for prediction in (it.student, it.teacher):
         clean = it.noising.clean(it.batch.noisy, prediction, it.batch.timesteps)
         seen.append(encoder(vae.decode(clean / vae.config.scaling_factor).sample))
-    errors = (seen[0] - seen[1]).square().mean(1) / seen[1].square().mean()
+    errors = (seen[0] - seen[1]).square().mean(1) / seen[1].square().mean(1)
     expected = (errors * it.noising.alphas[it.batch.timesteps]).mean()
 
     term = ImageFeatures(encoder, vae)(it, [])
@@ -194,6 +206,96 @@ def test_the_encoder_sees_decoded_images_and_stays_as_it_is(pipe: object) -> Non
     assert all(p.grad is None and p.requires_grad for p in (*encoder.parameters(), *vae.parameters()))
 
 
+class Half(nn.Module):
+    """An encoder with random layers and statistics of its batches, which evaluation mode turns off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten())
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = self.layers(images)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_images_are_decoded_as_they_are_encoded(pipe: object, dtype: torch.dtype) -> None:
+    vae = copy.deepcopy(pipe.vae).to(dtype)  # type: ignore[attr-defined]
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 4.0], "force_upcast": True}
+    vae.register_to_config(**statistics)
+    it, encoder = comparison(), Half().to(dtype)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    loss = ImageFeatures(encoder, vae)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = scaled(vae.config, encoded(as_pipelines_run_it(vae), images)[:, 0].float())
+    torch.testing.assert_close(scaled(vae.config, unscaled(vae.config, latents)), latents)
+    plain = copy.deepcopy(pipe.vae)  # type: ignore[attr-defined]
+    expected = Half()
+    expected.load_state_dict({name: value.float() for name, value in before.items()})
+    decoded = plain.decode(encoded(plain, images)[:, 0]).sample
+    torch.testing.assert_close(loss._seen(latents), expected.eval()(decoded).flatten(1), rtol=0.05, atol=0.05)
+
+    it = replace(it, student=it.student.clone().requires_grad_())
+    loss(it, []).backward()  # type: ignore[no-untyped-call]
+    assert it.student.grad is not None
+    assert torch.isfinite(it.student.grad).all()
+    assert it.student.grad.abs().sum() > 0
+    assert equal(encoder.state_dict(), before)
+    assert encoder.training
+    assert vae.dtype == dtype
+
+
+SPLIT: dict[type[Loss], Callable[[nn.Module], Loss]] = {
+    AttentionMaps: lambda _: AttentionMaps(),
+    Denoising: lambda _: Denoising(snr_gamma=5.0),
+    Features: lambda _: Features(),
+    Guidance: lambda _: Guidance(snr_gamma=5.0),
+    ImageFeatures: lambda vae: ImageFeatures(Half(), vae),
+    Output: lambda _: Output(snr_gamma=5.0),
+    RoutingPrior: lambda _: RoutingPrior(),
+    Similarity: lambda _: Similarity(group=2),
+    Wavelet: lambda _: Wavelet(),
+}
+
+
+def test_all_losses_are_split() -> None:
+    named = [getattr(sdgraph.tuning, name) for name in sdgraph.tuning.__all__]
+    assert {one for one in named if isinstance(one, type) and issubclass(one, Loss)} - {Loss} == SPLIT.keys()
+
+
+@pytest.mark.parametrize("kind", SPLIT, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_gradient_of_a_batch_is_the_mean_of_its_parts(kind: type[Loss], seed: int, pipe: object) -> None:
+    """Whatever rows a part has: at other timesteps, of other size, with captions of other rows."""
+    torch.manual_seed(seed)
+    loss, rows = SPLIT[kind](pipe.vae), 8  # type: ignore[attr-defined]
+    steps = torch.randint(1000, (rows // 2,)).repeat_interleave(2)
+    steps[-2:] = 20
+    it = comparison("v_prediction", tuple(steps.tolist()))
+    own = torch.tensor([True, False, True, True, False, False, True, True])
+    it = replace(it, batch=replace(it.batch, pairs=True, own=own))
+    scale = torch.logspace(-2, 2, rows)
+    shapes = {AttentionMaps: [(3, 16, 8), (3, 5, 8)], RoutingPrior: [(4,)]}.get(kind, [(8, 4, 4), (6, 4)])
+    leaves = [it.student, *(torch.randn(rows, *shape) * scale.view(-1, *[1] * len(shape)) for shape in shapes)]
+    others = [torch.randn_like(leaf) * scale.view(-1, *[1] * (leaf.ndim - 1)) for leaf in leaves[1:]]
+
+    def gradients(size: int) -> list[Tensor]:
+        live = [leaf.clone().requires_grad_() for leaf in leaves]
+        for begin in range(0, rows, size):
+            at = slice(begin, begin + size)
+            tensors = {name: getattr(it.batch, name)[at] for name in ("clean", "noise", "noisy", "timesteps", "own")}
+            part = replace(it, batch=replace(it.batch, **tensors), student=live[0][at], teacher=it.teacher[at])  # type: ignore[arg-type]
+            pairs = [(mine[at], its[at]) for mine, its in zip(live[1:], others, strict=True)]
+            (loss(part, pairs) * size / rows).backward()  # type: ignore[no-untyped-call]
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in live]
+
+    whole = gradients(rows)
+    assert any(gradient.abs().sum() > 0 for gradient in whole)
+    for size in (2, 4) if kind in (Guidance, Similarity) else (1, 2, 4):
+        for found, expected in zip(gradients(size), whole, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -202,7 +304,7 @@ def test_the_encoder_sees_decoded_images_and_stays_as_it_is(pipe: object) -> Non
         Features("layer", weight=2.0),
         Features(("mid_block", ("up_blocks.0", "up_blocks.1"))),
         AttentionMaps(weight=0.1),
-        Similarity(),
+        Similarity(group=4),
         Wavelet(3),
         RoutingPrior(weight=0.01, until=0.5),
     ],

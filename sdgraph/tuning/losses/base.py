@@ -41,6 +41,8 @@ class Loss(Spec):
     """A term of what training minimises. Terms add up by their weights, and are logged apart, without weights.
 
     A loss of your own is a frozen dataclass with `__call__`, and with `taps` if it compares values inside the models.
+    It is the mean of what it says about single rows: then accumulated batches, and processes, have the gradient of one
+    large batch. What is divided by a sum over rows has not.
 
     Args:
         weight: the factor of the term in the sum.
@@ -62,7 +64,7 @@ class Loss(Spec):
         return ()
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
-        """Return the term, a scalar.
+        """Return the term, a scalar, the mean over rows.
 
         Args:
             comparison: the batch and the predictions.

@@ -27,9 +27,10 @@ PRESETS = {
 class Features(Loss):
     """Distillation of features: the squared error of values inside the models, relative to the teacher's mean square.
 
-    Every pair of features counts alike, whatever its size. Where the widths differ, a 1x1 convolution that is trained
-    along maps the student's features to the teacher's width. Values farther than two standard deviations from their
-    mean, in either model, are left out: a few outliers dominate the sum otherwise, and can make it diverge.
+    Every row of every pair of features counts alike, whatever its size. Where the widths differ, a 1x1 convolution that
+    is trained along maps the student's features to the teacher's width. Values farther than two standard deviations
+    from their mean in a row, in either model, are left out: a few outliers dominate the sum otherwise, and can make it
+    diverge.
 
     Args:
         at: a preset, or module paths; a pair of paths names the student's and the teacher's. "stage" is the output of
@@ -85,7 +86,8 @@ class Features(Loss):
         kept = torch.ones_like(teacher)
         if self.sigma is not None:
             kept = _within(student.detach(), self.sigma) * _within(teacher, self.sigma)
-        return (kept * (student - teacher).square()).sum() / (kept * teacher.square()).sum().clamp(min=1e-8)
+        error, size = ((kept * square).flatten(1).sum(1) for square in ((student - teacher).square(), teacher.square()))
+        return (error / size.clamp(min=1e-8)).mean()
 
 
 def _resolution(tap: Tap, graph: Graph) -> tuple[int, ...]:
@@ -95,5 +97,7 @@ def _resolution(tap: Tap, graph: Graph) -> tuple[int, ...]:
 
 
 def _within(values: Tensor, sigma: float) -> Tensor:
-    """Return 1 where values lie within `sigma` standard deviations of their mean, 0 elsewhere."""
-    return ((values - values.mean()).abs() < sigma * values.std()).float()
+    """Return 1 where the values of a row lie within `sigma` standard deviations of their mean, 0 elsewhere."""
+    within = tuple(range(1, values.ndim))
+    deviation, mean = torch.std_mean(values, within, correction=0, keepdim=True)
+    return ((values - mean).abs() <= sigma * deviation).float()

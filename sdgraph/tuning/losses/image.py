@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -9,7 +11,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from ...errors import TuningError
 from ...options import Bounds, Count
+from ..sources.latents import unscaled
 from .base import Comparison, Loss, Values
 
 
@@ -17,9 +21,10 @@ from .base import Comparison, Loss, Values
 class ImageFeatures(Loss):
     """Distillation of meaning: the error of an image encoder's features of the predicted clean image.
 
-    The predictions of both models are decoded by the VAE and seen by the encoder. The squared error of the features is
-    relative to their mean square, and weighted by the share of signal, because the image that follows from a very noisy
-    input is a blur. Gradients pass through the encoder and the VAE, which stay as they are.
+    The predictions of both models are decoded by the VAE and seen by the encoder. The squared error of the features of
+    a row is relative to their mean square, and weighted by the share of signal, because the image that follows from a
+    very noisy input is a blur. Gradients pass through copies of the encoder and the VAE, in evaluation mode, and in
+    float32 if they are in float16, where small gradients vanish.
 
     Args:
         encoder: a module from images (B, 3, H, W) in [-1, 1] to features (B, ...), such as CLIP's image encoder behind
@@ -34,6 +39,11 @@ class ImageFeatures(Loss):
     encoder: nn.Module
     vae: Annotated[AutoencoderKL, Any]  # or another class that decodes as it does
 
+    @functools.cached_property
+    def _copies(self) -> tuple[Any, nn.Module]:
+        """The VAE and the encoder as they are computed with."""
+        return _frozen(self.vae), _frozen(self.encoder)
+
     def __str__(self) -> str:
         return f"ImageFeatures({type(self.encoder).__name__}, weight={self.weight})"
 
@@ -42,38 +52,29 @@ class ImageFeatures(Loss):
         mine = self._seen(noising.clean(batch.noisy, comparison.student, batch.timesteps))
         with torch.no_grad():
             its = self._seen(noising.clean(batch.noisy, comparison.teacher, batch.timesteps))
-        errors = (mine - its).square().mean(1) / its.square().mean().clamp(min=1e-8)
+        errors = (mine - its).square().mean(1) / its.square().mean(1).clamp(min=1e-8)
         return (errors * noising.alphas[batch.timesteps]).mean()
 
     def _seen(self, latents: Tensor) -> Tensor:
-        # A functional call with detached weights, so that neither module gathers gradients or changes its settings.
-        vae = {name: p.detach().to(latents.device) for name, p in self.vae.named_parameters()}
-        decoded = torch.func.functional_call(_Decoder(self.vae), {f"vae.{n}": p for n, p in vae.items()}, (latents,))
-        encoder = {name: p.detach().to(latents.device) for name, p in self.encoder.named_parameters()}
-        seen = torch.func.functional_call(self.encoder, encoder, (decoded.float(),))
+        vae, encoder = (module.to(latents.device) for module in self._copies)
+        decoded = vae.decode(unscaled(vae.config, latents).to(vae.dtype)).sample
+        dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
+        seen = encoder(decoded.to(dtype))
         features: Tensor = seen[0] if isinstance(seen, tuple) else seen
         return features.float().flatten(1)
 
 
-class _Decoder(nn.Module):
-    """The decoding half of a VAE, from latents as the UNet has them."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Tensor) -> Tensor:
-        shift = self.vae.config.shift_factor or 0.0
-        decoded: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor + shift).sample
-        return decoded
+def _frozen(module: nn.Module) -> nn.Module:
+    result = copy.deepcopy(module).eval().requires_grad_(False)
+    return result.float() if any(p.dtype == torch.float16 for p in result.parameters()) else result
 
 
 @dataclass(frozen=True)
 class Wavelet(Loss):
     """Distillation of detail: the absolute error of the high bands of the predicted clean latents.
 
-    The bands are those of a Haar transform; the low band is left out. Errors are relative to the teacher's bands, and
-    only samples with little noise count, because the high bands of a prediction from much noise are noise.
+    The bands are those of a Haar transform; the low band is left out. The error of a row is relative to the teacher's
+    bands. Rows with much noise count as 0, because the high bands of a prediction from much noise are noise.
 
     Args:
         levels: how often the low band is split.
@@ -87,16 +88,19 @@ class Wavelet(Loss):
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
         batch, noising = comparison.batch, comparison.noising
-        counts = (batch.timesteps < self.below * len(noising)).float()[:, None]
+        counts = (batch.timesteps < self.below * len(noising)).float()
         mine, its = (
             noising.clean(batch.noisy, prediction.float(), batch.timesteps)
             for prediction in (comparison.student, comparison.teacher)
         )
-        error, size = mine.new_zeros(()), mine.new_zeros(())
-        for a, b in zip(high_bands(mine, self.levels), high_bands(its, self.levels), strict=True):
-            error = error + (counts * (a - b).abs().flatten(1)).sum()
-            size = size + (counts * b.abs().flatten(1)).sum()
-        return error / size.clamp(min=1e-8)
+        if mine.shape[-1] % 2 or mine.shape[-2] % 2:
+            raise TuningError(
+                f"latents of {mine.shape[-2]} x {mine.shape[-1]} have no bands",
+                where=str(self),
+                hint="give them even sides",
+            )
+        a, b = (torch.cat([band.flatten(1) for band in high_bands(one, self.levels)], 1) for one in (mine, its))
+        return (counts * (a - b).abs().sum(1) / b.abs().sum(1).clamp(min=1e-8)).mean()
 
 
 def high_bands(image: Tensor, levels: int) -> list[Tensor]:

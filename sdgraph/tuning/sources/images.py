@@ -18,7 +18,7 @@ from .base import Contents, Samples
 from .captions import Captions, time_ids, with_empty
 from .image_folder import Crop, captioned, colour, pixels
 from .kept import FILES, GIGABYTE, Kept, begin
-from .latents import encoded, scaled
+from .latents import as_pipelines_run_it, encoded, scaled
 
 BATCH = 16  # images that are encoded at a time
 
@@ -78,7 +78,7 @@ class Images:
         names = [hash_text(Path(os.path.relpath(image.path, folder)).as_posix()) for image in self._images]
         draws = [None if center_crop else generator(seed, "crop", as_number(name)) for name in names]
         self._crops = [Crop.of(image.size, resolution, draw) for image, draw in zip(self._images, draws, strict=True)]
-        self._flip, self._vae, self._captions = random_flip, pipe.vae, Captions(pipe)
+        self._flip, self._vae, self._captions = random_flip, as_pipelines_run_it(pipe.vae), Captions(pipe)
         self._scaling = pipe.vae.config
         self._empty = dict(self._captions.empty)
         if "text_embeds" in self._empty:

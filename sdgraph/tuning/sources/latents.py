@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import TuningError
+
+
+def as_pipelines_run_it(vae: Any) -> Any:
+    """Return a VAE, or a copy in float32 where its configuration says that it overflows in float16, as SDXL's does."""
+    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    return copy.deepcopy(vae).float() if upcast else vae
 
 
 @torch.no_grad()
@@ -39,10 +46,19 @@ def scaled(vae_config: Any, latents: Tensor) -> Tensor:
         vae_config: the configuration of the VAE.
         latents: as the VAE encodes them.
     """
+    mean, std = _statistics(vae_config, latents)
+    return (latents - mean) / std * float(vae_config.scaling_factor)
+
+
+def unscaled(vae_config: Any, latents: Tensor) -> Tensor:
+    """Return latents as a VAE decodes them, (B, C, H, W): the inverse of `scaled`."""
+    mean, std = _statistics(vae_config, latents)
+    return latents / float(vae_config.scaling_factor) * std + mean
+
+
+def _statistics(vae_config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means and deviations of the channels of latents, (1, C, 1, 1), where pipelines heed them."""
     mean, std = getattr(vae_config, "latents_mean", None), getattr(vae_config, "latents_std", None)
-    if mean is not None and std is not None:
-        shape = (1, -1, 1, 1)
-        latents = (latents - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
-    else:
-        latents = latents - (getattr(vae_config, "shift_factor", None) or 0.0)
-    return latents * float(vae_config.scaling_factor)
+    if mean is None or std is None:
+        mean, std = [getattr(vae_config, "shift_factor", None) or 0.0], [1.0]
+    return tuple(latents.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (mean, std))  # type: ignore[return-value]
