@@ -108,7 +108,8 @@ class Batches:
         indices = [self._index(step * self._latents + number) for number in numbers]
         draws = [generator(self.seed, "row", step, number) for number in numbers]
         samples = self.source.samples(indices, draws)
-        if not torch.isfinite(samples.latents).all():
+        clean = samples.latents.float()
+        if not torch.isfinite(clean).all():
             raise TuningError(
                 f"latents of the rows {indices} have values that are not finite",
                 where="data",
@@ -117,18 +118,21 @@ class Batches:
         noise, noisy, timesteps = None, samples.noisy, samples.timesteps
         if noisy is None or timesteps is None:
             timesteps = self._timesteps(step)[numbers]
-            shape = samples.latents.shape[1:]
+            shape = clean.shape[1:]
             drawn = [generator(self.seed, "noise", step, number) for number in numbers]
             noise = torch.from_numpy(np.stack([draw.standard_normal(shape, np.float32) for draw in drawn]))
-            noisy = self.noising.noised(samples.latents, noise, timesteps)
+            noisy = self.noising.noised(clean, noise, timesteps)
         captions = [
             None if row % self._copies else self._caption(index, int(t), generator(self.seed, "caption", step, number))
             for row, number, index, t in zip(rows, numbers, indices, timesteps, strict=True)
         ]
         own = torch.tensor([caption in (None, index) for caption, index in zip(captions, indices, strict=True)])
-        conditions = self.source.conditions(captions)
-        noisy = noisy.contiguous()  # or the layout in which a VAE encoded would decide which kernels a UNet runs
-        return Batch(samples.latents, noise, noisy, timesteps, conditions, own, self.guidance_pairs)
+        conditions = {**self.source.conditions(captions), **samples.conditions}
+        conditions = {name: c.float() if c.is_floating_point() else c for name, c in conditions.items()}
+        noisy = (
+            noisy.float().contiguous()
+        )  # or the layout in which a VAE encoded would decide which kernels a UNet runs
+        return Batch(clean, noise, noisy, timesteps, conditions, own, self.guidance_pairs)
 
     @property
     def _copies(self) -> int:

@@ -71,6 +71,9 @@ def tune(
     CPU. Started by `accelerate launch`, it runs on several GPUs or machines, as distributed data parallel; with
     `--use_fsdp` the weights are spread over them.
 
+    Weights in half precision are trained in float32, in which small steps are not lost, and returned in their own
+    precision; the checkpoints keep what was trained. `mixed_precision` says in which precision the models compute.
+
     Args:
         student: the UNet to train, as `sdgraph.apply` returns it. It stays as it is; a copy is trained.
         teacher: the UNet to learn from, most often the one that the student was derived from. It stays as it is.
@@ -110,7 +113,7 @@ def tune(
     noising = Noising.of(scheduler)
     row = _batches(source, noising, chosen, 1).batch(0, [0])
     for unet in (student, teaching):
-        check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, unet.dtype)
+        check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, _at_least_float32(unet))
     check_differs(student, teaching, row.inputs)
     check_output(folder, student, teaching, source)
     with shards.asked() as spread:
@@ -121,19 +124,20 @@ def tune(
     with owned(folder, TuningError, "out") if accelerator.is_main_process else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         resumed = checkpoint_to_resume(folder, resume_from_checkpoint)
-        taught = copy.deepcopy(student).requires_grad_(train is None).train()
+        taught = copy.deepcopy(student).to(_at_least_float32(student)).requires_grad_(train is None).train()
         for path in taught.graph.matching(train) if train is not None else ():
             for parameter in taught.graph.region(path).parameters.values():
                 parameter.requires_grad_(True)
         gradient = _gradient(taught, teaching, source, noising, losses, chosen, accelerator, spread)
-        state = _state(taught, gradient, chosen, copy.deepcopy(student).to("cpu") if spread else None)
+        beside = copy.deepcopy(student).to("cpu", _at_least_float32(student)) if spread else None
+        state = _state(taught, gradient, chosen, beside)
         terms, precision = gradient.objective.losses, accelerator.mixed_precision
         identity = Identity.of(student, teaching, source, noising, terms, train, gradient.batches.size, precision)
         if resumed is not None:
             _resume(state, resumed, identity, chosen, terms)
         if chosen.report_to != "none":
             accelerator.init_trackers("logs")
-        _train(state, gradient, identity, chosen, folder, validate)
+        _train(state, gradient, identity, chosen, folder, validate, student.dtype)
         for tracker in accelerator.trackers:
             tracker.finish()  # and no end_training(), after which these processes could not train any more
         record = {
@@ -143,7 +147,8 @@ def tune(
             "versions": versions(),
             "passes": [str(applied.one) for applied in student.graph.passes],
         }
-        return _finished(state, folder, record if accelerator.is_main_process else None)
+        tuned = _as(state.result().requires_grad_(False).eval(), student.dtype)
+        return _finished(tuned, folder, record if accelerator.is_main_process else None)
 
 
 def _resume(state: State, checkpoint: Path, identity: Identity, settings: Settings, losses: Sequence[Loss]) -> None:
@@ -159,7 +164,13 @@ def _resume(state: State, checkpoint: Path, identity: Identity, settings: Settin
 
 
 def _train(
-    state: State, gradient: Gradient, identity: Identity, settings: Settings, folder: Path, validate: Validate | None
+    state: State,
+    gradient: Gradient,
+    identity: Identity,
+    settings: Settings,
+    folder: Path,
+    validate: Validate | None,
+    dtype: torch.dtype,
 ) -> None:
     """Take all steps that are left. If anything fails, the steps before it are kept in a checkpoint."""
     accelerator, steps = gradient.accelerator, settings.max_train_steps
@@ -201,7 +212,8 @@ def _train(
                 due = last or state.step % (settings.validation_steps or settings.checkpointing_steps) == 0
                 if validate is not None and due:
                     with state.averaged() as unet:
-                        _record(validate(unet, state.step) if main else {}, state.step, folder, accelerator)
+                        results = validate(_as(unet, dtype), state.step) if main else {}
+                        _record(results, state.step, folder, accelerator)
         except BaseException:
             # Processes that share the weights can only save together, and the others know nothing of this.
             if main and state.whole and state.step > saved and not state.spread:
@@ -275,7 +287,9 @@ def _gradient(
         # of 1x1 kernels count as both layouts, so that contiguous() would leave them.
         for parameter in student.parameters():
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, teacher.dtype)
+    precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
+        accelerator.mixed_precision, _at_least_float32(teacher)
+    )
     if (teacher.device, teacher.dtype) != (accelerator.device, precision):
         teacher = copy.deepcopy(teacher).to(accelerator.device, precision)
     watched = Observed(teacher, objective.teachers, given)
@@ -328,9 +342,17 @@ def _record(results: Mapping[str, Any], step: int, folder: Path, accelerator: An
     accelerator.wait_for_everyone()
 
 
-def _finished(state: State, folder: Path, record: Mapping[str, Any] | None) -> tuple[GraphUNet, TuningReport]:
-    """Return the student with its averaged weights; the main process, which has a record, writes them."""
-    unet = state.result().requires_grad_(False).eval()
+def _at_least_float32(unet: GraphUNet) -> torch.dtype:
+    return torch.promote_types(unet.dtype, torch.float32)
+
+
+def _as(unet: GraphUNet, dtype: torch.dtype) -> GraphUNet:
+    """Return a UNet in a precision, such as that in which the student came."""
+    return unet if unet.dtype == dtype else copy.deepcopy(unet).to(dtype)
+
+
+def _finished(unet: GraphUNet, folder: Path, record: Mapping[str, Any] | None) -> tuple[GraphUNet, TuningReport]:
+    """Return the tuned student with the log of its run; the main process, which has a record, writes both."""
     report = TuningReport.of(folder)
     if record is not None:
         text = json.dumps({"removed": unet.graph.removed, **record}, indent=1) + "\n"

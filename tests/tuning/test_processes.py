@@ -12,17 +12,17 @@ import torch
 
 import sdgraph
 from sdgraph.errors import TuningError
-from sdgraph.tuning import Denoising, Output, Tensors
+from sdgraph.tuning import AttentionMaps, Denoising, Features, Output, Similarity, Tensors, Wavelet
 
 from ..models import CROSS
 from .conftest import Tune, equal, tensors
 
-LOSSES = (Output(), Denoising(weight=0.5))  # means over rows; `Features` is relative within a forward pass
+LOSSES = (Output(), Denoising(weight=0.5), Features(), AttentionMaps(), Similarity(group=2), Wavelet())
 SETTINGS = {"losses": LOSSES, "train_batch_size": 8, "proportion_empty_prompts": 0.2, "use_ema": True}
 SCRIPT = """
 import sys, torch, sdgraph
 from diffusers import DDPMScheduler
-from sdgraph.tuning import Denoising, Output, Tensors, shards
+from sdgraph.tuning import AttentionMaps, Denoising, Features, Output, Similarity, Tensors, Wavelet, shards
 folder, *stops = sys.argv[1:]
 shards.LARGE = 1000
 
@@ -39,11 +39,11 @@ for stop in stops:
     tuned, _ = sdgraph.tune(
         student, teacher, data, scheduler=DDPMScheduler(), steps=int(stop), out=f"{folder}/run", train_batch_size=2,
         gradient_accumulation_steps=2, gradient_checkpointing=True,
-        losses=(Output(), Denoising(weight=0.5)), proportion_empty_prompts=0.2, learning_rate=2e-3, use_ema=True,
+        losses=LOSSES, proportion_empty_prompts=0.2, learning_rate=2e-3, use_ema=True,
         checkpointing_steps=1, report_to="none", validate=lambda unet, _: {"norm": unet.conv_in.weight.norm().item()},
     )
     print("norm", tuned.conv_in.weight.norm().item())
-"""
+""".replace("LOSSES", f"({', '.join(map(str, LOSSES))})")
 
 
 def assert_close(found: sdgraph.GraphUNet, expected: sdgraph.GraphUNet, start: sdgraph.GraphUNet) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
 from sdgraph.errors import TuningError
-from sdgraph.tuning import Images
+from sdgraph.tuning import Batches, Images, Noising
 from sdgraph.tuning.counter import generator
 from sdgraph.tuning.sources.image_folder import captioned
 
@@ -85,6 +86,31 @@ def test_sdxl_is_told_sizes_and_crops(photos: Path) -> None:
     }
     assert len(places) == 2  # random crops follow from the seed
     assert all(place[:3] == (16, 40, 0) and 0 <= place[3] <= 24 for place in places)
+
+
+def test_a_mirrored_row_is_what_is_seen_at_its_corner(tmp_path: Path) -> None:
+    places = np.zeros((16, 64, 3), np.uint8)
+    places[..., 0] = np.arange(64)
+    Image.fromarray(places).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red circle")
+    images = Images(tmp_path, large_with_text(), resolution=16, random_flip=True, seed=3)
+    left = int(images.conditions([0])["time_ids"][0, 3])
+    plain, mirrored = ((images._pixels(0, flip)[0, 0, 0] + 1) * 127.5 for flip in (False, True))
+    assert left not in (0, 24, 48)
+    assert round(float(plain)) == left
+    assert round(float(mirrored)) == 63 - left
+
+
+def test_sizes_are_those_of_the_image_whatever_its_caption(photos: Path) -> None:
+    source = Images(photos, large_with_text(), resolution=16, center_crop=True)
+    noising = Noising.of(DDPMScheduler())
+    for options in ({"guidance_pairs": True}, {"proportion_empty_prompts": 0.9}, {"random_conditioning": True}):
+        batches = Batches(source, noising, 10, **options)  # type: ignore[arg-type]
+        told = batches.batch(0, range(10)).conditions["time_ids"]
+        copies = 2 if "guidance_pairs" in options else 1
+        rows = [batches._index(row // copies) for row in range(10)]
+        assert told[:, :2].tolist() == [[*SIZES[row]] for row in rows]
+        assert told.tolist() == source.conditions(rows)["time_ids"].tolist()
 
 
 def test_images_are_mirrored_anew_at_every_step(photos: Path, pipe: Any, tmp_path: Path) -> None:

@@ -334,6 +334,54 @@ def test_experts_learn_to_part(teacher: UNet2DConditionModel, data: Tensors, tmp
     )
 
 
+def test_accumulated_batches_are_one_large_batch(tune: Tune, student: sdgraph.GraphUNet, tmp_path: Path) -> None:
+    losses = (*DEFAULT, AttentionMaps(), Similarity(group=2), Wavelet(), Guidance(3.0))
+    options = {"losses": losses, "steps": 3, "guidance_pairs": True}
+    whole, first = tune(out=tmp_path / "whole", train_batch_size=8, **options)
+    parts, second = tune(out=tmp_path / "parts", train_batch_size=2, gradient_accumulation_steps=4, **options)
+    for name in first.names[3:]:
+        assert second.column(name) == pytest.approx(first.column(name), rel=1e-3), name
+    far = torch.cat([(value - tensors(student)[n]).flatten() for n, value in tensors(whole).items()]).norm()
+    off = torch.cat([(value - tensors(parts)[n]).flatten() for n, value in tensors(whole).items()]).norm()
+    assert off < 0.01 * far
+
+
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"),
+    [(torch.float16, torch.float16), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+)
+def test_models_in_half_precision_are_trained_in_float32(
+    of_student: torch.dtype, of_teacher: torch.dtype, student: sdgraph.GraphUNet, teacher: UNet2DConditionModel,
+    data: Tensors, tmp_path: Path,
+) -> None:  # fmt: skip
+    seen = []
+    options = {
+        "scheduler": DDPMScheduler(), "steps": 2, "out": tmp_path / "run", "report_to": "none", "train_batch_size": 2,
+        "checkpointing_steps": 1, "validate": lambda unet, _: seen.append(unet.dtype) or {}, "learning_rate": 1e-6,
+    }  # fmt: skip
+    cast = copy.deepcopy(student).to(of_student), copy.deepcopy(teacher).to(of_teacher)
+    tuned, report = sdgraph.tune(*cast, data, **options)
+    exact, expected = sdgraph.tune(student, teacher, data, **{**options, "out": tmp_path / "exact"})
+    assert report.column("loss") == pytest.approx(expected.column("loss"), rel=0.05)
+    assert tuned.dtype == of_student
+    assert seen == [of_student] * 2 + [torch.float32] * 2
+    kept = sdgraph.GraphUNet.from_pretrained(tmp_path / "run" / "checkpoint-2" / "unet")
+    moved = [tensors(kept)[name] - value.float() for name, value in tensors(cast[0]).items()]
+    assert kept.dtype == torch.float32
+    assert all(step.abs().sum() > 0 for step in moved)  # steps that half precision would round to nothing
+    written = sdgraph.GraphUNet.from_pretrained(tmp_path / "run" / "unet", torch_dtype=of_student)
+    assert equal(tensors(written), tensors(tuned))
+    assert exact.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_data_of_any_precision_are_read(dtype: torch.dtype, tune: Tune, data: Tensors) -> None:
+    cast = Tensors(data._latents.to(dtype), {n: c.to(dtype) for n, c in data._conditions.items()}, dict(data._empty))
+    _, report = tune(data=cast, steps=1, proportion_empty_prompts=0.5)
+    _, expected = tune(data=data, steps=1, proportion_empty_prompts=0.5, out=report.out.parent / "exact")
+    assert report.column("loss") == pytest.approx(expected.column("loss"), rel=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd21", "sdxl"])
 def test_every_architecture_and_every_loss(name: str, tmp_path: Path) -> None:

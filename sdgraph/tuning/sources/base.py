@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -22,11 +22,14 @@ class Samples:
         noisy: noised latents (B, C, H, W) where the source has its own, as on a teacher's trajectory; otherwise noise
             is added to `latents`.
         timesteps: the timesteps (B,) of `noisy`.
+        conditions: what the UNet is told of the latents rather than of a caption, as SDXL of the sizes of an image; it
+            replaces what the caption says of it, which may be that of another row, or none.
     """
 
     latents: Tensor
     noisy: Tensor | None = None
     timesteps: Tensor | None = None
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ class Images:
             seen = torch.stack([of_row[int(flip)] for of_row, flip in zip(both, flipped, strict=True)])
         mean, std = seen.float().unbind(1)
         noise = np.stack([draw.standard_normal(mean.shape[1:], np.float32) for draw in generators])
-        return Samples(scaled(self._scaling, mean + std * torch.from_numpy(noise)))
+        told = {"time_ids": self._time_ids(rows)} if "time_ids" in self._empty else {}
+        return Samples(scaled(self._scaling, mean + std * torch.from_numpy(noise)), conditions=told)
 
     def conditions(self, rows: Sequence[int | None]) -> dict[str, Tensor]:
         given = [row for row in rows if row is not None]
@@ -157,6 +158,9 @@ class Images:
     def _conditions(self, rows: Sequence[int]) -> dict[str, Tensor]:
         known = self._captions([self._images[row].caption for row in rows])
         if "time_ids" in self._empty:
-            places = [(self._images[row].size, self._crops[row]) for row in rows]
-            known["time_ids"] = torch.stack([time_ids(s, c.corner, (c.side, c.side)) for s, c in places])
+            known["time_ids"] = self._time_ids(rows)
         return known
+
+    def _time_ids(self, rows: Sequence[int]) -> Tensor:
+        places = [(self._images[row].size, self._crops[row]) for row in rows]
+        return torch.stack([time_ids(size, crop.corner, (crop.side, crop.side)) for size, crop in places])
