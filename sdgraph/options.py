@@ -183,8 +183,8 @@ def described(kind: Any) -> str:
         return ", or ".join(map(described, arguments))
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
-    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
-    names |= {None: "None", Any: "anything"}
+    names: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    names |= {None: "None", type(None): "None", Any: "anything"}
     if kind in names:
         return names[kind]
     if origin is tuple and arguments and arguments[-1] is ...:
@@ -197,7 +197,7 @@ def described(kind: Any) -> str:
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
-def annotations(owner: Any) -> dict[str, Any]:
+def annotations_of(owner: Any) -> dict[str, Any]:
     """Return the annotations of a class or a function by name. Those that only a type checker can resolve are left out.
 
     Args:
@@ -233,7 +233,7 @@ def check(instance: Any, refusal: type[SdgraphError] = SpecError, where: str = "
     Raises:
         SdgraphError: a field has another type than it is annotated with, or is out of range.
     """
-    hints = annotations(type(instance))
+    hints = annotations_of(type(instance))
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name, None)
         implied = value is None and field.default is None  # `size: int = None` allows None
@@ -262,7 +262,7 @@ def checked(refusal: type[SdgraphError] = SpecError, where: str = "") -> Callabl
                 bound = signature.bind(*args, **kwargs)
             except TypeError:
                 return function(*args, **kwargs)  # which says what is wrong with the call in Python's own words
-            hints = annotations(function)
+            hints = annotations_of(function)
             for name, value in bound.arguments.items():
                 parameter = signature.parameters[name]
                 implied = value is None and parameter.default is None

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from .errors import SdgraphError, SpecError, did_you_mean
-from .options import annotations, check, checked
+from .options import annotations_of, check, checked
 
 log = logging.getLogger("sdgraph")
 
@@ -207,17 +207,24 @@ def _check_name(name: str, concerns: Callable[[type[Spec]], bool] = lambda _: Tr
             point.load()
         except Exception as error:  # a package that cannot be loaded has no class of the name
             log.warning("the pass %s (%s) cannot be loaded: %s", point.name, point.value, error)
-    for _ in range(2):
-        named = {_origin(c): c for c in _classes() if c.__name__ == name}
-        if len(named) < 2 or not any(map(concerns, named.values())):
-            return
-        gc.collect()  # a class that was deleted is there until then
-    where = sorted(f"{c.__module__}.{c.__qualname__}" for c in named.values())
+    if len(_places(name, concerns)) < 2:
+        return
+    gc.collect()  # a class that was deleted is there until then
+    where = _places(name, concerns)
+    if len(where) < 2:
+        return
     raise SpecError(
         f"{len(where)} classes are named {name}: {' and '.join(where)}",
         where=name,
         hint="give yours another name, and delete the class of the old name or start Python anew",
     )
+
+
+def _places(name: str, concerns: Callable[[type[Spec]], bool]) -> list[str]:
+    """Return the places where classes of a name are defined, if one of them is such that there is a conflict."""
+    named = {_origin(c): c for c in _classes() if c.__name__ == name}
+    concerned = any(map(concerns, named.values()))
+    return sorted(f"{c.__module__}.{c.__qualname__}" for c in named.values()) if concerned else []
 
 
 def _origin(spec_class: type[Spec]) -> tuple[str, str]:
@@ -266,6 +273,7 @@ def presets(spec_class: type[Spec]) -> dict[str, Any]:
 
 def _named(name: str, preset: str, text: str, kind: type[Spec]) -> tuple[str, Any]:
     """Return the full name of a class or a preset, and its constructor."""
+    _check_name(name)
     classes = _defined()
     if name not in classes:
         known()  # loads what installed packages declare
@@ -275,7 +283,6 @@ def _named(name: str, preset: str, text: str, kind: type[Spec]) -> tuple[str, An
         otherwise = f"write text in quotes: {name!r}" if kind is Spec else f"known: {', '.join(sorted(names))}"
         hint = did_you_mean(name, names) or otherwise
         raise SpecError(f"there is no {kind.__name__.lower()} named {name!r}", where=text, hint=hint)
-    _check_name(name)
     if not preset:
         return name, classes[name]
     constructors = presets(classes[name])
@@ -287,7 +294,7 @@ def _named(name: str, preset: str, text: str, kind: type[Spec]) -> tuple[str, An
 
 def _options(constructor: Any) -> dict[str, type[Spec]]:
     """Return the options of a class or a preset in order, with the spec class that each annotation names."""
-    hints = annotations(constructor if isinstance(constructor, type) else constructor.__func__)
+    hints = annotations_of(constructor if isinstance(constructor, type) else constructor.__func__)
     return {name: _spec_in(hints.get(name)) for name in inspect.signature(constructor).parameters}
 
 

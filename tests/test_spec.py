@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ from sdgraph.__main__ import main
 from sdgraph.errors import SpecError
 from sdgraph.passes import CleanUp, InheritFeatures, PruneBlocks
 from sdgraph.schedules import Range, Schedule, Uniform
-from sdgraph.spec import import_module, known, read
+from sdgraph.spec import _declared, import_module, known, read
 
 MODULE = """
 from dataclasses import dataclass
@@ -170,11 +172,16 @@ def test_numbers_that_are_no_literals() -> None:
     assert one.rate != one.rate
 
 
-def test_a_known_name_does_not_search_the_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(**options: str) -> None:
-        raise AssertionError("entry points were scanned")
+def test_known_names_search_the_installed_packages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, because a package that takes the name of another class is refused."""
+    scans, search = [], importlib.metadata.entry_points
 
-    monkeypatch.setattr("importlib.metadata.entry_points", fail)
+    def count(**options: str) -> Any:
+        scans.append(options)
+        return search(**options)
+
+    monkeypatch.setattr("importlib.metadata.entry_points", count)
+    _declared.cache_clear()
     assert parse("CleanUp, Tile(Window(3))") == (CleanUp(), Tile(Window(3)))
 
     @dataclass(frozen=True)
@@ -182,6 +189,7 @@ def test_a_known_name_does_not_search_the_installed_packages(monkeypatch: pytest
         """As in a notebook."""
 
     assert parse("DefinedLater(Window(3))") == (DefinedLater(Window(3)),)
+    assert len(scans) == 1
 
 
 def test_specs_within_specs() -> None:

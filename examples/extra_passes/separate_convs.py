@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdgraph import Contract, Findings, Graph, NearMiss, Pass
-from sdgraph.errors import SpecError
+from sdgraph.options import Bounds, Paths
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,8 @@ class SeparateConvs(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    energy: float = 0.9
-    where: str | tuple[str, ...] = "**.{conv1,conv2}"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.energy < 1:
-            raise SpecError(f"energy is {self.energy}", where="SeparateConvs", hint="use a value above 0 and below 1")
+    energy: Annotated[float, Bounds(gt=0, lt=1)] = 0.9
+    where: Paths = "**.{conv1,conv2}"
 
     def run(self, graph: Graph) -> Findings:
         edits, misses = [], []
