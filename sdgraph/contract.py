@@ -10,6 +10,8 @@ import torch
 from .errors import SpecError
 from .options import NotNegative, check
 
+Kind = Literal["exact", "close", "approximate"]
+
 
 @dataclass(frozen=True)
 class Contract:
@@ -23,7 +25,7 @@ class Contract:
         atol: the absolute bound of CLOSE, as in `torch.allclose`.
     """
 
-    kind: Literal["exact", "close", "approximate"]
+    kind: Kind
     rtol: NotNegative = 0.0
     atol: NotNegative = 0.0
 
@@ -55,8 +57,8 @@ class Contract:
     @staticmethod
     def weakest(contracts: list[Contract]) -> Contract:
         """Return the promise of a sequence of passes: the weakest kind, with the sums of the bounds."""
-        rank = ["exact", "close", "approximate"]
-        kind = max((c.kind for c in contracts), key=rank.index, default="exact")
+        rank: list[Kind] = ["exact", "close", "approximate"]
+        kind = max((c.kind for c in contracts), key=rank.index, default=rank[0])
         close = [c for c in contracts if c.kind == "close"]
         if kind != "close":
             return Contract(kind)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .errors import EditError, PathError, did_you_mean
-from .forecasts import Forecast, as_forecast
+from .forecasts import Forecast, Order, as_forecast
 from .inheritance.timetable import Timetable, timetable
 from .ir.editing import EditableGraph
 from .ir.insertion import first_operation, module_stack
@@ -52,7 +52,7 @@ class Graph(EditableGraph):
         picture(self, path, before)
 
     def inherit(
-        self, node: torch.fx.Node, name: str, schedule: Schedule, forecast: Forecast | int = 0, path: str = ""
+        self, node: torch.fx.Node, name: str, schedule: Schedule, forecast: Forecast | Order = 0, path: str = ""
     ) -> torch.fx.Node:
         """Make the value of `node` a site: calls at which `schedule` does not refresh it inherit it from earlier calls.
 
@@ -72,13 +72,14 @@ class Graph(EditableGraph):
             raise EditError(f"there is a site {name!r} already", where=scope(node), hint="name it otherwise")
         if not isinstance(node.meta["val"], torch.Tensor):
             raise EditError(f"{node.name} is no tensor", where=scope(node), hint="inherit a tensor")
+        made = Site(schedule, as_forecast(forecast))  # before the graph is edited
         after = node if node.op != "placeholder" else first_operation(self).prev
         with self.fx.inserting_after(after):
             site = self.fx.call_function(inherit, (node, name))
         site.meta["nn_module_stack"] = module_stack(self, path) if path else dict(node.meta.get("nn_module_stack", {}))
         self.infer(site)
         node.replace_all_uses_with(site, delete_user_cb=lambda user: user is not site)
-        self._sites[name] = Site(schedule, as_forecast(forecast))
+        self._sites[name] = made
         return site
 
     def reschedule(self, name: str, schedule: Schedule) -> None:

@@ -15,7 +15,7 @@ import sys
 import types
 import typing
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar, Union
 
 from .errors import SdgraphError, SpecError, did_you_mean
@@ -133,25 +133,26 @@ def fitted(value: Any, kind: Any) -> Any:
 def _contained(value: Any, kind: Any, origin: Any, arguments: tuple[Any, ...]) -> Any:
     """Return a value of another class, and of a container with fitted elements."""
     if origin is tuple and not isinstance(value, tuple):
-        value = value.tolist() if hasattr(value, "tolist") else value
-        if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping | set | frozenset):
+        given = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping | set | frozenset):
             raise Misfit(described(kind))
-        value = tuple(value)
+        value = tuple(given)
     if not isinstance(origin, type) or getattr(origin, "_is_protocol", False):
         return value
     if not isinstance(value, origin) or (isinstance(value, str | bytes) and arguments):  # text is no sequence of texts
         raise Misfit(described(kind))
-    if origin is tuple and arguments:
-        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
-        if len(kinds) != len(value):
+    if not arguments:
+        return value
+    elements: Any = value
+    if isinstance(elements, Mapping) and len(arguments) == 2:
+        return {fitted(key, arguments[0]): fitted(item, arguments[1]) for key, item in elements.items()}
+    if isinstance(elements, tuple):
+        kinds = arguments if origin is tuple and arguments[-1] is not ... else arguments[:1] * len(elements)
+        if len(kinds) != len(elements):
             raise Misfit(described(kind))
-        return tuple(map(fitted, value, kinds))
-    if isinstance(value, Mapping) and len(arguments) == 2:
-        return {fitted(key, arguments[0]): fitted(item, arguments[1]) for key, item in value.items()}
-    if isinstance(value, list | set | frozenset) and len(arguments) == 1:
-        return type(value)(fitted(item, arguments[0]) for item in value)
-    if isinstance(value, tuple) and issubclass(origin, Collection) and arguments:
-        return tuple(fitted(item, arguments[0]) for item in value)
+        return tuple(map(fitted, elements, kinds))
+    if isinstance(elements, list | set | frozenset):
+        return type(elements)(fitted(item, arguments[0]) for item in elements)
     return value
 
 
@@ -193,6 +194,8 @@ def described(kind: Any) -> str:
         return f"a tuple of {len(arguments)}: {'; '.join(map(described, arguments))}"
     if isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2:
         return f"a mapping from {described(arguments[0])} to {described(arguments[1])}"
+    if isinstance(origin, type) and issubclass(origin, Iterable) and arguments:
+        return f"a {origin.__name__.lower()}, of which each is {described(arguments[0])}"
     name = getattr(origin or kind, "__name__", str(kind))
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 

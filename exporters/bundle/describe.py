@@ -10,12 +10,12 @@ import torch
 
 from sdgraph import Graph, GraphUNet
 from sdgraph.errors import ExportError
-from sdgraph.forecasts import Polynomial
+from sdgraph.forecasts import Order, Polynomial
 from sdgraph.ir.sites import Site
 from sdgraph.ir.sites import sites as site_nodes
 from sdgraph.ir.specialize import per_call
 
-from .manifest import MODEL, REFRESH, Dtype, Layout, Manifest, Model, Order, Target, Value
+from .manifest import MODEL, REFRESH, Dtype, Layout, Manifest, Model, Target, Value
 
 
 def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, opset: int, calls: Any) -> Manifest:
@@ -90,6 +90,6 @@ def _value(graph: Graph, name: str, site: Site, dtype: torch.dtype) -> Value:
             where=name,
             hint="choose another site",
         )
-    order = site.forecast.memory - 1
-    forecast = cast(Order, order) if order <= 2 and site.forecast == Polynomial(order) else str(site.forecast)
+    order = cast(Order, site.forecast.memory - 1)
+    forecast = order if order <= 2 and site.forecast == Polynomial(order) else str(site.forecast)
     return Value(name, str(site.schedule), forecast, shape, site.invariant, site.bypassed)

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from sdgraph import __version__
 from sdgraph.errors import CallError, SpecError
-from sdgraph.forecasts import Forecast, as_forecast
+from sdgraph.forecasts import Forecast, Order, as_forecast
 from sdgraph.ir.guards import Guard, check_call
 from sdgraph.ir.inputs import Input
 from sdgraph.ir.sites import Site
@@ -35,7 +35,6 @@ AGAIN = "export the UNet again"
 KINDS = ("float", "index", "time", "mask")
 _DTYPES_OF = {"index": torch.int64, "time": torch.float32}
 
-Order = Literal[0, 1, 2]
 Count = Annotated[int, Meta(ge=0, le=1 << 60)]
 
 

@@ -174,12 +174,13 @@ class EditableGraph(GraphState):
         if name in sites(self.fx):
             raise EditError(f"there is a site {name!r} already", where=scope(value), hint="bypass another module")
         check_same_shape(self, value, instead, name)
+        made = Site(schedule, bypassed=True)  # before the graph is edited
         with self.fx.inserting_after(value):
             site = self.fx.call_function(bypass, (value, instead, name))
         site.meta["nn_module_stack"] = dict(value.meta.get("nn_module_stack", {}))
         self.infer(site)
         value.replace_all_uses_with(site, delete_user_cb=lambda user: user is not site)
-        self._sites[name] = Site(schedule, bypassed=True)
+        self._sites[name] = made
 
     def rewire(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         """Give `new` to every user of `old`.

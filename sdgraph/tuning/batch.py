@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TuningError
+from ..options import Count, Index, Share, check
 from .counter import generator
 from .noising import Noising
 from .sources import MoreCaptions, Source
@@ -80,14 +81,15 @@ class Batches:
 
     source: Source
     noising: Noising
-    size: int
-    seed: int = 0
-    proportion_empty_prompts: float = 0.0
+    size: Count
+    seed: Index = 0
+    proportion_empty_prompts: Share = 0.0
     random_conditioning: bool = False
-    timestep_intervals: int = 1
+    timestep_intervals: Count = 1
     guidance_pairs: bool = False
 
     def __post_init__(self) -> None:
+        check(self, TuningError)
         if isinstance(self.source, MoreCaptions) and not self.random_conditioning:
             raise TuningError(
                 "captions without images are read with random conditioning only",

@@ -63,8 +63,8 @@ def check_differs(student: GraphUNet, teacher: GraphUNet, inputs: Mapping[str, T
         mine, its = (dict(unet.named_parameters()) for unet in (student, teacher))
         if mine.keys() != its.keys() or not all(torch.equal(p, its[n].to(p)) for n, p in mine.items()):
             return
-        predictions = [_prediction(unet, inputs).float() for unet in (student, teacher)]
-        if not torch.allclose(*predictions, rtol=1e-4, atol=1e-4 * float(predictions[1].std())):
+        found, expected = (_prediction(unet, inputs).float() for unet in (student, teacher))
+        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std())):
             return
     passes = [str(applied.one) for applied in student.graph.passes]
     raise TuningError(
@@ -81,7 +81,8 @@ def _prediction(unet: GraphUNet, inputs: Mapping[str, Tensor]) -> Tensor:
         name: value.to(unet.device, unet.dtype if value.is_floating_point() else None) for name, value in inputs.items()
     }
     with torch.no_grad():
-        return Observed(unet, (), frozenset(given))(given)[0]
+        prediction: Tensor = Observed(unet, (), frozenset(given))(given)[0]
+    return prediction
 
 
 def has_empty(source: Source) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import TuningError
 from ..evaluation.evaluate import evaluate
+from ..options import Count, Index, NotNegative, check
 from ..runtime.unet import GraphUNet
 
 
@@ -26,9 +28,12 @@ class ValidationImages:
 
     pipe: Any
     prompts: Sequence[str]
-    num_inference_steps: int = 20
-    guidance_scale: float | None = None
-    seed: int = 0
+    num_inference_steps: Count = 20
+    guidance_scale: NotNegative | None = None
+    seed: Index = 0
+
+    def __post_init__(self) -> None:
+        check(self, TuningError, "ValidationImages")
 
     def __call__(self, unet: GraphUNet, step: int) -> dict[str, Any]:
         """Return PSNR in dB and SSIM of the student's images to the teacher's, and the images as a sheet."""

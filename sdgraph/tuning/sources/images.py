@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import TuningError
+from ...options import Count, Index, Text, checked
 from ..counter import generator
 from ..digest import as_number, hash_files, hash_model, hash_text
 from .base import Contents, Samples
@@ -51,21 +52,22 @@ class Images:
         `Images("photos", pipe, resolution=512, cache="photos-encoded")`
     """
 
+    @checked(TuningError)
     def __init__(
         self,
         folder: str | Path,
         pipe: Any,
         *,
-        resolution: int = 512,
+        resolution: Count = 512,
         center_crop: bool = False,
         random_flip: bool = False,
-        background: str = "white",
-        caption_column: str = "text",
-        seed: int = 0,
+        background: Text = "white",
+        caption_column: Text = "text",
+        seed: Index = 0,
         cache: str | Path | None = None,
-        cache_limit: int = 100 * GIGABYTE,
+        cache_limit: Count = 100 * GIGABYTE,
     ) -> None:
-        if resolution < 1 or resolution % pipe.vae_scale_factor:
+        if resolution % pipe.vae_scale_factor:
             raise TuningError(
                 f"the resolution is {resolution}, and the VAE scales by {pipe.vae_scale_factor}",
                 where="resolution",

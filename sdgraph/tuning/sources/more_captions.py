@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import TuningError
+from ...options import checked
 from ..digest import hash_text
 from .base import Contents, Samples, Source
 from .captions import Captions
@@ -34,7 +35,8 @@ class MoreCaptions:
         Kim et al., "Random Conditioning with Distillation for Data-Efficient Diffusion Model Compression", 2025.
     """
 
-    def __init__(self, source: Source, captions: Iterable[str], pipe: Any) -> None:
+    @checked(TuningError)
+    def __init__(self, source: Source, captions: str | Iterable[str], pipe: Any) -> None:
         self._source, self._texts = source, [captions] if isinstance(captions, str) else list(captions)
         if not self._texts or not all(isinstance(text, str) for text in self._texts):
             raise TuningError("there are no captions, or some are no text", where="captions", hint="pass texts")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import TuningError
+from ...options import Count, Index, NotNegative, checked
 from ...runtime.pipelines import without_bar
 from ..counter import generator
 from ..digest import as_number, hash_model, hash_text
@@ -51,25 +52,26 @@ class Prompts:
         training without images. Which latents to take is our own choice.
     """
 
+    @checked(TuningError)
     def __init__(
         self,
-        prompts: Iterable[str],
+        prompts: str | Iterable[str],
         pipe: Any,
         *,
         cache: str | Path,
-        num_inference_steps: int = 25,
-        guidance_scale: float | None = None,
-        calls_per_prompt: int = 4,
-        height: int | None = None,
-        width: int | None = None,
-        batch: int = 8,
-        seed: int = 0,
-        cache_limit: int = 100 * GIGABYTE,
+        num_inference_steps: Count = 25,
+        guidance_scale: NotNegative | None = None,
+        calls_per_prompt: Count = 4,
+        height: Count | None = None,
+        width: Count | None = None,
+        batch: Count = 8,
+        seed: Index = 0,
+        cache_limit: Count = 100 * GIGABYTE,
     ) -> None:
         self._prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not self._prompts or not all(isinstance(prompt, str) for prompt in self._prompts):
             raise TuningError("there are no prompts, or some are no text", where="prompts", hint="pass texts")
-        if not 1 <= calls_per_prompt <= num_inference_steps:
+        if calls_per_prompt > num_inference_steps:
             raise TuningError(
                 f"{calls_per_prompt} calls cannot be kept of {num_inference_steps} steps",
                 where="calls_per_prompt",

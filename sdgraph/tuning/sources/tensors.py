@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import TuningError
+from ...options import checked
 from ..digest import hash_rows, hash_tensors
 from .base import Contents, Samples, Source
 
@@ -27,6 +28,7 @@ class Tensors:
         `Tensors(latents, {"encoder_hidden_states": embeddings})`
     """
 
+    @checked(TuningError)
     def __init__(
         self, latents: Tensor, conditions: Mapping[str, Tensor], empty: Mapping[str, Tensor] | None = None
     ) -> None:
