@@ -106,7 +106,7 @@ def test_what_fits(value: Any, kind: Any, expected: Any) -> None:
         ({"a", "b"}, tuple[str, ...], "a tuple"),
         ((1, 2, 3), tuple[int, int], "a tuple of 2"),
         (3, tuple[int, ...], "a tuple"),
-        ("ab", Sequence[str], "a Sequence"),
+        ("ab", Sequence[str], "a sequence, of which each is text"),
         ({"a": -1}, Mapping[str, Count], "a mapping from text to a whole number"),
         ({1: 1}, Mapping[str, Count], "a mapping from text"),
         ("c", Literal["a", "b"], "one of 'a', 'b'"),
