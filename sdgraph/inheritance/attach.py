@@ -114,6 +114,7 @@ class Attachment:
     def _forget(self, _: object) -> None:
         if self in self._generations.clocks:
             self._generations.clocks.remove(self)
+            self._generations.end(self._timesteps)
 
     def __enter__(self) -> Self:
         return self

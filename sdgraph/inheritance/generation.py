@@ -8,10 +8,11 @@ is in doubt is computed anew, so that no feature ever comes from another prompt 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,6 +28,12 @@ from .lineage import Lineage
 log = logging.getLogger("sdgraph")
 
 PROMPT = "encoder_hidden_states"
+ENDED = object()  # the loop of generations whose `expecting` block is over
+SHARED = (
+    "a generation began with the prompt of another one that is not over, in the same loop: whose calls are whose "
+    "cannot be told, and nothing is inherited. Call unet.reset() after an interrupted generation, give samples that "
+    "take turns prompts of their own, and tell `expecting` the timesteps if they rise"
+)
 
 
 @dataclass(frozen=True)
@@ -69,13 +76,14 @@ class Generation:
 
     Args:
         signature: of its inputs: names, shapes, dtypes, devices, autocasting.
-        conditioning: what its calls have in common.
+        conditioning: what its calls have in common, the prompt first.
         loop: what vouches for the order of its calls.
         run: the calls it is part of.
         number: of the next call in that run.
         timestep: of the last call.
         shared: several samples may be going through the loop by turns, and whose features are whose cannot be told:
             nothing is kept.
+        thread: that its calls come from.
         lineage: its last latents and predictions, where nothing vouches for the order.
         values: of the refreshed sites, each with the number of the call that made it, newest last.
         missed: sites that were due at calls that did not need them; they are refreshed when next needed.
@@ -89,6 +97,7 @@ class Generation:
     number: int
     timestep: float
     shared: bool = False
+    thread: int = field(default_factory=threading.get_ident)
     calls: int = 0
     lineage: Lineage = field(default_factory=Lineage)
     values: dict[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
@@ -103,18 +112,40 @@ class Generation:
         sample: torch.Tensor,
     ) -> bool:
         """Whether a call can be the next one."""
-        if moment.loop is not self.loop or self._over or not self.has(signature, conditioning):
+        if moment.loop is not self.loop or self.over or not self.has(signature, conditioning):
             return False
         if moment.number is not None:
             return moment.run is self.run and moment.number == self.number
-        if moment.timestep > self.timestep:
+        timesteps = self.run.timesteps if self.loop is not None else None
+        if timesteps is not None and timesteps[self.number] == moment.timestep:
+            return True
+        if self._is_back(moment.timestep):
             return False
         again = moment.timestep == self.timestep  # as PNDM, Heun and DPM2 have it
         if self.loop is None:
             return self.lineage.leads_to(sample) and not (again and self.lineage.repeats(sample))
-        if again and self.run.timesteps is not None:
-            return self.run.timesteps[self.number] == moment.timestep
-        return not again or self.calls > 1
+        return not again or (self.calls > 1 and timesteps is None)
+
+    def _is_back(self, timestep: float) -> bool:
+        """Whether a timestep lies before that of the last call. Timesteps fall, or rise where a run says so."""
+        timesteps = self.run.timesteps
+        rising = self.loop is not None and timesteps is not None and timesteps[-1] > timesteps[0]
+        return timestep < self.timestep if rising else timestep > self.timestep
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the tensor of the prompt is gone, so that only a tensor with its contents can continue."""
+        return not self.conditioning[0].exists
+
+    def share(self) -> None:
+        """Several samples may be going through the loop with this prompt: nothing that was kept is anybody's."""
+        self.shared = True
+        self.values.clear()
+
+    def follow(self, conditioning: Iterable[torch.Tensor]) -> None:
+        """The call under way has these tensors."""
+        for constant, tensor in zip(self.conditioning, conditioning, strict=True):
+            constant.follow(tensor)
 
     def has(self, signature: tuple[object, ...], conditioning: Collection[torch.Tensor]) -> bool:
         """Whether a call has the same kind of inputs and the same conditioning."""
@@ -127,11 +158,19 @@ class Generation:
         this one: then this one may be taken up again."""
         if self.loop is None or moment.loop is not self.loop:
             return False
-        back = moment.timestep >= self.timestep if moment.number is None else moment.number < self.number
-        return self.shared or (back and not self._over)
+        back = (
+            moment.timestep == self.timestep or self._is_back(moment.timestep)
+            if moment.number is None
+            else moment.number < self.number
+        )
+        return self.shared or (back and not self.over)
+
+    def might_go_on(self, moment: Moment) -> bool:
+        """Whether the timestep of a call is one that could follow, as that of another image is not."""
+        return moment.timestep < self.timestep or (self.calls == 1 and moment.timestep != self.timestep)
 
     @property
-    def _over(self) -> bool:
+    def over(self) -> bool:
         return self.run.calls is not None and self.number >= self.run.calls
 
     def stale(self, sites: Mapping[str, Site]) -> frozenset[str]:
@@ -186,7 +225,7 @@ class Generation:
         """The call under way is done; after the last one of a run of known length nothing is kept."""
         self.number += 1
         self.calls += 1
-        if self._over:
+        if self.over:
             self.values.clear()
 
 
@@ -194,7 +233,8 @@ class Generations:
     """The generations of one UNet, each with its own values; a thread sees its own only."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], Generation] = {}
+        self._known: dict[int, Generation] = {}
+        self._numbers = itertools.count()
         self._expected = threading.local()
         self._said: set[str] = set()
         self.clocks: list[Clock] = []
@@ -237,11 +277,10 @@ class Generations:
             sites: that calls may inherit.
         """
         prompt, moment = flat[PROMPT], self._moment(flat["timestep"])
-        conditioning = [flat[name] for name in constant if name in flat]
+        conditioning = [prompt, *(flat[name] for name in constant if name in flat and name != PROMPT)]
         casting = torch.is_autocast_enabled(prompt.device.type)
         signature = (casting, *((name, v.shape, v.dtype, v.device) for name, v in flat.items()))
-        key = threading.get_ident(), id(prompt)
-        generation = self._known.get(key)
+        key, generation = self._find(signature, conditioning, moment)
         if moment is None:
             self._known.pop(key, None)
             self.say("the samples of a batch have different timesteps: such calls inherit nothing")
@@ -249,19 +288,13 @@ class Generations:
             return
         if generation is None or not generation.continues(signature, conditioning, moment, flat["sample"]):
             shared = generation is not None and generation.restarts(moment)
-            if generation is None:
-                weakref.finalize(prompt, self._known.pop, key, None)  # the values go when the prompt does
-            elif shared:
+            if shared:
+                self.say(SHARED)
+            elif generation is not None and moment.loop is None and generation.might_go_on(moment):
                 self.say(
-                    "a generation began with the prompt of another one that is not over, in the same loop: whose calls "
-                    "are whose cannot be told, and nothing is inherited. Call unet.reset() after an interrupted "
-                    "generation, and give samples that take turns prompts of their own"
-                )
-            elif moment.loop is None and moment.timestep < generation.timestep:
-                self.say(
-                    "the latents of a call do not follow from the calls before (a sampler with random steps, another "
-                    "image, or edited latents), so it inherits nothing. Tell the UNet how calls are made: "
-                    "sdgraph.attach(pipe), or `with unet.expecting(timesteps)` in a loop of your own"
+                    "the latents of a call do not follow from the calls before (a sampler with random steps, rising "
+                    "timesteps, another image, or edited latents), so it inherits nothing. Tell the UNet how calls are "
+                    "made: sdgraph.attach(pipe), or `with unet.expecting(timesteps)` in a loop of your own"
                 )
             constants = tuple(Constant(tensor, waits=moment.loop is None) for tensor in conditioning)
             before, generation = (
@@ -273,7 +306,12 @@ class Generations:
                     self.say(doubt)
             if before is not None and before.has(signature, conditioning):
                 generation.take_over(before, sites)
+            self._forget_orphans(moment.loop)
             self._known[key] = generation
+            weakref.finalize(prompt, self._orphaned, key)
+        elif not generation.conditioning[0].is_very(prompt):
+            weakref.finalize(prompt, self._orphaned, key)
+        generation.follow(conditioning)
         generation.timestep = moment.timestep
         try:
             yield generation
@@ -281,6 +319,55 @@ class Generations:
             self._known.pop(key, None)
             raise
         generation.advance()
+
+    def _find(
+        self, signature: tuple[object, ...], conditioning: Sequence[torch.Tensor], moment: Moment | None
+    ) -> tuple[int, Generation | None]:
+        """The generation with the prompt of a call, and its number.
+
+        A tensor that has the contents of one that is gone is the same prompt, where something vouches for the order of
+        the calls. Where nothing does, values go with the tensor of the prompt, so that none outlive their generation.
+        """
+        mine = [(number, g) for number, g in list(self._known.items()) if g.thread == threading.get_ident()]
+        for number, generation in mine:
+            if generation.conditioning[0].is_very(conditioning[0]):
+                return number, generation
+        equal = [
+            (number, generation)
+            for number, generation in mine
+            if moment is not None
+            and generation.loop is moment.loop
+            and not generation.over
+            and generation.has(signature, conditioning)
+        ]
+        orphaned = [(number, generation) for number, generation in equal if generation.orphaned]
+        if orphaned and orphaned[0][1].loop is not None:
+            if len(equal) > 1:
+                for _, generation in orphaned:
+                    generation.share()
+                self.say(SHARED)
+            return orphaned[0]
+        if any(g.calls == 1 and moment is not None and g.timestep != moment.timestep for _, g in equal):
+            self.say(
+                "the tensor of the prompt is made anew at every call, so calls inherit nothing. Pass the same tensor "
+                "to all calls of a generation; or tell the UNet which calls belong together, and keep no such tensors: "
+                "sdgraph.attach(pipe), or `with unet.expecting(timesteps)`"
+            )
+        return next(self._numbers), None
+
+    def _orphaned(self, number: int) -> None:
+        """The tensor of a prompt is gone: so are the values, if nothing says that another one comes."""
+        generation = self._known.get(number)
+        if generation is not None and generation.loop in (None, ENDED) and generation.orphaned:
+            generation.values.clear()
+            generation.lineage = Lineage()
+
+    def _forget_orphans(self, loop: object | None) -> None:
+        """Forget the generations of this thread that no call can continue, when another one begins in `loop`."""
+        for number, generation in list(self._known.items()):
+            continued = loop is not None and generation.loop is loop and not generation.over
+            if generation.thread == threading.get_ident() and generation.orphaned and not continued:
+                self._known.pop(number, None)
 
     def _moment(self, timestep: torch.Tensor) -> Moment | None:
         """Where a call stands; None if its samples stand at different places."""
@@ -313,7 +400,15 @@ class Generations:
         try:
             yield
         finally:
+            self.end(self._expectation[1])
             self._expected.run = before
+
+    def end(self, loop: object) -> None:
+        """The loop is over: the values of its generations go with the tensors of their prompts."""
+        for number, generation in list(self._known.items()):
+            if generation.loop is loop:
+                generation.loop = ENDED
+                self._orphaned(number)
 
     def clear(self) -> None:
         self._known.clear()
