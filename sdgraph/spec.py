@@ -245,6 +245,8 @@ def value_of(tree: ast.expr, text: str, kind: type[Spec]) -> Any:
     """
     if isinstance(tree, ast.Tuple | ast.List):
         return tuple(value_of(item, text, kind) for item in tree.elts)
+    if isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name):
+        return _construct(tree, text, kind)  # a preset with its default options
     if isinstance(tree, ast.Name):
         return NUMBERS[tree.id] if tree.id in NUMBERS else _construct(tree, text, kind)
     if isinstance(tree, ast.UnaryOp) and ast.unparse(tree) in ("-inf", "-nan"):
@@ -306,7 +308,7 @@ def _spec_in(hint: Any) -> type[Spec]:
     return next((spec_class for spec_class in inner if spec_class is not Spec), Spec)
 
 
-def _construct(tree: ast.Name | ast.Call, text: str, kind: type[Spec]) -> Any:
+def _construct(tree: ast.Name | ast.Attribute | ast.Call, text: str, kind: type[Spec]) -> Any:
     """Construct a spec from its name or call."""
     call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
     first, _, preset = ast.unparse(call.func).partition(".")

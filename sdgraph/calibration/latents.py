@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import SourceError, SpecError
 from ..inheritance.attach import attach
-from ..runtime.pipelines import with_unet
+from ..runtime.pipelines import per_prompt, with_unet
 from ..runtime.unet import GraphUNet
 from ..schedules import Run
 from ..solvers import is_random, name_of
@@ -56,7 +56,9 @@ def final_latents(
     images = len(prompts) * int(call.get("num_images_per_prompt") or 1)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(images)]
     with with_unet(pipe, unet), attach(pipe) as attachment:
-        result = pipe(prompt=list(prompts), generator=generators, **{**call, "output_type": "latent"})
+        result = pipe(
+            prompt=list(prompts), generator=generators, **{**per_prompt(call, len(prompts)), "output_type": "latent"}
+        )
         return result.images, attachment.run
 
 

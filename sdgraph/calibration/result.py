@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from math import log10
 from typing import Any
 
@@ -44,6 +45,8 @@ class SearchResult:
         moved: whether the chosen plan is another one than the even spacing, and better on the held-out prompts.
         prompts: how many the search saw, without those that were passed as held out.
         reference_steps: the number of steps of the latents that errors are differences from.
+        steps: the number of steps of the generations.
+        config: the configuration of the UNet that was searched on.
     """
 
     passes: Chain
@@ -52,6 +55,8 @@ class SearchResult:
     moved: bool
     prompts: int
     reference_steps: int
+    steps: int
+    config: Mapping[str, Any] = field(repr=False)
 
     @property
     def predicted(self) -> float:
@@ -72,7 +77,7 @@ class SearchResult:
         off = f"{ratio:.2g} times" if ratio > 1 else f"1/{1 / ratio:.2g} of"
         return (
             f"the error on the held-out prompts is {off} what was predicted (prompts: {self.prompts}), so the error on "
-            "other prompts is not known either: search on more prompts, 16 to 32"
+            f"other prompts is not known either: search on more prompts, such as {max(32, 2 * self.prompts)}"
         )
 
     def __str__(self) -> str:
@@ -92,6 +97,9 @@ class SearchResult:
         """Plain data; `sdgraph.parse` reads the passes."""
         return {
             "passes": str(self.passes),
+            "steps": self.steps,
+            "solver": self.timetable.run.solver,
+            "unet": {name: value for name, value in self.config.items() if not name.startswith("_")},
             "rows": [asdict(row) for row in self.rows],
             "moved": self.moved,
             "prompts": self.prompts,

@@ -83,13 +83,7 @@ def search(
         `sdgraph.search(pipe, [InheritFeatures.damped(2)], prompts, budget=0.5, num_inference_steps=20)`
     """
     check_request("search", pipe, prompts, call)
-    if not 0 < budget <= 1:
-        raise SpecError(f"the budget is {budget}", where="search", hint="a share of all, above 0 and at most 1")
-    if len(prompts) < (2 if held_out else 3):
-        hint = "16 to 32 prompts: some are tuned on, some validate, and some are held out"
-        raise SpecError(f"there are {len(prompts)} prompts, too few to search on", where="search", hint=hint)
-    if cost not in ("time", "macs"):
-        seconds_of(Path(cost))  # a bad file is refused before anything is generated
+    check_settings(prompts, budget, held_out, cost)
     dealt = 2 if held_out else 3
     groups = {TUNING: prompts[0::dealt], VALIDATION: prompts[1::dealt], HELD_OUT: held_out or prompts[2::dealt]}
     source = apply(pipe.unet, ())
@@ -112,7 +106,24 @@ def search(
             rows.append(Row(f"{number} steps, all computed", part, None, typical(judge.computed(number))))
     chain = options.chain(chosen, rehearsal.run)
     result = apply(source, chain.passes, verify=False)
-    return SearchResult(chain, timetable(result.graph, rehearsal.run), tuple(rows), moved, len(prompts), aim)
+    return SearchResult(
+        chain, timetable(result.graph, rehearsal.run), tuple(rows), moved, len(prompts), aim, steps, source.config
+    )
+
+
+def check_settings(prompts: Sequence[str], budget: float, held_out: Sequence[str], cost: str | Path) -> None:
+    """Refuse the settings of a search that no pipeline could fulfil; the arguments are those of `search`.
+
+    Raises:
+        SpecError: too few prompts, a budget that is no share, or a bad file.
+    """
+    if not 0 < budget <= 1:
+        raise SpecError(f"the budget is {budget}", where="search", hint="a share of all, above 0 and at most 1")
+    if len(prompts) < (2 if held_out else 3):
+        hint = "16 to 32 prompts: some are tuned on, some validate, and some are held out"
+        raise SpecError(f"there are {len(prompts)} prompts, too few to search on", where="search", hint=hint)
+    if cost not in ("time", "macs"):
+        seconds_of(Path(cost))  # a bad file is refused before anything is generated
 
 
 class _Judge:

@@ -14,18 +14,18 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
-from ..errors import ContractError, ExportError, PassError, QualityError, SdgraphError
+from ..errors import ContractError, ExportError, PassError, QualityError, SdgraphError, did_you_mean
 from ..progress import silent
 from ..spec import import_module
 from ..version import __version__
-from . import apply, bench, evaluate, export, inspect, passes, search, tune
+from . import apply, bench, evaluate, export, inspect, passes, search, show, tune
 from .arguments import add_quiet, check_outputs, threads
 from .quiet import quiet
 from .terminal import interruptible, outputs
 
 __all__ = ["main"]
 
-COMMANDS = (apply, evaluate, search, tune, export, inspect, bench, passes)
+COMMANDS = (apply, show, evaluate, search, tune, export, inspect, bench, passes)
 DESCRIPTION = """\
 A graph-transformation compiler for diffusion UNets: change a UNet by passes, compare its images, export it.
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _status(arguments: Sequence[str] | None) -> int:
     """Execute a command, print its errors, and return its exit status."""
     try:
-        _execute(_parser().parse_args(arguments))
+        _execute(_parsed(arguments))
     except SdgraphError as error:
         print(f"sdgraph: {error}", file=sys.stderr)
         return 1 if isinstance(error, FAILURES) else 2
@@ -81,6 +81,17 @@ def _status(arguments: Sequence[str] | None) -> int:
         print("sdgraph: this is a defect of sdgraph or of a pass: please report the lines above", file=sys.stderr)
         return 3
     return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments of a command. An option that there is not ends the process with the nearest name."""
+    args, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        known = [option for action in args.parser._actions for option in action.option_strings]
+        options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        near = next(filter(None, (did_you_mean(option, known, 1) for option in options)), "")
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{near and f' ({near})'}")
+    return args
 
 
 def _execute(args: argparse.Namespace) -> None:
@@ -118,4 +129,4 @@ def _add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
     words = [" ".join([*action.option_strings, str(action.metavar)]) for action in required]
     # argparse would list every option, which puts seven lines before an error
     parser.usage = " ".join(["sdgraph", name, *words, "[options]"])
-    parser.set_defaults(run=module.run)
+    parser.set_defaults(run=module.run, parser=parser)

@@ -12,12 +12,13 @@ import argparse
 from pathlib import Path
 
 from .arguments import add_dtype, add_imports, add_model, add_overwrite, add_threads
+from .plans import add_passes, read_passes
 from .sources import load_unet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("passes", metavar="PASSES", help="passes as text, separated by commas; see `sdgraph passes`")
+    add_passes(parser, "passes")
     parser.add_argument("--save", type=Path, metavar="DIR", help="folder to save the resulting UNet in")
     add_dtype(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not check the passes against their contracts")
@@ -27,11 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..compiler.parse import parse
     from ..runtime.apply import apply
 
-    passes = parse(args.passes)
-    unet = apply(load_unet(args.model, args.dtype, args.variant), passes, verify=not args.no_verify, progress=True)
+    given = read_passes(args.passes)
+    source = load_unet(args.model, args.dtype, args.variant)
+    given.check_unet(source.config)
+    unet = apply(source, given.passes, verify=not args.no_verify, progress=True)
     print(unet.report)
     if args.save is not None:
         unet.save_pretrained(args.save)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ..errors import SpecError
 from ..progress import note
 
 PICTURES = ("picture", "timetable")  # options that name files of pictures
+CALLS = 50
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -30,6 +32,22 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return number
+
+
+def number(text: str) -> float:
+    """Parse a finite number."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+
+
+def seed(text: str) -> int:
+    """Parse a seed, a whole number that is not negative."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := int(text)) < 2**63:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
 
 
 def bound(text: str) -> tuple[str, float]:
@@ -85,25 +103,6 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="directory that `sdgraph export` wrote")
 
 
-def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Add what diffusers' pipelines ask for: the prompts, the steps, the guidance, the device and the dtype."""
-    parser.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE", help="text file with one prompt per line"
-    )
-    parser.add_argument(
-        "--steps",
-        type=positive,
-        default=50,
-        metavar="N",
-        help="inference steps of the scheduler (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--guidance", type=float, metavar="SCALE", help="guidance scale (default: that of the pipeline)"
-    )
-    parser.add_argument("--device", type=device, default="cpu", help="device of PyTorch (default: %(default)s)")
-    add_dtype(parser)
-
-
 def add_dtype(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = DTYPES) -> None:
     """Add --dtype, one of the names in `dtypes`."""
     parser.add_argument(
@@ -147,10 +146,13 @@ def threads(args: argparse.Namespace) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def add_calls(parser: argparse.ArgumentParser, default: int) -> None:
-    """Add --calls, the length of a generation."""
+def add_calls(parser: argparse.ArgumentParser, default: int = CALLS) -> None:
+    """Add --calls, the length of a generation; it is None where the command line does not say it."""
     parser.add_argument(
-        "--calls", type=positive, default=default, metavar="N", help="UNet calls per generation (default: %(default)s)"
+        "--calls",
+        type=positive,
+        metavar="N",
+        help=f"UNet calls per generation (default: those of a plan, or {default})",
     )
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_bundle, add_calls, add_overwrite, add_threads, positive, write_json
+from .arguments import add_bundle, add_overwrite, add_threads, positive, write_json
 from .sources import bundle_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
-    add_calls(parser, 20)
+    parser.add_argument(
+        "--calls", type=positive, default=20, metavar="N", help="UNet calls per generation (default: %(default)s)"
+    )
     parser.add_argument(
         "--size", type=positive, nargs=2, metavar=("H", "W"),
         help="height and width of the latents, an eighth of the image's (default: those of the model)",

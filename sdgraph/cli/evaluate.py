@@ -1,22 +1,27 @@
-"""Compare the images of a pipeline before and after a change of its UNet.
+"""Compare the images of a pipeline before and after a change.
 
   sdgraph evaluate stable-diffusion-v1-5/stable-diffusion-v1-5 "PruneBlocks('mid_block')" \\
       --prompts prompts.txt --seeds 0 1 --steps 25 --require psnr=20 ssim=0.7 --out evaluation
+  sdgraph evaluate stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.txt --steps 12 --reference-steps 25
 
-CHANGE is passes as text, or the folder of a saved or exported UNet. Both sides generate the same prompts from the same
-seeds. The exit status is 1 if a figure misses its bound.
+CHANGE is passes, a file of them, or the folder of a saved or exported UNet. The images after the change are compared
+with those of the reference, from the same prompts and seeds. The reference is the pipeline itself, with the same steps
+and scheduler, unless the --reference options say otherwise. The exit status is 1 if a figure misses its bound.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import copy
 from pathlib import Path
 from typing import Any
 
 from ..errors import SpecError, did_you_mean
-from .arguments import add_generation, add_imports, add_overwrite, add_pipeline, add_threads, bound, positive
-from .sources import load_pipeline, load_unet, read_prompts
+from ..progress import note
+from .arguments import add_imports, add_overwrite, add_pipeline, add_threads, bound, positive, seed
+from .generation import add_generation, call_of, check_graph_size, check_scheduler, check_size, made_scheduler
+from .plans import PASSES, Given, read_passes
+from .sources import load_bundle, load_pipeline, load_unet, read_prompts
 
 PERCEPTUAL = ("lpips", "clip")
 FIGURES = ("psnr", "ssim", "largest", "equal", *PERCEPTUAL)
@@ -24,10 +29,23 @@ FIGURES = ("psnr", "ssim", "largest", "equal", *PERCEPTUAL)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline(parser)
-    parser.add_argument("change", metavar="CHANGE", help="passes as text, or the folder of a saved or exported UNet")
+    parser.add_argument(
+        "change", nargs="?", metavar="CHANGE", help=f"{PASSES}; or the folder of a saved or exported UNet",
+    )  # fmt: skip
     add_generation(parser)
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="seeds for every prompt (default: 0)"
+        "--reference", metavar="CHANGE",
+        help="what to compare with, named as CHANGE is; a tuned UNet is compared with its teacher, for example "
+        "(default: the UNet of the pipeline)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference-steps", type=positive, metavar="N", help="inference steps of the reference (default: --steps)"
+    )
+    parser.add_argument(
+        "--reference-scheduler", metavar="NAME", help="scheduler of the reference (default: --scheduler)"
+    )
+    parser.add_argument(
+        "--seeds", type=seed, nargs="+", default=[0], metavar="SEED", help="seeds for every prompt (default: 0)"
     )
     parser.add_argument(
         "--batch", type=positive, default=1, metavar="N", help="images per pipeline call (default: %(default)s)"
@@ -54,39 +72,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..evaluation.evaluate import evaluate
     from ..evaluation.metrics import CLIP
+    from ..runtime.unet import GraphUNet
+    from ..solvers import name_of
 
     at_least, at_most = dict(args.require), dict(args.at_most)
     for name in (*at_least, *at_most):
         if name not in FIGURES:
             hint = did_you_mean(name, FIGURES) or f"the figures are {', '.join(FIGURES)}"
             raise SpecError(f"there is no figure named {name!r}", where="--require, --at-most", hint=hint)
+    if args.change is None and (args.reference, args.reference_steps, args.reference_scheduler) == (None,) * 3:
+        raise SpecError(
+            "there is nothing to compare", where="CHANGE",
+            hint="name a change, such as passes, or other steps with --reference-steps, or another --reference",
+        )  # fmt: skip
     prompts = read_prompts(args.prompts)
-    change = _change(args.change, args.dtype)
+    change, reference = _change(args.change, args), _change(args.reference, args)
+    given = [side for side in (change, reference) if isinstance(side, Given)]
+    for side in given or [Given(())]:
+        check_size(args, args.pipeline, side.passes)
+    if isinstance(change, Given):
+        change.check_steps(args.steps)
+    call = call_of(args, change.steps if isinstance(change, Given) else None)
+    reference_steps = args.reference_steps or call["num_inference_steps"]
+    check_scheduler(args.scheduler, args.pipeline, call["num_inference_steps"])
+    check_scheduler(args.reference_scheduler, args.pipeline, reference_steps, "--reference-scheduler")
     pipe = load_pipeline(args.pipeline, args.dtype, args.device, args.variant)
-    guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
+    for side in given:
+        side.check_unet(pipe.unet.config)
+    own = pipe.scheduler
+    pipe.scheduler = made_scheduler(args.scheduler, own)
+    first = copy.copy(pipe)
+    if args.reference_scheduler is not None:
+        first.scheduler = made_scheduler(args.reference_scheduler, own, "--reference-scheduler")
+    first.unet = _unet(reference, pipe.unet)
+    after = pipe if change is None else change.passes if isinstance(change, Given) else change
+    for unet in (pipe.unet, first.unet, after):
+        check_graph_size(args, args.pipeline, unet)
+    if isinstance(change, Given):
+        change.check_solver(name_of(pipe.scheduler))
+    if args.reference is None and isinstance(change, Given) and isinstance(pipe.unet, GraphUNet):
+        applied = ", ".join(map(str, pipe.unet.graph.passes)) or "no passes"
+        note(f"the reference is the UNet of {args.pipeline} itself ({applied}); --reference names another")
     required = {*args.perceptual, *at_least, *at_most}
     evaluation = evaluate(
-        pipe, change, prompts, seeds=args.seeds, batch=args.batch, clip=args.clip or CLIP,
-        perceptual=[name for name in PERCEPTUAL if name in required], num_inference_steps=args.steps, **guidance,
+        first, after, prompts, pipe=pipe, seeds=args.seeds, batch=args.batch, clip=args.clip or CLIP,
+        perceptual=[name for name in PERCEPTUAL if name in required],
+        before_call={"num_inference_steps": reference_steps}, **call,
     )  # fmt: skip
-    print(evaluation)
     if args.out is not None:
         evaluation.save(args.out)
+    print(evaluation)
+    if evaluation.alike["equal"] == 1:
+        print("the images are equal: both sides compute the same")
+    if args.out is not None:
         print(f"written to {args.out}: evaluation.json, evaluation.png")
     evaluation.require(**at_least, at_most=at_most)
 
 
-def _change(text: str, dtype: str) -> Any:
-    """Load the UNet of a folder, or parse passes."""
-    from ..compiler.parse import parse
-
+def _change(text: str | None, args: argparse.Namespace) -> Any:
+    """Return the UNet of a folder, or passes; None if there is no text."""
+    if text is None:
+        return None
     folder = Path(text).expanduser()
     if (folder / "model.onnx").is_file():
-        from ..exporters.ort.unet import ORTUNet
-
-        return ORTUNet.from_pretrained(folder)
+        return load_bundle(text)
     if folder.is_dir():
-        return load_unet(text, dtype)
-    if re.fullmatch(r"[\w.~-]*/[\w./-]*", text):
-        raise SpecError(f"there is no folder {text}", where="CHANGE", hint="give the folder of a UNet, or passes")
-    return parse(text)
+        return load_unet(text, args.dtype, args.variant).to(args.device)
+    return read_passes(text, folders=True)
+
+
+def _unet(change: Any, own: Any) -> Any:
+    """Return the UNet after a change of the pipeline's own."""
+    from ..runtime.apply import apply
+
+    if isinstance(change, Given):
+        return apply(own, change.passes)
+    return own if change is None else change

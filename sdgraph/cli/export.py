@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_calls, add_dtype, add_imports, add_model, add_overwrite, add_threads
+from .arguments import CALLS, add_calls, add_dtype, add_imports, add_model, add_overwrite, add_threads
+from .plans import add_passes, read_passes
 from .sources import load_unet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument(
-        "--passes", default="", metavar="PASSES", help="passes as text, separated by commas; see `sdgraph passes`"
-    )
+    add_passes(parser, "--passes", default="")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to export to")
     parser.add_argument(
         "--target", default="portable", choices=("portable", "cuda"),
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="variants: one file for each graph; single: one file for all graphs (default: %(default)s)",
     )  # fmt: skip
     add_dtype(parser, ("float32", "float16"))
-    add_calls(parser, 50)
+    add_calls(parser)
     parser.add_argument(
         "--inputs", nargs="*", default=(), metavar="NAME",
         help="optional inputs to export, such as ControlNet's mid_block_additional_residual",
@@ -43,15 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..compiler.parse import parse
     from ..exporters.onnx import check_target
     from ..exporters.onnx.export import export
     from ..runtime.apply import apply
 
     check_target(args.overwrite, args.out)  # before the minutes that the export takes
-    passes = parse(args.passes)
-    unet = apply(load_unet(args.model, args.dtype, args.variant), passes)
+    given = read_passes(args.passes)
+    given.check_calls(args.calls)
+    source = load_unet(args.model, args.dtype, args.variant)
+    given.check_unet(source.config)
+    unet = apply(source, given.passes)
     if unet.graph.passes:
         print(unet.report)
-    options = {name: getattr(args, name) for name in ("target", "layout", "calls", "inputs", "overwrite")}
-    print(export(unet, args.out, **options))
+    options = {name: getattr(args, name) for name in ("target", "layout", "inputs", "overwrite")}
+    print(export(unet, args.out, calls=args.calls or given.calls or CALLS, **options))

@@ -1,25 +1,155 @@
-"""Describe an exported UNet.
+"""Describe a folder: an exported UNet, a saved UNet, a pipeline, or a training run and its checkpoints.
 
   sdgraph inspect unet-ort
+  sdgraph inspect tuned/checkpoint-500
 
-The command prints the graphs, what they inherit at which calls, the inputs and the files. It runs nothing.
+The command prints the passes that were applied, what calls inherit, the sizes and the files. Of an exported UNet it
+prints all graphs and inputs. It runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
-from .arguments import add_bundle, add_calls
-from .sources import bundle_folder
+from ..errors import SpecError
+from .arguments import CALLS, add_calls, add_imports
+from .generation import latent_unit, own_scheduler, with_calls
+from .sources import INDEX, local_folder, parts, read_object, sketch
+
+STATE, TUNING, RECIPE, CONFIG, BUNDLE = "state.json", "tuning.json", "sdgraph.json", "config.json", "model.onnx"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_bundle(parser)
-    add_calls(parser, 50)
+    parser.add_argument(
+        "directory", metavar="DIR", help="folder of a pipeline, of a UNet, of an exported UNet, or of a training run"
+    )
+    add_calls(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their hashes")
+    add_imports(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..exporters.bundle.inspect import contents
+    folder = local_folder(args.directory)
+    if folder is None:
+        raise SpecError(f"there is no folder {args.directory}", hint="download the model, and give its folder")
+    calls = args.calls or CALLS
+    if (folder / BUNDLE).is_file():
+        from ..exporters.bundle.inspect import contents
 
-    print(contents(bundle_folder(args.directory), args.calls, verify=not args.no_verify))
+        print(contents(folder, calls, verify=not args.no_verify))
+        return
+    described = [*_run(folder), *_checkpoint(folder), *_pipeline(folder)]
+    unet = _unet_folder(folder)
+    if unet is not None:
+        described.append(_unet(unet, folder, calls))
+    if not described:
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise SpecError(
+            f"{args.directory} is none of sdgraph's or diffusers' folders: it holds {names}",
+            hint="give the folder of a pipeline, of a UNet, of an exported UNet, or of a training run",
+        )
+    print("\n\n".join(described))
+
+
+def _unet_folder(folder: Path) -> Path | None:
+    """Return the folder of the UNet that a folder is, or has."""
+    found = [one for one in (folder / "unet", folder) if (one / CONFIG).is_file()]
+    return found[0] if found else None
+
+
+# -- parts of the description -----------------------------------------------------------------------------------------
+
+
+def _run(folder: Path) -> Iterator[str]:
+    """Describe a training run."""
+    from ..tuning.state import checkpoints
+
+    steps = [step for step, _ in checkpoints(folder)]
+    if steps or (folder / TUNING).is_file():
+        kept = ", ".join(map(str, steps)) or "none"
+        ended = (folder / TUNING).is_file()
+        end = "it has ended" if ended else "it has not ended: the same command goes on from the last"
+        yield f"{folder}: a training run; checkpoints of the steps {kept}; {end}"
+
+
+def _checkpoint(folder: Path) -> Iterator[str]:
+    """Describe a checkpoint of a training run."""
+    from ..views.format import columns
+
+    if not (folder / STATE).is_file():
+        return
+    record = read_object(folder / STATE)
+    settings = record.get("settings", {})
+    lines = [f"{folder}: a checkpoint of a training run, after step {record.get('step')}"]
+    if isinstance(settings, dict):
+        lines.append(columns([(f"  {name}", str(value)) for name, value in settings.items() if value is not None]))
+    yield "\n".join(lines)
+
+
+def _pipeline(folder: Path) -> Iterator[str]:
+    """Describe a pipeline: its parts, and the size of its images."""
+    from ..views.format import columns, count
+
+    if not (folder / INDEX).is_file():
+        return
+    index = read_object(folder / INDEX)
+    rows = [
+        (f"  {name}", kind, f"{count(_bytes(folder / name))}B" if (folder / name).is_dir() else "missing")
+        for name, (_, kind) in parts(index).items()
+    ]
+    lines = [f"{folder}: a pipeline, {index.get('_class_name')}", columns(rows) if rows else "  no parts"]
+    size = read_object(folder / "unet" / CONFIG).get("sample_size") if (folder / "unet" / CONFIG).is_file() else None
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = latent_unit(str(folder))
+        lines.append(f"images of {height * pixels}x{width * pixels} pixels, if no other size is given")
+    yield "\n".join(lines)
+
+
+def _unet(unet: Path, folder: Path, calls: int) -> str:
+    """Describe a UNet, plain or changed by passes, with the timetable of what it inherits."""
+    from ..views.format import cost, count, several
+
+    weights = list(_weights(unet))
+    dtypes = Counter(dtype for _, dtype, _ in weights)
+    total = sum(size for _, _, size in weights)
+    head = f"{unet}: a UNet"
+    if (unet / RECIPE).is_file():
+        head += f", saved by sdgraph {read_object(unet / RECIPE).get('sdgraph')}"
+    graph = sketch(str(unet))
+    lines = [
+        head,
+        f"{count(total)} parameters, {', '.join(sorted(dtypes)) or 'no weights'}; {cost(graph.macs)} at its own size",
+        f"passes: {', '.join(map(str, graph.passes)) or 'none'}",
+    ]
+    if graph.removed:
+        lines.append(f"removed: {several(list(graph.removed))}")
+    if graph.sites:
+        scheduler = own_scheduler(str(folder))
+        lines += ["", str(graph.timetable(calls if scheduler is None else with_calls(scheduler, calls)))]
+    return "\n".join(lines)
+
+
+def _weights(folder: Path) -> Iterator[tuple[str, str, int]]:
+    """Iterate over the tensors of a folder: name, dtype and size, without reading their values."""
+    import math
+
+    import safetensors
+
+    from ..errors import SavedError
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  (it is no mapping)
+                    tensor = file.get_slice(name)
+                    yield name, str(tensor.get_dtype()), math.prod(tensor.get_shape())
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SavedError(f"{path.name} cannot be read: {error}", where=str(path), hint="copy it again") from error
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

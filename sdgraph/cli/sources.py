@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SdgraphError, SourceError, SpecError
 from ..progress import note
 from ..text import from_json, lines, read_text
+
+if TYPE_CHECKING:
+    from ..graph import Graph
 
 INDEX = "model_index.json"
 AGAIN = "repair the folder, or save the model again"
@@ -30,6 +34,7 @@ def local_folder(source: str) -> Path | None:
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        _check_readable(path)
         return path
     if path.exists():
         single = path.suffix in (".safetensors", ".ckpt", ".pt", ".bin")
@@ -52,9 +57,40 @@ def bundle_folder(source: str) -> Path:
         SpecError: there is no such folder.
     """
     folder = Path(source).expanduser()
+    hint = "give the directory that `sdgraph export` wrote"
     if not folder.is_dir():
-        raise SpecError(f"there is no folder {source}", hint="give the directory that `sdgraph export` wrote")
+        raise SpecError(f"there is no folder {source}", hint=hint)
+    _check_readable(folder)
+    if not (folder / "model.onnx").is_file():
+        found = ((INDEX, "a pipeline"), ("sdgraph.json", "a saved UNet"), ("config.json", "a UNet"))
+        holds = next((kind for name, kind in found if (folder / name).is_file()), "no exported UNet")
+        what = f"{source} holds {holds}" + (", which is not exported" if holds != "no exported UNet" else "")
+        raise SpecError(what, hint=f"{hint}; export it first" if holds != "no exported UNet" else hint)
     return folder
+
+
+def _check_readable(folder: Path) -> None:
+    """Refuse a folder that may not be read.
+
+    Raises:
+        SpecError: there is no permission.
+    """
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise SpecError(f"there is no permission to read {folder}", hint=f"chmod -R u+rX {folder}, or ask its owner")
+
+
+def load_bundle(source: str, provider: str | None = None) -> Any:
+    """Load an exported UNet from a folder.
+
+    Raises:
+        SpecError: there is no such folder, or it holds no exported UNet.
+        SavedError: the export is damaged.
+    """
+    folder = bundle_folder(source)
+    from ..exporters.ort.unet import ORTUNet
+
+    note(f"loading {source}")
+    return ORTUNet.from_pretrained(folder, provider=provider)
 
 
 def load_pipeline(source: str, dtype: str, device: str, variant: str | None = None) -> Any:
@@ -86,7 +122,7 @@ def load_pipeline(source: str, dtype: str, device: str, variant: str | None = No
         _check_unet(index, source)
         _check_parts(index, folder)
         kind = _pipeline_class(index, source)
-        variant = _variant([folder / name for name in _parts(index)], variant, source)
+        variant = _variant([folder / name for name in parts(index)], variant, source)
     options = {"torch_dtype": getattr(torch, dtype), "variant": variant}
     if folder is not None and (folder / "unet/sdgraph.json").is_file():  # whatever class the index names
         options["unet"] = load_unet(source, dtype)
@@ -117,10 +153,49 @@ def load_unet(source: str, dtype: str, variant: str | None = None) -> Any:
 
     from ..runtime.unet import GraphUNet
 
-    folder, options = local_folder(source), {"torch_dtype": getattr(torch, dtype)}
+    folder, options = _unet_folder(source), {"torch_dtype": getattr(torch, dtype)}
     if folder is None:
         options |= {"subfolder": "unet", "variant": variant}
         return _load(UNet2DConditionModel.from_pretrained, source, source, **options)
+    if (folder / "sdgraph.json").is_file():
+        return _load(GraphUNet.from_pretrained, source, folder, variant=variant, **options)
+    options["variant"] = _variant([folder], variant, source)
+    return _load(UNet2DConditionModel.from_pretrained, source, folder, **options)
+
+
+def sketch(source: str, variant: str | None = None) -> Graph:
+    """Return the graph of the UNet of a pipeline, or of a UNet in a folder of its own.
+
+    The weights of a UNet of diffusers are not read, and are on the meta device.
+
+    Raises:
+        SpecError, SourceError, SavedError: as `load_unet`.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from ..frontend.capture import capture
+
+    folder = _unet_folder(source)
+    if folder is None or (folder / "sdgraph.json").is_file():
+        unet = load_unet(source, "float32", variant)
+        return unet.graph if hasattr(unet, "graph") else capture(unet)
+    with torch.device("meta"):
+        return capture(_loaded(UNet2DConditionModel.from_config, source, read_object(folder / "config.json")))
+
+
+def _unet_folder(source: str) -> Path | None:
+    """Return the folder of a UNet, which may be part of a pipeline; None if it is on the hub.
+
+    Raises:
+        SpecError: there is no such folder, or it holds no UNet.
+        SourceError: the UNet cannot be traced.
+    """
+    folder = local_folder(source)
+    if folder is None:
+        return None
+    if (folder / "state.json").is_file():  # a checkpoint of a training run
+        folder = folder / "unet"
     if (folder / INDEX).is_file():
         _check_unet(_read_index(folder), source)
         folder = folder / "unet"
@@ -135,16 +210,13 @@ def load_unet(source: str, dtype: str, variant: str | None = None) -> Any:
             where=str(folder),
             hint="give a folder with config.json, or one with model_index.json and a folder unet",
         )
-    if (folder / "sdgraph.json").is_file():
-        return _load(GraphUNet.from_pretrained, source, folder, variant=variant, **options)
-    kind = _read_json(folder / "config.json").get("_class_name")
+    kind = read_object(folder / "config.json").get("_class_name")
     if kind not in (None, *UNETS):
         raise SourceError(f"{source} holds a {kind}, and sdgraph traces a UNet2DConditionModel", hint=NO_UNET)
-    options["variant"] = _variant([folder], variant, source)
-    return _load(UNet2DConditionModel.from_pretrained, source, folder, **options)
+    return folder
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object of diffusers, which may be a link into the cache of the hub."""
     text = read_text(path, SourceError, hint=AGAIN)
     try:
@@ -157,13 +229,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    index = _read_json(folder / INDEX)
+    index = read_object(folder / INDEX)
     if not isinstance(index.get("_class_name"), str | list):
         raise SourceError("model_index.json does not name the class of the pipeline", where=str(folder), hint=AGAIN)
     return index
 
 
-def _parts(index: Mapping[str, Any]) -> dict[str, list[str]]:
+def parts(index: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return library and class of each part of a pipeline that is not empty."""
     return {
         name: value
@@ -174,10 +246,10 @@ def _parts(index: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _check_unet(index: Mapping[str, Any], source: str) -> None:
     """Refuse a pipeline without a UNet that can be traced."""
-    _, kind = _parts(index).get("unet", (None, None))
+    _, kind = parts(index).get("unet", (None, None))
     if kind is None:
-        parts = ", ".join(_parts(index)) or "nothing"
-        raise SourceError(f"{index['_class_name']} has no UNet, only {parts}", where=source, hint=NO_UNET)
+        others = ", ".join(parts(index)) or "nothing"
+        raise SourceError(f"{index['_class_name']} has no UNet, only {others}", where=source, hint=NO_UNET)
     if kind not in UNETS:
         raise SourceError(
             f"the UNet of this pipeline is a {kind}, and sdgraph traces a UNet2DConditionModel",
@@ -188,7 +260,7 @@ def _check_unet(index: Mapping[str, Any], source: str) -> None:
 
 def _check_parts(index: Mapping[str, Any], folder: Path) -> None:
     """Refuse a pipeline that lists a part whose folder is missing."""
-    for name in _parts(index):
+    for name in parts(index):
         if not (folder / name).is_dir():
             raise SourceError(
                 f"model_index.json lists {name}, and there is no folder {name}",
@@ -259,6 +331,10 @@ def _variants(folder: Path) -> set[str]:
 
 def _load(from_pretrained: Callable[..., Any], source: str, *args: Any, **options: Any) -> Any:
     note(f"loading {source}")
+    return _loaded(from_pretrained, source, *args, **options)
+
+
+def _loaded(from_pretrained: Callable[..., Any], source: str, *args: Any, **options: Any) -> Any:
     try:
         return from_pretrained(*args, **options)
     except SdgraphError:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import add_imports, add_threads
+from .plans import read_passes
 from .sources import load_pipeline, load_unet, read_prompts
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from ..compiler.parse import parse
     from ..extra import imported
     from ..runtime.apply import apply
     from ..spec import read as read_spec
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     from .configuration import read
 
     config, settings = read(args.config, args.set)
-    passes = parse(config.passes if isinstance(config.passes, str) else ", ".join(config.passes))
+    passes = read_passes(config.passes).passes
     losses: Sequence[Any] | None = [read_spec(text, Loss) for text in config.losses] or None
     process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
     pipe = load_pipeline(config.pretrained_model_name_or_path, "float32", process.device, config.variant)

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from ..inheritance.attach import attach
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..runtime.interface import UNetCall
-from ..runtime.pipelines import with_unet, without_bar
+from ..runtime.pipelines import per_prompt, with_unet, without_bar
 from ..runtime.unet import GraphUNet
+from ..solvers import name_of
 from ..views.format import columns
 from . import metrics
 from .metrics import Images
@@ -173,6 +174,7 @@ def evaluate(
     clip: str = metrics.CLIP,
     batch: int = 1,
     progress: bool = True,
+    before_call: Mapping[str, Any] | None = None,
     **call: Any,
 ) -> Evaluation:
     """Run two pipelines, or a pipeline with two UNets, on the same prompts and seeds, and compare their images.
@@ -180,7 +182,8 @@ def evaluate(
     Args:
         before: a diffusers pipeline, or a UNet that runs in `pipe`.
         after: a pipeline; or a UNet (a `GraphUNet`, an `ORTUNet` or diffusers' own) that runs in the pipeline of
-            `before`; or passes as `sdgraph.apply` accepts them, which are applied to the UNet of `before`.
+            `before`, or in `pipe` if that is given; or passes as `sdgraph.apply` accepts them, which are applied to
+            the UNet of `before`, or to that of `pipe` if both are pipelines.
         prompts: the prompts; every prompt is run with every seed.
         seeds: the seeds; every image has a CPU generator of its own.
         pipe: the pipeline that UNets run in; needed if `before` is a UNet.
@@ -191,6 +194,8 @@ def evaluate(
         clip: the folder of the CLIP model, or its name on the hub.
         batch: the number of images per call of a pipeline.
         progress: whether a progress bar is shown; the pipelines' own bars are hidden meanwhile.
+        before_call: arguments of the first side alone, in the place of those in `call`, such as
+            `{"num_inference_steps": 50}`. To compare two schedulers, pass two pipelines: `before` and `pipe`.
         call: further arguments of both pipelines, such as `num_inference_steps=25` or `image=...`.
     Returns:
         An `Evaluation`. The pipelines are left as they were.
@@ -207,7 +212,8 @@ def evaluate(
         raise SpecError(
             "there is nothing to compare: no prompts or no seeds", where="evaluate", hint="give at least one of each"
         )
-    if "output_type" in call:
+    before_call = {**call, **(before_call or {})}
+    if "output_type" in before_call:
         raise SpecError("evaluate sets output_type itself", where="evaluate", hint="leave output_type out")
     for name in perceptual:
         if name not in PERCEPTUAL:
@@ -215,7 +221,7 @@ def evaluate(
                 f"there is no perceptual figure {name!r}", where="perceptual",
                 hint=did_you_mean(name, PERCEPTUAL) or f"the figures are {', '.join(PERCEPTUAL)}",
             )  # fmt: skip
-    first, second = _sides(before, after, pipe)
+    first, second = _distinguished(*_sides(before, after, pipe, before_call, call))
     batches = [runs[i : i + batch] for i in range(0, len(runs), batch)]
     images: tuple[list[Images], list[Images]] = ([], [])
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -227,7 +233,7 @@ def evaluate(
             order = (0, 1) if turn % 2 == 0 else (1, 0)
             for i in order:
                 start = time.perf_counter()
-                images[i].append((first, second)[i].run(part, call))
+                images[i].append((first, second)[i].run(part))
                 seconds[i].append((time.perf_counter() - start) / len(part))
                 bar.update(len(part))
     a, b = (np.concatenate(side) for side in images)
@@ -263,13 +269,15 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Side:
-    """One side of the comparison: a pipeline, and the UNet that runs in it, or None for its own."""
+    """One side of the comparison: a pipeline, the UNet that runs in it, or None for its own, and further arguments."""
 
     name: str
     pipe: DiffusionPipeline
     unet: Any = None
+    call: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, part: Sequence[tuple[str, int]], call: Mapping[str, Any]) -> Images:
+    def run(self, part: Sequence[tuple[str, int]]) -> Images:
+        call = per_prompt(self.call, len(part))
         generators = [torch.Generator().manual_seed(seed) for _, seed in part]
         with with_unet(self.pipe, self.unet), _attached(self.pipe):
             try:
@@ -305,7 +313,13 @@ def _attached(pipe: DiffusionPipeline) -> contextlib.AbstractContextManager[Any]
     return attach(pipe) if inherits else contextlib.nullcontext()
 
 
-def _sides(before: Any, after: Any, pipe: DiffusionPipeline | None) -> tuple[_Side, _Side]:
+def _sides(
+    before: Any,
+    after: Any,
+    pipe: DiffusionPipeline | None,
+    before_call: Mapping[str, Any],
+    call: Mapping[str, Any],
+) -> tuple[_Side, _Side]:
     if pipe is None:
         if not isinstance(before, DiffusionPipeline):
             raise SourceError(
@@ -315,13 +329,34 @@ def _sides(before: Any, after: Any, pipe: DiffusionPipeline | None) -> tuple[_Si
             )
         pipe = before
     first = _side(before, pipe, "before")
-    return first, _side(after, first.pipe, "after", first.unet)
+    second = _side(after, pipe, "after", first.unet)
+    return replace(first, call=before_call), replace(second, call=call)
+
+
+def _distinguished(first: _Side, second: _Side) -> tuple[_Side, _Side]:
+    """Return the sides with names that say which other arguments and schedulers they have."""
+    keys = [k for k in {**first.call, **second.call} if first.call.get(k) is not second.call.get(k)]
+    keys = [k for k in keys if repr(first.call.get(k)) != repr(second.call.get(k))]
+    schedulers = [getattr(side.pipe, "scheduler", None) for side in (first, second)]
+    solvers = [type(scheduler).__name__ for scheduler in schedulers]
+    if solvers[0] == solvers[1] and schedulers[0] is not None:  # they may differ in options
+        solvers = [name_of(scheduler) for scheduler in schedulers]
+
+    def named(side: _Side, solver: str) -> _Side:
+        notes = [f"{key}={side.call[key]!r}" for key in keys if key in side.call]
+        notes += [solver] if solvers[0] != solvers[1] and solver else []
+        return replace(side, name=f"{side.name} ({', '.join(notes)})") if notes else side
+
+    return named(first, solvers[0]), named(second, solvers[1])
 
 
 def _side(subject: Any, pipe: DiffusionPipeline, where: str, base: Any = None) -> _Side:
     """Return the side of a pipeline, a UNet or passes. Passes are applied to `base`, or else to the UNet of `pipe`."""
     if isinstance(subject, DiffusionPipeline):
-        return _Side(type(subject).__name__, subject)
+        own = getattr(subject, "unet", None)
+        passes = own.graph.passes if isinstance(own, GraphUNet) else ()
+        name = type(subject).__name__
+        return _Side(f"{name} with {', '.join(map(str, passes))}" if passes else name, subject)
     unet = getattr(pipe, "unet", None)
     if unet is None:
         raise SourceError(

@@ -1,9 +1,9 @@
-"""Another UNet in a diffusers pipeline, or no progress bar, for the time being."""
+"""Another UNet in a diffusers pipeline, or no progress bar, for the time being; and the arguments of its call."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -32,3 +32,16 @@ def without_bar(pipe: Any) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = settings
+
+
+def per_prompt(call: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return the arguments of a pipeline for a list of prompts: a negative prompt holds for each of them.
+
+    Args:
+        call: the arguments.
+        count: the number of prompts. Diffusers takes a text for one prompt only, and a list for a list.
+    """
+    return {
+        name: [value] * count if name.startswith("negative_prompt") and isinstance(value, str) else value
+        for name, value in call.items()
+    }

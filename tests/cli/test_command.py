@@ -25,9 +25,18 @@ def arguments(command: str, source: str, out: Path, prompts: Path) -> list[str]:
     return {
         "apply": ["apply", source, "CleanUp", "--save", str(out)],
         "evaluate": ["evaluate", source, "CleanUp", "--prompts", str(prompts), "--out", str(out)],
-        "search": ["search", source, CACHE, "--prompts", str(prompts), "--budget", "0.5", "--out", str(out)],
+        "search": [
+            "search",
+            source,
+            CACHE,
+            f"--prompts={prompts}",
+            f"--held-out={prompts}",
+            "--budget=0.5",
+            f"--save={out}",
+        ],
         "export": ["export", source, "--out", str(out)],
         "inspect": ["inspect", source],
+        "show": ["show", source, "CleanUp", "--picture", f"{out}/picture.svg"],
         "bench": ["bench", source, "--out", str(out)],
     }[command]
 

@@ -21,9 +21,9 @@ def test_search_finds_a_plan_and_goes_on_where_it_stopped(
     out, picture, held_out = tmp_path / "found.json", tmp_path / "found.svg", tmp_path / "held-out.txt"
     held_out.write_text("a large green circle\n")
     common = ["search", str(MODEL), CACHE, "--prompts", str(prompts), "--held-out", str(held_out), "--steps", "5"]
-    common += ["--guidance", "3", "--trials", "1", "--reference-steps", "8", "--folder", str(tmp_path / "kept")]
+    common += ["--guidance-scale", "3", "--trials", "1", "--reference-steps", "8", "--folder", str(tmp_path / "kept")]
     common += ["--cost", "macs"]
-    assert main([*common, "--budget", "0.7", "--out", str(out), "--picture", str(picture)]) == 0
+    assert main([*common, "--budget", "0.7", "--save", str(out), "--picture", str(picture)]) == 0
     found = json.loads(out.read_text())
     (chain,) = sdgraph.parse(found["passes"])
     assert isinstance(chain, sdgraph.Chain)

@@ -114,7 +114,7 @@ def test_nothing_unfinished_remains(command: str, unet: Path, prompts: Path, tmp
     }[command]
     if command == "search":
         given += ["--held-out", str(prompts), "--budget", "0.9", "--trials", "1", "--reference-steps", "3"]
-        given += ["--cost", "macs", "--folder", str(folder / "kept"), "--out", str(out)]
+        given += ["--cost", "macs", "--folder", str(folder / "kept"), "--save", str(out)]
     status, calls = calls_of(given, 0)
     assert status == 0
     whole = files(folder)

@@ -30,6 +30,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*
 RUN = [document for document in DOCUMENTS if blocks(document, "python")]
 QUICKER = {
     "num_inference_steps=25": "num_inference_steps=2",
+    '"num_inference_steps": 25': '"num_inference_steps": 2',
+    "num_inference_steps=16": "num_inference_steps=1",
     "steps=5000": "steps=2",
     "resolution=512": "resolution=64",
 }
