@@ -56,10 +56,10 @@ class ImageFeatures(Loss):
         return (errors * noising.alphas[batch.timesteps]).mean()
 
     def _seen(self, latents: Tensor) -> Tensor:
-        vae, encoder = (module.to(latents.device) for module in self._copies)
-        decoded = vae.decode(unscaled(vae.config, latents).to(vae.dtype)).sample
+        vae, encoder = self._copies
+        decoded = vae.to(latents.device).decode(unscaled(vae.config, latents).to(vae.dtype)).sample
         dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
-        seen = encoder(decoded.to(dtype))
+        seen = encoder.to(latents.device)(decoded.to(dtype))
         features: Tensor = seen[0] if isinstance(seen, tuple) else seen
         return features.float().flatten(1)
 

@@ -46,5 +46,5 @@ class Similarity(Features):
 
     def _products(self, features: Tensor) -> Tensor:
         """Return the products of the samples of all groups, (groups, group, group)."""
-        flat = features.float().flatten(1).unflatten(0, (-1, self.group))
+        flat = features.float().reshape(len(features) // self.group, self.group, -1)
         return normalize(flat @ flat.transpose(1, 2), dim=2)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
 from ...errors import TuningError, did_you_mean
+from ...progress import Bar
 from ...text import from_json, lines, read_text
 
 ENDINGS = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -267,7 +268,7 @@ def _sizes(folder: Path, paths: Sequence[Path], decode: bool) -> list[tuple[int,
 
     Image.init()  # which is not made for several threads
     threads = min(32, os.cpu_count() or 1)
-    sizes = thread_map(size, paths, max_workers=threads, desc="checking images", unit="image", delay=1)
+    sizes = thread_map(size, paths, tqdm_class=Bar, max_workers=threads, desc="checking images", unit="image")
     wrong = [(path, str(s)) for path, s in zip(paths, sizes, strict=True) if isinstance(s, _UnshownError)]
     _refuse(folder, f"of {len(paths)} images cannot be read", wrong, "repair them, or take them away")
     return [one for one in sizes if isinstance(one, tuple)]
