@@ -60,7 +60,10 @@ def from_json(text: str) -> Any:
     Raises:
         ValueError: the text is no JSON, or an object has a name twice, of which one would be lost.
     """
-    return json.loads(text, object_pairs_hook=_once)
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,26 @@ class Captions:
             )
         names = ("encoder_hidden_states", "text_embeds")[: len(encoded) // 2]
         return {name: encoded[2 * i + guided].cpu() for i, name in enumerate(names)}  # pairs: the caption, none
+
+
+def as_texts(texts: str | Iterable[str], where: str) -> list[str]:
+    """Return a text or several as a list.
+
+    Args:
+        texts: the texts.
+        where: the argument that they are.
+    Raises:
+        TuningError: there are none, or some are no text that can be encoded.
+    """
+    found = [texts] if isinstance(texts, str) else list(texts)
+    if not found or not all(isinstance(text, str) for text in found):
+        raise TuningError(f"there are no {where}, or some are no text", where=where, hint="pass texts")
+    for text in found:
+        if re.search("[\ud800-\udfff]", text):
+            raise TuningError(
+                f"a half of a character is in {text!r}", where=where, hint="write it whole, or leave it out"
+            )
+    return found
 
 
 def time_ids(original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> Tensor:

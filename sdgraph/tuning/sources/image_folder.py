@@ -127,7 +127,7 @@ def _captions(folder: Path, files: Mapping[str, Path], caption_column: str) -> d
         for path, caption in _rows(table, caption_column):
             path = files.get(os.path.join(os.path.realpath(path.parent), path.name), path)  # or of b/../a.png
             found.setdefault(path, []).append(caption)
-            if not path.is_file():
+            if not os.path.isfile(path):
                 missing.append((path, f"{table.name} has a row for it"))
     _refuse(folder, "images are missing", missing, "restore them, or delete their rows")
     texts = {path.with_suffix(""): path for path in files.values() if path.suffix.lower() == ".txt"}

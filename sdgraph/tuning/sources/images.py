@@ -16,7 +16,7 @@ from ...options import Count, Index, Text, checked
 from ..counter import generator
 from ..digest import as_number, hash_files, hash_model, hash_text
 from .base import Contents, Samples
-from .captions import Captions, time_ids, with_empty
+from .captions import Captions, as_texts, time_ids, with_empty
 from .image_folder import Crop, captioned, colour, pixels
 from .kept import FILES, GIGABYTE, Kept, begin
 from .latents import as_pipelines_run_it, encoded, scaled
@@ -76,6 +76,7 @@ class Images:
         colour(background)
         self._folder, self._caption_column, self._background = Path(folder), caption_column, background
         self._images = captioned(self._folder, caption_column, decode=cache is None)
+        as_texts([image.caption for image in self._images], "captions")
         # Crops follow from the name of the file, so that other files may come and go.
         names = [hash_text(Path(os.path.relpath(image.path, folder)).as_posix()) for image in self._images]
         draws = [None if center_crop else generator(seed, "crop", as_number(name)) for name in names]

@@ -14,7 +14,7 @@ from ...errors import TuningError
 from ...options import checked
 from ..digest import hash_text
 from .base import Contents, Samples, Source
-from .captions import Captions
+from .captions import Captions, as_texts
 
 
 class MoreCaptions:
@@ -37,9 +37,7 @@ class MoreCaptions:
 
     @checked(TuningError)
     def __init__(self, source: Source, captions: str | Iterable[str], pipe: Any) -> None:
-        self._source, self._texts = source, [captions] if isinstance(captions, str) else list(captions)
-        if not self._texts or not all(isinstance(text, str) for text in self._texts):
-            raise TuningError("there are no captions, or some are no text", where="captions", hint="pass texts")
+        self._source, self._texts = source, as_texts(captions, "captions")
         if isinstance(source, MoreCaptions):
             raise TuningError(
                 "the source has captions without images already", where="source", hint="pass all captions at once"

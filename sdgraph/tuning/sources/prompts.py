@@ -20,7 +20,7 @@ from ..counter import generator
 from ..digest import as_number, hash_model, hash_text
 from ..noising import Noising
 from .base import Contents, Samples
-from .captions import Captions, time_ids, with_empty
+from .captions import Captions, as_texts, time_ids, with_empty
 from .kept import GIGABYTE, Kept
 
 
@@ -68,9 +68,7 @@ class Prompts:
         seed: Index = 0,
         cache_limit: Count = 100 * GIGABYTE,
     ) -> None:
-        self._prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not self._prompts or not all(isinstance(prompt, str) for prompt in self._prompts):
-            raise TuningError("there are no prompts, or some are no text", where="prompts", hint="pass texts")
+        self._prompts = as_texts(prompts, "prompts")
         if calls_per_prompt > num_inference_steps:
             raise TuningError(
                 f"{calls_per_prompt} calls cannot be kept of {num_inference_steps} steps",
