@@ -70,7 +70,7 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     text = read_text(path, SavedError, hint=hint)
     try:
         plain = from_json(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise SavedError(f"{path.name} is not JSON", where=str(path), hint=hint) from error
     if not isinstance(plain, dict):
         raise SavedError(f"{path.name} is not a JSON object", where=str(path), hint=hint)

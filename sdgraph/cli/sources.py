@@ -221,7 +221,7 @@ def read_object(path: Path) -> dict[str, Any]:
     text = read_text(path, SourceError, hint=AGAIN)
     try:
         plain = from_json(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise SourceError(f"{path.name} cannot be read: {error}", where=str(path), hint=AGAIN) from error
     if not isinstance(plain, dict):
         raise SourceError(f"{path.name} is not a JSON object", where=str(path), hint=AGAIN)

@@ -368,7 +368,7 @@ REFUSALS: dict[str, tuple[dict[str, bytes], str]] = {
     "a name twice": ({"metadata.jsonl": b'{"file_name": "a.png", "text": "1", "text": "2"}'}, "'text' occurs twice"),
     "a column twice": ({"metadata.csv": b"file_name,text,text\na.png,one,two\n"}, "two columns have the same name"),
     "a comma": ({"metadata.csv": b"file_name,text\na.png,one, two\n"}, "more values than columns"),
-    "a name that no disk has": ({"metadata.jsonl": json.dumps({"file_name": "a" * 300, "text": ""}).encode()}, "missing"),
+    "a name that no disk has": ({"metadata.csv": b"file_name,text\n" + b"a" * 300 + b",one\n"}, "1 images are missing"),
     "rows in rows": ({"metadata.jsonl": b"[" * 100_000}, "nested too deeply"),
     "no image": ({"metadata.csv": b"file_name,text\na.png,one\nb.png,two\nc.png,three\n"}, "2 images are missing"),
     "a list of rows": ({"metadata.jsonl": b'[{"file_name": "a.png", "text": "one"}]'}, "a line is not an object"),

@@ -84,9 +84,7 @@ def as_texts(texts: str | Iterable[str], where: str) -> list[str]:
         raise TuningError(f"there are no {where}, or some are no text", where=where, hint="pass texts")
     for text in found:
         if re.search("[\ud800-\udfff]", text):
-            raise TuningError(
-                f"a half of a character is in {text!r}", where=where, hint="write it whole, or leave it out"
-            )
+            raise TuningError(f"half a character is in {text!r}", where=where, hint="write it whole, or leave it out")
     return found
 
 
