@@ -75,7 +75,7 @@ class Generation:
     """The calls so far of one generation, and the values that later ones may inherit.
 
     Args:
-        signature: of its inputs: names, shapes, dtypes, devices, autocasting.
+        signature: of its inputs: names, shapes, dtypes, devices.
         conditioning: what its calls have in common, the prompt first.
         loop: what vouches for the order of its calls.
         run: the calls it is part of.
@@ -86,6 +86,7 @@ class Generation:
         thread: that its calls come from.
         lineage: its last latents and predictions, where nothing vouches for the order.
         values: of the refreshed sites, each with the number of the call that made it, newest last.
+        computed_with: what those values were computed with: the backend's weights and PyTorch's arithmetic.
         missed: sites that were due at calls that did not need them; they are refreshed when next needed.
         gaps: calls from one refresh to the next, of the schedules that follow the drift of features.
     """
@@ -101,6 +102,7 @@ class Generation:
     calls: int = 0
     lineage: Lineage = field(default_factory=Lineage)
     values: dict[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
+    computed_with: object = None
     missed: set[str] = field(default_factory=set)
     gaps: dict[Drift, int] = field(default_factory=dict)
 
@@ -215,8 +217,17 @@ class Generation:
             gap = self.gaps.get(schedule, schedule.least)
             self.gaps[schedule] = schedule.next_gap(gap, float(torch.stack(of_sites).max()))
 
+    def compute_with(self, means: object) -> None:
+        """Forget the values if they were computed with anything else."""
+        if means != self.computed_with:
+            self.values.clear()
+            self.gaps.clear()
+            self.missed.clear()
+            self.computed_with = means
+
     def take_over(self, before: Generation, sites: Mapping[str, Site]) -> None:
         """Take the values that depend on conditioning alone from an earlier generation with the same conditioning."""
+        self.computed_with = before.computed_with
         self.values = {
             n: values for n, values in before.values.items() if sites[n].invariant and sites[n].forecast.memory == 1
         }
@@ -245,6 +256,7 @@ class Generations:
         constant: Collection[str],
         sites: Mapping[str, Site],
         step: Step,
+        weights: Callable[[bool], object] = lambda waits: None,
     ) -> torch.Tensor:
         """The output of the next call of the generation that it belongs to.
 
@@ -253,8 +265,10 @@ class Generations:
             constant: names of those that a generation keeps.
             sites: that calls may inherit.
             step: computes a call.
+            weights: returns an object that is another one after any change of what `step` computes with. Its argument
+                says whether the host may wait for an accelerator.
         """
-        with self.call(flat, constant, sites) as generation:
+        with self.call(flat, constant, sites, weights) as generation:
             stale = generation.stale(sites)
             output, refreshed = step(flat, stale, lambda name: generation.inherited(name, sites[name].forecast))
             generation.keep(apart(refreshed, (*flat.values(), output)), sites, stale)
@@ -265,7 +279,11 @@ class Generations:
 
     @contextmanager
     def call(
-        self, flat: Mapping[str, torch.Tensor], constant: Collection[str], sites: Mapping[str, Site]
+        self,
+        flat: Mapping[str, torch.Tensor],
+        constant: Collection[str],
+        sites: Mapping[str, Site],
+        weights: Callable[[bool], object] = lambda waits: None,
     ) -> Iterator[Generation]:
         """The generation that a call belongs to, for the duration of that call.
 
@@ -275,17 +293,19 @@ class Generations:
             flat: the inputs of the call.
             constant: names of those that a generation keeps.
             sites: that calls may inherit.
+            weights: see `run`.
         """
         prompt, moment = flat[PROMPT], self._moment(flat["timestep"])
         conditioning = [prompt, *(flat[name] for name in constant if name in flat and name != PROMPT)]
-        casting = torch.is_autocast_enabled(prompt.device.type)
-        signature = (casting, *((name, v.shape, v.dtype, v.device) for name, v in flat.items()))
+        signature = tuple((name, v.shape, v.dtype, v.device) for name, v in flat.items())
         key, generation = self._find(signature, conditioning, moment)
         if moment is None:
             self._known.pop(key, None)
             self.say("the samples of a batch have different timesteps: such calls inherit nothing")
             yield Generation(signature, (), None, Run(), 0, 0.0, shared=True)
             return
+        waits = moment.loop is None
+        means = weights(waits), arithmetic(prompt.device.type)
         if generation is None or not generation.continues(signature, conditioning, moment, flat["sample"]):
             shared = generation is not None and generation.restarts(moment)
             if shared:
@@ -304,7 +324,9 @@ class Generations:
             for forecast in {site.forecast for site in sites.values()}:
                 if doubt := forecast.doubt(moment.run):
                     self.say(doubt)
-            if before is not None and before.has(signature, conditioning):
+            # Where contents of weights were not looked at, nothing is known of edits that PyTorch does not count.
+            certain = waits or prompt.device.type == "cpu"
+            if before is not None and certain and before.has(signature, conditioning):
                 generation.take_over(before, sites)
             self._forget_orphans(moment.loop)
             self._known[key] = generation
@@ -312,6 +334,7 @@ class Generations:
         elif not generation.conditioning[0].is_very(prompt):
             weakref.finalize(prompt, self._orphaned, key)
         generation.follow(conditioning)
+        generation.compute_with(means)
         generation.timestep = moment.timestep
         try:
             yield generation
@@ -417,6 +440,12 @@ class Generations:
         """Of all features that are kept, without the latents and prompts by which calls are recognised."""
         kept = (value for g in list(self._known.values()) for each in g.values.values() for _, value in each)
         return sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in kept}.values())
+
+
+def arithmetic(device: str) -> tuple[object, ...]:
+    """What PyTorch is set to compute with on a kind of device: the dtype of autocasting, precisions."""
+    casting = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return casting, torch.get_float32_matmul_precision(), torch.get_default_dtype()
 
 
 def apart(values: Mapping[str, torch.Tensor], others: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:

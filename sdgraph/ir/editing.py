@@ -23,7 +23,7 @@ from .sites import Site, bypass, sites
 from .specialize import copy_nodes
 from .state import GraphState
 from .taking import take_weights
-from .weights import Shares, described
+from .weights import Shares, alteration, described, kind
 
 
 class EditableGraph(GraphState):
@@ -55,10 +55,14 @@ class EditableGraph(GraphState):
         return matching(patterns, self.paths(), self.region)
 
     def follow_weights(self) -> None:
-        """Adopt the dtype and device that the weights have been moved to since the trace."""
+        """Adopt the dtype and device that the weights have been moved to since the trace, and exchanged modules.
+
+        Raises:
+            ShapeError: an exchanged module or weight does not take the values that the graph gives it.
+        """
         self._check_editable()
         weight = next(iter(self.parameters().values()), None)
-        if weight is None or (weight.dtype, weight.device) == (self.dtype, self.device):
+        if weight is None or ((weight.dtype, weight.device) == (self.dtype, self.device) and self._is_evaluated()):
             return
         self.dtype, self.device = weight.dtype, weight.device
         for node in self.fx.nodes:
@@ -67,6 +71,17 @@ class EditableGraph(GraphState):
                     node.meta[key] = node.meta[key].to(self.probe_dtype(key))
         self._meta.clear()
         self.propagate(anew=True)
+
+    def _is_evaluated(self) -> bool:
+        """Return whether the values of nodes are those of the modules and tensors that the graph has now."""
+        for node in self.fx.nodes:
+            path = str(node.target)
+            if node.op == "get_attr" and node.meta["val"].shape != self.tensor(path).shape:
+                return False
+            evaluated = self._meta.get((path, "val")) if node.op == "call_module" else None
+            if evaluated is not None and kind(evaluated) != kind(self.module(path)):
+                return False
+        return True
 
     def insert(
         self,
@@ -328,6 +343,26 @@ class EditableGraph(GraphState):
                     hint="unet.fuse_lora() and unet.unload_lora() first",
                 )
 
+    def check_unaltered(self) -> None:
+        """Refuse a graph whose leaves do more than their class, options and weights say, which would be lost.
+
+        Raises:
+            ModeError: there are LoRA layers, hooks, methods that were exchanged on a leaf, or leaves of a class that no
+                trace has.
+        """
+        self.check_no_adapters()
+        for path in weights_read(node for node in self.fx.nodes if node.op == "call_module"):
+            module = self.module(path)
+            what = alteration(module)
+            if not what and not type(module).__module__.startswith("torch.nn.modules."):
+                what = f"the class {type(module).__name__}"
+            if what:
+                raise ModeError(
+                    f"the module was given {what} since the graph was made, which would be lost",
+                    where=path,
+                    hint="remove it, and give it to the result; or change the source UNet and call sdgraph.apply again",
+                )
+
     def copy(self) -> Self:
         """Return a separate graph that shares the storage of the weights; it can be edited.
 
@@ -340,7 +375,7 @@ class EditableGraph(GraphState):
             fx=copy_nodes(self.fx),
             weights=self.weights.sharing(weights_read(self.fx.nodes)),
             frozen=False,
-            replays=False,
+            replays=None,
             config=copy.deepcopy(dict(self.config)),
             classes=dict(self.classes),
             _sites=dict(self._sites),

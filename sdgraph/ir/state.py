@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import networkx as nx
@@ -21,7 +22,7 @@ from .inputs import Input, example_of
 from .liveness import ancestors
 from .nodes import scope, values
 from .sites import Site, changing_nodes, live_nodes, sites
-from .weights import Shares, Weights
+from .weights import Shares, Weights, kind
 
 
 @dataclass
@@ -47,7 +48,8 @@ class GraphState:
         removals: the modules that edits removed, in order; leaf modules are among them until a `GraphUNet` runs the
             graph.
         frozen: whether the graph belongs to a `GraphUNet`, so that only a copy of it can be edited.
-        replays: whether it was seen that its configuration and passes give it again, as a saved folder needs.
+        replays: the details (see there) with which it was seen that its configuration and passes give it again, as a
+            saved folder needs.
         source: the UNet that was traced, without the values of its weights; see `sdgraph.runtime.retrace`.
     """
 
@@ -63,7 +65,7 @@ class GraphState:
     passes: tuple[Applied, ...] = ()
     removals: tuple[Removed, ...] = ()
     frozen: bool = False
-    replays: bool = False
+    replays: tuple[object, ...] | None = None
     source: Any = field(default=None, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _decisions: Decisions = field(default_factory=Decisions, repr=False)
@@ -276,10 +278,18 @@ class GraphState:
             )
 
     def details(self) -> tuple[object, ...]:
-        """Return what operations do not show: the classes and options of modules, the sites and the guards."""
+        """Return what operations do not show: the classes and options of modules, shapes, sites and guards."""
+        return tuple(self.kinds().items()), tuple(self.sites.items()), self.guards
+
+    def kinds(self) -> dict[str, object]:
+        """Return the kinds of leaf modules (see `kind` in `weights`), and the shapes of tensors, by path."""
         paths = dict.fromkeys(str(node.target) for node in self.fx.nodes if node.op == "call_module")
-        modules = tuple((path, type(self.module(path)), self.module(path).extra_repr()) for path in paths)
-        return modules, tuple(self.sites.items()), self.guards
+        modules = ((path, self.module(path)) for path in paths)
+        tensors = chain(self.weights.named_parameters(remove_duplicate=False), self.weights.named_buffers())
+        return {
+            **{path: kind(module) for path, module in modules},
+            **{name: tuple(tensor.shape) for name, tensor in tensors},
+        }
 
     def changing_nodes(self) -> set[torch.fx.Node]:
         """Return the nodes whose tensors depend on inputs that change from call to call of a generation."""

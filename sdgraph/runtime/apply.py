@@ -50,6 +50,7 @@ def apply(
     """
     chosen = as_passes(passes)
     if isinstance(unet, GraphUNet):
+        unet.check_unaltered()
         graph, notes, done = unet.graph.copy(), unet.report.notes, unet.report.passes
         graph.follow_weights()
     elif isinstance(unet, Graph):

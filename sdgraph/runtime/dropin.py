@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from ..compiler.runner import replay
 from ..errors import ModeError
@@ -42,6 +43,9 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
+        kind = getattr(type(self), name, None)
+        if isinstance(kind, property):  # it raised a ModeError, which is an AttributeError: once more, to hear it
+            return kind.__get__(self)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -54,6 +58,15 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             raise ModeError(
                 f"a traced UNet has no {name}", where="GraphUNet", hint="it was removed, or is no module of the graph"
             ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_graph" in vars(self) and not hasattr(type(self), name) and name not in vars(self):
+            self._graph.weights.check_attribute(name, value)
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._graph.weights.check_attribute(name, module)
+        super().add_module(name, module)
 
     # -- loading and moving --------------------------------------------------------------------------------------
 

@@ -91,8 +91,6 @@ class LoraLayers(DropIn):
         try:
             yield
         finally:
-            for name, child in self.named_children():  # leaves at the top are replaced in this module only
-                self.graph.weights.add_module(name, child)
             self.changed()
 
     def _check_adapters(self, names: Iterable[str]) -> None:

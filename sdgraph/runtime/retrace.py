@@ -34,6 +34,7 @@ def again(graph: Graph, change: Callable[[UNet2DConditionModel], Any]) -> Graph:
         SdgraphError: the changed UNet cannot be traced, or a pass cannot be repeated.
         ModeError: the graph is more than its source and passes, or needs weights that it no longer has.
     """
+    graph.check_unaltered()
     if graph.source is None or not alike(_replayed(graph, graph.source), graph):
         raise ModeError("the graph has edits outside of passes, which would be lost", where="GraphUNet", hint=_AGAIN)
     source = nn.Module.to(copy.deepcopy(graph.source), graph.dtype)

@@ -175,19 +175,21 @@ def _traced(graph: Graph) -> tuple[dict[str, Any], list[str], Mapping[str, Any]]
 
 
 def check_savable(graph: Graph) -> None:
-    """Refuse a graph that would not come back from its configuration and passes. A graph is replayed once.
+    """Refuse a graph that would not come back from its configuration and passes. What was seen once is not tried again.
 
     Raises:
         ModeError: see there.
     """
-    if graph.replays:
+    graph.check_unaltered()
+    details = graph.details()
+    if graph.replays == details:
         return
     config, inputs, settings = _traced(graph)
+    where, reason, cause = "save_pretrained", "", None  # type: str, str, Exception | None
     try:
         # by the text of the passes, because that is what is saved
         passes = passes_of([entry(applied) for applied in graph.passes])
-        same = alike(_rebuild(config, passes, inputs, graph.dtype, settings), graph)
-        reason: Exception | None = None
+        again = _rebuild(config, passes, inputs, graph.dtype, settings)
     except DecisionError as error:
         raise ModeError(
             f"it could not be loaded again, which runs the passes on the shapes of weights alone; {error.what}",
@@ -195,15 +197,22 @@ def check_savable(graph: Graph) -> None:
             hint=error.hint,
         ) from error
     except Exception as error:
-        same, reason = False, error
-    if not same:
-        raise ModeError(
-            f"the graph cannot be rebuilt from its configuration and passes{f': {reason}' if reason else ''}",
-            where="save_pretrained",
-            hint="IP-Adapter layers, custom attention processors and edits outside of passes are not part of a recipe: "
-            "save the source UNet and the adapter, and apply again after loading",
-        ) from reason
-    graph.replays = graph.frozen
+        reason, cause = f": {error}", error
+    else:
+        if alike(again, graph):
+            if graph.frozen:
+                graph.replays = details
+            return
+        ours, theirs = graph.kinds(), again.kinds()
+        changed = next((path for path in {**theirs, **ours} if ours.get(path) != theirs.get(path)), None)
+        if changed is not None and structure(again) == structure(graph):
+            where, reason = changed, ", which differ from what the UNet has here"
+    raise ModeError(
+        f"the graph cannot be rebuilt from its configuration and passes{reason}",
+        where=where,
+        hint="IP-Adapter layers, custom attention processors, exchanged modules and edits outside of passes are in no "
+        "recipe: save the source UNet and the adapter, and apply again after loading",
+    ) from cause
 
 
 def load(

@@ -17,6 +17,7 @@ from diffusers.models.modeling_utils import _LOW_CPU_MEM_USAGE_DEFAULT
 from torch import nn
 
 from ..graph import Graph
+from ..ir.weights import Branch
 from .dropin import DropIn
 from .retrace import again
 
@@ -25,6 +26,14 @@ log = logging.getLogger("sdgraph")
 
 class SourceSettings(DropIn):
     """A traced UNet on which settings of its source can be made."""
+
+    _without_images = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "encoder_hid_proj" and value is None:  # pipelines assign it, and set other processors then
+            self._without_images = True
+        else:
+            super().__setattr__(name, value)
 
     def _change(self, change: Callable[[UNet2DConditionModel], Any]) -> None:
         self.hold(again(self.graph, change))
@@ -49,7 +58,7 @@ class SourceSettings(DropIn):
             type(value) is type(given[path]) and not isinstance(value, nn.Module)
             for path, value in self.attn_processors.items()
         )
-        without_images = self.__dict__["_modules"].get("encoder_hid_proj", self) is None  # pipelines assign it
+        without_images = self._without_images
         if same and not without_images:
             return
 
@@ -130,12 +139,8 @@ def _set_scales(source: UNet2DConditionModel, scales: Mapping[str, list[float]])
             processor.scale = list(scales[path])
 
 
-def as_lists(weights: nn.Module) -> None:
-    """Make containers of blocks and layers `ModuleList`s, so that they have a length and iterate as in diffusers."""
-    for module in weights.modules():
-        names = list(module._modules)
-        if type(module) is nn.Module and names and names == [str(i) for i in range(len(names))]:
-            module.__class__ = nn.ModuleList
+class _ImageProjection(Branch, ImageProjection):  # type: ignore[misc]
+    """A branch that pipelines take for diffusers' module at its place, by its class."""
 
 
 def follow_settings(graph: Graph) -> None:
@@ -144,9 +149,9 @@ def follow_settings(graph: Graph) -> None:
     layers = graph.weights.get(path)
     for i, layer in layers.named_children() if layers is not None else ():
         if graph.classes.get(f"{path}.{i}") == "ImageProjection":
-            layer.__class__ = ImageProjection
+            layer.__class__ = _ImageProjection
     for i, block in enumerate(graph.source.up_blocks if graph.source is not None else ()):
         mine = graph.weights.get(f"up_blocks.{i}")
         for name in ("s1", "s2", "b1", "b2"):
             if mine is not None and hasattr(block, name):
-                setattr(mine, name, getattr(block, name))
+                vars(mine)[name] = getattr(block, name)

@@ -21,6 +21,7 @@ from ..frontend.capture import capture
 from ..graph import Graph
 from ..ir.nodes import scope
 from ..ir.specialize import drop_inputs
+from ..ir.weights import kind
 
 PER_LEVEL = (
     "block_out_channels",
@@ -159,7 +160,7 @@ def _differs(graph: Graph, other: Graph, a: fx.Node, b: fx.Node) -> bool:
     one, two = graph.weights.get(str(a.target)), other.weights.get(str(b.target))
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
         return one.shape != two.shape
-    return type(one) is not type(two) or one.extra_repr() != two.extra_repr()
+    return one is None or two is None or kind(one) != kind(two)
 
 
 def _none(reason: str, at: fx.Node | None = None) -> ModeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -9,25 +10,33 @@ from typing import Any, Self
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from torch import fx, nn
+from torch.autograd import forward_ad
 
 from ..compiler.numerics import example
 from ..compiler.report import Report
 from ..errors import CallError, ModeError, PathError, did_you_mean
 from ..frontend.call import flatten
 from ..graph import Graph
-from ..inheritance.generation import Generations, apart
+from ..inheritance.generation import Generations, apart, arithmetic
 from ..ir.guards import check_call
 from ..ir.inputs import Input
 from ..ir.specialize import per_call
+from ..ir.weights import HOOKS, TREE, alteration
 from .device_map import one_device
 from .interface import no_value
 from .lora import LoraLayers
 from .ownership import Ownership
 from .recipe import PASSES, plain_passes
 from .serialization import load, save
-from .settings import SourceSettings, as_lists, follow_settings
+from .settings import SourceSettings, follow_settings
 from .to_diffusers import to_diffusers
 from .variants import Variants
+from .watch import Watch, global_hooks
+
+WITH_HOOKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+_REMOVE = "remove it, and give it to the result"
 
 
 class GraphUNet(SourceSettings, LoraLayers):
@@ -68,16 +77,12 @@ class GraphUNet(SourceSettings, LoraLayers):
         self._sites = graph.sites
         self._inputs = graph.resolved_inputs()
         self._conditioning = tuple(i.name for i in graph.inputs if i.conditioning)
-        for kind in (self._modules, self._parameters, self._buffers):
-            kind.clear()
-        as_lists(graph.weights)
-        for name, child in graph.weights.named_children():
-            self.add_module(name, child)
-        for name, parameter in graph.weights.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in graph.weights.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
+        graph.weights.settle(graph.source, {str(node.target) for node in graph.fx.nodes if node.op == "call_module"})
+        for kind in TREE:  # one tree: what is exchanged in the one is exchanged in the other
+            self.__dict__[kind] = graph.weights.__dict__[kind]
+        self._without_images = False
         follow_settings(graph)
+        self._watch = Watch(graph)
         self.changed()
 
     def changed(self) -> None:
@@ -92,6 +97,7 @@ class GraphUNet(SourceSettings, LoraLayers):
     def graph(self) -> Graph:
         """The graph that runs. If the scale of an IP-Adapter was set since the last call, it is traced anew here."""
         self.follow_scales()
+        self._look()
         return self._graph
 
     def call_inputs(self) -> Sequence[Input]:
@@ -105,14 +111,14 @@ class GraphUNet(SourceSettings, LoraLayers):
             self._ownership.take_before_gradients(self)
         if not self._sites:
             return self._step(flat, frozenset(), no_value)[0]
-        if learning or differentiated(flat.values()):
+        if learning or differentiated(flat.values()) or (transformed() and differentiated(self.tensors().values())):
             if not self.training:
                 self.generations.say(
                     "gradients are on, so everything is computed and nothing is inherited; where none are wanted, call "
                     "under torch.no_grad()"
                 )
             return self._step(flat, frozenset(), no_value)[0]
-        return self.generations.run(flat, self._conditioning, self._sites, self._step)
+        return self.generations.run(flat, self._conditioning, self._sites, self._step, self._watch.weights)
 
     def whole(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if all(isinstance(size, int) for value in flat.values() for size in value.shape):
@@ -127,11 +133,24 @@ class GraphUNet(SourceSettings, LoraLayers):
 
     def _accept(self, flat: Mapping[str, torch.Tensor]) -> None:
         """Refuse a call that the graph does not cover. Calls of the same kind are checked once."""
-        casting = torch.is_autocast_enabled(flat["sample"].device.type)
-        signature = (casting, *((name, v.shape, v.dtype, v.device) for name, v in flat.items()))
+        self._look()
+        signature = (arithmetic(flat["sample"].device.type), *((n, v.shape, v.dtype, v.device) for n, v in flat.items()))
         if signature not in self._accepted:
-            check_call(self.graph.resolved_inputs(), self.graph.guards, flat, self.dtype)
+            check_call(self._graph.resolved_inputs(), self._graph.guards, flat, self.dtype)
             self._accepted.add(signature)
+
+    def _look(self) -> None:
+        """Take note of what was changed since the last call, and refuse what would never act."""
+        if torch.compiler.is_compiling():
+            return  # a compiler guards what it has read
+        if not self._watch.check():
+            self._accepted.clear()
+        if self._variants.compiled and not self._watch.same_code():
+            self._variants.clear()
+        if global_hooks():
+            self.generations.say(
+                "PyTorch's hooks for all modules are called for the leaves of a graph and for the UNet, not for blocks"
+            )
 
     def step(
         self, values: Mapping[str, torch.Tensor], inherited: Collection[str] | None = None, **call: Any
@@ -176,7 +195,7 @@ class GraphUNet(SourceSettings, LoraLayers):
         Args:
             value: returns the value of a stale site.
         """
-        variant = self.variant(frozenset(flat), stale)
+        variant = self._variants.of(self, self._graph, frozenset(flat), stale)
         result = variant(*flat.values(), *map(value, variant.meta["takes"]))
         if not self._sites:
             return result, {}
@@ -241,8 +260,6 @@ class GraphUNet(SourceSettings, LoraLayers):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         self._take_weights()
-        self._variants.clear()  # with assign=True they would go on reading the old tensors
-        self.reset()
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _take_weights(self) -> None:
@@ -251,10 +268,11 @@ class GraphUNet(SourceSettings, LoraLayers):
     to = nn.Module.to  # diffusers' own only adds a warning about layers to keep in float32, of which there are none
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._variants.clear()  # they hold buffers, which a move replaces
-        self._accepted.clear()
-        self.reset()
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        before = self.device, self.dtype
+        super()._apply(fn, recurse)
+        if (self.device, self.dtype) != before:
+            self.changed()  # or what was kept would stay on the other device
+        return self
 
     # -- back and to disk ----------------------------------------------------------------------------------------
 
@@ -264,7 +282,7 @@ class GraphUNet(SourceSettings, LoraLayers):
         Raises:
             ModeError: no plain model computes the same. The error names the first difference.
         """
-        self.graph.check_no_adapters()
+        self.check_unaltered()
         return to_diffusers(self.graph, self.tensors())
 
     def save_pretrained(
@@ -290,7 +308,7 @@ class GraphUNet(SourceSettings, LoraLayers):
                 LoRA that is not fused.
             SavedError: the folder holds other files, or an option is not supported.
         """
-        self.graph.check_no_adapters()
+        self.check_unaltered()
         # The arguments are spelled out because pipelines read this signature to find out what they may pass.
         save(
             self.graph,
@@ -330,9 +348,33 @@ class GraphUNet(SourceSettings, LoraLayers):
         """Return parameters and buffers by name, also those buffers that `state_dict` leaves out."""
         return {**dict(self.named_buffers()), **self.state_dict()}
 
+    def check_unaltered(self) -> None:
+        """Refuse to go on from this UNet if it was given what its graph does not say, and what would be lost.
+
+        Raises:
+            ModeError: there are LoRA layers that are not fused, hooks, methods that were exchanged on a module, modules
+                that nothing calls, or weights that are not here because they are offloaded.
+        """
+        self.graph.check_unaltered()
+        altered = alteration(self)
+        if altered:
+            raise ModeError(
+                f"the UNet was given {altered}, which would be lost", where="GraphUNet", hint="remove it first"
+            )
+        absent = next((name for name, tensor in self.tensors().items() if tensor.is_meta), None)
+        if absent is not None and any(hasattr(module, "_hf_hook") for module in self.modules()):
+            raise ModeError("the weight is offloaded", where=absent, hint="pipe.remove_all_hooks() first")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphUNet:
+        altered = alteration(self)
+        if altered not in ("", "hooks"):
+            raise ModeError(
+                f"the UNet was given {altered}, which may be bound to it", where="GraphUNet", hint="remove it"
+            )
         twin = GraphUNet(self.graph.copy(), self.report)
         twin.graph.replays = self.graph.replays
+        for name in (*HOOKS, *WITH_HOOKS):
+            twin.__dict__[name] = copy.deepcopy(self.__dict__[name], {**memo, id(self): twin})
         twin._take_weights()
         return twin.train(True) if self.training else twin
 
@@ -343,11 +385,16 @@ class GraphUNet(SourceSettings, LoraLayers):
         raise ModeError("a GraphUNet is not pickled", hint="use save_pretrained(directory) and from_pretrained")
 
 
+def transformed() -> bool:
+    """Say whether weights may be those of a transform, such as `torch.func.grad` or forward derivatives."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
 def differentiated(tensors: Iterable[torch.Tensor]) -> bool:
     """Say whether derivatives may be taken with respect to one of the tensors, backward or forward."""
     return any(
         (torch.is_grad_enabled() and tensor.requires_grad)
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+        or forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
         for tensor in tensors
     )

@@ -9,10 +9,11 @@ from torch import fx, nn
 from ..errors import ModeError
 from ..graph import Graph
 from ..ir.sites import step
+from ..ir.weights import TREE
 
 
 class Variants:
-    """The variants of a graph. Each is built when it is first asked for."""
+    """The variants of a graph. Each is built when it is first asked for, and reads the module's tree as it is then."""
 
     def __init__(self) -> None:
         self._modules: dict[tuple[frozenset[str], frozenset[str]], fx.GraphModule] = {}
@@ -38,6 +39,8 @@ class Variants:
             absent = {i.name for i in graph.inputs} - given
             call = step(graph.fx, absent, inherited)
             variant = fx.GraphModule(module, call.nodes, class_name="UNet")
+            for kind in TREE:  # not what is there now, but whatever will be there when it is called
+                vars(variant)[kind] = vars(module)[kind]
             variant.meta |= {"takes": call.takes, "gives": call.gives}
             if self._compile is not None:
                 variant.compile(**self._compile)
@@ -49,8 +52,13 @@ class Variants:
         self._compile = options
         self._modules.clear()
 
+    @property
+    def compiled(self) -> bool:
+        """Whether variants are compiled, and so depend on what they were compiled from."""
+        return self._compile is not None
+
     def clear(self) -> None:
-        """Forget the variants, because the graph or the tensors of the module are no longer the same."""
+        """Forget the variants."""
         self._modules.clear()
 
 
