@@ -195,7 +195,7 @@ class GraphUNet(SourceSettings, LoraLayers):
         Args:
             value: returns the value of a stale site.
         """
-        variant = self._variants.of(self, self._graph, frozenset(flat), stale)
+        variant = self.variant(frozenset(flat), stale)
         result = variant(*flat.values(), *map(value, variant.meta["takes"]))
         if not self._sites:
             return result, {}
@@ -221,7 +221,7 @@ class GraphUNet(SourceSettings, LoraLayers):
             `meta["takes"]`; it returns the output and the values of the sites in `meta["gives"]`, as one tuple. If the
             graph has no sites it returns the output.
         """
-        return self._variants.of(self, self.graph, given, inherited)
+        return self._variants.of(self, self._graph, given, inherited)
 
     def compile(self, **options: Any) -> None:
         """Let `torch.compile` compile each variant when it is first run.
