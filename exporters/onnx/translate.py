@@ -59,6 +59,7 @@ def capture(
         for name, spec in zip(names, inputs, strict=True)
     }
     given = dict(zip(names, call.values(), strict=True))
+    module = fx.GraphModule(module, module.graph)  # without those weights of the UNet that this one does not read
     try:
         with torch.no_grad(), quiet():
             program = torch.export.export(module, (), given, dynamic_shapes=dynamic, strict=False)
