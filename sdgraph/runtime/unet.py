@@ -134,7 +134,10 @@ class GraphUNet(SourceSettings, LoraLayers):
     def _accept(self, flat: Mapping[str, torch.Tensor]) -> None:
         """Refuse a call that the graph does not cover. Calls of the same kind are checked once."""
         self._look()
-        signature = (arithmetic(flat["sample"].device.type), *((n, v.shape, v.dtype, v.device) for n, v in flat.items()))
+        signature = (
+            arithmetic(flat["sample"].device.type),
+            *((n, v.shape, v.dtype, v.device) for n, v in flat.items()),
+        )
         if signature not in self._accepted:
             check_call(self._graph.resolved_inputs(), self._graph.guards, flat, self.dtype)
             self._accepted.add(signature)
