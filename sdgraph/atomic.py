@@ -153,7 +153,9 @@ def lies_in(path: Path, folder: Path) -> bool:
     )
 
 
-def check_apart(output: Path, inputs: Iterable[tuple[str, Path]], error: type[SdgraphError], where: str) -> None:
+def check_apart(
+    output: Path, inputs: Iterable[tuple[str, Path]], error: type[SdgraphError], where: str, around: bool = True
+) -> None:
     """Refuse to write to what is read.
 
     Args:
@@ -161,13 +163,14 @@ def check_apart(output: Path, inputs: Iterable[tuple[str, Path]], error: type[Sd
         inputs: files and directories that are read, with what they are.
         error: the class of the error.
         where: the argument that named the output, for the error.
+        around: whether to refuse an output that contains an input.
     Raises:
         error: the output is one of the inputs, lies within it, or contains it.
     """
     for name, path in inputs:
         if lies_in(output, path):
             how = "is" if lies_in(path, output) else "lies within"
-        elif lies_in(path, output):
+        elif around and lies_in(path, output):
             how = "contains"
         else:
             continue

@@ -17,6 +17,7 @@ from ..progress import note
 
 PICTURES = ("picture", "timetable")  # options that name files of pictures
 CALLS = 50
+INPUTS = ("model", "pipeline", "directory", "change", "prompts", "held_out", "cost", "clip")  # which may be paths
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -179,13 +180,21 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuse to replace existing output without --overwrite, before anything is loaded.
 
     Raises:
-        SpecError: a file or a folder that is not empty already exists where the command would write; or it cannot write
-            there.
+        SpecError: a file or a folder that is not empty already exists where the command would write; it cannot write
+            there; or the command would write to what it reads, which --overwrite does not allow either.
         ExtraError: a picture is wanted, and matplotlib is not installed.
     """
-    for option in getattr(args, "outputs", ()):
-        path: Path | None = getattr(args, option)
+    from ..atomic import check_apart
+
+    named = {option: getattr(args, option) for option in INPUTS if getattr(args, option, None)}
+    inputs = [(option, Path(path).expanduser()) for option, path in named.items()]
+    inputs = [(option, path) for option, path in inputs if os.path.exists(path)]
+    for option in (*getattr(args, "outputs", ()), "folder"):
+        path: Path | None = getattr(args, option, None)
         if path is None:
+            continue
+        check_apart(path, inputs, SpecError, f"--{option}", around=False)
+        if option not in args.outputs:  # measurements are kept there and read again
             continue
         _check_writable(path, f"--{option}")
         if option in PICTURES:

@@ -25,9 +25,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import SpecError
 from .arguments import add_imports, add_threads
 from .plans import read_passes
 from .sources import load_pipeline, load_unet, read_prompts
+
+WRITTEN = ("loss.csv", "loss.svg", "model_index.json", "tuning.json")  # files of a run in its folder
+MARKS = ("loss.csv", "tuning.json", "whole")  # by which a folder is known to be that of a run
 
 if TYPE_CHECKING:
     from ..runtime.unet import GraphUNet
@@ -55,48 +59,75 @@ def run(args: argparse.Namespace) -> None:
     from ..spec import read as read_spec
     from ..tuning.incubate import incubate
     from ..tuning.losses import Loss
-    from ..tuning.tune import tune
+    from ..tuning.tune import alone, tune
     from ..tuning.validation import ValidationImages
     from .configuration import read
 
     config, settings = read(args.config, args.set)
+    check_output(config, args.config)
     passes = read_passes(config.passes).passes
     losses: Sequence[Any] | None = [read_spec(text, Loss) for text in config.losses] or None
     process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
-    pipe = load_pipeline(config.pretrained_model_name_or_path, "float32", process.device, config.variant)
-    source = apply(pipe.unet, ())
-    student = apply(source, passes)  # before the data are encoded, which takes long
-    if config.pretrained_teacher_model is not None:
-        pipe.unet = load_unet(config.pretrained_teacher_model, "float32").to(process.device)
-    generation: dict[str, Any] = {
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-    }
-    options: dict[str, Any] = {
-        "scheduler": pipe.scheduler,
-        "steps": settings.max_train_steps,
-        "out": config.output_dir,
-        "losses": losses,
-        "validate": ValidationImages(pipe, config.validation_prompts, **generation)
-        if config.validation_prompts
-        else None,
-        **{name: value for name, value in asdict(settings).items() if name != "max_train_steps"},
-    }
-    data = _data(config, pipe, settings.seed)
-    tuned: GraphUNet
-    report: TuningReport | IncubationReport
-    if config.stage_steps:
-        options |= {"progressive": config.progressive, "processes": config.stage_processes}
-        stages = [stage for p in passes for stage in p.stages(source.graph)]
-        tuned, report = incubate(source, stages, data, stage_steps=config.stage_steps, **options)
-    else:
-        teacher = source if config.pretrained_teacher_model is None else pipe.unet
-        options |= {"resume_from_checkpoint": config.resume_from_checkpoint}
-        tuned, report = tune(student, teacher, data, **options)
-    if process.is_main_process:
-        _save(pipe, tuned, Path(config.output_dir))
-        print(f"{report}\nsaved in {config.output_dir}")
+    with alone(Path(config.output_dir)):
+        pipe = load_pipeline(config.pretrained_model_name_or_path, "float32", process.device, config.variant)
+        source = apply(pipe.unet, ())
+        student = apply(source, passes)  # before the data are encoded, which takes long
+        if config.pretrained_teacher_model is not None:
+            pipe.unet = load_unet(config.pretrained_teacher_model, "float32").to(process.device)
+        generation: dict[str, Any] = {
+            "num_inference_steps": config.num_inference_steps,
+            "guidance_scale": config.guidance_scale,
+        }
+        options: dict[str, Any] = {
+            "scheduler": pipe.scheduler,
+            "steps": settings.max_train_steps,
+            "out": config.output_dir,
+            "losses": losses,
+            "validate": ValidationImages(pipe, config.validation_prompts, **generation)
+            if config.validation_prompts
+            else None,
+            **{name: value for name, value in asdict(settings).items() if name != "max_train_steps"},
+        }
+        data = _data(config, pipe, settings.seed)
+        tuned: GraphUNet
+        report: TuningReport | IncubationReport
+        if config.stage_steps:
+            options |= {"progressive": config.progressive, "processes": config.stage_processes}
+            stages = [stage for p in passes for stage in p.stages(source.graph)]
+            tuned, report = incubate(source, stages, data, stage_steps=config.stage_steps, **options)
+        else:
+            teacher = source if config.pretrained_teacher_model is None else pipe.unet
+            options |= {"resume_from_checkpoint": config.resume_from_checkpoint}
+            tuned, report = tune(student, teacher, data, **options)
+        if process.is_main_process:
+            _save(pipe, tuned, Path(config.output_dir))
+            print(f"{report}\nsaved in {config.output_dir}")
     process.destroy_process_group()
+
+
+def check_output(config: Configuration, file: Path) -> None:
+    """Refuse an `output_dir` that is read from or holds another pipeline, before anything is loaded.
+
+    Args:
+        config: the configuration.
+        file: its file.
+    Raises:
+        SpecError: see there.
+    """
+    from ..atomic import check_apart, lies_in
+    from ..tuning.checks import DATA
+
+    out, hint = Path(config.output_dir), "name a new folder"
+    names = ("pretrained_model_name_or_path", "pretrained_teacher_model", "train_data_dir")
+    paths = [(name, Path(getattr(config, name) or "").expanduser()) for name in names if getattr(config, name)]
+    if config.data_cache is not None and not lies_in(Path(config.data_cache), out / DATA):
+        paths.append(("data_cache", Path(config.data_cache)))
+    check_apart(out, [(name, path) for name, path in paths if path.exists()], SpecError, "output_dir")
+    for path in (file, *([] if config.prompts is None else [Path(config.prompts)])):
+        if path.name in WRITTEN and lies_in(path, out):
+            raise SpecError(f"{out} contains {path}, which the run would replace", where="output_dir", hint=hint)
+    if (out / "model_index.json").exists() and not any((out / name).exists() for name in MARKS):
+        raise SpecError(f"{out} holds a pipeline that no run has written", where="output_dir", hint=hint)
 
 
 def _save(pipe: Any, tuned: GraphUNet, folder: Path) -> None:
@@ -110,6 +141,8 @@ def _save(pipe: Any, tuned: GraphUNet, folder: Path) -> None:
         named: Any = tuned.to_diffusers()
     except ModeError:
         named = tuned
+    if not (folder / "unet").exists():
+        tuned.save_pretrained(folder / "unet")  # so that a run that is stopped here knows the folder as its own
     with with_unet(pipe, named):
         pipe.save_pretrained(folder)
     if named is not tuned:

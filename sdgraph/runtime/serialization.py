@@ -270,6 +270,7 @@ def load(
             hint="use those versions, or apply the passes again to the source UNet",
         )
     load_weights(graph, folder / recipe.weights, recipe.files, recipe.names)
+    graph.config = {**graph.config, "_name_or_path": str(folder)}  # as diffusers notes where a model comes from
     return graph, {k: v for k, v in config.items() if not k.startswith("_") and k not in graph.config}
 
 
@@ -298,6 +299,12 @@ def _check_target(target: Path) -> None:
         if foreign:
             raise SavedError(
                 f"the folder holds other files: {', '.join(foreign[:3])}", where=str(target), hint="choose another"
+            )
+        if (target / CONFIG).exists() and not (target / RECIPE).exists():
+            raise SavedError(
+                "the folder holds a model that sdgraph has not saved, such as the one that this UNet comes from",
+                where=str(target),
+                hint="choose another, or remove it yourself",
             )
 
 

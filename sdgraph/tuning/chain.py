@@ -15,9 +15,10 @@ from ..errors import TuningError
 from ..options import Count, checked
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
+from .checks import check_output
 from .report import TuningReport
 from .sources import Source, as_source
-from .tune import tune
+from .tune import alone, tune
 
 
 @checked(TuningError)
@@ -54,9 +55,11 @@ def chain(
     links = [as_passes(link) for link in passes]
     last = apply(teacher, (), verify=False)
     apply(last, [one for link in links for one in link], verify=False)  # what cannot be applied is refused at once
+    check_output(Path(out), teacher, source)
     reports = []
-    for number, link in enumerate(links, 1):
-        student = apply(last, link, verify=False)
-        last, report = tune(student, last, source, steps=steps, out=Path(out) / f"link-{number}", **options)
-        reports.append(report)
+    with alone(Path(out)):
+        for number, link in enumerate(links, 1):
+            student = apply(last, link, verify=False)
+            last, report = tune(student, last, source, steps=steps, out=Path(out) / f"link-{number}", **options)
+            reports.append(report)
     return last, tuple(reports)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ..atomic import check_apart, lies_in
@@ -95,19 +97,16 @@ def has_empty(source: Source) -> bool:
     return bool(empty) and {n: t.shape for n, t in empty.items()} == {n: t.shape for n, t in other.items()}
 
 
-def check_output(out: Path, student: GraphUNet, teacher: GraphUNet, source: Source) -> None:
-    """Refuse a folder that the models or the data are read from, or that holds models of others.
+def check_output(out: Path, model: GraphUNet | UNet2DConditionModel, source: Source) -> None:
+    """Refuse a folder for a run that a model or the data are read from, or that holds a model of others.
 
     Raises:
         TuningError: see there.
     """
-    contents = getattr(source, "contents", None)
-    names = {
-        name: unet.config.get("_name_or_path") for name, unet in (("the student", student), ("the teacher", teacher))
-    }
-    inputs = [(name, Path(path)) for name, path in names.items() if path and Path(path).exists()]
+    contents, name = getattr(source, "contents", None), model.config.get("_name_or_path")
+    inputs = [("the model's folder", Path(name))] if name and os.path.exists(name) else []
     if contents is not None:
-        inputs += [("the data", folder) for folder in contents.folders]
+        inputs += [("the folder of the data", folder) for folder in contents.folders]
         if contents.cache is not None and not lies_in(contents.cache, out / DATA):
             inputs.append(("the cache of the data", contents.cache))
     check_apart(out, inputs, TuningError, "out")

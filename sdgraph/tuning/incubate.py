@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import signal
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,12 @@ from ..errors import TuningError
 from ..options import Count, checked
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
+from .checks import check_output
 from .losses import Features, Loss, Output
 from .report import TuningReport
 from .settings import Settings
 from .sources import Source, as_source
-from .tune import Validate, tune
+from .tune import Validate, alone, tune
 
 
 @dataclass(frozen=True)
@@ -104,32 +109,34 @@ def incubate(
             hint="leave one of them out",
         )
     folder, source = Path(out), as_source(data)
+    check_output(folder, teacher, source)
     teaching = apply(teacher, (), verify=False)
     passes = [as_passes(stage) for stage in stages]
-    alone = [apply(teaching, stage, verify=False) for stage in passes]
-    trained = [changed_blocks(student, teaching) for student in alone]
+    begun = [apply(teaching, stage, verify=False) for stage in passes]
+    trained = [changed_blocks(student, teaching) for student in begun]
     _check_apart(trained, passes)
-    jobs = [
-        Job(folder / f"stage-{number}", blocks, stage_steps, {"scheduler": scheduler, **settings})
-        for number, blocks in enumerate(trained, 1)
-    ]
-    student = apply(teaching, [p for stage in passes for p in stage], verify=False)
-    tuned: list[tuple[tuple[str, ...], GraphUNet]] = []
-    if processes > 1:
-        teaching.save_pretrained(folder / "teacher")
-        _run_apart(jobs, alone, folder / "teacher", source, processes)
-        tuned = [(job.blocks, GraphUNet.from_pretrained(job.out / "unet")) for job in jobs]
-    else:
-        for number, job in enumerate(jobs):
-            begun = alone[number]
-            if progressive:
-                earlier = [p for stage in passes[: number + 1] for p in stage]
-                begun = assemble(apply(teaching, earlier, verify=False), tuned)
-            tuned.append((job.blocks, job.run(begun, teaching, source)))
-    whole = assemble(student, tuned)
-    options = {"scheduler": scheduler, "losses": losses, "validate": validate, **settings}
-    result, report = tune(whole, teaching, source, steps=steps, out=folder / "whole", **options)
-    return result, IncubationReport(tuple(TuningReport.of(job.out) for job in jobs), report)
+    with alone(folder):
+        jobs = [
+            Job(folder / f"stage-{number}", blocks, stage_steps, {"scheduler": scheduler, **settings})
+            for number, blocks in enumerate(trained, 1)
+        ]
+        student = apply(teaching, [p for stage in passes for p in stage], verify=False)
+        tuned: list[tuple[tuple[str, ...], GraphUNet]] = []
+        if processes > 1:
+            teaching.save_pretrained(folder / "teacher")
+            _run_apart(jobs, begun, folder / "teacher", source, processes)
+            tuned = [(job.blocks, GraphUNet.from_pretrained(job.out / "unet")) for job in jobs]
+        else:
+            for number, job in enumerate(jobs):
+                first = begun[number]
+                if progressive:
+                    earlier = [p for stage in passes[: number + 1] for p in stage]
+                    first = assemble(apply(teaching, earlier, verify=False), tuned)
+                tuned.append((job.blocks, job.run(first, teaching, source)))
+        whole = assemble(student, tuned)
+        options = {"scheduler": scheduler, "losses": losses, "validate": validate, **settings}
+        result, report = tune(whole, teaching, source, steps=steps, out=folder / "whole", **options)
+        return result, IncubationReport(tuple(TuningReport.of(job.out) for job in jobs), report)
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,11 @@ class Job:
     blocks: tuple[str, ...]
     steps: int
     options: dict[str, Any]
+
+    @property
+    def begin(self) -> Path:
+        """The folder of the student before its first step, for a process of its own."""
+        return self.out.with_name(f"{self.out.name}-begin")
 
     def run(self, student: GraphUNet, teacher: GraphUNet, data: Source) -> GraphUNet:
         fixed: dict[str, Any] = {"steps": self.steps, "out": self.out, "train": self.blocks}
@@ -232,13 +244,42 @@ def _run_apart(jobs: Sequence[Job], students: Sequence[GraphUNet], teacher: Path
             hint="pass sdgraph.tuning.Tensors, a picklable source, or processes=1",
         ) from error
     for job, student in zip(jobs, students, strict=True):
-        student.save_pretrained(job.out / "begin")
+        student.save_pretrained(job.begin)
     threads = max(1, torch.get_num_threads() // processes)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (threads,)) as pool:
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(processes, spawn, _begun, (threads,))
+    try:
         for future in [pool.submit(_run_saved, job, teacher, data) for job in jobs]:
             future.result()
+    except BrokenProcessPool as error:
+        raise TuningError(
+            "a process that trains a stage has died",
+            where=str(jobs[0].out.parent),
+            hint="the memory may be too small for so many processes; the same call goes on from the last checkpoints",
+        ) from error
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begun(threads: int) -> None:
+    """Prepare a process that trains stages. It ends with the process that has started it, however that ends."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the steps so far are kept
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the terminal sends to all processes, and the parent handles
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _run_saved(job: Job, teacher: Path, data: Source) -> None:
-    job.run(GraphUNet.from_pretrained(job.out / "begin"), GraphUNet.from_pretrained(teacher), data)
+    job.run(GraphUNet.from_pretrained(job.begin), GraphUNet.from_pretrained(teacher), data)

@@ -115,13 +115,14 @@ def tune(
     for unet in (student, teaching):
         check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, _at_least_float32(unet))
     check_differs(student, teaching, row.inputs)
-    check_output(folder, student, teaching, source)
+    check_output(folder, student, source)
+    check_output(folder, teacher, source)
     with shards.asked() as spread:
         accelerator = _accelerator(chosen, folder)
     spread = spread and accelerator.num_processes > 1
     if spread and accelerator.scaler is not None:
         raise TuningError("weights that are spread over processes train in bf16", where="mixed_precision", hint="bf16")
-    with owned(folder, TuningError, "out") if accelerator.is_main_process else contextlib.nullcontext():
+    with alone(folder):
         accelerator.wait_for_everyone()
         resumed = checkpoint_to_resume(folder, resume_from_checkpoint)
         taught = copy.deepcopy(student).to(_at_least_float32(student)).requires_grad_(train is None).train()
@@ -149,6 +150,16 @@ def tune(
         }
         tuned = _as(state.result().requires_grad_(False).eval(), student.dtype)
         return _finished(tuned, folder, record if accelerator.is_main_process else None)
+
+
+def alone(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which no other run writes to a folder; processes of one run share it.
+
+    Raises:
+        TuningError: another run is writing there; the error says which process.
+    """
+    process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
+    return owned(folder, TuningError, "out") if process.is_main_process else contextlib.nullcontext()
 
 
 def _resume(state: State, checkpoint: Path, identity: Identity, settings: Settings, losses: Sequence[Loss]) -> None:
