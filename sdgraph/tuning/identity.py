@@ -71,13 +71,13 @@ class Identity:
             fixed = {} if contents.repairable else {DATA: hash_text(*contents.rows)}
             data = {**fixed, **{f"{name} of the data": value for name, value in contents.recipe.items()}}
         parts = {
+            "dtype": f"student {_dtype(student)}, teacher {_dtype(teacher)}",
             "student's passes": _passes(student),
             "student's graph": hash_program(student),
             "student": hash_model(student),
             "teacher's passes": _passes(teacher),
             "teacher's graph": hash_program(teacher),
             "teacher": hash_model(teacher),
-            "dtype": f"student {_dtype(student)}, teacher {_dtype(teacher)}",
             "mixed precision": precision,
             "prediction type": noising.prediction,
             SCHEDULE: " ".join(f"{alpha:.7g}" for alpha in noising.alphas.tolist()),

@@ -107,7 +107,10 @@ def tune(
         loss: Zhang et al., "ALTER", 2025. Exact resume is our own.
     """
     chosen, folder = Settings.of({"max_train_steps": steps, **settings}), Path(out)
-    source, teaching = as_source(data), apply(teacher, (), verify=False)
+    source = as_source(data)
+    for model in (student, teacher):
+        check_output(folder, model, source)
+    teaching = apply(teacher, (), verify=False)
     chosen = chosen.for_data(has_empty(source))
     check_models(student, teaching)
     noising = Noising.of(scheduler)
@@ -115,8 +118,6 @@ def tune(
     for unet in (student, teaching):
         check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, _at_least_float32(unet))
     check_differs(student, teaching, row.inputs)
-    check_output(folder, student, source)
-    check_output(folder, teacher, source)
     with shards.asked() as spread:
         accelerator = _accelerator(chosen, folder)
     spread = spread and accelerator.num_processes > 1

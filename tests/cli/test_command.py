@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,44 @@ def test_nothing_is_printed_but_ours(prompts: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
+
+
+# -- what is read is not written to -----------------------------------------------------------------------------------
+
+WRITING = [
+    ["apply", "{model}", "CleanUp", "--save"],
+    ["export", "{model}", "--out"],
+    ["bench", "{model}", "--out"],
+    ["evaluate", "{model}", "CleanUp", "--prompts", "{prompts}", "--out"],
+    ["evaluate", "other/pipeline", "{model}", "--prompts", "{prompts}", "--out"],
+    ["search", "{model}", "--prompts", "{prompts}", "--budget", "0.5", "--out"],
+    ["search", "{model}", "--prompts", "{prompts}", "--budget", "0.5", "--picture"],
+    ["search", "{model}", "--prompts", "{prompts}", "--budget", "0.5", "--folder"],
+]
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("words", WRITING, ids=lambda words: f"{words[0]} {words[-1]}")
+@pytest.mark.parametrize("place", ["", "unet", "new/file.svg", "../link/unet", "unet/config.json"])
+def test_no_command_writes_to_its_model(
+    words: list[str], place: str, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    (tmp_path / "model" / "unet" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    named = [word.format(model=tmp_path / "model", prompts=prompts) for word in words]
+    overwrite = ["--overwrite"]
+    assert main([*named, str(tmp_path / "model" / place), *overwrite]) == 2
+    assert re.search(r"(is|lies within) (model|directory|pipeline|change), ", capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_no_command_writes_over_its_prompts(tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    before = prompts.read_text()
+    search = ["search", str(tmp_path / "model"), "--prompts", str(prompts), "--budget", "0.5", "--overwrite"]
+    assert main([*search, "--out", str(prompts)]) == 2
+    assert "is prompts, " in capsys.readouterr().err
+    assert prompts.read_text() == before

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from scenes import models
 
 import sdgraph
+from sdgraph.atomic import owned
 from sdgraph.cli import main
 from sdgraph.cli.configuration import read
 from sdgraph.cli.quiet import quiet
@@ -104,6 +108,45 @@ def test_passes_and_losses_are_read_before_anything_is_loaded(capsys: pytest.Cap
     assert "did you mean 'PruneBlocks'" in capsys.readouterr().err
     assert main(["tune", str(written(losses=["Outputs"]))]) == 2
     assert "did you mean 'Output'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("model", "is pretrained_model_name_or_path, model"),
+        ("model/unet", "lies within pretrained_model_name_or_path, model"),
+        ("link/tuned", "lies within pretrained_model_name_or_path, model"),
+        (".", r"\. contains pretrained_model_name_or_path, model"),
+        ("teacher/new", "lies within pretrained_teacher_model, teacher"),
+        ("photos", "is train_data_dir, photos"),
+        ("photos/tuned", "lies within train_data_dir, photos"),
+        ("data", "contains train_data_dir, data/photos"),
+        ("encoded", "is data_cache, encoded"),
+        ("encoded/tuned", "lies within data_cache, encoded"),
+        ("other", "other holds a pipeline that no run has written"),
+        ("settings", "settings contains settings/tuning.json, which the run would replace"),
+    ],
+)
+def test_a_run_does_not_write_to_what_it_reads(out: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("model/unet", "teacher", "photos", "data/photos", "encoded", "other", "settings"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "model_index.json").write_text("{}")
+    Path("link").symlink_to("model")
+    changes: dict[str, Any] = {"output_dir": out, "data_cache": "encoded"}
+    changes |= {"pretrained_teacher_model": "teacher"} if "teacher" in reason else {}
+    changes |= {"train_data_dir": "data/photos"} if "data/photos" in reason else {}
+    config = written("settings/tuning.json" if "settings" in out else "tuning.json", **changes)
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert main(["tune", str(config)]) == 2
+    assert re.search(reason, capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_one_command_at_a_time_writes_to_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with ThreadPoolExecutor(1) as other, owned(Path("tuned"), TuningError, "out"):
+        assert other.submit(main, ["tune", str(written())]).result() == 2
+    assert f"process {os.getpid()} on" in capsys.readouterr().err
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 import sdgraph
 from sdgraph import errors
+from sdgraph.atomic import owned
 from sdgraph.passes import PruneBlocks
-from sdgraph.tuning import IncubationReport, Output, Tensors, assemble, chain, incubate
+from sdgraph.tuning import Images, IncubationReport, Output, Prompts, Tensors, assemble, chain, incubate
+from sdgraph.tuning.counter import generator
 from sdgraph.tuning.incubate import changed_blocks
 
 from ..models import build
+from ..photos import write_photos
 from .conftest import equal, tensors
 
 pytestmark = pytest.mark.slow
@@ -138,3 +148,54 @@ def test_a_chain_teaches_link_by_link(teacher: UNet2DConditionModel, data: Tenso
     last, reports = chain(teacher, links, data, steps=2, out=tmp_path, losses=(Output(),), **OPTIONS)
     assert set(last.graph.removed) == {"mid_block", "up_blocks.0.resnets.1"}
     assert [report.out.name for report in reports] == ["link-1", "link-2"]
+
+
+STAGES = """
+import sys, torch, sdgraph
+from diffusers import DDPMScheduler
+from sdgraph.passes import PruneBlocks
+from sdgraph.tuning import Tensors, incubate
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    teacher = sdgraph.GraphUNet.from_pretrained(sys.argv[1])
+    data = Tensors(torch.randn(4, 4, 8, 8), {"encoder_hidden_states": torch.randn(4, 5, 24)})
+    incubate(teacher, PruneBlocks("bk-sdm-base").stages(teacher.graph), data, scheduler=DDPMScheduler(), steps=1,
+             stage_steps=10**6, out=sys.argv[2], processes=2, train_batch_size=1, report_to="none")
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="it knows one way to end a process")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_processes_of_stages_end_with_the_one_that_started_them(
+    number: signal.Signals, teaching: sdgraph.GraphUNet, tmp_path: Path
+) -> None:
+    def steps() -> list[int]:
+        logs = [tmp_path / "run" / f"stage-{number}" / "loss.csv" for number in (1, 2)]
+        return [log.read_text().count("\n") if log.exists() else 0 for log in logs]
+
+    teaching.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "script.py").write_text(STAGES)
+    command = [sys.executable, "-W", "ignore", *(str(tmp_path / name) for name in ("script.py", "teacher", "run"))]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as parent:
+        while min(steps()) < 3 and parent.poll() is None:
+            time.sleep(0.05)
+        children = psutil.Process(parent.pid).children(recursive=True)
+        assert len(children) >= 2
+        parent.send_signal(number)
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    for stage in ("stage-1", "stage-2"):
+        with owned(tmp_path / "run" / stage, errors.TuningError, "out"):
+            kept = bool(list((tmp_path / "run" / stage).glob("checkpoint-*")))
+            assert kept == (number == signal.SIGINT)  # the others leave no time for it
+
+
+def test_encoded_data_are_sent_to_processes(pipe: Any, tmp_path: Path) -> None:
+    images = Images(write_photos(tmp_path / "photos"), pipe, resolution=16, cache=tmp_path / "cache")
+    call: dict[str, Any] = {"num_inference_steps": 2, "calls_per_prompt": 1, "height": 16, "width": 16}
+    for source in (images, Prompts(["a red circle"], pipe, cache=tmp_path / "calls", **call)):
+        other = pickle.loads(pickle.dumps(source))
+        assert other.fingerprint() == source.fingerprint()
+        draws = [[generator(0, "row", 0)] for _ in range(2)]
+        assert torch.equal(other.samples([0], draws[0]).latents, source.samples([0], draws[1]).latents)
