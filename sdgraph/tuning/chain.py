@@ -52,7 +52,7 @@ def chain(
     if not passes:
         raise TuningError("a chain has no passes", where="passes", hint="pass at least one")
     source = as_source(data)
-    check_output(Path(out), teacher, source)
+    check_output(Path(out), [teacher], source)
     links = [as_passes(link) for link in passes]
     last = apply(teacher, (), verify=False)
     apply(last, [one for link in links for one in link], verify=False)  # what cannot be applied is refused at once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -97,14 +97,15 @@ def has_empty(source: Source) -> bool:
     return bool(empty) and {n: t.shape for n, t in empty.items()} == {n: t.shape for n, t in other.items()}
 
 
-def check_output(out: Path, model: GraphUNet | UNet2DConditionModel, source: Source) -> None:
-    """Refuse a folder for a run that a model or the data are read from, or that holds a model of others.
+def check_output(out: Path, models: Iterable[GraphUNet | UNet2DConditionModel], source: Source) -> None:
+    """Refuse a folder for a run that models or data are read from, or that holds a model of others.
 
     Raises:
         TuningError: see there.
     """
-    contents, name = getattr(source, "contents", None), model.config.get("_name_or_path")
-    inputs = [("the model's folder", Path(name))] if name and os.path.exists(name) else []
+    contents = getattr(source, "contents", None)
+    names = [name for name in (model.config.get("_name_or_path") for model in models) if name and os.path.exists(name)]
+    inputs = [("the model's folder", Path(name)) for name in names]
     if contents is not None:
         inputs += [("the folder of the data", folder) for folder in contents.folders]
         if contents.cache is not None and not lies_in(contents.cache, out / DATA):

@@ -109,7 +109,7 @@ def incubate(
             hint="leave one of them out",
         )
     folder, source = Path(out), as_source(data)
-    check_output(folder, teacher, source)
+    check_output(folder, [teacher], source)
     teaching = apply(teacher, (), verify=False)
     passes = [as_passes(stage) for stage in stages]
     begun = [apply(teaching, stage, verify=False) for stage in passes]

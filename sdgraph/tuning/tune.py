@@ -108,8 +108,7 @@ def tune(
     """
     chosen, folder = Settings.of({"max_train_steps": steps, **settings}), Path(out)
     source = as_source(data)
-    for model in (student, teacher):
-        check_output(folder, model, source)
+    check_output(folder, (student, teacher), source)
     teaching = apply(teacher, (), verify=False)
     chosen = chosen.for_data(has_empty(source))
     check_models(student, teaching)
