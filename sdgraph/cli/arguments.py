@@ -17,7 +17,17 @@ from ..progress import note
 
 PICTURES = ("picture", "timetable")  # options that name files of pictures
 CALLS = 50
-INPUTS = ("model", "pipeline", "directory", "change", "prompts", "held_out", "cost", "clip")  # which may be paths
+INPUTS = (
+    "model",
+    "pipeline",
+    "directory",
+    "change",
+    "passes",
+    "prompts",
+    "held_out",
+    "cost",
+    "clip",
+)  # which may be paths
 DTYPES = ("float32", "float16", "bfloat16")
 
 

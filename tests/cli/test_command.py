@@ -214,7 +214,7 @@ WRITING = [
     ["bench", "{model}", "--out"],
     ["evaluate", "{model}", "CleanUp", "--prompts", "{prompts}", "--out"],
     ["evaluate", "other/pipeline", "{model}", "--prompts", "{prompts}", "--out"],
-    ["search", "{model}", "--prompts", "{prompts}", "--budget", "0.5", "--out"],
+    ["search", "{model}", "--prompts", "{prompts}", "--budget", "0.5", "--save"],
     ["search", "{model}", "--prompts", "{prompts}", "--budget", "0.5", "--picture"],
     ["search", "{model}", "--prompts", "{prompts}", "--budget", "0.5", "--folder"],
 ]
@@ -242,6 +242,6 @@ def test_no_command_writes_over_its_prompts(tmp_path: Path, prompts: Path, capsy
     (tmp_path / "model").mkdir()
     before = prompts.read_text()
     search = ["search", str(tmp_path / "model"), "--prompts", str(prompts), "--budget", "0.5", "--overwrite"]
-    assert main([*search, "--out", str(prompts)]) == 2
+    assert main([*search, "--save", str(prompts)]) == 2
     assert "is prompts, " in capsys.readouterr().err
     assert prompts.read_text() == before
