@@ -29,9 +29,7 @@ from sdgraph.errors import SourceError, SpecError, did_you_mean
 from sdgraph.evaluation.metrics import Images, psnr
 from sdgraph.views.format import columns
 
-from .ort.session_options import CPU, CUDA
-
-OPENVINO = "OpenVINOExecutionProvider"
+from .ort.providers import CPU, CUDA, OPENVINO, PLUGIN
 
 ENGINES = ("PyTorch", "compiled", "ONNX Runtime", "OpenVINO")
 PROMPTS = ("a photograph of a mountain lake at dawn", "a red bicycle in front of a brick wall")
@@ -253,7 +251,7 @@ def ways(passes: str, device: str = "cpu", leave_out: Collection[str] = ()) -> t
     packages = {"ONNX Runtime": ("onnxruntime", "onnx")}
     kinds += [("ONNX Runtime", "float32" if device == "cpu" else "float16", False)]
     if device == "cpu":
-        packages["OpenVINO"] = ("onnxruntime_ep_openvino", "openvino")
+        packages["OpenVINO"] = (PLUGIN, "openvino")
         kinds += [("OpenVINO", "float32", False), ("OpenVINO", "bfloat16", False)]
     missing = {
         engine: extra

@@ -40,12 +40,12 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
         "",
     ]
     run = Run.of(calls)
-    course = _course(manifest, run)
+    foretold = course(manifest, run)
     served: dict[Model, list[int]] = {}
-    for number, doings in enumerate(course.calls):
+    for number, doings in enumerate(foretold.calls):
         for model in dict.fromkeys(manifest.model_for(stale)[0] for stale in doings):
             served.setdefault(model, []).append(number)
-    last = f"of {len(course.calls)} calls"
+    last = f"of {len(foretold.calls)} calls"
     rows: list[tuple[str, ...]] = [("graph", "nodes", "MACs", "share", "takes", "gives", last)]
     for model in manifest.models:
         check_model(directory / model.file, manifest.files)
@@ -53,8 +53,8 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
         figures = (cost(model.macs), f"{model.macs / first.macs:.1%}", str(len(model.takes)), str(len(model.gives)))
         rows.append((model.file, str(nodes), *figures, ranges(served.get(model, [])) or "-"))
     lines.append(columns(rows))
-    if course.least:
-        fastest, slowest = (len(course.calls) * first.macs / total for total in (course.least, course.most))
+    if foretold.least:
+        fastest, slowest = (len(foretold.calls) * first.macs / total for total in (foretold.least, foretold.most))
         span = f"at most {fastest:.2f}" if fastest == slowest else f"{slowest:.2f} to {fastest:.2f}"
         drift = "" if fastest == slowest else ", as features drift"
         lines.append(f"{span} times as fast as computing everything{drift}")
@@ -81,7 +81,7 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
     return "\n".join(lines)
 
 
-def _course(manifest: Manifest, run: Run) -> Course:
+def course(manifest: Manifest, run: Run) -> Course:
     """What the calls of a run may do, and their multiply-accumulates."""
 
     def computed(stale: frozenset[str]) -> dict[str, torch.Tensor]:

@@ -33,6 +33,7 @@ from .parity import Comparison, ExportReport
 from .request import as_graph, check_target, chosen_inputs, config_text
 
 if TYPE_CHECKING:
+    from ..ort.providers import Provider
     from ..ort.unet import ORTUNet
 
 log = logging.getLogger("sdgraph")
@@ -53,6 +54,8 @@ def export(
     inputs: Collection[str] = (),
     calls: Any = 50,
     opset: int = 20,
+    provider: str | None = None,
+    precision: str | None = None,
     overwrite: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
@@ -85,12 +88,16 @@ def export(
             see `sdgraph.Graph.timetable`. There is a model for each kind of call among them; one of another kind
             computes more than it need.
         opset: version of the ONNX operators, 18 to 20.
+        provider: a provider of ONNX Runtime on which the models are compared as well, beside the CPU's; see
+            `ORTUNet.from_pretrained`.
+        precision: the precision of that provider, which has bounds of its own.
         overwrite: replace an earlier export, once the new one is checked.
         atol: bound on the largest difference from eager, which is `atol + rtol * largest value`.
         rtol: the other part of that bound.
         progress: show a progress bar.
     Returns:
-        the comparison of the models with eager at two shapes on ONNX Runtime's CPU provider; prints as a table.
+        the comparison of the models with eager at two shapes, on ONNX Runtime's CPU provider in the dtype of the models
+        and on `provider` in its precision; prints as a table.
     Raises:
         ExtraError: the `onnx` extra is not installed.
         ExportError: wrong kind of model or dtype, the directory exists or cannot be written, or the translation failed.
@@ -107,14 +114,17 @@ def export(
             raise SpecError(f"no {name} {value!r}", hint=f"one of {', '.join(known)}")
     manifest = describe(unet, chosen_inputs(unet, inputs), target, layout, opset, calls)
     lowered, fused = _lowered(unet) if target == "cuda" else (unet, {})
-    bounds = parity.BOUNDS[manifest.torch_dtype]
-    atol, rtol = bounds[0] if atol is None else atol, bounds[1] if rtol is None else rtol
+    from ..ort.providers import choose
+
+    also = None
+    if provider is not None or precision is not None:
+        also = choose(provider, precision, None, manifest.dtype)  # refused before the minutes of an export
     training = unet.training
     with appearing(directory, partial(check_target, overwrite), ExportError) as folder:
         try:
             torch.nn.Module.train(unet, False)  # not its own: that would reset which weights are trainable
             with torch.no_grad():
-                report = _export(unet, lowered, folder, manifest, (atol, rtol), progress)
+                report = _export(unet, lowered, folder, manifest, also, (atol, rtol), progress)
                 report = replace(report, fused=fused)
         finally:
             torch.nn.Module.train(unet, training)
@@ -137,7 +147,8 @@ def _export(
     lowered: GraphUNet,
     folder: Path,
     manifest: Manifest,
-    bounds: tuple[float, float],
+    also: Provider | None,
+    bounds: tuple[float | None, float | None],
     progress: bool,
 ) -> ExportReport:
     import onnx_ir
@@ -147,7 +158,8 @@ def _export(
     seconds: dict[str, float] = {}
     nodes: dict[str, int] = {}
     choosing = 0
-    stages = 6 * len(manifest.models) + 1  # four to make each, two to check it; and opening them
+    checks = 1 if also is None else 2
+    stages = (4 + 2 * checks) * len(manifest.models) + checks  # four to make each, two to check it; and opening them
     with Bar(total=stages, desc="export", unit="stage", disable=not progress) as bar, _ticking(bar):
 
         @contextmanager
@@ -184,9 +196,12 @@ def _export(
                 _write_plain(folder, manifest.models[0].file)
             (folder / CONFIG).write_bytes(config_text(unet))
             write_manifest(manifest, folder)
-        with stage("check", MODEL):
-            loaded = _loaded(folder, read_manifest(folder))
-        comparisons = _compare(unet, loaded, list(nodes), bounds, stage)
+        comparisons: tuple[Comparison, ...] = ()
+        for options in _lean(manifest), also:
+            if options is not None:
+                with stage("check", MODEL):
+                    loaded = _loaded(folder, read_manifest(folder), options)
+                comparisons += _compare(unet, loaded, list(nodes), bounds, stage)
     weight_bytes = sum(p.numel() * p.element_size() for p in unet.parameters())
     file_bytes = sum(f.stat().st_size for f in folder.iterdir())
     report = ExportReport(nodes, weight_bytes, file_bytes, comparisons, seconds)
@@ -236,13 +251,16 @@ def _write_plain(folder: Path, file: str) -> None:
     onnx.save(model, folder / MODEL)
 
 
-def _loaded(folder: Path, manifest: Manifest) -> ORTUNet:
+def _loaded(folder: Path, manifest: Manifest, on: Provider | dict[str, Any]) -> ORTUNet:
+    """The exported models, on a provider, or on the CPU's with settings of its sessions."""
+    from ..ort.providers import CPU
     from ..ort.unet import ORTUNet
 
+    where: dict[str, Any] = {"provider": CPU, "session_options": on}
+    if not isinstance(on, dict):
+        where = {"provider": on.name, "precision": on.precision}
     try:
-        return ORTUNet.from_pretrained(
-            folder, provider="CPUExecutionProvider", session_options=_lean(manifest), verify=False
-        )
+        return ORTUNet.from_pretrained(folder, **where, verify=False)
     except SavedError as error:
         raise ExportError(f"the exported model does not load: {error.what}", hint="please report it") from error
 
@@ -251,12 +269,14 @@ def _compare(
     unet: GraphUNet,
     loaded: ORTUNet,
     names: Sequence[str],
-    bounds: tuple[float, float],
+    bounds: tuple[float | None, float | None],
     stage: Callable[[str, str], AbstractContextManager[None]],
 ) -> tuple[Comparison, ...]:
     """Every output of every model, at two shapes."""
     comparisons = []
-    manifest = loaded.manifest
+    manifest, on = loaded.manifest, (loaded.models.provider, loaded.models.precision)
+    usual = parity.BOUNDS[getattr(torch, max(manifest.dtype, on[1], key=_coarseness))]
+    atol, rtol = (own if given is None else given for given, own in zip(bounds, usual, strict=True))
     for name, model in zip(names, manifest.models, strict=True):
         module = unet.variant(frozenset(manifest.given), model.stale)
         for call in parity.calls(unet, manifest):
@@ -274,9 +294,13 @@ def _compare(
                         where=name,
                         hint="an operator that a pass inserted may have no kernel for its dtype; try float32",
                     ) from error
-                comparisons.append(parity.compare(name, eager, exported, call, *bounds))
+                comparisons.append(parity.compare(name, eager, exported, call, atol, rtol, on))
         loaded.models.close(model)
     return tuple(comparisons)
+
+
+def _coarseness(dtype: str) -> float:
+    return float(torch.finfo(getattr(torch, dtype)).eps)
 
 
 @contextmanager

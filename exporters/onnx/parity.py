@@ -16,8 +16,9 @@ from ..bundle.example_calls import random_call, unit_of
 from ..bundle.manifest import Manifest
 
 # Largest difference allowed, as (atol, rtol) with rtol of the largest eager value. fp32 differs by the order of
-# summation only, about 1e-6; fp16 rounds to 1e-3 at each of hundreds of operations, in different places.
-BOUNDS = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-3, 2e-2)}
+# summation only, about 1e-6; fp16 rounds to 1e-3 at each of hundreds of operations, in different places; bf16 has three
+# bits fewer.
+BOUNDS = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-3, 2e-2), torch.bfloat16: (8e-3, 1e-1)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Comparison:
         largest: largest absolute value of the eager output that is the furthest off, by its bound.
         difference: largest absolute difference of that one.
         bound: what it must not exceed.
+        provider: the provider of ONNX Runtime that ran the model.
+        precision: the dtype that it computed in.
     """
 
     model: str
@@ -37,6 +40,8 @@ class Comparison:
     largest: float
     difference: float
     bound: float
+    provider: str = "CPUExecutionProvider"
+    precision: str = "float32"
 
     @property
     def holds(self) -> bool:
@@ -64,12 +69,13 @@ class ExportReport:
     fused: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [("model", "nodes", "sample", "largest |eager|", "difference", "bound", "")]
+        rows = [("model", "nodes", "sample", "on", "largest |eager|", "difference", "bound", "")]
         for c in self.comparisons:
             size = "x".join(map(str, c.shapes["sample"]))
             verdict = "ok" if c.holds else "OUT OF BOUNDS"
             figures = (f"{c.largest:.3g}", f"{c.difference:.3g}", f"{c.bound:.3g}")
-            rows.append((c.model, str(self.nodes[c.model]), size, *figures, verdict))
+            on = f"{c.provider} in {c.precision}"
+            rows.append((c.model, str(self.nodes[c.model]), size, on, *figures, verdict))
         took = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
         size = f"{self.file_bytes / 1e6:.1f} MB for {self.weight_bytes / 1e6:.1f} MB of weights"
         fused = [", ".join(f"{name} {count}" for name, count in self.fused.items())] if self.fused else []
@@ -105,15 +111,20 @@ def compare(
     call: Mapping[str, torch.Tensor],
     atol: float,
     rtol: float,
+    on: tuple[str, str],
 ) -> Comparison:
-    """How far an exported model's outputs are from eager's: the worst of them."""
+    """How far an exported model's outputs are from eager's: the worst of them.
+
+    Args:
+        on: the provider of ONNX Runtime and its precision.
+    """
     shapes = {name: tuple(value.shape) for name, value in call.items()}
     comparisons = []
     for mine, other in zip(eager, exported, strict=True):
         largest = float(mine.abs().max())
         same = mine.shape == other.shape
         difference = float((mine.cpu().double() - other.cpu().double()).abs().max()) if same else float("nan")
-        comparisons.append(Comparison(model, shapes, largest, difference, atol + rtol * largest))
+        comparisons.append(Comparison(model, shapes, largest, difference, atol + rtol * largest, *on))
     worst = max(comparisons, key=lambda comparison: comparison.difference - comparison.bound)
     return next((comparison for comparison in comparisons if not comparison.holds), worst)
 
@@ -137,7 +148,7 @@ def require(report: ExportReport, choosing: int = 0) -> None:
             sorts = f"; {choosing} operators choose by values, as a sort does: where two nearly agree, rounding decides"
             raise ParityError(
                 f"the exported model is out of bounds against eager\n{report}",
-                where=f"{comparison.model} at {comparison.shapes}",
+                where=f"{comparison.model} at {comparison.shapes}, {comparison.provider} in {comparison.precision}",
                 hint="nothing was written; pass atol= and rtol= if this difference is acceptable, else report it"
                 + sorts * bool(choosing),
             )

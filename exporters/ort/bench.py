@@ -101,7 +101,8 @@ def bench(
                 samples[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times) for name, times in samples.items()}
     on = {
-        "provider": unet.models.provider,
+        "provider": f"{unet.models.provider} in {unet.models.precision}",
+        "threads": f"{unet.models.threads} threads",
         "onnxruntime": f"onnxruntime {onnxruntime.__version__}",
         "torch": f"torch {torch.__version__}",
         "device": torch.cuda.get_device_name(unet.device) if unet.device.type == "cuda" else platform.machine(),

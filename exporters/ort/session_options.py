@@ -10,9 +10,9 @@ import torch
 
 from sdgraph.errors import SpecError, did_you_mean
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# cuDNN's exhaustive search, the default, is run anew for every size of a call.
-CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
+from .providers import CPU, CUDA
+
+THREADS = "intra_op_num_threads"
 ONE_ARENA = "session.use_env_allocators"
 DOUBLING, AS_ASKED = 0, 1  # how an arena grows
 
@@ -33,7 +33,6 @@ def make(settings: Mapping[str, Any], sizes: Mapping[str, int], weights: Mapping
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # ONNX Runtime itself does not read OMP_NUM_THREADS
     for name, value in settings.items():
         if "." in name:
             options.add_session_config_entry(name, str(value))
@@ -53,6 +52,26 @@ def make(settings: Mapping[str, Any], sizes: Mapping[str, int], weights: Mapping
     for name, value in weights.items():
         options.add_initializer(name, value)
     return options
+
+
+def threads(settings: Any) -> int:
+    """Return the number of threads of each session: as many as PyTorch has, where the settings do not say.
+
+    ONNX Runtime itself does not read OMP_NUM_THREADS.
+
+    Args:
+        settings: a mapping as of `make`, or a `SessionOptions`.
+    Raises:
+        SpecError: it is no number of threads.
+    """
+    if not isinstance(settings, Mapping):
+        return int(getattr(settings, THREADS))
+    number = settings.get(THREADS, torch.get_num_threads())
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise SpecError(
+            f"{THREADS} does not take {number!r}", where="session_options", hint="a whole number of at least 1"
+        )
+    return number
 
 
 def one_arena(provider: str, provider_options: Mapping[str, str]) -> dict[str, str]:

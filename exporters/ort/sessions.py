@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..bundle.external_data import SharedWeights
 from ..bundle.manifest import AGAIN, CHOICE, NAMES, Manifest, Model
 from . import session_options as options
 from .io_binding import Captured, run
-from .session_options import CPU, CUDA, CUDA_OPTIONS
+from .providers import CPU, CUDA, Provider, choose
 
 log = logging.getLogger("sdgraph")
 _ORT = {torch.float32: "tensor(float)", torch.float16: "tensor(float16)", torch.int64: "tensor(int64)"}
@@ -36,6 +37,7 @@ class Models:
         folder: Path,
         manifest: Manifest,
         provider: str | None,
+        precision: str | None,
         provider_options: Mapping[str, Any] | None,
         session_options: Any,
         free_dims: Mapping[str, int] | None,
@@ -44,20 +46,19 @@ class Models:
         import onnxruntime
 
         self.folder, self.manifest = folder, manifest
-        self.provider = _provider(provider, onnxruntime.get_available_providers())
-        chosen = {**(CUDA_OPTIONS if self.provider == CUDA else {}), **(provider_options or {})}
-        self._provider_options = {key: str(value) for key, value in chosen.items()}
+        self._provider = choose(provider, precision, provider_options, manifest.dtype)
         self._free_dims = dict(free_dims or {})
         self._sizes = _by_symbol(self._free_dims)
         self._session_options = {} if session_options is None else session_options
         if isinstance(session_options, onnxruntime.SessionOptions):
-            _require_nothing_else(free_dims, manifest, self.provider)
+            _require_nothing_else(free_dims, manifest, self._provider)
         elif not isinstance(self._session_options, Mapping):
             hint = "pass a mapping of attributes of onnxruntime.SessionOptions"
             raise SpecError(f"{type(session_options).__name__} is no mapping", where="session_options", hint=hint)
         elif not cuda_graph and self._session_options.get("enable_cpu_mem_arena", True):
-            shared = options.one_arena(self.provider, self._provider_options)
+            shared = options.one_arena(self.provider, self._provider.options)
             self._session_options = {**shared, **self._session_options}
+        self.threads = options.threads(self._session_options)
         self._sessions: dict[str, Any] = {}
         self._graphs: dict[Any, Captured] = {}
         self._weights = SharedWeights(folder, self.device)
@@ -67,7 +68,7 @@ class Models:
         elif cuda_graph and self.device.type != "cuda":
             self._without_graphs(f"{self.provider} has none, or PyTorch has no CUDA")
         elif cuda_graph:
-            self._provider_options["enable_cuda_graph"] = "1"
+            self._provider = replace(self._provider, options={**self._provider.options, "enable_cuda_graph": "1"})
         self._chosen: dict[frozenset[str], Model] = {}
 
     def of(self, stale: frozenset[str]) -> Model:
@@ -136,7 +137,8 @@ class Models:
     def _without_graphs(self, reason: str) -> None:
         log.warning("no CUDA graphs: %s", reason)
         self.cuda_graph = False
-        self._provider_options.pop("enable_cuda_graph", None)
+        kept = {key: value for key, value in self._provider.options.items() if key != "enable_cuda_graph"}
+        self._provider = replace(self._provider, options=kept)
         self._graphs.clear()
         self._sessions.clear()
 
@@ -145,10 +147,20 @@ class Models:
         return torch.empty(shape, dtype=self.manifest.torch_dtype, device=self.device)
 
     @property
+    def provider(self) -> str:
+        """The name of the execution provider."""
+        return self._provider.name
+
+    @property
+    def precision(self) -> str:
+        """The dtype that it computes in."""
+        return self._provider.precision
+
+    @property
     def device(self) -> torch.device:
         """Where sessions want tensors. Without a CUDA build of PyTorch they stay on the CPU and are copied."""
         if self.provider == CUDA and torch.cuda.is_available():
-            return torch.device("cuda", int(self._provider_options.get("device_id", 0)))
+            return torch.device("cuda", int(self._provider.options.get("device_id", 0)))
         return torch.device("cpu")
 
     def session(self, model: Model) -> Any:
@@ -166,8 +178,6 @@ class Models:
         self._sessions.pop(model.file, None)
 
     def _open(self, model: Model) -> Any:
-        import onnxruntime
-
         path = self.folder / model.file
         what: str | bytes = str(path)
         settings = self._session_options
@@ -177,9 +187,11 @@ class Models:
             what = runnable(path)
             settings = {**settings, "session.model_external_initializers_file_folder_path": self.folder.resolve()}
         if isinstance(settings, Mapping):
-            settings = options.make(settings, self._free_dims, self._weights.of(path))
+            settings = options.make(
+                {**settings, options.THREADS: self.threads}, self._free_dims, self._weights.of(path)
+            )
         try:
-            session = onnxruntime.InferenceSession(what, settings, providers=[(self.provider, self._provider_options)])
+            session = self._provider.session(what, settings, self.threads)
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise SavedError(
                 f"ONNX Runtime refuses the model: {error}",
@@ -220,10 +232,12 @@ def _by_definition(manifest: Manifest, provider: str) -> bool:
     return manifest.target == "cuda" and provider != CUDA
 
 
-def _require_nothing_else(free_dims: Any, manifest: Manifest, provider: str) -> None:
+def _require_nothing_else(free_dims: Any, manifest: Manifest, provider: Provider) -> None:
     """Options that are the caller's own are not added to."""
     needs = "free_dims" if free_dims else "a cuda target on another provider"
-    if free_dims or _by_definition(manifest, provider):
+    if provider.device is not None:
+        needs = provider.name
+    if free_dims or provider.device is not None or _by_definition(manifest, provider.name):
         raise SpecError(
             f"{needs} and a SessionOptions do not go together",
             where="session_options",
@@ -238,12 +252,3 @@ def _by_symbol(sizes: Mapping[str, int]) -> dict[str, int]:
             hint = did_you_mean(name, symbols) or f"one of {', '.join(symbols)}"
             raise SpecError(f"no size {name!r}", where="free_dims", hint=hint)
     return {symbols[name]: size for name, size in sizes.items()}
-
-
-def _provider(name: str | None, available: list[str]) -> str:
-    if name is None:
-        return CUDA if CUDA in available and torch.cuda.is_available() else CPU
-    if name not in available:
-        hint = f"{did_you_mean(name, available, 1)} available: {', '.join(available)}".strip()
-        raise SpecError(f"ONNX Runtime has no provider {name!r}", where="provider", hint=hint)
-    return name

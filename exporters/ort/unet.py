@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,8 +26,10 @@ from ..bundle.extra import require_onnx
 from ..bundle.manifest import AGAIN, CONFIG, DATA
 from ..bundle.manifest_file import check_files, read_manifest
 from ..bundle.untrusted import check_model
-from .session_options import CPU, CUDA
+from .providers import CPU, CUDA
 from .sessions import Models
+
+log = logging.getLogger("sdgraph")
 
 
 class ORTUNet(UNetCall):
@@ -54,6 +57,7 @@ class ORTUNet(UNetCall):
         directory: str | os.PathLike[str],
         *,
         provider: str | None = None,
+        precision: str | None = None,
         provider_options: Mapping[str, Any] | None = None,
         session_options: Any = None,
         free_dims: Mapping[str, int] | None = None,
@@ -64,9 +68,13 @@ class ORTUNet(UNetCall):
 
         Args:
             directory: the exported directory.
-            provider: of ONNX Runtime; by default CUDA if PyTorch sees a CUDA device and ONNX Runtime has the provider,
-                else the CPU.
-            provider_options: of that provider; by default settled for CUDA.
+            provider: of ONNX Runtime; by default CUDA's if PyTorch sees a CUDA device and ONNX Runtime has the
+                provider; else OpenVINO's for a model in float32, if the extra `openvino` is installed and it has
+                bfloat16 for this processor; else the CPU's. The log and `repr` say which.
+            precision: "float32" or "bfloat16", in which OpenVINO computes; by default float32. All other providers
+                compute in the dtype of the model.
+            provider_options: options of that provider; by default settled for CUDA. For OpenVINO they are properties of
+                its CPU plugin, such as `{"CACHE_DIR": "compiled"}`, with which it keeps what it compiles.
             session_options: attributes and configuration entries of `onnxruntime.SessionOptions`, such as
                 `{"intra_op_num_threads": 4, "session.disable_prepacking": 1}`. A session has as many threads as PyTorch
                 (`torch.get_num_threads()`) where they do not say otherwise. A `SessionOptions` is used as it is, and
@@ -78,8 +86,8 @@ class ORTUNet(UNetCall):
             verify: compare all files with the hashes of the manifest, which reads the weights once.
         Raises:
             SavedError: missing, damaged, changed or unsafe files; nothing was run.
-            SpecError: ONNX Runtime has no such provider or option, or the models no such size.
-            ExtraError: the `onnx` extra is not installed, or the provider does not start.
+            SpecError: ONNX Runtime has no such provider, precision or option, or the models no such size.
+            ExtraError: the extra `onnx` or `openvino` is not installed, or the provider does not start.
         """
         require_onnx()
         folder = Path(directory)
@@ -87,8 +95,9 @@ class ORTUNet(UNetCall):
         check_files(manifest, folder, manifest.files if verify else (n for n in manifest.files if n != DATA))
         for model in manifest.models:
             check_model(folder / model.file, manifest.files)
-        models = Models(folder, manifest, provider, provider_options, session_options, free_dims, cuda_graph)
+        models = Models(folder, manifest, provider, precision, provider_options, session_options, free_dims, cuda_graph)
         models.session(manifest.models[0])
+        log.info("on %s in %s, %s threads", models.provider, models.precision, models.threads)
         return cls(models, config)
 
     # -- the call ------------------------------------------------------------------------------------------------
@@ -167,7 +176,7 @@ class ORTUNet(UNetCall):
 
     def __repr__(self) -> str:
         recipe = ", ".join(self.manifest.recipe) or "no passes"
-        return f"ORTUNet({self.models.provider}, {self.manifest.dtype}, {recipe})"
+        return f"ORTUNet({self.models.provider} in {self.models.precision}, {recipe})"
 
 
 def load_pipeline(pipeline: str | os.PathLike[str], unet: ORTUNet, **options: Any) -> Any:

@@ -121,6 +121,24 @@ def add_dtype(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = DTYPES)
     )
 
 
+def add_provider(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --provider and --precision, which say how ONNX Runtime runs exported models.
+
+    Args:
+        parser: the parser of the command.
+        default: what happens without them, for the help.
+    """
+    parser.add_argument(
+        "--provider", metavar="NAME",
+        help="execution provider of ONNX Runtime, such as CPUExecutionProvider or OpenVINOExecutionProvider "
+        f"(default: {default})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"),
+        help="what OpenVINO's provider computes in (default: float32); others compute in the dtype of the models",
+    )  # fmt: skip
+
+
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add --quiet, which every command has."""
     parser.add_argument("--quiet", action="store_true", help="print results and errors only, and no progress")

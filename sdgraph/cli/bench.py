@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_bundle, add_overwrite, add_threads, positive, write_json
-from .sources import bundle_folder
+from .arguments import add_bundle, add_overwrite, add_provider, add_threads, positive, write_json
+from .sources import load_bundle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="measured runs after the warm-up (default: %(default)s)",
     )
-    parser.add_argument(
-        "--provider", metavar="NAME",
-        help="execution provider of ONNX Runtime (default: CUDAExecutionProvider if there is a device, else the CPU's)",
-    )  # fmt: skip
+    add_provider(parser, "the fastest that is installed, by the kind of processor")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the figures")
     add_threads(parser, "ONNX Runtime")
     add_overwrite(parser, "out")
@@ -45,9 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..exporters.ort.bench import bench
-    from ..exporters.ort.unet import ORTUNet
 
-    unet = ORTUNet.from_pretrained(bundle_folder(args.directory), provider=args.provider)
+    unet = load_bundle(args.directory, args.provider, args.precision)
     figures = bench(unet, args.calls, args.size, args.batch, args.repeats)
     print(figures)
     if args.out is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import SpecError, did_you_mean
 from ..progress import note
-from .arguments import add_imports, add_overwrite, add_pipeline, add_threads, bound, positive, seed
+from .arguments import add_imports, add_overwrite, add_pipeline, add_provider, add_threads, bound, positive, seed
 from .generation import add_generation, call_of, check_graph_size, check_scheduler, check_size, made_scheduler
 from .plans import PASSES, Given, read_passes
 from .sources import load_bundle, load_pipeline, load_unet, read_prompts
@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip", metavar="MODEL", help="folder of a CLIP model, or its name on the hub (default: OpenAI's ViT-B/16)"
     )
+    add_provider(parser, "the fastest that is installed, by the kind of processor")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for evaluation.json and evaluation.png")
     add_overwrite(parser, "out")
     add_threads(parser, "PyTorch", "ONNX Runtime")
@@ -85,6 +86,10 @@ def run(args: argparse.Namespace) -> None:
             "there is nothing to compare", where="CHANGE",
             hint="name a change, such as passes, or other steps with --reference-steps, or another --reference",
         )  # fmt: skip
+    exported = [text for text in (args.change, args.reference) if text and (Path(text) / "model.onnx").is_file()]
+    if (args.provider is not None or args.precision is not None) and not exported:
+        hint = "export the UNet, and evaluate the folder"
+        raise SpecError("a provider of ONNX Runtime runs exported UNets", where="--provider, --precision", hint=hint)
     prompts = read_prompts(args.prompts)
     change, reference = _change(args.change, args), _change(args.reference, args)
     given = [side for side in (change, reference) if isinstance(side, Given)]
@@ -135,7 +140,7 @@ def _change(text: str | None, args: argparse.Namespace) -> Any:
         return None
     folder = Path(text).expanduser()
     if (folder / "model.onnx").is_file():
-        return load_bundle(text)
+        return load_bundle(text, args.provider, args.precision)
     if folder.is_dir():
         return load_unet(text, args.dtype, args.variant).to(args.device)
     return read_passes(text, folders=True)

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import CALLS, add_calls, add_dtype, add_imports, add_model, add_overwrite, add_threads
+from .arguments import CALLS, add_calls, add_dtype, add_imports, add_model, add_overwrite, add_provider, add_threads
 from .plans import add_passes, read_passes
 from .sources import load_unet
+
+CHOICES = ("target", "layout", "inputs", "overwrite", "provider", "precision")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inputs", nargs="*", default=(), metavar="NAME",
         help="optional inputs to export, such as ControlNet's mid_block_additional_residual",
     )  # fmt: skip
+    add_provider(parser, "none; the CPU's is always compared with PyTorch, and this one too")
     add_overwrite(parser, "out")
     add_threads(parser, "PyTorch", "ONNX Runtime")
     add_imports(parser)
@@ -54,5 +57,5 @@ def run(args: argparse.Namespace) -> None:
     unet = apply(source, given.passes)
     if unet.graph.passes:
         print(unet.report)
-    options = {name: getattr(args, name) for name in ("target", "layout", "inputs", "overwrite")}
+    options = {name: getattr(args, name) for name in CHOICES}
     print(export(unet, args.out, calls=args.calls or given.calls or CALLS, **options))

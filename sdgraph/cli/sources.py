@@ -79,18 +79,25 @@ def _check_readable(folder: Path) -> None:
         raise SpecError(f"there is no permission to read {folder}", hint=f"chmod -R u+rX {folder}, or ask its owner")
 
 
-def load_bundle(source: str, provider: str | None = None) -> Any:
-    """Load an exported UNet from a folder.
+def load_bundle(source: str, provider: str | None = None, precision: str | None = None) -> Any:
+    """Load an exported UNet from a folder, and say what runs it.
 
+    Args:
+        source: the folder.
+        provider: the provider of ONNX Runtime; None for the fastest that is installed, see `ORTUNet.from_pretrained`.
+        precision: the precision of OpenVINO's provider.
     Raises:
-        SpecError: there is no such folder, or it holds no exported UNet.
+        SpecError: there is no such folder, or it holds no exported UNet; or there is no such provider.
+        ExtraError: the provider is not installed.
         SavedError: the export is damaged.
     """
     folder = bundle_folder(source)
     from ..exporters.ort.unet import ORTUNet
 
     note(f"loading {source}")
-    return ORTUNet.from_pretrained(folder, provider=provider)
+    unet = ORTUNet.from_pretrained(folder, provider=provider, precision=precision)
+    note(f"ONNX Runtime: {unet.models.provider} in {unet.models.precision}")
+    return unet
 
 
 def load_pipeline(source: str, dtype: str, device: str, variant: str | None = None) -> Any:

@@ -63,3 +63,6 @@ def test_a_figure_that_is_not_measured(prompts: Path, capsys: pytest.CaptureFixt
     assert "did you mean 'psnr'" in capsys.readouterr().err
     assert main(["evaluate", str(MODEL), "./nowhere", "--prompts", str(prompts)]) == 2
     assert "there is no folder ./nowhere" in capsys.readouterr().err
+    for option in (["--provider", "CPUExecutionProvider"], ["--precision", "bfloat16"]):
+        assert main(["evaluate", str(MODEL), PRUNE, "--prompts", str(prompts), *option]) == 2
+        assert "runs exported UNets" in capsys.readouterr().err

@@ -31,11 +31,17 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog
     said = capsys.readouterr().out
     assert "0, 3, 6, 9" in said
     assert "1-2, 4-5, 7-8" in said
+    assert "supposed: timesteps 901 to 1" in said
     assert "Uniform(3)" in said
     assert "batch" in said or "B, 4, H, W" in said
     arguments = ["bench", str(out), "--calls", "4", "--size", "8", "12", "--repeats", "1", "--out", str(figures)]
     assert main([*arguments, "--provider", "CPUExecutionProvider"]) == 0
-    assert "4 calls" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 calls" in said
+    assert "CPUExecutionProvider in float32" in said
+    for option in (["--provider", "OpenVINO"], ["--provider", "CPUExecutionProvider", "--precision", "bfloat16"]):
+        assert main([*arguments, "--overwrite", *option]) == 2
+        assert "OpenVINOExecutionProvider" in capsys.readouterr().err
     assert set(json.loads(figures.read_text())["models"]) == {"refresh.onnx", "inherit_1.onnx"}
     config = json.loads((unet / "config.json").read_text())  # of an export that names no size
     running = opened(out)

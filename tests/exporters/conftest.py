@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from sdgraph.errors import SdgraphError
 from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.ort import providers
 
 from ..pipelines import PIPELINES
 from .exports import EXPORTS, Exported
@@ -31,3 +33,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
 def pipe() -> Any:
     """A tiny pipeline, whose UNet the exports are of."""
     return PIPELINES["text"][0]()
+
+
+@pytest.fixture(params=[providers.CPU, providers.OPENVINO])
+def provider(request: pytest.FixtureRequest) -> str:
+    """The name of a provider of the CPU; what holds for bundles holds on all of them."""
+    try:
+        providers.choose(request.param, None, None, "float32")
+    except SdgraphError as error:
+        pytest.skip(error.what)
+    return str(request.param)

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 
 import sdgraph
 from sdgraph.exporters.onnx import parity
+from sdgraph.exporters.ort.providers import CPU
 from sdgraph.exporters.ort.unet import ORTUNet
 from sdgraph.forecasts import Polynomial
 from sdgraph.passes import Bypass, GRIAttention, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
@@ -64,8 +65,8 @@ class Exported(NamedTuple):
         return opened(self.directory, **options)
 
 
-def opened(directory: Path, **options: Any) -> ORTUNet:
-    return ORTUNet.from_pretrained(directory, provider="CPUExecutionProvider", **options)
+def opened(directory: Path, provider: str = CPU, **options: Any) -> ORTUNet:
+    return ORTUNet.from_pretrained(directory, provider=provider, **options)
 
 
 # By name, a UNet and the options of its export.

@@ -15,10 +15,13 @@ import torch
 
 import sdgraph
 from sdgraph import errors
+from sdgraph.exporters.bundle import inspect
+from sdgraph.exporters.bundle.describe import describe
 from sdgraph.exporters.onnx.export import export
+from sdgraph.schedules import Run
 
 from ..models import CROSS
-from .exports import Exported
+from .exports import Exported, inheriting
 
 EXPORT = importlib.import_module("sdgraph.exporters.onnx.export")  # the package has the function by that name
 
@@ -99,3 +102,15 @@ def test_an_existing_directory_survives_a_failure(
     export(unet, target, overwrite=True)
     assert {path.name for path in target.iterdir()} == {"export.json"}
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["deep cache", "plan", "drift", "attention broadcast"])
+def test_a_description_tells_of_calls_what_a_timetable_does(name: str) -> None:
+    """Of exported graphs, `sdgraph inspect` says which serve which calls, without the UNet."""
+    unet = inheriting(name)
+    manifest = describe(unet, frozenset(), "portable", "variants", 20, 9)
+    table, course = unet.graph.timetable(9), inspect.course(manifest, Run(9))
+    for call, doings in enumerate(course.calls):
+        served = {manifest.model_for(stale)[0].macs for stale in doings}
+        assert served == {v.macs for v in table.variants if call in v.calls}
+    assert (course.least, course.most) == (table.least_macs, table.macs)

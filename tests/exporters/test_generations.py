@@ -58,10 +58,10 @@ def latents(pipe: Any, unet: Any, scheduler: Any = None, **options: Any) -> torc
 
 
 @pytest.mark.parametrize("name", [pytest.param(each, marks=LONG * (each != "deep cache")) for each in PRESETS])
-def test_generations_equal_pytorchs(pipe: Any, exported: Callable[[str], Exported], name: str) -> None:
+def test_generations_equal_pytorchs(pipe: Any, exported: Callable[[str], Exported], provider: str, name: str) -> None:
     """At two shapes and batches."""
     unet, directory, _ = exported(name)
-    running = opened(directory)
+    running = opened(directory, provider)
     for options in ({}, {"num_images_per_prompt": 1, "height": 24, "width": 40}):
         mine, theirs = latents(pipe, running, **options), latents(pipe, unet, **options)
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
@@ -71,9 +71,9 @@ def test_generations_equal_pytorchs(pipe: Any, exported: Callable[[str], Exporte
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_under_every_scheduler(pipe: Any, exported: Callable[[str], Exported], scheduler: Any) -> None:
+def test_under_every_scheduler(pipe: Any, exported: Callable[[str], Exported], provider: str, scheduler: Any) -> None:
     unet, directory, _ = exported("deep cache")
-    mine, theirs = (latents(pipe, each, scheduler) for each in (opened(directory), unet))
+    mine, theirs = (latents(pipe, each, scheduler) for each in (opened(directory, provider), unet))
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
@@ -94,9 +94,9 @@ def test_in_other_pipelines(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(images[1], images[0], rtol=1e-3, atol=1e-3)
 
 
-def test_bundles_of_earlier_versions_run(old_unet: Path, old_bundle: Path) -> None:
+def test_bundles_of_earlier_versions_run(old_unet: Path, old_bundle: Path, provider: str) -> None:
     """One of sdgraph 0.1.0, whose `model.onnx` had all outputs, beside the same UNet as it was saved then."""
-    running, unet = opened(old_bundle), GraphUNet.from_pretrained(old_unet)
+    running, unet = opened(old_bundle, provider), GraphUNet.from_pretrained(old_unet)
     call = call_of(unet)
     for step in range(4):
         now = {**call, "sample": call_of(unet, seed=step)["sample"], "timestep": 900 - step}
@@ -104,10 +104,10 @@ def test_bundles_of_earlier_versions_run(old_unet: Path, old_bundle: Path) -> No
     assert "inherit_1.onnx" in contents(old_bundle)
 
 
-def test_nothing_comes_from_another_generation(exported: Callable[[str], Exported]) -> None:
+def test_nothing_comes_from_another_generation(exported: Callable[[str], Exported], provider: str) -> None:
     """The driver is that of the PyTorch module; here are a batch that changes, an interruption, and another prompt."""
     unet, directory, _ = exported("deep cache")
-    running = opened(directory)
+    running = opened(directory, provider)
     call = call_of(unet, L=77)
     other = call_of(unet, L=77, B=1, seed=3)
     for step, given in enumerate((call, call, call, other, call, other, other, call)):

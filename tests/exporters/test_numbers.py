@@ -34,28 +34,29 @@ pytestmark = pytest.mark.slow
     ids=["wide", "odd, a timestep each", "half odd, between steps", "large batch"],
 )
 def test_gives_eagers_numbers_at_sizes_not_seen(
-    exported: Callable[..., Exported], name: str, sizes: dict[str, Any]
+    exported: Callable[..., Exported], provider: str, name: str, sizes: dict[str, Any]
 ) -> None:
     made = exported(name)
     call = call_of(made.unet, **sizes)
-    torch.testing.assert_close(answer(made.load(), call), answer(made.unet, call), **CLOSE)
+    torch.testing.assert_close(answer(made.load(provider=provider), call), answer(made.unet, call), **CLOSE)
 
 
 @pytest.mark.long
-def test_inputs_of_other_architectures(exported: Callable[..., Exported]) -> None:
+def test_inputs_of_other_architectures(exported: Callable[..., Exported], provider: str) -> None:
     made = exported("sdxl")
+    loaded = made.load(provider=provider)
     for ids in (6, 5):
         call = call_of(made.unet, B=3, H=11, W=8)
         call["added_cond_kwargs"] = {
             "text_embeds": torch.randn(3, 16 + (6 - ids) * 8),
             "time_ids": torch.randint(0, 1024, (3, ids)),
         }
-        torch.testing.assert_close(answer(made.load(), call), answer(made.unet, call), **CLOSE)
+        torch.testing.assert_close(answer(loaded, call), answer(made.unet, call), **CLOSE)
 
 
-def test_optional_inputs_are_taken_when_exported(exported: Callable[..., Exported]) -> None:
+def test_optional_inputs_are_taken_when_exported(exported: Callable[..., Exported], provider: str) -> None:
     made = exported("controlled")
-    loaded = made.load()
+    loaded = made.load(provider=provider)
     call = call_of(made.unet, B=3, H=9, W=14)
     call["timestep_cond"] = call["timestep_cond"][:1]  # one for the whole batch
     call["class_labels"] = torch.tensor([4])
@@ -69,10 +70,10 @@ def test_optional_inputs_are_taken_when_exported(exported: Callable[..., Exporte
 
 
 @pytest.mark.long
-def test_half_precision(exported: Callable[..., Exported]) -> None:
+def test_half_precision(exported: Callable[..., Exported], provider: str) -> None:
     made = exported("half")
     call = call_of(made.unet, B=1, H=13, W=9)
-    result = answer(made.load(), call)
+    result = answer(made.load(provider=provider), call)
     assert result.dtype == torch.float16
     torch.testing.assert_close(result, answer(made.unet, call), rtol=2e-2, atol=5e-3)
     with pytest.raises(errors.CallError, match=r"is torch\.float32, the UNet is torch\.float16"):
@@ -87,11 +88,11 @@ ODD = {"height": 72, "width": 88}  # with latents of 9 by 11, which no level div
     [DDIMScheduler(steps_offset=1, clip_sample=False), EulerDiscreteScheduler(steps_offset=1)],
     ids=["DDIM", "Euler"],
 )
-def test_stands_in_for_the_unet_of_a_pipeline(exported: Callable[..., Exported], scheduler: Any) -> None:
+def test_stands_in_for_the_unet_of_a_pipeline(exported: Callable[..., Exported], provider: str, scheduler: Any) -> None:
     made = exported("sd15")
     pipe = plain("StableDiffusionPipeline", build("sd15"), vae=vae(levels=4), scheduler=scheduler)
     expected = make(pipe, {**PROMPT, **ODD}, steps=4)
-    pipe.unet = made.load()
+    pipe.unet = made.load(provider=provider)
     torch.testing.assert_close(make(pipe, {**PROMPT, **ODD}, steps=4), expected, rtol=1e-3, atol=1e-3)
 
 

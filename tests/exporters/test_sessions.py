@@ -18,9 +18,9 @@ from .exports import Exported, opened
 pytestmark = pytest.mark.slow
 
 
-def test_sizes_that_are_fixed_on_loading(exported: Callable[[str], Exported]) -> None:
+def test_sizes_that_are_fixed_on_loading(exported: Callable[[str], Exported], provider: str) -> None:
     unet, directory, _ = exported("deep cache")
-    running = opened(directory, free_dims={"batch": 2, "height": 8, "width": 12})
+    running = opened(directory, provider, free_dims={"batch": 2, "height": 8, "width": 12})
     call = call_of(unet, L=77)
     torch.testing.assert_close(answer(running, call), answer(unet, call), rtol=1e-4, atol=1e-5)
     with pytest.raises(CallError, match="height is 9, and this UNet was loaded for 8"):
