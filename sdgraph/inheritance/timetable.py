@@ -329,8 +329,8 @@ def foreseen(
         if len(ways) > WAYS:
             merged: dict[object, _Way] = {}
             for way in ways:
-                key = _state(way.generation, sites)
-                merged[key] = merged[key] | way if key in merged else way
+                state = _state(way.generation, sites)
+                merged[state] = merged[state] | way if state in merged else way
             ways = list(merged.values())
     return Course(tuple(calls), min(way.least for way in ways), max(way.most for way in ways), kept)
 

@@ -56,7 +56,7 @@ def test_the_weights_are_there_once(exported: Callable[[str], Exported]) -> None
 
 
 @pytest.mark.parametrize("passes", ["InheritFeatures.deep_cache(2)", "HoistInvariants, InheritFeatures.deep_cache(3)"])
-def test_all_kinds_of_calls_in_one_file(passes: str, tmp_path: Path) -> None:
+def test_all_kinds_of_calls_in_one_file(passes: str, provider: str, tmp_path: Path) -> None:
     unet = sdgraph.apply(build(**ONE_LEVEL), passes, verify=False)
     report = export(unet, tmp_path / "single", layout="single", calls=4, progress=False)
     assert {path.suffix for path in (tmp_path / "single").iterdir()} == {".json", ".onnx", ".data"}
@@ -64,7 +64,7 @@ def test_all_kinds_of_calls_in_one_file(passes: str, tmp_path: Path) -> None:
     model = onnx.load(tmp_path / "single" / "model.onnx", load_external_data=False)
     onnx.checker.check_model(str(tmp_path / "single" / "model.onnx"))
     assert [node.op_type for node in model.graph.node] == ["Constant", "Equal", "If"]
-    running = opened(tmp_path / "single")
+    running = opened(tmp_path / "single", provider)
     assert running.manifest.sites == unet.graph.sites
     for size in ({}, {"B": 1, "H": 13, "W": 10}):
         call = call_of(unet, L=77, **size)
