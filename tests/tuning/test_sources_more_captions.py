@@ -62,8 +62,8 @@ def test_noisy_latents_are_given_them(pipe: Any) -> None:
 
 def test_captions_that_would_not_be_read_or_are_none_are_refused(pipe: Any) -> None:
     rows = Tensors(torch.zeros(2, 4, 8, 8), {"encoder_hidden_states": torch.zeros(2, 5, 8)})
-    for wrong in ([], [1]):
-        with pytest.raises(TuningError, match=r"no captions|captions is"):
+    for wrong in ([], [1], ["\ud83d"]):
+        with pytest.raises(TuningError, match=r"no captions|captions is|half a character"):
             MoreCaptions(rows, wrong, pipe)  # type: ignore[arg-type]
     source = MoreCaptions(rows, MORE, pipe)
     with pytest.raises(TuningError, match=r"random conditioning only(.|\n)*random_conditioning=True"):
