@@ -66,6 +66,22 @@ def from_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def json_object(path: Path, error: type[SdgraphError], *, hint: str) -> dict[str, Any]:
+    """Return the JSON object in a file, see `read_text`.
+
+    Raises:
+        error: see there; or the text is no JSON object.
+    """
+    text = read_text(path, error, hint=hint)
+    try:
+        plain = from_json(text)
+    except ValueError as wrong:
+        raise error(f"{path.name} is not JSON: {wrong}", where=str(path), hint=hint) from wrong
+    if not isinstance(plain, dict):
+        raise error(f"{path.name} is not a JSON object", where=str(path), hint=hint)
+    return plain
+
+
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):

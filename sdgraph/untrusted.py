@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from .errors import SavedError
-from .text import from_json, read_text
+from .text import json_object
 
 Kind = TypeVar("Kind")
 LARGEST_FILE = 16 << 20  # of JSON
@@ -67,14 +67,7 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
             raise SavedError(f"{path.name} has more than {LARGEST_FILE >> 20} MB", where=str(path), hint=hint)
     except OSError as error:
         raise SavedError(f"{path.name} cannot be read: {error.strerror}", where=str(path), hint=hint) from error
-    text = read_text(path, SavedError, hint=hint)
-    try:
-        plain = from_json(text)
-    except ValueError as error:
-        raise SavedError(f"{path.name} is not JSON", where=str(path), hint=hint) from error
-    if not isinstance(plain, dict):
-        raise SavedError(f"{path.name} is not a JSON object", where=str(path), hint=hint)
-    return plain
+    return json_object(path, SavedError, hint=hint)
 
 
 def read_config(path: Path, hint: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..atomic import written
 from ..errors import SavedError
-from ..text import from_json, read_text
+from ..text import json_object
 from .latents import Array
 
 
@@ -32,14 +32,7 @@ class Measurements:
         self._path = None if folder is None else folder / f"{hashlib.sha256(key).hexdigest()[:20]}.json"
         self._known: dict[str, list[float]] = {}
         if self._path is not None and self._path.exists():
-            hint = "delete it; the same command measures again"
-            text = read_text(self._path, SavedError, hint=hint)
-            try:
-                self._known = from_json(text)
-            except ValueError as error:
-                raise SavedError(
-                    f"{self._path.name} cannot be read: {error}", where=str(self._path), hint=hint
-                ) from error
+            self._known = json_object(self._path, SavedError, hint="delete it; the same command measures again")
 
     def numbers(self, kind: str, subject: str, measure: Callable[[], Array]) -> Array:
         """Return the numbers of a kind that a subject has, and measure them if they are not known."""

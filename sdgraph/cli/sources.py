@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SdgraphError, SourceError, SpecError
 from ..progress import note
-from ..text import from_json, lines, read_text
+from ..text import json_object, lines, read_text
 
 if TYPE_CHECKING:
     from ..graph import Graph
@@ -225,14 +225,7 @@ def _unet_folder(source: str) -> Path | None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object of diffusers, which may be a link into the cache of the hub."""
-    text = read_text(path, SourceError, hint=AGAIN)
-    try:
-        plain = from_json(text)
-    except ValueError as error:
-        raise SourceError(f"{path.name} cannot be read: {error}", where=str(path), hint=AGAIN) from error
-    if not isinstance(plain, dict):
-        raise SourceError(f"{path.name} is not a JSON object", where=str(path), hint=AGAIN)
-    return plain
+    return json_object(path, SourceError, hint=AGAIN)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..runtime.recipe import read_recipe
 from ..runtime.serialization import save
 from ..runtime.unet import GraphUNet
 from ..runtime.weight_files import read_weights
-from ..text import from_json, read_text
+from ..text import from_json, json_object, read_text
 from . import shards
 from .identity import Identity, versions
 from .settings import Settings
@@ -220,18 +220,27 @@ def read(folder: Path) -> dict[str, Any]:
         TuningError: there is none, or it is damaged.
     """
     hint = "name a folder checkpoint-N of a run"
-    try:
-        record: dict[str, Any] = from_json(read_text(folder / STATE, TuningError, hint=hint))
-        record["step"], record["settings"], record["identity"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TuningError(f"no checkpoint can be read: {error}", where=str(folder), hint=hint) from error
+    record = json_object(folder / STATE, TuningError, hint=hint)
+    for name in ("step", "settings", "identity"):
+        if name not in record:
+            raise TuningError(f"no checkpoint can be read: it has no {name}", where=str(folder), hint=hint)
     return record
 
 
 def read_identity(folder: Path, record: Mapping[str, Any]) -> Identity:
-    """Return the identity of the run that a checkpoint, of which the record is read, is of."""
-    rows = folder / ROWS
-    return Identity(record["identity"], tuple(json.loads(rows.read_text())) if rows.is_file() else ())
+    """Return the identity of the run that a checkpoint, of which the record is read, is of.
+
+    Raises:
+        TuningError: a file is damaged.
+    """
+    rows, hint = folder / ROWS, "delete the checkpoint; the one before it remains"
+    if not rows.is_file():
+        return Identity(record["identity"], ())
+    text = read_text(rows, TuningError, hint=hint)
+    try:
+        return Identity(record["identity"], tuple(from_json(text)))
+    except (ValueError, TypeError) as error:
+        raise TuningError(f"{ROWS} cannot be read: {error}", where=str(rows), hint=hint) from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -134,7 +134,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], Any], str | None, str | None]] =
     "no weights": (no_weights, "cannot be loaded", "cannot be loaded"),
     "damaged weights": (damaged_weights, "cannot be loaded", "cannot be loaded"),
     "weights of another size": (of_another_size, "cannot be loaded", "cannot be loaded"),
-    "no json": (no_json, "model_index.json cannot be read", "model_index.json cannot be read"),
+    "no json": (no_json, "model_index.json is not JSON", "model_index.json is not JSON"),
     "another pipeline": (with_index(_class_name="FluxPipeline"), None, "cannot be loaded"),
     "of images to images": (with_index(_class_name="StableDiffusionImg2ImgPipeline"), None, RUNS_ON_IMAGES),
     "a unet of another class": (unet_of_another_class, "is a UNet2DModel", "is a UNet2DModel"),

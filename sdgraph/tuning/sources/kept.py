@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...errors import TuningError
 from ...progress import Bar
-from ...text import from_json, read_text
+from ...text import json_object
 from ..digest import hash_text, is_hash
 
 RECORD, FILES = "kept.json", "files.json"  # the recipe of the rows, and the hashes of files that were read for them
@@ -184,10 +184,7 @@ def begin(folder: Path, recipe: Mapping[str, str]) -> None:
     with FileLock(folder / LOCK):
         if not record.exists():
             _replace(record, lambda new: new.write_text(json.dumps(recipe, indent=1) + "\n"))
-    try:
-        saved = from_json(read_text(record, TuningError, hint="delete the folder"))
-    except ValueError as error:
-        raise TuningError(f"it cannot be read: {error}", where=str(record), hint="delete the folder") from error
+    saved = json_object(record, TuningError, hint="delete the folder")
     for name, value in recipe.items():
         if (before := saved.get(name)) != value:
             shown = "" if is_hash(value) else f": {before} then, {value} now"
