@@ -131,7 +131,7 @@ def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TuningError, match="another thing: this then, that now"):
         kept(tmp_path / "mine", "that").fill(numbers, "test")
     (tmp_path / "mine" / RECORD).write_text("{")
-    with pytest.raises(TuningError, match="kept.json is not JSON"):
+    with pytest.raises(TuningError, match="is not JSON"):
         kept(tmp_path / "mine").fill(numbers, "test")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.png").touch()
