@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from .errors import SdgraphError, SpecError, did_you_mean
-from .options import annotations_of, check, checked
+from .options import Text, annotations_of, check, checked
 
 log = logging.getLogger("sdgraph")
 
@@ -99,6 +99,7 @@ def _text(value: Any) -> str:
     return str(value) if isinstance(value, Spec) else repr(value)
 
 
+@checked()
 def read(text: str, kind: type[Spec] = Spec) -> Spec:
     """Parse the text of one spec, such as a schedule.
 
@@ -143,7 +144,8 @@ def known(kind: type[Spec] = Spec) -> dict[str, type[Spec]]:
     }
 
 
-def import_module(name: str) -> None:
+@checked()
+def import_module(name: Text) -> None:
     """Import a module that defines passes, so that they can be named in text. The current folder is searched too.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import SpecError, did_you_mean
 from ..options import Count, Index, NotNegative, Text, check
 from ..text import from_json, read_text
-from ..tuning.settings import Settings
+from ..tuning.settings import ELSEWHERE, Settings
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,11 @@ def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settin
     of_run, of_loop = [field.name for field in fields(Configuration)], [field.name for field in fields(Settings)]
     for name in given:
         if name not in of_run and name not in of_loop:
-            hint = did_you_mean(name, [*of_run, *of_loop]) or f"names: {', '.join([*of_run, *of_loop])}"
+            hint = (
+                ELSEWHERE.get(name)
+                or did_you_mean(name, [*of_run, *of_loop])
+                or f"names: {', '.join([*of_run, *of_loop])}"
+            )
             raise SpecError(f"there is no setting {name!r}", where=str(path), hint=hint)
     for field in [*fields(Configuration), *fields(Settings)]:
         if field.default is MISSING and field.name not in given:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SdgraphError, SpecError, did_you_mean
+from ..options import annotations_of, described
 from ..spec import Spec, presets
 
 if TYPE_CHECKING:
@@ -56,11 +57,21 @@ def _description(point: importlib.metadata.EntryPoint) -> str:
     except Exception as error:
         hint = f"repair or uninstall {_package(point)}"
         raise SpecError(f"{point.name} cannot be loaded: {error}", where=point.value, hint=hint) from error
-    parts = ["\n".join([_title(point), *_facts(pass_class)]), inspect.getdoc(pass_class) or ""]
+    parts = ["\n".join([_title(point), *_facts(pass_class)]), _ranges(pass_class), inspect.getdoc(pass_class) or ""]
+    parts = [part for part in parts if part]
     for name, preset in presets(pass_class).items():
         text = textwrap.indent(inspect.getdoc(preset) or "", "  ")
         parts.append(f"{point.name}.{name}({_signature(preset)})\n{text}")
     return "\n\n".join(parts)
+
+
+def _ranges(pass_class: type[Pass]) -> str:
+    """Return the options of a pass with the values that they accept, a line each."""
+    from ..compiler.chain import Chain
+
+    hints = {} if issubclass(pass_class, Chain) else annotations_of(pass_class)
+    options = [name for name in inspect.signature(pass_class).parameters if name in hints]
+    return "\n".join(f"  {name} is {described(hints[name])}" for name in options)
 
 
 def _title(point: importlib.metadata.EntryPoint) -> str:

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import SpecError
+from ..options import checked
 from ..spec import Spec, value_of
 from .base import Pass
 
 
+@checked()
 def parse(text: str) -> tuple[Pass, ...]:
     """Return the passes that a text names, as calls separated by commas.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..compiler.base import Pass
 from ..compiler.parse import as_passes
 from ..errors import TuningError
-from ..options import Count, checked
+from ..options import Count, Text, checked
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from .checks import check_output
@@ -28,7 +28,7 @@ def chain(
     data: Source | Iterable[Mapping[str, Tensor]],
     *,
     steps: Count,
-    out: str | Path,
+    out: Text | Path,
     **options: Any,
 ) -> tuple[GraphUNet, tuple[TuningReport, ...]]:
     """Apply passes one after the other, and tune after each of them; the result of a link teaches the next.

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..compiler.base import Pass
 from ..compiler.parse import as_passes
 from ..errors import TuningError
-from ..options import Count, checked
+from ..options import Bounds, Count, Text, checked
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from .checks import check_output
@@ -51,14 +51,14 @@ class IncubationReport:
 @checked(TuningError)
 def incubate(
     teacher: GraphUNet | UNet2DConditionModel,
-    stages: Sequence[Pass | str],
+    stages: Annotated[Sequence[Pass | str], Bounds(length=1)],
     data: Source | Iterable[Mapping[str, Tensor]],
     *,
     scheduler: Any,
     stage_steps: Count,
     steps: Count,
-    out: str | Path,
-    losses: Sequence[Loss] | None = None,
+    out: Text | Path,
+    losses: Annotated[Sequence[Loss], Bounds(length=1)] | None = None,
     validate: Validate | None = None,
     progressive: bool = False,
     processes: Count = 1,

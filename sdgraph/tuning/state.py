@@ -116,7 +116,8 @@ class State:
         self.whole = False
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.rate.step()
+        if not getattr(self.optimizer, "step_was_skipped", False):  # in fp16, as accelerate's schedules do
+            self.rate.step()
         if self.average is not None:
             self.average.step(self.unet.parameters())
         self.step += 1

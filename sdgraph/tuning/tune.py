@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,7 +23,7 @@ from ..atomic import owned
 from ..errors import ModeError, TuningError
 from ..extra import imported
 from ..ir.guards import check_call
-from ..options import Count, checked
+from ..options import Bounds, Count, Text, checked
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
@@ -56,9 +56,9 @@ def tune(
     *,
     scheduler: Any,
     steps: Count,
-    out: str | Path,
-    losses: Sequence[Loss] | None = None,
-    train: Sequence[str] | None = None,
+    out: Text | Path,
+    losses: Annotated[Sequence[Loss], Bounds(length=1)] | None = None,
+    train: Annotated[Sequence[Text], Bounds(length=1)] | None = None,
     validate: Validate | None = None,
     resume_from_checkpoint: str | Path | None = "latest",
     **settings: Any,
@@ -117,6 +117,8 @@ def tune(
     for unet in (student, teaching):
         check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, _at_least_float32(unet))
     check_differs(student, teaching, row.inputs)
+    for loss in losses or ():
+        loss.check(row)
     with shards.asked() as spread:
         accelerator = _accelerator(chosen, folder)
     spread = spread and accelerator.num_processes > 1

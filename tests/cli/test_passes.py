@@ -36,6 +36,7 @@ def test_passes_lists_those_of_every_package(
     assert main(["passes", "InheritFeatures"]) == 0
     said = capsys.readouterr().out
     assert "every how many calls everything is computed" in said  # of a preset's option
+    assert "\n  part is one of 'auto', 'branch', 'value', 'entry'\n" in said
     assert main(["passes", "Lost"]) == 2
     assert "repair or uninstall others" in capsys.readouterr().err
     assert main(["passes", "CleanUpp"]) == 2

@@ -23,7 +23,8 @@ from sdgraph.cli.configuration import read
 from sdgraph.errors import SpecError, TuningError
 from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.schedules import Uniform
-from sdgraph.tuning import Output, Settings, Tensors
+from sdgraph.tuning import Guidance, Output, Settings, Tensors
+from sdgraph.tuning.state import State
 
 from ..models import CROSS
 from .conftest import Tune, equal, tensors
@@ -352,13 +353,30 @@ def test_new_parameters_and_other_weights_are_something_to_learn(
     [
         ("student", "unet"), ("teacher", 3), ("losses", Output()), ("losses", ["Output"]), ("losses", 3),
         ("train", "mid_block"), ("train", [3]), ("validate", "images"), ("resume_from_checkpoint", True), ("out", None),
-        ("steps", 1.5),
+        ("steps", 1.5), ("losses", []), ("train", []), ("out", ""), ("data", "rows"), ("data", [1]),
     ],
 )  # fmt: skip
 def test_arguments_of_wrong_types_are_refused(argument: str, value: Any, tune: Tune, tmp_path: Path) -> None:
     with pytest.raises(TuningError, match=argument):
         tune(**{argument: value})
     assert not (tmp_path / "run").exists()
+
+
+def test_losses_that_the_data_cannot_be_computed_with_are_refused_at_once(tune: Tune, tmp_path: Path) -> None:
+    with pytest.raises(TuningError, match="no pairs of rows"):
+        tune(losses=[Guidance()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_learning_rate_waits_where_fp16_leaves_a_step_out() -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    state = State(torch.nn.Module(), torch.nn.Module(), optimizer, rate, None)  # type: ignore[arg-type]
+    for skipped, expected in ((False, 1 / 2), (True, 1 / 2), (False, 1 / 3)):
+        optimizer.step_was_skipped = skipped  # type: ignore[attr-defined]  # as accelerate's optimizer says
+        state.advance()
+        assert rate.get_last_lr() == [expected]
 
 
 @pytest.mark.parametrize(

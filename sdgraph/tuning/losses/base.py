@@ -56,6 +56,15 @@ class Loss(Spec):
         """Return the weight after a share of the run."""
         return self.weight if self.until is None else self.weight * max(0.0, 1 - progress / self.until)
 
+    def check(self, batch: Batch) -> None:
+        """Refuse data that the loss cannot be computed on, before a run begins.
+
+        Args:
+            batch: a row of the data.
+        Raises:
+            TuningError: the row does not have what the loss needs.
+        """
+
     def taps(self, student: Graph, teacher: Graph) -> TapPairs:
         """Return the values inside the student and the teacher that the loss compares, in pairs.
 

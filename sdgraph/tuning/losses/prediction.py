@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...errors import TuningError
 from ...options import Positive
+from ..batch import Batch
 from ..noising import Noising
 from .base import Comparison, Loss, Values
 
@@ -26,14 +27,18 @@ class Denoising(Loss):
 
     snr_gamma: Positive | None = None
 
-    def __call__(self, comparison: Comparison, values: Values) -> Tensor:
-        batch = comparison.batch
+    def check(self, batch: Batch) -> None:
         if batch.noise is None:
             raise TuningError(
                 "the data are a teacher's own trajectories, where no noise was added that could be predicted",
                 where=str(self),
                 hint="leave this loss out",
             )
+
+    def __call__(self, comparison: Comparison, values: Values) -> Tensor:
+        batch = comparison.batch
+        self.check(batch)
+        assert batch.noise is not None
         target = comparison.noising.target(batch.clean, batch.noise, batch.timesteps)
         difference = comparison.student - target
         if batch.own is not None:
@@ -77,11 +82,14 @@ class Guidance(Loss):
     scale: Positive = 7.5
     snr_gamma: Positive | None = None
 
-    def __call__(self, comparison: Comparison, values: Values) -> Tensor:
-        if not comparison.batch.pairs:
+    def check(self, batch: Batch) -> None:
+        if not batch.pairs:
             raise TuningError(
                 "the batch has no pairs of rows with a caption and without", where=str(self), hint="guidance_pairs=True"
             )
+
+    def __call__(self, comparison: Comparison, values: Values) -> Tensor:
+        self.check(comparison.batch)
         difference = comparison.student - comparison.teacher
         captioned, empty = difference[0::2], difference[1::2]
         guided = captioned - empty + empty / self.scale

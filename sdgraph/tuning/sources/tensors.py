@@ -62,7 +62,8 @@ class Tensors:
             TuningError: there are no rows, or they have different names or shapes.
         """
         read = list(rows)
-        if not read or any(row.keys() != read[0].keys() or "latents" not in row for row in read):
+        fitting = all(isinstance(row, Mapping) and row.keys() == read[0].keys() and "latents" in row for row in read)
+        if not read or not fitting:
             raise TuningError(
                 "the rows are not dicts with the same names, `latents` among them",
                 where="data",
@@ -70,7 +71,7 @@ class Tensors:
             )
         try:
             stacked = {name: torch.stack([row[name] for row in read]) for name in read[0]}
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise TuningError(
                 f"rows have different shapes: {error}", where="data", hint="give them one size"
             ) from error
