@@ -13,6 +13,7 @@ better than the best even spacing on these, the even spacing is the result.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ..atomic import owned
 from ..compiler.base import Pass
 from ..errors import ScheduleError, SpecError
 from ..inheritance.timetable import timetable
@@ -77,7 +79,8 @@ def search(
         fewer steps of the same solver.
     Raises:
         SourceError: the pipeline has no UNet, or its solver adds random numbers.
-        SpecError: no candidates, a candidate without sites, too few prompts, a budget that is no share, or a bad file.
+        SpecError: no candidates, a candidate without sites, too few prompts, a budget that is no share, a bad file, or
+            another search in the folder.
         ScheduleError: no plan meets the budget, or the file has no time of a call.
     Example:
         `sdgraph.search(pipe, [InheritFeatures.damped(2)], prompts, budget=0.5, num_inference_steps=20)`
@@ -93,7 +96,8 @@ def search(
     aim = max(CONVERGED, 2 * steps) if reference_steps is None else reference_steps
     key = "\n".join([*map(str, options.passes), str(aim)]).encode()
     key += b"".join(latents.cpu().float().numpy().tobytes() for latents in rehearsal.whole.values())
-    with Bar(desc="search", unit="generation", disable=not progress) as bar:
+    alone = owned(Path(folder), SpecError, "folder") if folder else contextlib.nullcontext()
+    with alone, Bar(desc="search", unit="generation", disable=not progress) as bar:
         judge = _Judge(options, rehearsal, Measurements(Path(folder) if folder else None, key), cost, aim, budget, bar)
         even, start = _starts(judge)
         improved = _improved(judge, start, trials, seed)

@@ -217,7 +217,7 @@ def _is_plain(value: Any) -> bool:
 def _configuration(model: nn.Module) -> str:
     """Return what the configuration of a model of diffusers or transformers has beside the defaults of its class."""
     config = getattr(model, "config", None)
-    if hasattr(config, "to_diff_dict"):
+    if config is not None and hasattr(config, "to_diff_dict"):
         values = dict(config.to_diff_dict())
     else:
         defaults = {name: _json(p.default) for name, p in inspect.signature(type(model).__init__).parameters.items()}

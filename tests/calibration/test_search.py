@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 
 import sdgraph
+from sdgraph.atomic import owned
 from sdgraph.calibration.candidates import Candidates
 from sdgraph.calibration.plan import Call, Plan
 from sdgraph.calibration.rehearsal import Rehearsal
@@ -175,3 +178,13 @@ def test_a_random_solver_is_refused(pipe: StableDiffusionPipeline) -> None:
             sdgraph.search(pipe, CANDIDATES, PROMPTS, budget=0.5, **OPTIONS)
     finally:
         pipe.scheduler = own
+
+
+@pytest.mark.slow
+def test_one_search_at_a_time_writes_to_a_folder(pipe: Any, tmp_path: Path) -> None:
+    options = {**OPTIONS, "budget": 0.7, "cost": "macs", "folder": tmp_path}
+    with ThreadPoolExecutor(1) as other, owned(tmp_path, SpecError, "folder"):
+        second = other.submit(sdgraph.search, pipe, CANDIDATES, PROMPTS, **options)
+        with pytest.raises(SpecError, match=f"process {os.getpid()} on .* is writing to"):
+            second.result()
+    assert not list(tmp_path.glob("*.json"))
