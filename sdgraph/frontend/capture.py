@@ -85,7 +85,7 @@ def _unchanged(unet: UNet2DConditionModel) -> Iterator[None]:
     Raises:
         SourceError: the code of the UNet keeps something between calls.
     """
-    holders: dict[str, Any] = {**dict(unet.named_modules()), **unet.attn_processors}
+    holders = {n: h for n, h in (*unet.named_modules(), *unet.attn_processors.items()) if hasattr(h, "__dict__")}
     held = [_Held(path, holder) for path, holder in holders.items()]
     kept: list[str] = []
     try:

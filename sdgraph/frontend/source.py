@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models import attention_processor as processors
 from torch import nn
+from torch.nn.modules import module as everywhere
+from torch.nn.utils.prune import BasePruningMethod
 
 from ..errors import SourceError
 from ..ir.state import GraphState
@@ -30,6 +33,14 @@ PURE_PROCESSORS: tuple[type, ...] = tuple(
 
 DEFAULTS = ("AttnProcessor2_0", "AttnAddedKVProcessor2_0")  # the processors of a new UNet
 FREEU = ("s1", "s2", "b1", "b2")
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+EVERYWHERE = tuple(f"_global{name}" for name in HOOKS)
+REMOVED_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}  # functions, by class of hook
+QUANTISED = ("torch.ao.", "torchao.", "bitsandbytes.", "optimum.quanto.", "quanto.", "diffusers.quantizers.")
+UNQUANTISED = (
+    "load the UNet in a floating dtype (or unet.dequantize()), apply, and quantise what is exported from the result"
+)
 
 # Blocks of diffusers that a UNet2DConditionModel can be configured with, and fails on when called.
 UNCOVERED = {
@@ -58,9 +69,11 @@ def check_source(unet: Any, trusted: Collection[type] = ()) -> None:
             f"got {type(unet).__name__}, which is traced already", hint="sdgraph.apply(unet, passes) goes on from it"
         )
     if not isinstance(unet, UNet2DConditionModel):
-        hint = "pass pipe.unet, not the pipeline" if hasattr(unet, "unet") else "pass a diffusers UNet2DConditionModel"
+        hints = {"unet": "pass pipe.unet, not the pipeline", "_orig_mod": "pass unet._orig_mod, and compile the result"}
+        hint = next(
+            (hint for name, hint in hints.items() if hasattr(unet, name)), "pass a diffusers UNet2DConditionModel"
+        )
         raise SourceError(f"expected a UNet2DConditionModel, got {type(unet).__name__}", hint=hint)
-    dtypes = set()
     for path, parameter in unet.named_parameters():
         if parameter.device.type == "meta":
             raise SourceError(
@@ -69,10 +82,35 @@ def check_source(unet: Any, trusted: Collection[type] = ()) -> None:
                 hint="load the weights first (from_pretrained, or to_empty + load_state_dict); with CPU offload "
                 "hooks, call pipe.remove_all_hooks() before apply",
             )
-        dtypes.add(parameter.dtype)
+    if any(getattr(everywhere, name) for name in EVERYWHERE):
+        raise SourceError(
+            "PyTorch has hooks for all modules, which a trace would freeze or lose",
+            where="torch.nn.modules.module",
+            hint="remove them (handle.remove()), apply, then add them again: they see the leaves of the result",
+        )
+    check_modules(unet, trusted)
+    for path, parameter in unet.named_parameters():
+        _check_parameter(path, parameter)
+    dtypes = {parameter.dtype for parameter in unet.parameters()}
     if len(dtypes) > 1:
         raise SourceError(f"the UNet mixes dtypes {sorted(map(str, dtypes))}", hint="call unet.to(dtype) first")
-    check_modules(unet, trusted)
+
+
+def _check_parameter(path: str, parameter: nn.Parameter) -> None:
+    kind = type(parameter)
+    plain = kind.__torch_function__ is torch._C._disabled_torch_function_impl or kind is torch.Tensor
+    if not parameter.is_floating_point() or not plain or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise SourceError(
+            f"the weight is quantised, or has operations of its own: a {kind.__name__} of {parameter.dtype}",
+            where=path,
+            hint=UNQUANTISED,
+        )
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise SourceError(
+            "the weight has hooks of its gradient, which the result would not have",
+            where=path,
+            hint="remove them (handle.remove()), apply, then add them to the parameters of the result",
+        )
 
 
 def check_modules(unet: UNet2DConditionModel, trusted: Collection[type] = ()) -> None:
@@ -86,45 +124,80 @@ def check_modules(unet: UNet2DConditionModel, trusted: Collection[type] = ()) ->
     for path, module in unet.named_modules():
         _check_module(path or "(the UNet itself)", module)
     for path, processor in unet.attn_processors.items():
-        if type(processor) not in PURE_PROCESSORS and type(processor) not in trusted:
+        kind = type(processor)
+        known = kind in PURE_PROCESSORS and kind.__call__.__module__ == kind.__module__  # not exchanged by somebody
+        if not known and kind not in trusted:
             raise SourceError(
-                f"attention processor {type(processor).__name__} may keep state between calls",
+                f"attention processor {kind.__name__} may keep state between calls",
                 where=path,
                 hint="unet.set_default_attn_processor(), or, if it is a pure function of its tensors, "
-                f"sdgraph.apply(..., processors=({type(processor).__name__},))",
+                f"sdgraph.apply(..., processors=({kind.__name__},))",
             )
 
 
 def _check_module(path: str, module: nn.Module) -> None:
-    if type(module).__name__ in UNCOVERED:
-        reason = UNCOVERED[type(module).__name__]
-        raise SourceError(
-            f"{type(module).__name__} is not covered: {reason}", where=path, hint="use a UNet without such modules"
+    for what, hint in _faults(module):
+        raise SourceError(what, where=path, hint=hint)
+
+
+def _faults(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield why a module cannot be traced faithfully, with what to do about it."""
+    kind = type(module)
+    if kind.__name__ in UNCOVERED:
+        yield f"{kind.__name__} is not covered: {UNCOVERED[kind.__name__]}", "use a UNet without such modules"
+    if kind.__module__.startswith(QUANTISED) or getattr(module, "hf_quantizer", None) is not None:
+        yield f"{kind.__name__} is quantised", UNQUANTISED
+    for name in getattr(module, "parametrizations", ()):
+        methods = ", ".join(type(method).__name__.lstrip("_") for method in module.parametrizations[name])  # type: ignore[index, union-attr]
+        yield (
+            f"its {name} is computed by a parametrization ({methods})",
+            f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}), apply, and parametrize the result",
         )
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or hasattr(module, "_hf_hook"):
-        raise SourceError(
-            "the module has forward hooks or a replaced forward, which a trace would freeze or lose",
-            where=path,
-            hint="remove them (pipe.remove_all_hooks(), DeepCache's disable(), tomesd.remove_patch ...), apply, then "
-            "add them to the result",
+    for hook in module._forward_pre_hooks.values():
+        method = type(hook).__name__
+        name = getattr(hook, "name", getattr(hook, "_tensor_name", "weight"))
+        if isinstance(hook, BasePruningMethod):
+            yield (
+                f"its {name} is pruned by torch.nn.utils.prune ({method}), which masks it at every call",
+                f"torch.nn.utils.prune.remove(module, {name!r}), which makes the zeros permanent",
+            )
+        if method in REMOVED_BY:
+            yield (
+                f"its {name} is computed at every call by {method}",
+                f"torch.nn.utils.{REMOVED_BY[method]}(module), which keeps the weight as it is now",
+            )
+    if any(vars(module)[name] for name in HOOKS) or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
+        yield (
+            "the module has hooks, which a trace would freeze or lose",
+            "remove them (handle.remove(), pipe.remove_all_hooks()) and apply; the result takes hooks of its leaves, "
+            "such as convolutions and linear layers, but no longer calls blocks",
         )
+    for name, value in vars(module).items():
+        method = getattr(kind, name, None)
+        own = getattr(value, "__self__", None) is module and value.__func__ is method
+        if callable(value) and callable(method) and not isinstance(method, type) and not own:
+            yield (
+                f"the module has a replaced {name}, which a trace would freeze or lose",
+                f"take it away (DeepCache's disable(), tomesd.remove_patch ..., or `del module.{name}`); to keep what "
+                "it does, write it as a class of modules and put those in",
+            )
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        yield "the module is compiled", "apply to the UNet before it is compiled, and call compile() of the result"
     if getattr(module, "gradient_checkpointing", False):
-        raise SourceError(
-            "gradient checkpointing is on", where=path, hint="call unet.disable_gradient_checkpointing() first"
-        )
+        yield "gradient checkpointing is on", "call unet.disable_gradient_checkpointing() first"
     if getattr(module, "_chunk_size", None) is not None:
-        raise SourceError("feed-forward chunking is on", where=path, hint="call unet.disable_forward_chunking() first")
-    if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-        raise SourceError(
+        yield "feed-forward chunking is on", "call unet.disable_forward_chunking() first"
+    if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        yield (
             "the UNet is in training mode with active dropout, so it is not one function",
-            where=path,
-            hint="call unet.eval() first; the result has train() of its own",
+            "call unet.eval() first; the result has train() of its own",
         )
+    if module.training and isinstance(module, nn.modules.batchnorm._NormBase):
+        yield f"{kind.__name__} is in training mode, and edits its statistics at every call", "call unet.eval() first"
     if hasattr(module, "lora_A") and (not getattr(module, "merged", False) or module.disable_adapters):
-        raise SourceError(
+        yield (
             "LoRA is loaded but not fused",
-            where=path,
-            hint="call pipe.fuse_lora(lora_scale=...) first, or pipe.unload_lora_weights() and load it into the result",
+            "call pipe.fuse_lora(lora_scale=...) first, or pipe.unload_lora_weights() and load it into the result",
         )
 
 

@@ -12,6 +12,18 @@ from ..errors import ModeError
 from ..schedules import Run
 from .generation import Generations, Moment
 
+# Pipelines of diffusers that exchange processors or hook blocks while they run, and what for. Those of perturbed
+# attention are known by an attribute.
+EXCHANGING = {
+    "StableDiffusionSAGPipeline": "self-attention guidance",
+    "StableDiffusionAttendAndExcitePipeline": "attend-and-excite",
+    "StableDiffusionPix2PixZeroPipeline": "pix2pix-zero",
+    "LEditsPPPipelineStableDiffusion": "LEdits++",
+    "LEditsPPPipelineStableDiffusionXL": "LEdits++",
+    "TextToVideoZeroPipeline": "attention across frames",
+    "TextToVideoZeroSDXLPipeline": "attention across frames",
+}
+
 
 def attach(pipe: Any) -> Attachment:
     """Let a pipeline's UNet read from the pipeline's scheduler which call of how many it is at.
@@ -28,7 +40,8 @@ def attach(pipe: Any) -> Attachment:
     Returns:
         an `Attachment`; `detach()` it, or use it in a `with`.
     Raises:
-        ModeError: the pipeline has no scheduler, its UNet inherits nothing, or it guides by perturbed attention.
+        ModeError: the pipeline has no scheduler, its UNet inherits nothing, or it exchanges attention processors, as
+            perturbed and self-attention guidance do.
     """
     unet = getattr(pipe, "unet", None)
     generations = getattr(getattr(unet, "_orig_mod", unet), "generations", None)
@@ -37,9 +50,13 @@ def attach(pipe: Any) -> Attachment:
         raise ModeError(f"the pipeline has {found}", where="attach", hint="pipe.unet = sdgraph.apply(pipe.unet, ...)")
     if not hasattr(pipe, "scheduler"):
         raise ModeError("the pipeline has no scheduler", where="attach", hint="use `with unet.expecting(timesteps)`")
+    names = {cls.__name__ for cls in type(pipe).__mro__}
+    guidance = next((what for name, what in EXCHANGING.items() if name in names), None)
     if hasattr(pipe, "pag_applied_layers"):
+        guidance = "perturbed-attention guidance"
+    if guidance is not None:
         raise ModeError(
-            "perturbed-attention guidance exchanges the processors of attention modules, which a graph does not have",
+            f"{guidance} exchanges the processors of attention modules, which a graph does not have",
             where=type(pipe).__name__,
             hint="use the pipeline without it, or leave it the source UNet",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from accelerate import cpu_offload
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models import attention_processor as processors
 from torch import nn
+from torch.nn.modules import module as everywhere
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import sdgraph
 from sdgraph.errors import SourceError
 
-from ..models import answer, build, call_of
+from ..models import ONE_LEVEL, answer, build, call_of
 
 
 def exact(unet: Any, **options: Any) -> bool:
@@ -158,6 +161,163 @@ def a_second_adapter() -> UNet2DConditionModel:
         warnings.simplefilter("ignore")  # peft announces that it un-fuses the first
         unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), adapter_name="second")
     return unet.eval()
+
+
+class Masked(nn.Parameter):
+    """Such as those of quantising libraries, whose operations are others."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def changed(change: Any) -> UNet2DConditionModel:
+    unet = build(**ONE_LEVEL)
+    change(unet, unet.down_blocks[0].resnets[0].conv1)
+    return unet
+
+
+def replaced_method(conv: Any) -> None:
+    conv._conv_forward = types.MethodType(lambda self, *args: nn.Conv2d._conv_forward(self, *args), conv)
+
+
+def quantised(unet: Any, conv: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.quantize_dynamic(unet, {nn.Linear}, inplace=True)
+
+
+def integers(unet: Any, conv: Any) -> None:
+    conv.weight = nn.Parameter(torch.ones(conv.weight.shape, dtype=torch.int8), requires_grad=False)
+
+
+def old_weight_norm(unet: Any, conv: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(conv)
+
+
+def statistics(unet: Any, conv: Any) -> None:
+    unet.down_blocks[0].resnets[0].norm1 = nn.BatchNorm2d(16).train()
+
+
+PARAMETRIZED = r"(?s)parametrization.*conv1.*remove_parametrizations"
+REPLACED = r"(?s)replaced _?\w+.*where: \S+.*class of modules"
+HOOKED = r"(?s)hooks.*where: .*conv1.*result takes hooks of its leaves"
+WAYS: dict[str, tuple[Any, str]] = {
+    "prune": (lambda u, c: prune.l1_unstructured(c, "weight", 0.3), r"(?s)weight is pruned.*conv1.*prune.remove"),
+    "prune channels": (lambda u, c: prune.ln_structured(c, "weight", 0.3, n=2, dim=0), "(?s)pruned.*conv1"),
+    "prune twice": (
+        lambda u, c: [prune.random_unstructured(c, "bias", 2) for _ in range(2)],
+        r"(?s)bias is pruned.*prune.remove\(module, 'bias'\)",
+    ),
+    "weight norm": (lambda u, c: parametrizations.weight_norm(c), PARAMETRIZED),
+    "spectral norm": (lambda u, c: parametrizations.spectral_norm(c), PARAMETRIZED),
+    "orthogonal": (lambda u, c: parametrizations.orthogonal(u.time_embedding.linear_1), "(?s)Orthogonal.*linear_1"),
+    "old weight norm": (old_weight_norm, r"(?s)by WeightNorm.*conv1.*remove_weight_norm"),
+    "old spectral norm": (lambda u, c: nn.utils.spectral_norm(c), r"(?s)by SpectralNorm.*conv1.*remove_spectral_norm"),
+    "quantised": (quantised, r"(?s)quantised.*where: \S+.*floating dtype"),
+    "integers": (integers, r"(?s)quantised.*int8.*conv1.weight"),
+    "a tensor of its own": (lambda u, c: setattr(c, "weight", Masked(c.weight.detach())), "(?s)Masked.*conv1.weight"),
+    "forward of a leaf": (lambda u, c: setattr(c, "forward", lambda x: x), REPLACED),
+    "part of a leaf": (lambda u, c: replaced_method(c), REPLACED),
+    "a bound forward of another": (lambda u, c: setattr(c, "forward", u.conv_in.forward), REPLACED),
+    "method of a block": (lambda u, c: setattr(u.mid_block or u.up_blocks[0], "forward", print), REPLACED),
+    "method of the UNet": (lambda u, c: setattr(u, "get_time_embed", u.get_aug_embed), REPLACED),
+    "hook": (lambda u, c: c.register_forward_hook(print), HOOKED),
+    "hook before": (lambda u, c: c.register_forward_pre_hook(print), HOOKED),
+    "hook with arguments": (lambda u, c: c.register_forward_hook(print, with_kwargs=True), HOOKED),
+    "hook of gradients": (lambda u, c: c.register_full_backward_hook(print), HOOKED),
+    "hook before gradients": (lambda u, c: c.register_full_backward_pre_hook(print), HOOKED),
+    "hook of a weight": (lambda u, c: c.weight.register_hook(print), "(?s)hooks of its gradient.*conv1.weight"),
+    "hook after a gradient": (
+        lambda u, c: c.weight.register_post_accumulate_grad_hook(print),
+        "(?s)hooks of its gradient.*conv1.weight",
+    ),
+    "statistics": (statistics, r"(?s)BatchNorm2d is in training mode.*norm1.*eval"),
+    "compiled": (lambda u, c: c.compile(), "(?s)is compiled.*conv1.*compile.. of the result"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_changed_sources_are_refused_as_what_they_are(way: str) -> None:
+    change, words = WAYS[way]
+    unet = changed(change)
+    with pytest.raises(SourceError, match=words) as caught:
+        sdgraph.apply(unet)
+    assert caught.value.where
+    assert "report" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "cure",
+    [
+        lambda u, c: (prune.l1_unstructured(c, "weight", 0.3), prune.remove(c, "weight")),
+        lambda u, c: (parametrizations.weight_norm(c), parametrize.remove_parametrizations(c, "weight")),
+        lambda u, c: (old_weight_norm(u, c), nn.utils.remove_weight_norm(c)),
+        lambda u, c: (replaced_method(c), delattr(c, "_conv_forward")),
+        lambda u, c: c.register_forward_hook(print).remove(),
+    ],
+)
+def test_they_are_traced_once_they_are_cured_as_told(cure: Any) -> None:
+    assert exact(changed(cure))
+
+
+def test_hooks_for_all_modules_are_refused() -> None:
+    for register in (everywhere.register_module_forward_hook, everywhere.register_module_forward_pre_hook):
+        handle = register(lambda module, *args: None)
+        try:
+            with pytest.raises(SourceError, match="hooks for all modules"):
+                sdgraph.trace(build(**ONE_LEVEL))
+        finally:
+            handle.remove()
+
+
+class Tiled(nn.Conv2d):
+    """A user's own class of leaf."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        padded = nn.functional.pad(input, (1, 1, 0, 0), mode="circular")
+        return nn.functional.conv2d(nn.functional.pad(padded, (0, 0, 1, 1)), self.weight, self.bias)
+
+
+class Adapted(nn.Module):
+    """Such as LoRA of one's own around a layer."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base, self.up, self.scale = base, nn.Conv2d(base.in_channels, base.out_channels, 1), 0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scale * self.up(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda u, c: setattr(c, "__class__", Tiled),
+        lambda u, c: setattr(u.down_blocks[0].resnets[0], "conv1", Adapted(c)),
+        lambda u, c: setattr(c, "padding_mode", "circular"),
+    ],
+    ids=["class", "wrapper", "option"],
+)
+def test_exchanged_leaves_are_traced_and_never_lost(change: Any, tmp_path: Path) -> None:
+    unet = changed(change)
+    assert exact(unet)
+    assert not torch.equal(answer(unet, call_of(unet)), answer(build(**ONE_LEVEL), call_of(unet)))
+    graph = sdgraph.apply(unet)
+    for verb in (lambda: graph.save_pretrained(tmp_path / "unet"), graph.to_diffusers):
+        with pytest.raises(sdgraph.errors.ModeError):
+            verb()
+
+
+def test_a_known_processor_whose_code_was_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = processors.AttnProcessor2_0
+    monkeypatch.setattr(kind, "__call__", lambda self, attn, hidden_states, *args, **kwargs: hidden_states)
+    with pytest.raises(SourceError, match=r"(?s)AttnProcessor2_0 may keep state.*attn1"):
+        sdgraph.trace(build(**ONE_LEVEL))
+    sdgraph.trace(build(**ONE_LEVEL), processors=(kind,))
 
 
 @pytest.mark.parametrize(

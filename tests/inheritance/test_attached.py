@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import torch._dynamo
@@ -21,6 +22,7 @@ from diffusers import (
 import sdgraph
 from sdgraph import Graph, GraphUNet
 from sdgraph.errors import ModeError, ScheduleError
+from sdgraph.inheritance.attach import EXCHANGING
 from sdgraph.passes import InheritFeatures
 from sdgraph.schedules import DenseLate, Run
 
@@ -124,6 +126,15 @@ def test_what_cannot_be_attached(pipe: StableDiffusionPipeline) -> None:
         sdgraph.attach(pipe)
     with pytest.raises(ModeError, match="no unet"):
         sdgraph.attach(object())
+
+
+@pytest.mark.parametrize("name", EXCHANGING)
+def test_pipelines_that_exchange_processors_are_refused(name: str, caching: GraphUNet) -> None:
+    kind = getattr(diffusers, name)
+    pipe = kind.__new__(type(f"My{name}", (kind,), {}))  # also a class of one's own
+    vars(pipe).update(unet=caching, scheduler=DDIMScheduler(), _internal_dict={})
+    with pytest.raises(ModeError, match="exchanges the processors"):
+        sdgraph.attach(pipe)
 
 
 def test_an_attached_pipeline_is_not_kept(pipe: StableDiffusionPipeline, caching: GraphUNet) -> None:
