@@ -9,7 +9,7 @@ from .compiler.parse import parse
 from .compiler.rewrite import Rewrite
 from .compiler.runner import run_pass
 from .errors import ContractError, NoChangeError
-from .frontend.capture import trace_code
+from .frontend.capture import trace_code, undisturbed
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 
@@ -38,6 +38,11 @@ def check_examples(one: Rewrite) -> None:
     Raises:
         ContractError: an example that does not behave as it says.
     """
+    with undisturbed("check"):
+        _check_examples(one)
+
+
+def _check_examples(one: Rewrite) -> None:
     for i, example in enumerate(one.examples):
         graph = trace_code(example.code, **example.shapes)
         try:

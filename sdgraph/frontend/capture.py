@@ -44,8 +44,34 @@ def trace(unet: UNet2DConditionModel, *, inputs: Collection[str] = (), processor
     Example:
         `graph = sdgraph.trace(pipe.unet)`
     """
-    check_source(unet, processors)
-    return capture(unet, inputs)
+    with undisturbed("trace"):
+        check_source(unet, processors)
+        return capture(unet, inputs)
+
+
+@contextlib.contextmanager
+def undisturbed(verb: str) -> Iterator[None]:
+    """A context in which modes around a call of `verb` change no numbers: no autocast, and no meta device by default.
+
+    Raises:
+        TraceError: a mode is active in which tensors have no numbers of their own.
+    """
+    if torch._C._functorch.maybe_current_level() is not None:
+        mode = "a transform of torch.func"
+    elif torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        mode = "a FakeTensorMode"
+    else:
+        with contextlib.ExitStack() as stack:
+            for kind in ("cpu", "cuda", "mps", "xpu"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.get_default_device().type == "meta":
+                stack.enter_context(torch.device("cpu"))
+            yield
+        return
+    raise TraceError(
+        f"{verb} is called inside of {mode}", where=verb, hint=f"call {verb} before, and the result inside"
+    )
 
 
 def capture(unet: UNet2DConditionModel, inputs: Collection[str] = ()) -> Graph:

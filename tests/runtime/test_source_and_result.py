@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sdgraph
-from sdgraph.errors import ModeError
+from sdgraph.errors import ModeError, TraceError
 
-from ..models import answer, build, call_of
+from ..models import ONE_LEVEL, answer, build, call_of
 
 
 class State:
@@ -136,3 +138,41 @@ def test_the_result_of_apply_can_be_applied_again() -> None:
     unet.to(torch.bfloat16)
     call = call_of(unet)
     assert torch.equal(answer(unet, call), answer(again, call))
+
+
+@contextlib.contextmanager
+def by_default(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+AROUND: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to half": lambda: torch.autocast("cpu", torch.float16),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "doubles by default": lambda: by_default(torch.float64),
+    "meta by default": lambda: torch.device("meta"),
+    "plain kernels": lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_modes_around_apply_change_nothing(around: str) -> None:
+    unet = build(**ONE_LEVEL)
+    expected, call = answer(unet, call_of(unet)), call_of(unet)
+    with AROUND[around]():
+        made = sdgraph.apply(unet, "CleanUp")
+    assert torch.equal(answer(made, call), expected)
+
+
+@pytest.mark.parametrize("verb", [sdgraph.trace, sdgraph.apply])
+def test_apply_inside_of_what_has_no_numbers(verb: Any) -> None:
+    unet = build(**ONE_LEVEL)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(TraceError, match="FakeTensorMode"):
+        verb(unet)
+    with pytest.raises(TraceError, match=r"torch\.func"):
+        torch.func.vmap(lambda x: (verb(unet), x)[1])(torch.ones(2))
