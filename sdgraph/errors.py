@@ -116,7 +116,7 @@ class ExtraError(SdgraphError, ImportError):
     """An optional dependency cannot be imported."""
 
 
-def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
+def did_you_mean(word: object, known: Iterable[str], count: int = 3) -> str:
     """Return `"did you mean 'a' or 'b'?"` for the known words closest to `word`, or "" if none is close."""
-    matches = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    matches = difflib.get_close_matches(str(word), list(known), n=count, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, matches))}?" if matches else ""

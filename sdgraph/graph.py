@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from .errors import EditError, PathError, did_you_mean
+from .errors import EditError, PathError, SpecError, did_you_mean
 from .forecasts import Forecast, Order, as_forecast
 from .inheritance.timetable import Timetable, timetable
 from .ir.editing import EditableGraph
 from .ir.insertion import first_operation, module_stack
 from .ir.nodes import scope
 from .ir.sites import Site, inherit, sites
+from .options import checked
 from .schedules import Run, Schedule
 from .views.diagram import picture
 from .views.text import text
@@ -31,7 +32,8 @@ class Graph(EditableGraph):
     def __str__(self) -> str:
         return text(self)
 
-    def text(self, depth: int = 3, within: str = "") -> str:
+    @checked(SpecError)
+    def text(self, depth: int = 3, within: str | None = "") -> str:
         """Return the graph as text, one line per region.
 
         Args:
@@ -40,8 +42,9 @@ class Graph(EditableGraph):
         Raises:
             PathError: there is no region `within`.
         """
-        return text(self, depth, within)
+        return text(self, depth, within or "")
 
+    @checked(SpecError)
     def picture(self, path: str | os.PathLike[str], before: Graph | None = None) -> None:
         """Draw the UNet to a file.
 
@@ -51,6 +54,7 @@ class Graph(EditableGraph):
         """
         picture(self, path, before)
 
+    @checked(EditError)
     def inherit(
         self, node: torch.fx.Node, name: str, schedule: Schedule, forecast: Forecast | Order = 0, path: str = ""
     ) -> torch.fx.Node:
@@ -68,6 +72,7 @@ class Graph(EditableGraph):
             EditError: there is a site of this name, or the value is no tensor.
         """
         self._check_editable()
+        self._check_own(node)
         if name in sites(self.fx):
             raise EditError(f"there is a site {name!r} already", where=scope(node), hint="name it otherwise")
         if not isinstance(node.meta["val"], torch.Tensor):
@@ -82,6 +87,7 @@ class Graph(EditableGraph):
         self._sites[name] = made
         return site
 
+    @checked(PathError)
     def reschedule(self, name: str, schedule: Schedule) -> None:
         """Give a site another schedule.
 

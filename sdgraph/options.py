@@ -141,6 +141,8 @@ def _contained(value: Any, kind: Any, origin: Any, arguments: tuple[Any, ...]) -
         return value
     if not isinstance(value, origin) or (isinstance(value, str | bytes) and arguments):  # text is no sequence of texts
         raise Misfit(described(kind))
+    if origin.__module__ == "collections.abc" and getattr(value, "ndim", 1) == 0:  # a scalar has __iter__, and refuses
+        raise Misfit(described(kind))
     if not arguments:
         return value
     elements: Any = value

@@ -18,6 +18,7 @@ from .solvers import is_random, lambdas_of, name_of
 from .spec import Spec
 
 TRAINED = 1000  # timesteps of the noise that Stable Diffusion is trained with
+MOST = 100_000  # calls of a generation
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ class Run:
         """
         hint = "a number of calls, their timesteps, or a diffusers scheduler after set_timesteps"
         if isinstance(calls, int) and not isinstance(calls, bool):
-            if calls < 1:
-                raise ScheduleError("a generation without calls", where=f"calls={calls}", hint=hint)
+            if not 1 <= calls <= MOST:
+                what = "a generation without calls" if calls < 1 else f"a generation of more than {MOST} calls"
+                raise ScheduleError(what, where=f"calls={calls}", hint=hint)
             return cls(calls)
         try:
             timesteps = _floats(None if isinstance(calls, str | bytes) else getattr(calls, "timesteps", calls))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ScheduleError(f"{calls!r} says nothing about calls", where="calls", hint=hint) from error
         if not timesteps or not all(map(isfinite, timesteps)):
             raise ScheduleError("a generation without calls", where=f"calls={calls!r}"[:80], hint=hint)

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 from .compiler.base import Pass
 from .compiler.parse import parse
 from .compiler.rewrite import Rewrite
 from .compiler.runner import run_pass
-from .errors import ContractError, NoChangeError
+from .errors import ContractError, NoChangeError, SdgraphError, SpecError
 from .frontend.capture import trace_code, undisturbed
+from .options import checked
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 
 
-def check(one: Pass, unet: Any = None) -> GraphUNet | None:
+@checked(SpecError)
+def check(one: Pass, unet: Any = None, *, export: bool = False) -> GraphUNet | None:
     """Check what a pass claims: its text form, its examples, and its contract on a UNet.
 
     Args:
         one: the pass.
         unet: a diffusers UNet (or traced one) it must apply to; without one only the rest is checked.
+        export: export the transformed UNet to ONNX as well, to a temporary folder; needs the `onnx` extra.
     Returns:
         the transformed UNet, for further checks.
     Raises:
-        SdgraphError: what does not hold.
+        SdgraphError: what does not hold; where the export fails, the error names the pass.
     """
+    if export and unet is None:
+        raise SpecError("there is no UNet to export", where="export", hint="pass the UNet that the pass applies to")
     if parse(str(one)) != (one,):
         raise ContractError(f"{one} does not parse back to itself", hint="use literal options")
     if isinstance(one, Rewrite):
         check_examples(one)
-    return None if unet is None else apply(unet, [one])
+    if unet is None:
+        return None
+    changed = apply(unet, [one])
+    if export:
+        from .exporters.onnx.export import export as export_unet
+
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                export_unet(changed, f"{folder}/unet", progress=False)
+            except SdgraphError as error:
+                error.came_through(str(one))
+                raise
+    return changed
 
 
 def check_examples(one: Rewrite) -> None:

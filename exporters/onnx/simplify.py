@@ -55,6 +55,34 @@ def _skip(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
+def _floordiv(graph: fx.Graph, node: fx.Node) -> None:
+    """ONNX divides integers towards zero, Python downwards: a multiple of the divisor is divided alike."""
+    number, divisor = node.args
+    if not any(map(_may_be_negative, node.args)):
+        return
+    with graph.inserting_before(node):
+        rest = _size(graph, node, operator.mod, number, divisor)
+        node.args = (_size(graph, node, operator.sub, number, rest), divisor)
+
+
+def _may_be_negative(value: Any) -> bool:
+    if not isinstance(value, fx.Node):
+        return bool(value < 0)
+    if value.target in (operator.neg, operator.sub):
+        return True
+    return value.target in (operator.add, operator.mul, operator.floordiv, operator.mod) and any(
+        map(_may_be_negative, value.args)
+    )
+
+
+def _size(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
+    """Return a node that computes a size, in the scope of another node."""
+    node = graph.call_function(target, args)
+    value = target(*(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args))
+    node.meta = {**like.meta, "val": value}
+    return node
+
+
 def _sort(graph: fx.Graph, node: fx.Node) -> None:
     """Any sort is ONNX's `TopK`, which is stable; `argsort` is its second output."""
     given = _arguments(node)
@@ -131,6 +159,7 @@ def _cast(graph: fx.Graph, node: fx.Node, value: fx.Node, dtype: torch.dtype) ->
 
 
 _RULES: dict[Any, Callable[[fx.Graph, fx.Node], object]] = {
+    operator.floordiv: _floordiv,
     aten.cat.default: _cat,
     aten.concat.default: _cat,
     aten._assert_tensor_metadata.default: _erase,

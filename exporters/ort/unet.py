@@ -168,7 +168,19 @@ class ORTUNet(UNetCall):
         """Itself: an exported model has no training mode."""
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise ModeError(
+            "an ORTUNet is not copied: its sessions belong to ONNX Runtime",
+            where="ORTUNet",
+            hint="call ORTUNet.from_pretrained(directory) once more; pipelines may share one",
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModeError("an ORTUNet is not pickled", hint="send the directory, and call ORTUNet.from_pretrained there")
+
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # which copying and pickling look for before there are any attributes
+            raise AttributeError(name)
         if hasattr(UNet2DConditionModel, name):
             hint = "do it on the source UNet, then call sdgraph.apply and export again"
             raise ModeError(f"an exported UNet has no {name}", where="ORTUNet", hint=hint)

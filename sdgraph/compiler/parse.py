@@ -41,7 +41,7 @@ def as_passes(passes: Any) -> tuple[Pass, ...]:
         return parse(passes)
     if isinstance(passes, Pass):
         return (passes,)
-    if isinstance(passes, type) or not isinstance(passes, Iterable):
+    if isinstance(passes, type) or not isinstance(passes, Iterable) or getattr(passes, "ndim", 1) == 0:
         raise _not_a_pass(passes)
     parsed: list[Pass] = []
     for item in passes:

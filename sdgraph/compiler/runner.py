@@ -130,6 +130,12 @@ def _edit(pass_: Pass, original: Graph, work: Graph, decisions: Decisions) -> tu
     work._decisions, work._editor = decisions, str(pass_)
     try:
         findings = pass_.run(work)
+        if not isinstance(findings, Findings | None):
+            raise PassError(
+                f"run returned a {type(findings).__name__}",
+                where=type(pass_).__qualname__,
+                hint="edit the graph that run receives, and return None, or Findings with what was found",
+            )
         work.guards = tuple(g if g in guards else _named(g, pass_) for g in work.guards)
         _settle(pass_, original, work)
     except SdgraphError as error:

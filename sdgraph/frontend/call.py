@@ -73,6 +73,8 @@ def time_tensor(timestep: Any, device: torch.device, name: str = "timestep") -> 
         )
     double = torch.float32 if device.type in ("mps", "npu") else torch.float64
     integer = torch.int32 if device.type in ("mps", "npu") else torch.int64
+    if not -(2**31) <= timestep < 2**31:  # nan as well
+        raise CallError(f"{name} is {timestep}", where=f"argument {name}", hint="pass a timestep of the scheduler")
     return torch.tensor([timestep], dtype=double if isinstance(timestep, float) else integer, device=device)
 
 

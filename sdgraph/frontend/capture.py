@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,6 +18,7 @@ from ..ir.inputs import Dim, Input, example_of
 from ..ir.interception import tracing
 from ..ir.tracer import Tracer
 from ..ir.weights import Weights, skeleton
+from ..options import checked
 from .call import unflatten
 from .signature import call_guards, config_of, free_sizes, unet_inputs
 from .source import check_source
@@ -26,7 +27,10 @@ CONTAINERS = (dict, list, set, OrderedDict)
 SYMBOLS = (Symbol("B", 1, 5), Symbol("H", 64, 101), Symbol("W", 64, 149), Symbol("L", 77, 31))
 
 
-def trace(unet: UNet2DConditionModel, *, inputs: Collection[str] = (), processors: Collection[type] = ()) -> Graph:
+@checked(SourceError)
+def trace(
+    unet: Annotated[UNet2DConditionModel, Any], *, inputs: Collection[str] = (), processors: Collection[type] = ()
+) -> Graph:
     """Return one flat graph of a UNet for all batches, sizes, sequence lengths and dtypes.
 
     Residuals of ControlNets and T2I-Adapters and `timestep_cond` are optional inputs of the graph. Sizes that
@@ -179,6 +183,7 @@ def _same_contents(before: Any, now: Any) -> bool:
     return len(before) == len(now) and all(map(_same, before, now))
 
 
+@checked(SpecError)
 def trace_code(code: Callable[..., Any] | nn.Module, **shapes: tuple[Dim, ...]) -> Graph:
     """Return a graph of any PyTorch code, such as the examples of a `Rewrite`.
 
@@ -191,6 +196,12 @@ def trace_code(code: Callable[..., Any] | nn.Module, **shapes: tuple[Dim, ...]) 
     Example:
         `trace_code(lambda x: x.sin(), x=("B", 4))`
     """
+    known = tuple(symbol.name for symbol in SYMBOLS)
+    for name, shape in shapes.items():
+        if not isinstance(shape, tuple) or not all((type(dim) is int and dim >= 0) or dim in known for dim in shape):
+            raise SpecError(
+                f"{name} has the shape {shape!r}", where="trace_code", hint=f"a tuple of numbers and {', '.join(known)}"
+            )
     model = code if isinstance(code, nn.Module) else None
     specs = tuple(Input(name, (name,), shape) for name, shape in shapes.items())
     graph = Graph(fx.Graph(), Weights(), specs, Dims(SYMBOLS))

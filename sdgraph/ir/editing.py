@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import EditError, ModeError, PathError, ShapeError, SpecError, did_you_mean
+from ..options import checked
 from ..schedules import Schedule
 from .edits import Removed
 from .guards import Guard, check_condition, probing, satisfied
@@ -29,6 +30,7 @@ from .weights import Shares, alteration, described, kind
 class EditableGraph(GraphState):
     """A graph whose regions can be found and edited. `sdgraph.Graph` adds views, and sites with their timetable."""
 
+    @checked(PathError)
     def region(self, path: str) -> Region:
         """Return the nodes under a module path.
 
@@ -41,6 +43,7 @@ class EditableGraph(GraphState):
         """Return all regions by path, in graph order, outer before inner."""
         return regions_of(self)
 
+    @checked(PathError)
     def matching(self, patterns: str | Iterable[str]) -> list[str]:
         """Return the paths of the regions that patterns name, in graph order.
 
@@ -83,6 +86,7 @@ class EditableGraph(GraphState):
                 return False
         return True
 
+    @checked(EditError)
     def insert(
         self,
         code: Callable[..., Any] | nn.Module,
@@ -106,8 +110,10 @@ class EditableGraph(GraphState):
             TraceError, ShapeError: the code cannot be traced; the graph is unchanged.
         """
         self._check_editable()
+        self._check_own(*(arg for arg in (*args, before) if isinstance(arg, torch.fx.Node)))
         return insert(self, code, args, before, path, leaving)
 
+    @checked(EditError)
     def insert_after(
         self, node: torch.fx.Node, code: Callable[..., Any] | nn.Module, *args: Any, path: str = ""
     ) -> torch.fx.Node:
@@ -118,6 +124,7 @@ class EditableGraph(GraphState):
         Raises:
             ShapeError: the result does not have the shape and dtype of `node`.
         """
+        self._check_own(node)
         users = list(node.users)
         result = self.insert(code, node, *args, path=path or scope(node))
         check_same_shape(self, node, result, path or scope(node))
@@ -125,6 +132,7 @@ class EditableGraph(GraphState):
             user.replace_input_with(node, result)
         return result  # type: ignore[no-any-return]
 
+    @checked(EditError)
     def replace(self, region: Region | str, code: Callable[..., Any] | nn.Module) -> torch.fx.Node:
         """Replace a region that has one output by PyTorch code.
 
@@ -138,7 +146,7 @@ class EditableGraph(GraphState):
             EditError: the region has several outputs, or sites of feature inheritance.
             ShapeError: the new output does not have the shape and dtype of the old one.
         """
-        region = self.region(region) if isinstance(region, str) else region
+        region = self._own_region(region)
         self._keep_sites(region)
         old = region.output
         new = self.insert(code, *region.inputs, before=old.next, path=region.path, leaving=region.nodes)
@@ -147,6 +155,7 @@ class EditableGraph(GraphState):
         self._leave(region)
         return new  # type: ignore[no-any-return]
 
+    @checked(EditError)
     def bypass(self, region: Region | str, schedule: Schedule | None = None) -> tuple[str, ...]:
         """Remove a region, so that the main flow goes past it; with a schedule, only at the calls it does not name.
 
@@ -171,7 +180,7 @@ class EditableGraph(GraphState):
             ShapeError: no value fits; the error names the two shapes.
         """
         self._check_editable()
-        region = self.region(region) if isinstance(region, str) else region
+        region = self._own_region(region)
         if schedule is None:
             self._keep_sites(region)
             for output in region.outputs:
@@ -197,6 +206,7 @@ class EditableGraph(GraphState):
         value.replace_all_uses_with(site, delete_user_cb=lambda user: user is not site)
         self._sites[name] = made
 
+    @checked(EditError)
     def rewire(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         """Give `new` to every user of `old`.
 
@@ -204,9 +214,11 @@ class EditableGraph(GraphState):
             ShapeError: the two do not have the same shape and dtype at every size.
         """
         self._check_editable()
+        self._check_own(old, new)
         check_same_shape(self, old, new, scope(old))
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
+    @checked(EditError)
     def share(self, node: torch.fx.Node, path: str) -> None:
         """Let a node use the weights at another path. Its own are removed with the dead code, if nothing uses them.
 
@@ -218,6 +230,9 @@ class EditableGraph(GraphState):
             ShapeError: the weights differ in more than their values; the error names both.
         """
         self._check_editable()
+        self._check_own(node)
+        if self.weights.get(str(node.target)) is None:
+            raise EditError(f"{node.name} uses no weights", where=scope(node), hint="name a node of a leaf module")
         own, other = str(node.target), self.weights.get(path)
         if other is None:
             raise PathError(f"no weights {path!r}", hint=did_you_mean(path, self.parameters()))
@@ -231,6 +246,7 @@ class EditableGraph(GraphState):
         node.target = path
         self.infer(node)
 
+    @checked(EditError)
     def take_weights(self, regions: str | Iterable[str], other: GraphState) -> tuple[str, ...]:
         """Take the weights of regions from another graph, over the same storage.
 
@@ -252,6 +268,7 @@ class EditableGraph(GraphState):
         self._check_editable()
         return take_weights(self, self.matching(regions), other)
 
+    @checked(EditError)
     def erase(self, node: torch.fx.Node) -> None:
         """Remove a node that has no users.
 
@@ -259,11 +276,13 @@ class EditableGraph(GraphState):
             EditError: the node has users.
         """
         self._check_editable()
+        self._check_own(node)
         if node.users:
             names = ", ".join(n.name for n in node.users)
             raise EditError(f"{node.name} is used by {names}", where=scope(node), hint="rewire its users first")
         self.fx.erase_node(node)
 
+    @checked(EditError)
     def add_parameter(self, name: str, tensor: torch.Tensor, before: torch.fx.Node | None = None) -> torch.fx.Node:
         """Add a trainable parameter.
 
@@ -276,8 +295,11 @@ class EditableGraph(GraphState):
         Raises:
             EditError: there is a weight of this name.
         """
+        self._check_editable()
         if self.weights.get(name) is not None:
             raise EditError(f"there is a weight {name!r} already", hint="choose another name")
+        if not tensor.is_floating_point():
+            raise EditError(f"{name} is a tensor of {tensor.dtype}", where=name, hint="parameters are floating-point")
         self.add_tensor(name, nn.Parameter(tensor))
         with self.fx.inserting_before(before or first_operation(self)):
             node = self.fx.get_attr(name)
@@ -285,6 +307,7 @@ class EditableGraph(GraphState):
         self.infer(node)
         return node
 
+    @checked(EditError)
     def require(self, condition: str, because: str = "") -> None:
         """Refuse calls whose sizes do not satisfy a condition, here and in exported models.
 
@@ -410,6 +433,22 @@ class EditableGraph(GraphState):
             changed = tuple(replace(symbol, nominal=nominal[name]) for name, symbol in symbols.items())
             copied.evaluate_at(probing(self.guards, changed, len(self.config.get("down_block_types", ()))))
         return copied
+
+    def _own_region(self, region: Region | str) -> Region:
+        if isinstance(region, str):
+            return self.region(region)
+        self._check_own(*region.nodes)
+        return region
+
+    def _check_own(self, *nodes: torch.fx.Node) -> None:
+        """Refuse nodes of another graph, such as the one that this graph is a copy of."""
+        for node in nodes:
+            if node.graph is not self.fx:
+                raise EditError(
+                    f"{node.name} is a node of another graph",
+                    where=scope(node),
+                    hint="find it in this graph: a copy has nodes of its own",
+                )
 
     def _keep_sites(self, region: Region) -> None:
         """Refuse a region with sites, which would vanish with it unnoticed."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import EditError, ShapeError
+from ..errors import EditError, SdgraphError, ShapeError, TraceError
 from .interception import tracing
 from .nodes import values, weights_read
 from .paths import above
@@ -35,14 +35,21 @@ def insert(
         with graph.fx.inserting_before(before or _earliest_place(graph, args)), tracing(tracer):
             result = code(*[tracer.proxy(a) if isinstance(a, fx.Node) else a for a in args])
             new_value = tracer.create_arg(result)
-    except BaseException:
+    except BaseException as error:
         for node in reversed([n for n in graph.fx.nodes if n not in nodes_before]):
             graph.fx.erase_node(node)
         for name, displaced in reversed(tracer.displaced.items()):
             if displaced is not None:
                 graph._put(name, displaced)
         graph.weights.keep_only(weights_read(graph.fx.nodes))
-        raise
+        # within a pass the error is that of the pass, which names its line
+        if graph._editor or isinstance(error, SdgraphError) or not isinstance(error, Exception):
+            raise
+        raise TraceError(
+            f"the code that is inserted failed while being traced: {type(error).__name__}: {error}",
+            where=path or tracer.failed_at,
+            hint="it is called with values of the graph, whose sizes are free; check that it runs on tensors",
+        ) from error
     graph.guards = tuple(dict.fromkeys((*graph.guards, *tracer.guards)))
     return new_value
 

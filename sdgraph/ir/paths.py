@@ -18,6 +18,8 @@ def matching(patterns: str | Iterable[str], known: Sequence[str], check: Callabl
     """
     named: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise PathError(f"{pattern!r} is no module path", hint="pass text, or several texts")
         choices = [counted for choice in _expanded(pattern) for counted in _counted(choice, known)]
         if len(choices) == 1 and "*" not in choices[0]:
             check(choices[0])

@@ -204,7 +204,51 @@ class SizeProxy(fx.Proxy):
             "a size of the call is used as a plain number, which would freeze it", "keep it a tensor operation"
         )
 
-    __int__ = __float__ = __index__
+    __int__ = __float__ = __round__ = __trunc__ = __ceil__ = __floor__ = __index__
+
+    # Shifts and masks are arithmetic, which exported models have. torch.export knows them not of sizes.
+    def __lshift__(self, places: Any) -> Any:
+        return self * self._power_of_two(places)
+
+    def __rlshift__(self, other: Any) -> Any:
+        return other * self._power_of_two(self)
+
+    def __rshift__(self, places: Any) -> Any:
+        return self // self._power_of_two(places)
+
+    def __rrshift__(self, other: Any) -> Any:
+        return other // self._power_of_two(self)
+
+    def _power_of_two(self, places: Any) -> Any:
+        if isinstance(places, int) and places < 0:
+            raise self.tracer.error("a size is shifted by a negative number of places", "shift to the other side")
+        return 2**places
+
+    def __and__(self, mask: Any) -> Any:
+        if not isinstance(mask, int) or mask < 0 or mask & (mask + 1):
+            raise self._bits()
+        return self % (mask + 1)
+
+    __rand__ = __and__
+
+    def __or__(self, other: Any) -> Any:
+        raise self._bits()
+
+    __ror__ = __xor__ = __rxor__ = __or__
+
+    def __invert__(self) -> Any:
+        return -1 - self
+
+    def _bits(self) -> TraceError:
+        return self.tracer.error(
+            "the bits of a size are combined, which exported models cannot do", "compute with + - * // and %"
+        )
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
 
 
 class OpaqueProxy(fx.Proxy):

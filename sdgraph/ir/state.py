@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import EditError, PathError, did_you_mean
+from ..options import checked
 from .cost import count_macs
 from .decisions import Applied, Decisions
 from .dims import Dims, Symbol
@@ -95,6 +96,7 @@ class GraphState:
         """Free the weights of removed leaf modules. The record of removed regions stays."""
         self.removals = tuple(r for r in self.removals if r.module is None)
 
+    @checked(PathError)
     def input(self, name: str) -> torch.fx.Node:
         """Return the placeholder of an input.
 
@@ -186,7 +188,7 @@ class GraphState:
         Raises:
             PathError: there is none; the error names the nearest paths.
         """
-        module = self.weights.get(path)
+        module = self.weights.get(path) if isinstance(path, str) else None
         if not isinstance(module, nn.Module):
             raise PathError(f"no leaf module {path!r}", hint=did_you_mean(path, self.paths()))
         return module
@@ -197,11 +199,12 @@ class GraphState:
         Raises:
             PathError: there is none; the error names the nearest names.
         """
-        tensor = self.weights.get(name)
+        tensor = self.weights.get(name) if isinstance(name, str) else None
         if not isinstance(tensor, torch.Tensor):
-            raise PathError(f"no tensor {name!r}", hint=did_you_mean(name, self.parameters()))
+            raise PathError(f"no tensor {name!r}", hint=did_you_mean(str(name), self.parameters()))
         return tensor
 
+    @checked(EditError)
     def add_module(self, path: str, module: nn.Module, shares: Shares | None = None) -> None:
         """Put a copy of a leaf module at a path, over the same storage, in the place of what is there.
 
@@ -210,6 +213,7 @@ class GraphState:
         """
         self._put(path, (shares or Shares()).module(module))
 
+    @checked(EditError)
     def add_tensor(
         self, name: str, tensor: torch.Tensor, shares: Shares | None = None, persistent: bool = True
     ) -> None:
@@ -224,6 +228,8 @@ class GraphState:
     def _put(self, path: str, value: nn.Module | torch.Tensor, persistent: bool = True) -> None:
         """Set a weight, and forget the values that were computed with the one before."""
         self._check_editable()
+        if not all(part.isidentifier() or part.isdigit() for part in path.split(".")):
+            raise EditError(f"{path!r} is no module path", where=path, hint="names with dots between them")
         self.weights.put(path, value, persistent)
         for key in ("val", "probe"):
             if self._meta.pop((path, key), None) is not None:
@@ -245,10 +251,12 @@ class GraphState:
         changing = self.changing_nodes() if self._sites else set()
         return {n: replace(self._sites[n], invariant=node not in changing) for n, node in sites(self.fx).items()}
 
+    @checked(EditError)
     def step_macs(self, stale: Collection[str] = ()) -> int:
         """Return the multiply-accumulates of a call that inherits the sites in `stale`, at the nominal sizes."""
         return sum(self.macs_of(node) for node in live_nodes(self.fx, stale))
 
+    @checked(EditError)
     def allowed(self, **sizes: int) -> dict[str, int]:
         """Return the sizes of a call, enlarged as little as the graph requires.
 
@@ -306,7 +314,13 @@ class GraphState:
         return ancestors(node, lambda source: [] if stop(source) else source.all_input_nodes)
 
     def macs_of(self, node: torch.fx.Node) -> int:
-        """Return the multiply-accumulates of a node at the nominal sizes."""
+        """Return the multiply-accumulates of a node at the nominal sizes.
+
+        Raises:
+            EditError: it is not a node.
+        """
+        if not isinstance(node, torch.fx.Node):
+            raise EditError(f"{node!r} is no node", where="macs_of", hint="pass one of graph.nodes")
         if "macs" not in node.meta:
             module = self.module(str(node.target)) if node.op == "call_module" else None
             node.meta["macs"] = count_macs(node, module, lambda: evaluate(self, node, "val"))

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import EditError, ShapeError, TraceError
+from ..errors import EditError, ShapeError, SpecError, TraceError
 from . import branches, proxies
 from .branches import EQUIVALENT_BRANCHES, calling_line
-from .dims import Probe
+from .dims import Probe, evaluate
 from .guards import Guard
 from .nodes import residual_like, values
 from .proxies import OpaqueProxy, ProxyTracer, SizeProxy, TensorProxy
@@ -111,7 +111,7 @@ class Tracer(ProxyTracer):
         if val is None or isinstance(val, torch.Tensor):
             return TensorProxy(node, self)
         if isinstance(val, int | float):
-            return val if val == node.meta["probe"] and not isinstance(val, float) else SizeProxy(node, self)
+            return val if self._is_fixed(node) else SizeProxy(node, self)
         if isinstance(val, torch.dtype | torch.device):
             return OpaqueProxy(node, self)
         if isinstance(val, tuple | list):
@@ -120,6 +120,21 @@ class Tracer(ProxyTracer):
                 for i in range(len(val))
             )
         raise self.error(f"{node.target} returns a {type(val).__name__}", "return tensors or tuples of tensors")
+
+    def _is_fixed(self, node: fx.Node) -> bool:
+        """Whether a number is the same at all sizes. Of what is computed from sizes, the two sizes do not prove it."""
+        val = node.meta["val"]
+        if isinstance(val, float) or val != node.meta["probe"]:
+            return False
+        if not any(isinstance(value, int | float) for arg in node.all_input_nodes for value in values(arg)):
+            return True
+        expression, names = node.meta.get("size"), [symbol.name for symbol in self.owner.dims.symbols]
+        try:
+            return expression is not None and all(
+                evaluate(expression, dict.fromkeys(names, size)) == val for size in (1, 2, 5, 16, 33, 100, 1000)
+            )
+        except SpecError:  # a division by zero
+            return False
 
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **more: Any

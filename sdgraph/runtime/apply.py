@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
+from typing import Annotated, Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -19,15 +20,17 @@ from ..frontend.call import unflatten
 from ..frontend.capture import trace, undisturbed
 from ..graph import Graph
 from ..ir.read_only import read_only
+from ..options import checked
 from ..progress import Bar
 from .unet import GraphUNet
 
 log = logging.getLogger("sdgraph")
 
 
+@checked(SourceError)
 def apply(
-    unet: UNet2DConditionModel | GraphUNet | Graph,
-    passes: str | Pass | Iterable[str | Pass] = (),
+    unet: Annotated[UNet2DConditionModel | GraphUNet | Graph, Any],
+    passes: Annotated[str | Pass | Iterable[str | Pass], Any] = (),
     *,
     verify: bool = True,
     inputs: Collection[str] = (),

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from ..compiler.runner import replay
-from ..errors import ModeError
+from ..errors import ModeError, SavedError
 from ..frontend.capture import capture
 from ..graph import Graph
 from ..inheritance.generation import Generations
@@ -74,7 +74,11 @@ class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:
         """Build the UNet of a configuration with random weights, as in diffusers, and apply the passes it lists."""
         if not isinstance(config, Mapping):
-            config = UNet2DConditionModel.load_config(config)
+            try:
+                config = UNet2DConditionModel.load_config(config)
+            except (OSError, ValueError, TypeError) as error:
+                hint = "pass a configuration, or the folder of a UNet"
+                raise SavedError(f"no configuration can be read: {error}", where=str(config), hint=hint) from error
         passes = config.get(PASSES, ())
         plain = {name: value for name, value in config.items() if name != PASSES} | {
             "_class_name": "UNet2DConditionModel"

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from ..compiler.numerics import example
 from ..compiler.report import Report
-from ..errors import CallError, ModeError, PathError, did_you_mean
+from ..errors import CallError, ModeError, PathError, SavedError, SourceError, did_you_mean
 from ..frontend.call import flatten
 from ..graph import Graph
 from ..inheritance.generation import Generations, apart, arithmetic
@@ -22,6 +22,7 @@ from ..ir.guards import check_call
 from ..ir.inputs import Input
 from ..ir.specialize import per_call
 from ..ir.weights import HOOKS, TREE, alteration
+from ..options import checked
 from .device_map import one_device
 from .interface import no_value
 from .lora import LoraLayers
@@ -55,6 +56,7 @@ class GraphUNet(SourceSettings, LoraLayers):
 
     __module__ = "sdgraph"  # which diffusers writes into the index of a pipeline, and asks its readers to import
 
+    @checked(SourceError)
     def __init__(self, graph: Graph, report: Report | None = None) -> None:
         ModelMixin.__init__(self)  # without UNet2DConditionModel's own, which would build its modules
         self.report = report if report is not None else Report(())
@@ -155,6 +157,7 @@ class GraphUNet(SourceSettings, LoraLayers):
                 "PyTorch's hooks for all modules are called for the leaves of a graph and for the UNet, not for blocks"
             )
 
+    @checked(CallError)
     def step(
         self, values: Mapping[str, torch.Tensor], inherited: Collection[str] | None = None, **call: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -288,6 +291,7 @@ class GraphUNet(SourceSettings, LoraLayers):
         self.check_unaltered()
         return to_diffusers(self.graph, self.tensors())
 
+    @checked(SavedError)
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -326,6 +330,7 @@ class GraphUNet(SourceSettings, LoraLayers):
         )
 
     @classmethod
+    @checked(SavedError)
     def from_pretrained(cls, directory: str | os.PathLike[str], **options: Any) -> GraphUNet:
         """Read what `save_pretrained` wrote: trace the configuration, replay the recipe, load the weights.
 

@@ -32,7 +32,10 @@ class Tensors:
     def __init__(
         self, latents: Tensor, conditions: Mapping[str, Tensor], empty: Mapping[str, Tensor] | None = None
     ) -> None:
-        self._latents, self._conditions, self._empty = latents, dict(conditions), dict(empty or {})
+        # Data are no parameters: what a step computes from them has no gradients with respect to them.
+        self._latents = latents.detach()
+        self._conditions = {name: tensor.detach() for name, tensor in conditions.items()}
+        self._empty = {name: tensor.detach() for name, tensor in (empty or {}).items()}
         if latents.ndim != 4 or not len(latents):
             raise TuningError(
                 f"latents have shape {tuple(latents.shape)}",
@@ -40,9 +43,11 @@ class Tensors:
                 hint="pass at least one row, (N, C, H, W)",
             )
         for name, tensor in {"latents": latents, **self._conditions}.items():
-            if len(tensor) != len(latents):
+            if not tensor.ndim or len(tensor) != len(latents):
                 raise TuningError(
-                    f"{name} has {len(tensor)} rows and latents has {len(latents)}", where=name, hint="pair the rows"
+                    f"{name} has {len(tensor) if tensor.ndim else 'no'} rows and latents has {len(latents)}",
+                    where=name,
+                    hint="pair the rows",
                 )
             wrong = tensor.is_floating_point() and ~torch.isfinite(tensor).flatten(1).all(1)
             if torch.is_tensor(wrong) and wrong.any():
