@@ -198,5 +198,5 @@ def test_damaged_files_are_refused_on_every_provider(damaged: Path, provider: st
 
 
 def test_a_missing_directory_is_a_saved_error(tmp_path: Path) -> None:
-    with pytest.raises(errors.SavedError, match="No such file"):
+    with pytest.raises(errors.SavedError, match="there is no folder"):
         ORTUNet.from_pretrained(tmp_path / "nothing")
