@@ -90,7 +90,7 @@ def require_folder(folder: Path, exported: bool) -> None:
         found, hint = "a pipeline", "its UNet is in the folder unet"
     elif not config.exists():
         raise SavedError(f"there is no UNet in {folder}", where=str(folder), hint=f"give the folder of {wanted}")
-    elif "GraphUNet" not in read_text(config, SavedError, hint=f"give the folder of {wanted}"):
+    elif read_json(config, f"give the folder of {wanted}").get("_class_name") != "GraphUNet":
         found = "a UNet of diffusers"
         hint = "load it with diffusers' UNet2DConditionModel.from_pretrained, and call sdgraph.apply"
     else:
