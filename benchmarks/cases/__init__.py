@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from . import apply, attention, deploy, experts, export, forward, inherit, layers, memory, prune
+from . import apply, attention, deploy, experts, export, forward, inherit, layers, memory, prune, watch
 from .settings import Settings
 
 KINDS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (forward, apply, prune, inherit, experts, layers, attention, export, deploy, memory)
+    for module in (forward, apply, prune, inherit, experts, layers, attention, export, deploy, memory, watch)
 }
 ALL = tuple(f"{kind}/{size}" for kind, module in KINDS.items() for size in module.SIZES)
 QUICK = tuple(f"{kind}/{size}" for kind, module in KINDS.items() for size in module.QUICK)

@@ -109,7 +109,7 @@ class GraphUNet(SourceSettings, LoraLayers):
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self._accept(flat)
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if learning:
+        if learning and not transformed():  # whose weights are no parameters of this module
             self._ownership.take_before_gradients(self)
         if not self._sites:
             return self._step(flat, frozenset(), no_value)[0]

@@ -149,16 +149,20 @@ class _Code:
     """What modules compute apart from their weights: hooks, methods of their own, options."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._own = [vars(module) for module in modules]
+        self._modules = list(modules)
+        self._own = [vars(module) for module in self._modules]
         self._hooks = [own[name] for own in self._own for name in HOOKS]
         self._hooks += (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
         self._readers = [_reader(own) for own in self._own]
         self._handles, self._keys = RemovableHandle.next_id, self._keys_now()
         self._state = [tuple(map(_frozen, values)) for values in self._state_now()]
-        self._sizes = self._sizes_now()
+        self._sizes, self._classes = self._sizes_now(), self._classes_now()
+        self._methods = self._methods_now()
 
     def same(self) -> bool:
-        if self._sizes != self._sizes_now():
+        if self._classes != self._classes_now() or self._sizes != self._sizes_now():
+            return False
+        if self._methods != self._methods_now():
             return False
         if RemovableHandle.next_id != self._handles:  # hooks were added somewhere
             if self._keys != self._keys_now():
@@ -174,6 +178,12 @@ class _Code:
 
     def _sizes_now(self) -> list[int]:
         return [*map(len, self._own), *map(len, self._hooks)]
+
+    def _classes_now(self) -> list[type]:
+        return list(map(type, self._modules))
+
+    def _methods_now(self) -> list[Any]:
+        return [kind.__dict__.get("forward") for kind in dict.fromkeys(self._classes)]
 
     def _keys_now(self) -> list[tuple[Any, ...]]:
         return [tuple(hooks.items()) for hooks in self._hooks]

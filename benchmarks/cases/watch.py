@@ -1,0 +1,57 @@
+"""`watch/PLAN`: what it costs at every call to notice that weights or modules were changed, on the scenes' model.
+
+Two samples, one thread, the model's own size. A turn times a whole call of a traced UNet without passes, and by itself
+what a UNet with the plan does at the beginning of every call: to look at its modules, and at the weights that kept
+values depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+import models
+import torch
+from diffusers import UNet2DConditionModel
+from tables import markdown, ratio
+
+import sdgraph
+
+from .settings import Settings
+
+MODEL = Path(__file__).parents[2] / "examples/scenes/model/unet"
+PLANS = {
+    "none": "",
+    "hoist": "HoistInvariants()",
+    "inherit": "HoistInvariants(), InheritFeatures('up_blocks.-1.resnets.-1', Uniform(3), part='entry')",
+}
+SIZES = tuple(PLANS)
+QUICK = SIZES
+
+
+def run(settings: Settings, plan: str) -> dict[str, Any]:
+    """A whole call, and the watch of a UNet with the plan."""
+    torch.set_num_threads(1)
+    source = UNet2DConditionModel.from_pretrained(MODEL).eval().to(settings.device)
+    plain, planned = (sdgraph.apply(source, passes, verify=False) for passes in ("", PLANS[plan]))
+    size = int(source.config.sample_size)
+    call = models.call(source, 2, size, size)
+    planned(**call)
+
+    def watch() -> None:
+        planned._look()
+        planned._watch.weights(True)
+
+    calls = {"call": lambda: plain(**call), "watch": watch}
+    samples = measure.in_turns(calls, settings.device, settings.seconds, settings.at_least)
+    return {"samples": samples, "tensors": len(planned.tensors())}
+
+
+def table(cases: Sequence[dict[str, Any]]) -> str:
+    rows = [("plan", "watch/call of two samples", "samples")]
+    for case in cases:
+        samples = case["samples"]
+        rows.append((case["case"].split("/")[1], ratio(samples["watch"], samples["call"]), f"{len(samples['call'])}"))
+    return markdown(rows) + "\n\nMedian of the ratios within each turn, and their quartiles."
