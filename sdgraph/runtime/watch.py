@@ -24,8 +24,9 @@ from ..ir.nodes import weights_read
 from ..ir.sites import sites
 from ..ir.weights import HOOKS, Branch, own_code
 
-SAMPLE = 8  # numbers of a tensor that are compared where not all of them are
+SAMPLE = 4  # numbers of a matrix or kernel that are compared where not all are
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_version = operator.attrgetter("_version")
 _STATE = frozenset(vars(nn.Module())) - {"training"}
 _AGAIN = "change the source UNet, and call sdgraph.apply again"
 
@@ -70,7 +71,8 @@ class Watch:
         """Return an object that stays the same as long as values that were kept would be computed as they were.
 
         PyTorch counts edits, but neither those of inference tensors nor those through `.data` or NumPy. So contents are
-        compared too: all of the weights that invariant sites depend on, a few numbers of every other tensor.
+        compared too: all of the weights that invariant sites depend on, and a few numbers of every other matrix and
+        kernel. Options of modules, such as an epsilon, are compared where invariant sites depend on them.
 
         Args:
             reads: whether contents on an accelerator may be read, for which the host waits.
@@ -146,18 +148,25 @@ class _Tree:
 
 
 class _Code:
-    """What modules compute apart from their weights: hooks, methods of their own, options."""
+    """What modules compute apart from their weights: classes, hooks, methods of their own, options.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = list(modules)
+    Args:
+        modules: the modules.
+        rough: further modules, whose options are not compared.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], rough: Iterable[nn.Module] = ()) -> None:
+        exact = dict.fromkeys(modules)
+        self._modules = [*exact, *(module for module in rough if module not in exact)]
+        self._classes = self._classes_now()
+        self._kinds = list(dict.fromkeys(self._classes))
         self._own = [vars(module) for module in self._modules]
         self._hooks = [own[name] for own in self._own for name in HOOKS]
         self._hooks += (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
-        self._readers = [_reader(own) for own in self._own]
+        self._readers = [_reader(own) for own in self._own[: len(exact)]]
         self._handles, self._keys = RemovableHandle.next_id, self._keys_now()
         self._state = [tuple(map(_frozen, values)) for values in self._state_now()]
-        self._sizes, self._classes = self._sizes_now(), self._classes_now()
-        self._methods = self._methods_now()
+        self._sizes, self._methods = self._sizes_now(), self._methods_now()
 
     def same(self) -> bool:
         if self._classes != self._classes_now() or self._sizes != self._sizes_now():
@@ -174,7 +183,7 @@ class _Code:
             return False
 
     def _state_now(self) -> list[tuple[Any, ...]]:
-        return [read(own) for read, own in zip(self._readers, self._own, strict=True)]
+        return list(map(operator.call, self._readers, self._own))
 
     def _sizes_now(self) -> list[int]:
         return [*map(len, self._own), *map(len, self._hooks)]
@@ -183,7 +192,7 @@ class _Code:
         return list(map(type, self._modules))
 
     def _methods_now(self) -> list[Any]:
-        return [kind.__dict__.get("forward") for kind in dict.fromkeys(self._classes)]
+        return [kind.forward for kind in self._kinds]
 
     def _keys_now(self) -> list[tuple[Any, ...]]:
         return [tuple(hooks.items()) for hooks in self._hooks]
@@ -200,12 +209,13 @@ class _Kept:
 
     def __init__(self, whole: list[nn.Module], sampled: list[nn.Module], reads: bool) -> None:
         self.mark = object()
-        self._code = _Code(dict.fromkeys((*whole, *sampled)))
+        self._code = _Code(whole, sampled)
         # Offloading exchanges the tensors of a module at every call.
         exact, rough = (
             [m for m in ms if not {"_hf_hook", "_diffusers_hook"} & vars(m).keys()] for ms in (whole, sampled)
         )
-        self._dicts = [held for module in (*exact, *rough) for held in (module._parameters, module._buffers)]
+        dicts = [held for module in (*exact, *rough) for held in (module._parameters, module._buffers)]
+        self._dicts, self._empty = [held for held in dicts if held], [held for held in dicts if not held]
         self._loose = [(vars(m), name) for m in (*exact, *rough) for name, v in vars(m).items() if _is_tensor(v)]
         self._tensors = self._now()  # kept alive, so that no other tensor gets the place of one
         plain = {id(tensor): tensor for tensor in self._tensors if tensor is not None and not tensor.is_meta}
@@ -219,7 +229,8 @@ class _Kept:
         self._compared = [placed[key] for key in compared]
         self._flags = self._flags_now()
         self._copies = [tensor.detach().clone() for tensor in self._compared]
-        numbers = [_numbers(tensor.detach()) for key, tensor in placed.items() if key not in compared]
+        rest = (tensor for key, tensor in placed.items() if key not in compared and tensor.dim() > 1)
+        numbers = [_numbers(tensor.detach()) for tensor in rest]
         self._here = _by_kind(view for view in numbers if view is not None and view.device.type == "cpu")
         self._there = _by_kind(view for view in numbers if view is not None and view.device.type != "cpu")
         self._read_there = reads
@@ -229,6 +240,7 @@ class _Kept:
         now = self._now()
         return (
             len(now) == len(self._tensors)
+            and not any(self._empty)
             and all(map(operator.is_, now, self._tensors))
             and self._versions_now() == self._versions
             and self._places_now() == self._places
@@ -248,10 +260,10 @@ class _Kept:
         return [*tensors, *(own.get(name) for own, name in self._loose)] if self._loose else tensors
 
     def _versions_now(self) -> list[int]:
-        return [tensor._version for tensor in self._counted]
+        return list(map(_version, self._counted))
 
     def _places_now(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._placed]
+        return list(map(torch.Tensor.data_ptr, self._placed))
 
     def _flags_now(self) -> list[bool]:
         return [tensor.requires_grad for tensor in self._compared]  # kernels of matrix products are chosen by it
