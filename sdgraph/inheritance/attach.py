@@ -33,7 +33,7 @@ def attach(pipe: Any) -> Attachment:
     is recognised as such whatever its timestep, and what was kept is freed after the last call.
 
     One batch of samples goes through the scheduler at a time, as schedulers themselves require. On an accelerator an
-    edit of the prompt during a generation is noticed if PyTorch counts it: not one through `.data`.
+    edit of the prompt or of weights during a generation is noticed if PyTorch counts it: not one through `.data`.
 
     Args:
         pipe: a diffusers pipeline whose `unet` sdgraph made. It may change its scheduler later. It is not kept alive.

@@ -131,7 +131,7 @@ class _Tree:
     def __init__(self, branches: list[Branch]) -> None:
         self._branches, self._types = branches, list(map(type, branches))
         self._dicts = [branch._modules for branch in branches]
-        self._hooks = [vars(branch)[name] for branch in branches[1:] for name in HOOKS]
+        self._hooks = [vars(branch)[name] for branch in branches[1:] for name in HOOKS[:2]]  # those of calls
         self._own = [vars(branch) for branch in branches]
         self._children, self._sizes = self._now(), sum(map(len, self._own))
 
@@ -161,7 +161,7 @@ class _Code:
         self._classes = self._classes_now()
         self._kinds = list(dict.fromkeys(self._classes))
         self._own = [vars(module) for module in self._modules]
-        self._hooks = [own[name] for own in self._own for name in HOOKS]
+        self._hooks = [own[name] for own in self._own for name in HOOKS[:2]]
         self._hooks += (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
         self._readers = [_reader(own) for own in self._own[: len(exact)]]
         self._handles, self._keys = RemovableHandle.next_id, self._keys_now()
@@ -221,16 +221,16 @@ class _Kept:
         plain = {id(tensor): tensor for tensor in self._tensors if tensor is not None and not tensor.is_meta}
         self._counted = [tensor for tensor in plain.values() if not tensor.is_inference()]
         self._versions = self._versions_now()
-        placed = {key: tensor for key, tensor in plain.items() if type(tensor) in (torch.Tensor, nn.Parameter)}
+        compared = {id(t) for module in exact for t in (*module._parameters.values(), *module._buffers.values())}
+        ordinary = {key: tensor for key, tensor in plain.items() if type(tensor) in (torch.Tensor, nn.Parameter)}
+        placed = {key: tensor for key, tensor in ordinary.items() if key in compared or tensor.dim() > 1}
         self._placed = list(placed.values())
         self._places = self._places_now()
-        compared = {id(t) for module in exact for t in (*module._parameters.values(), *module._buffers.values())}
         compared &= {key for key, tensor in placed.items() if reads or tensor.device.type == "cpu"}
         self._compared = [placed[key] for key in compared]
         self._flags = self._flags_now()
         self._copies = [tensor.detach().clone() for tensor in self._compared]
-        rest = (tensor for key, tensor in placed.items() if key not in compared and tensor.dim() > 1)
-        numbers = [_numbers(tensor.detach()) for tensor in rest]
+        numbers = [_numbers(tensor.detach()) for key, tensor in placed.items() if key not in compared]
         self._here = _by_kind(view for view in numbers if view is not None and view.device.type == "cpu")
         self._there = _by_kind(view for view in numbers if view is not None and view.device.type != "cpu")
         self._read_there = reads
