@@ -1,8 +1,8 @@
 """`watch/PLAN`: what it costs at every call to notice that weights or modules were changed, on the scenes' model.
 
-Two samples, one thread, the model's own size; on a CPU, the time that the process spends. A turn times a whole call of a
-traced UNet without passes, and by itself what a UNet with the plan does at the beginning of every call: to look at its
-modules, and at the weights that kept values depend on.
+Two samples, one thread, the model's own size; on a CPU, the time that the process spends. A turn times a whole call of
+a traced UNet without passes, and by itself what a UNet with the plan does at the beginning of every call: to look at
+its modules, and at the weights that kept values depend on.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class _Code:
         exact = dict.fromkeys(modules)
         self._modules = [*exact, *(module for module in rough if module not in exact)]
         self._classes = self._classes_now()
-        self._kinds = list(dict.fromkeys(self._classes))
+        self._kinds: list[Any] = list(dict.fromkeys(self._classes))
         self._own = [vars(module) for module in self._modules]
         self._hooks = [own[name] for own in self._own for name in HOOKS[:2]]
         self._hooks += (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
