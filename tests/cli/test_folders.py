@@ -160,7 +160,10 @@ def test_a_command_reads_the_folder_or_says_what_is_wrong(
     if of_unet is not None:  # what runs takes long, and loads by the same function
         commands["export"] = ["export", source, "--out", tmp_path / "out"], of_unet
     if of_pipeline not in (None, RUNS_ON_IMAGES):
-        commands["search"] = ["search", source, *few, "--budget", "0.5", "--folder", tmp_path / "kept"], of_pipeline
+        many = tmp_path / "many.txt"
+        many.write_text("".join(f"a red circle {number}\n" for number in range(24)))
+        search = ["search", source, "--prompts", many, "--steps", "1"]
+        commands["search"] = [*search, "--budget", "0.5", "--folder", tmp_path / "kept"], of_pipeline
         config = tmp_path / "tune.json"
         settings = {
             "pretrained_model_name_or_path": str(source),
