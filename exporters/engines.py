@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -22,16 +23,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sdgraph.compiler.parse import as_passes
-from sdgraph.errors import SourceError, SpecError, did_you_mean
+from sdgraph.errors import SdgraphError, SourceError, SpecError, did_you_mean
 from sdgraph.evaluation.metrics import Images, psnr
+from sdgraph.progress import Bar
 from sdgraph.views.format import columns
 
-from .ort.providers import CPU, CUDA, OPENVINO, PLUGIN
+from .ort.providers import CPU, CUDA, OPENVINO, choose
 
 ENGINES = ("PyTorch", "compiled", "ONNX Runtime", "OpenVINO")
+BUNDLES = "unet-onnx"
 PROMPTS = ("a photograph of a mountain lake at dawn", "a red bicycle in front of a brick wall")
 
 
@@ -59,7 +61,7 @@ class Job:
     imports: tuple[str, ...] = ()
     threads: int | None = None
     device: str = "cpu"
-    bundles: str = "unet-onnx"
+    bundles: str = BUNDLES
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Comparison:
     Args:
         job: the images.
         rows: the ways and their figures.
-        missing: engines that are not installed, with the extra that installs them.
+        missing: the reason of each engine that does not run here.
         on: the machine, the threads and the versions.
     """
 
@@ -200,7 +202,9 @@ class Comparison:
             )  # fmt: skip
         parts = [", ".join(f"{name} {value}" for name, value in self.on.items()), columns(table)]
         parts += [f"{row.way} fails: {row.failure}" for row in self.rows if row.failure is not None]
-        parts += [f"{engine} is not installed; it is in the extra {extra!r}" for engine, extra in self.missing.items()]
+        for reason in dict.fromkeys(self.missing.values()):
+            engines = ", ".join(engine for engine, why in self.missing.items() if why == reason)
+            parts.append(f"{engines}: not measured, because {reason}")
         parts.append(
             "x: time relative to the first row. First image: from the start of a process, without the export.\n"
             f"PSNR: to the images of the first row; {len(self.job.prompts)} images. A row with fewer steps is what the "
@@ -208,10 +212,10 @@ class Comparison:
         )
         best = self.best.way
         if best.exported:
-            words = " ".join(word if word.isidentifier() else json.dumps(word) for word in best.export(self.job))
-            parts.append(f"The fastest{' with the passes' * bool(best.passes)}, exported once by\n\n  {words}\n")
+            command = shlex.join(best.export(self.job))
+            parts.append(f"The fastest{' with the passes' * bool(best.passes)}, exported once by\n\n  {command}")
         else:
-            parts.append(f"The fastest{' with the passes' * bool(best.passes)}:\n")
+            parts.append(f"The fastest{' with the passes' * bool(best.passes)}:")
         parts.append("\n".join(f"  {line}".rstrip() for line in best.code(self.job).splitlines()))
         return "\n\n".join(parts)
 
@@ -230,14 +234,14 @@ class Comparison:
 
 
 def ways(passes: str, device: str = "cpu", leave_out: Collection[str] = ()) -> tuple[tuple[Way, ...], dict[str, str]]:
-    """Return the ways to run a pipeline on this machine, the reference first, and the engines that are not installed.
+    """Return the ways to run a pipeline on this machine, the reference first, and the engines that do not run here.
 
     Args:
         passes: passes as text; every engine runs the source, and the source with the passes.
         device: the device of PyTorch.
         leave_out: engines to leave out.
     Returns:
-        The ways, and the extra of each engine that is missing.
+        The ways, and the reason of each engine that is missing.
     Raises:
         SpecError: `leave_out` names no engine.
     """
@@ -248,17 +252,18 @@ def ways(passes: str, device: str = "cpu", leave_out: Collection[str] = ()) -> t
     small = "bfloat16" if device == "cpu" else "float16"
     kinds = [("PyTorch", "float32", False), ("PyTorch", small, False), ("PyTorch", small, True)]
     kinds += [("compiled", small, True)]
-    packages = {"ONNX Runtime": ("onnxruntime", "onnx")}
-    kinds += [("ONNX Runtime", "float32" if device == "cpu" else "float16", False)]
-    if device == "cpu":
-        packages["OpenVINO"] = (PLUGIN, "openvino")
-        kinds += [("OpenVINO", "float32", False), ("OpenVINO", "bfloat16", False)]
-    missing = {
-        engine: extra
-        for engine, (module, extra) in packages.items()
-        if engine not in leave_out and importlib.util.find_spec(module) is None
-    }
-    kinds = [kind for kind in kinds if kind[0] not in missing and kind[0] not in leave_out]
+    missing = {}
+    if importlib.util.find_spec("onnxruntime") is None:
+        missing["ONNX Runtime"] = "the extra 'onnx' is not installed"
+    else:
+        kinds.append(("ONNX Runtime", "float32" if device == "cpu" else "float16", False))
+        for precision in ("float32", "bfloat16") if device == "cpu" else ():
+            try:
+                choose(OPENVINO, precision, None, "float32")
+                kinds.append(("OpenVINO", precision, False))
+            except SdgraphError as error:
+                missing[f"OpenVINO {precision}"] = error.what
+    kinds = [kind for kind in kinds if kind[0] not in leave_out]
     reference = ("PyTorch", "float32", False)
     kinds = [reference, *(kind for kind in kinds if kind != reference)]
     return tuple(
@@ -327,10 +332,10 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="sdgraph-bench-") as scratch:
         job = Job(
             os.fspath(pipeline), tuple(prompts), {"num_inference_steps": steps, **(call or {})}, scheduler, variant,
-            tuple(imports), threads, device, os.fspath(bundles or os.path.join(scratch, "unet-onnx")),
+            tuple(imports), threads, device, os.fspath(bundles or os.path.join(scratch, BUNDLES)),
         )  # fmt: skip
         measured = _Measured(job, Path(scratch), repeats)
-        with tqdm(total=rounds * (len(chosen) + bool(text)), desc="bench", unit="run", disable=not progress) as bar:
+        with Bar(total=rounds * (len(chosen) + bool(text)), desc="bench", unit="run", disable=not progress) as bar:
             for number in range(rounds):
                 for way in chosen[:: -1 if number % 2 else 1]:
                     bar.set_postfix_str(str(way))
@@ -341,7 +346,8 @@ def compare(
                     measured.run(fewer)
                     bar.update()
         rows = tuple(measured.row(way) for way in chosen)
-    return Comparison(job, rows, missing, _circumstances(job))
+    kept = job if bundles is not None else replace(job, bundles=BUNDLES)  # what was temporary has another name
+    return Comparison(kept, rows, missing, _circumstances(job))
 
 
 @dataclass

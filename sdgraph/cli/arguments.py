@@ -92,16 +92,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="folder of a diffusers pipeline or of a UNet, or its name on the hub"
     )
-    _add_variant(parser)
+    add_variant(parser)
 
 
 def add_pipeline(parser: argparse.ArgumentParser) -> None:
     """Add PIPELINE, which a command generates images with."""
     parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a diffusers pipeline, or its name on the hub")
-    _add_variant(parser)
+    add_variant(parser)
 
 
-def _add_variant(parser: argparse.ArgumentParser) -> None:
+def add_variant(parser: argparse.ArgumentParser) -> None:
     """Add --variant, as diffusers' `from_pretrained` has it."""
     parser.add_argument(
         "--variant", metavar="NAME",

@@ -1,50 +1,113 @@
-"""Measure the speed of an exported UNet.
+"""Measure what is fast on this machine: the images of a pipeline, or an exported UNet.
 
-  sdgraph bench unet-ort --calls 20 --size 64 64
+  sdgraph bench PIPELINE "InheritFeatures.damped(2)" --height 256 --width 256 --steps 10 --threads 2
+  sdgraph bench unet-ort --calls 20 --height 512 --width 512
 
-The command times each graph of the directory and whole generations, on random inputs.
+Of a pipeline, the command makes images with every engine that is installed, in float32 and in less, with the passes
+and without, each way in a process of its own. It prints seconds per image, seconds to the first image, peak memory and
+the PSNR to the source in float32, and the lines of Python for the fastest way. Of the directory of an exported UNet, it
+times each graph and whole generations on random inputs.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from .arguments import add_bundle, add_overwrite, add_provider, add_threads, positive, write_json
-from .sources import load_bundle
+from ..errors import SpecError
+from .arguments import add_imports, add_overwrite, add_provider, add_threads, add_variant, positive, write_json
+from .generation import UNIT, add_images, call_of, check_scheduler, check_size, scheduler_class
+from .plans import add_passes, read_passes
+from .sources import load_bundle, local_folder, read_prompts
+
+CALLS, BATCH = 20, 2
+OF_A_PIPELINE = ("passes", "prompts", "negative_prompt", "steps", "scheduler", "guidance_scale", "without", "rounds")
+OF_A_BUNDLE = ("calls", "batch", "provider", "precision")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_bundle(parser)
     parser.add_argument(
-        "--calls", type=positive, default=20, metavar="N", help="UNet calls per generation (default: %(default)s)"
+        "pipeline", metavar="PIPELINE",
+        help="folder of a diffusers pipeline, or its name on the hub; or a directory that `sdgraph export` wrote",
+    )  # fmt: skip
+    add_variant(parser)
+    add_passes(parser, "passes", nargs="?", default="")
+    add_images(parser)
+    parser.add_argument(
+        "--without", action="append", metavar="ENGINE",
+        help="engine to leave out: PyTorch, compiled, 'ONNX Runtime' or OpenVINO; may be repeated. The first row, "
+        "PyTorch in float32, is always measured",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", help="processes for each way, which take turns (default: 2)"
     )
     parser.add_argument(
-        "--size", type=positive, nargs=2, metavar=("H", "W"),
-        help="height and width of the latents, an eighth of the image's (default: those of the model)",
+        "--calls", type=positive, metavar="N", help=f"UNet calls per generation of an exported UNet (default: {CALLS})"
+    )
+    parser.add_argument(
+        "--batch", type=positive, metavar="N",
+        help=f"samples per call of an exported UNet; guidance needs two per image (default: {BATCH})",
     )  # fmt: skip
     parser.add_argument(
-        "--batch", type=positive, default=2, metavar="N",
-        help="samples per UNet call; guidance needs two per image (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--repeats",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="measured runs after the warm-up (default: %(default)s)",
+        "--repeats", type=positive, metavar="N", help="measured runs after the first (default: 2 images, 3 generations)"
     )
     add_provider(parser, "the fastest that is installed, by the kind of processor")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the figures")
-    add_threads(parser, "ONNX Runtime")
+    add_threads(parser, "PyTorch", "ONNX Runtime")
     add_overwrite(parser, "out")
+    add_imports(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..exporters.ort.bench import bench
-
-    unet = load_bundle(args.directory, args.provider, args.precision)
-    figures = bench(unet, args.calls, args.size, args.batch, args.repeats)
+    folder = local_folder(args.pipeline)
+    exported = folder is not None and (folder / "model.onnx").is_file()
+    for name in OF_A_PIPELINE if exported else OF_A_BUNDLE:
+        if getattr(args, name) not in (None, ""):
+            kinds = ("a pipeline", "an exported UNet") if exported else ("an exported UNet", "a pipeline")
+            raise SpecError(
+                f"{args.pipeline} is {kinds[1]}, and this option is of {kinds[0]}",
+                where="PASSES" if name == "passes" else f"--{name.replace('_', '-')}",
+                hint="leave it out",
+            )
+    figures = _graphs(args) if exported else _engines(args)
     print(figures)
     if args.out is not None:
         write_json(args.out, figures.as_dict())
+
+
+def _graphs(args: argparse.Namespace) -> Any:
+    """Return the times of the graphs of an exported UNet."""
+    from ..exporters.ort.bench import bench
+
+    unet = load_bundle(args.pipeline, args.provider, args.precision)
+    size = [side for side in (args.height, args.width) if side is not None]
+    if len(size) == 1 or any(side % UNIT for side in size):
+        raise SpecError(
+            "a size needs both a height and a width, in multiples of 8 pixels", where="--height, --width",
+            hint="as in --height 512 --width 512",
+        )  # fmt: skip
+    latents = [side // UNIT for side in size] or None
+    return bench(unet, args.calls or CALLS, latents, args.batch or BATCH, args.repeats or 3)
+
+
+def _engines(args: argparse.Namespace) -> Any:
+    """Return the comparison of the engines of this machine, on the images of a pipeline."""
+    from ..exporters import engines
+
+    given = read_passes(args.passes)
+    check_size(args, args.pipeline, given.passes)
+    given.check_steps(args.steps)
+    call = call_of(args, given.steps)
+    steps = call.pop("num_inference_steps")
+    check_scheduler(args.scheduler, args.pipeline, steps)
+    prompts = engines.PROMPTS if args.prompts is None else read_prompts(args.prompts)
+    scheduler = None
+    if args.scheduler is not None:
+        kind, options = scheduler_class(args.scheduler)
+        scheduler = kind.__name__, options
+    return engines.compare(
+        args.pipeline, given.passes, prompts=prompts, steps=steps, call=call, scheduler=scheduler, variant=args.variant,
+        imports=args.imports, threads=args.threads, device=args.device, leave_out=args.without or (),
+        rounds=args.rounds or 2, repeats=args.repeats or 2,
+    )  # fmt: skip

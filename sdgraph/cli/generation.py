@@ -27,10 +27,17 @@ UNIT = 8  # pixels that the pipelines of Stable Diffusion divide height and widt
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of diffusers' pipelines, under their names, and the device and the dtype."""
+    """Add the arguments of diffusers' pipelines, and the dtype."""
+    add_images(parser, prompts_required=True)
+    add_dtype(parser)
+
+
+def add_images(parser: argparse.ArgumentParser, prompts_required: bool = False) -> None:
+    """Add the arguments of diffusers' pipelines, under their names, and the device."""
     parser.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE", help="text file with one prompt per line"
-    )
+        "--prompts", type=Path, required=prompts_required, metavar="FILE",
+        help="text file with one prompt per line" + " (default: two prompts)" * (not prompts_required),
+    )  # fmt: skip
     parser.add_argument(
         "--negative-prompt", metavar="TEXT", help="what images should not show, for all prompts (default: nothing)"
     )
@@ -44,7 +51,6 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     )
     add_size(parser)
     parser.add_argument("--device", type=device, default="cpu", help="device of PyTorch (default: %(default)s)")
-    add_dtype(parser)
 
 
 def add_scheduler(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +102,7 @@ def check_scheduler(text: str | None, source: str, steps: int, where: str = "--s
         SpecError: there is no such scheduler or option, or it does not fit.
     """
     if text is not None:
-        _scheduler_class(text, where)
+        scheduler_class(text, where)
     own = own_scheduler(source)
     if own is not None:
         scheduler = made_scheduler(text, own, where)
@@ -127,7 +133,7 @@ def made_scheduler(text: str | None, own: Any, where: str = "--scheduler") -> An
     """
     if text is None:
         return type(own).from_config(own.config)
-    kind, options = _scheduler_class(text, where)
+    kind, options = scheduler_class(text, where)
     mine, others = ({one.__name__, *getattr(one, "_compatibles", ())} for one in (kind, type(own)))
     if kind.__name__ not in others and type(own).__name__ not in mine:
         fitting = ", ".join(_usual())
@@ -181,8 +187,12 @@ def with_calls(scheduler: Any, calls: int, where: str = "--calls") -> Any:
     )  # fmt: skip
 
 
-def _scheduler_class(text: str, where: str) -> tuple[Any, dict[str, Any]]:
-    """Return the class and the options in the text of a scheduler."""
+def scheduler_class(text: str, where: str = "--scheduler") -> tuple[Any, dict[str, Any]]:
+    """Return the class and the options in the text of a scheduler.
+
+    Raises:
+        SpecError: there is no such scheduler or option.
+    """
     from diffusers import schedulers
 
     hint = "write the name of a scheduler of diffusers, as in 'DPMSolverMultistepScheduler(use_karras_sigmas=True)'"

@@ -227,8 +227,7 @@ class SizeProxy(fx.Proxy):
     def __and__(self, mask: Any) -> Any:
         if not isinstance(mask, int) or mask < 0 or mask & (mask + 1):
             raise self._bits()
-        size: Any = self
-        return size % (mask + 1)
+        return self % (mask + 1)
 
     __rand__ = __and__
 
@@ -238,8 +237,7 @@ class SizeProxy(fx.Proxy):
     __ror__ = __xor__ = __rxor__ = __or__
 
     def __invert__(self) -> Any:
-        size: Any = self
-        return -1 - size
+        return -1 - self
 
     def _bits(self) -> TraceError:
         return self.tracer.error(

@@ -46,8 +46,8 @@ class Memory:
             if start == end or (first < behind and self._starts[first] <= start and end <= self._ends[first]):
                 continue
             start, end = min(start, *self._starts[first:behind], start), max(end, *self._ends[first:behind], end)
-            self._starts[first:behind], self._ends[first:behind] = [start], [end]
-            self._names[first:behind] = [name]
+            for kept, value in ((self._starts, start), (self._ends, end), (self._names, name)):
+                kept[first:behind] = [value]  # type: ignore[call-overload]
 
     def name_at(self, start: int, end: int) -> str | None:
         """Return the name of a tensor whose memory overlaps with a span; None if there is none."""
@@ -129,11 +129,11 @@ def _written(func: Any) -> tuple[tuple[int, str], ...]:
     )
 
 
-class _Arrays(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _Arrays(TorchFunctionMode):
     """Makes arrays over the memory read-only, and copies for other libraries, which could not be told."""
 
     def __init__(self, memory: Memory) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.memory = memory
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -132,16 +132,7 @@ def _adapting(name: str) -> Any:
         with self._adapting():
             if name == "fuse_lora":
                 self._take_weights()  # it edits them in place, and the source shares them
-            try:
-                result = inherited(self, *args, **kwargs)
-            except ValueError as error:
-                if name != "set_adapters" or not self.graph.removed:
-                    raise
-                raise ModeError(
-                    f"diffusers finds no blocks for these scales in a UNet whose blocks were removed: {error}",
-                    where="set_adapters",
-                    hint="give one number for each adapter",
-                ) from error
+            result = inherited(self, *args, **kwargs)
             if name == "add_adapter":
                 self._check_adapters([kwargs.get("adapter_name", args[1] if len(args) > 1 else "default")])
             return result

@@ -117,7 +117,7 @@ def test_what_is_there_is_refused_before_anything_is_loaded(
         (["export", "m", "--out", "o", "--calls", "0"], "argument --calls: '0' is not a whole number of at least 1"),
         (["inspect", "d", "--calls", "0"], "argument --calls: '0'"),
         (["bench", "d", "--calls", "-3"], "argument --calls: '-3'"),
-        (["bench", "d", "--size", "8", "0"], "argument --size: '0'"),
+        (["bench", "d", "--height", "8", "--width", "0"], "argument --width: '0'"),
         (["evaluate", "p", "c", "--prompts", "f", "--steps", "1.5"], "argument --steps: '1.5'"),
         (["evaluate", "p", "c", "--prompts", "f", "--require", "psnr"], "write NAME=NUMBER"),
         (["evaluate", "p", "c", "--prompts", "f", "--device", "abacus"], "cannot use the device 'abacus'"),
@@ -245,18 +245,3 @@ def test_no_command_writes_over_its_prompts(tmp_path: Path, prompts: Path, capsy
     assert main([*search, "--save", str(prompts)]) == 2
     assert "is prompts, " in capsys.readouterr().err
     assert prompts.read_text() == before
-
-
-@pytest.mark.usefixtures("nothing_loads")
-def test_arguments_stand_before_and_after_options(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--prompts", str(prompts)]
-    for words in (
-        ["evaluate", str(MODEL), *options, "CleanUpp"],
-        ["evaluate", *options, str(MODEL), "CleanUpp"],
-        ["search", str(MODEL), *options, "--budget", "0.5", "CleanUpp"],
-        ["search", str(MODEL), "CleanUp", *options, "CleanUpp", "--budget", "0.5"],
-        ["show", "--calls", "3", str(MODEL), "CleanUpp"],
-        ["apply", "--no-verify", str(MODEL), "--quiet", "CleanUpp"],
-    ):
-        assert main(words) == 2
-        assert "did you mean 'CleanUp'" in capsys.readouterr().err

@@ -34,7 +34,20 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog
     assert "supposed: timesteps 901 to 1" in said
     assert "Uniform(3)" in said
     assert "batch" in said or "B, 4, H, W" in said
-    arguments = ["bench", str(out), "--calls", "4", "--size", "8", "12", "--repeats", "1", "--out", str(figures)]
+    arguments = [
+        "bench",
+        str(out),
+        "--calls",
+        "4",
+        "--height",
+        "64",
+        "--width",
+        "96",
+        "--repeats",
+        "1",
+        "--out",
+        str(figures),
+    ]
     assert main([*arguments, "--provider", "CPUExecutionProvider"]) == 0
     said = capsys.readouterr().out
     assert "4 calls" in said
