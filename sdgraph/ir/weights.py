@@ -228,7 +228,8 @@ def kind(module: nn.Module) -> tuple[object, ...]:
     own = vars(module)
     options = tuple((name, repr(own[name])) for name in _option_names(type(module)) if name in own)  # type: ignore[arg-type]
     tensors = (*module.named_parameters(), *module.named_buffers())
-    return type(module), alteration(module), options, tuple((name, tuple(tensor.shape)) for name, tensor in tensors)
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in tensors)
+    return type(module), alteration(module), options, tuple(shapes)
 
 
 @functools.cache
