@@ -287,7 +287,7 @@ class GraphState:
 
     def details(self) -> tuple[object, ...]:
         """Return what operations do not show: the classes and options of modules, shapes, sites and guards."""
-        return tuple(self.kinds().items()), tuple(self.sites.items()), self.guards
+        return frozenset(self.kinds().items()), tuple(self.sites.items()), self.guards
 
     def kinds(self) -> dict[str, object]:
         """Return the kinds of leaf modules (see `kind` in `weights`), and the shapes of tensors, by path."""
