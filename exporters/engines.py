@@ -98,7 +98,7 @@ class Way:
         words = ["sdgraph", "export", job.pipeline, "--out", self.bundle(job)]
         words += ["--passes", self.passes] * bool(self.passes)
         words += [word for name in job.imports for word in ("--import", name)]
-        words += ["--variant", job.variant] * (job.variant is not None)
+        words += [] if job.variant is None else ["--variant", job.variant]
         words += ["--dtype", "float16", "--target", "cuda"] * (job.device != "cpu")
         return (*words, "--calls", str(job.call["num_inference_steps"]))
 
@@ -188,7 +188,7 @@ class Comparison:
 
     def __str__(self) -> str:
         first, steps = self.rows[0], self.job.call["num_inference_steps"]
-        table = [("way", "UNet", "steps", "s/image", "x", "first image", "memory", "PSNR")]
+        table: list[tuple[str, ...]] = [("way", "UNet", "steps", "s/image", "x", "first image", "memory", "PSNR")]
         for row in self.rows:
             way = row.way
             table.append(
@@ -415,7 +415,7 @@ class _Measured:
         return replace(plain, steps=fewer) if fewer < steps else None
 
     def _seconds(self, way: Way) -> float:
-        return statistics.median(seconds for report in self.reports[way] for seconds in report["seconds"])
+        return float(statistics.median(seconds for report in self.reports[way] for seconds in report["seconds"]))
 
     def row(self, way: Way) -> Row:
         if way not in self.reports or way in self.failures:

@@ -25,9 +25,9 @@ class Bar(tqdm):  # type: ignore[type-arg]
 
     def __init__(self, *args: Any, disable: bool = False, **options: Any) -> None:
         self._redrawn, self._said = _on_terminal(), time.monotonic()
-        super().__init__(*args, disable=disable or _silent, **options)
+        super().__init__(*args, disable=disable or _silent, **options)  # type: ignore[call-overload]
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # type: ignore[override]
         if self._redrawn:
             return bool(super().display(msg, pos))
         if msg is None and time.monotonic() - self._said >= EVERY:

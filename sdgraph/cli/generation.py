@@ -273,7 +273,7 @@ def check_graph_size(args: argparse.Namespace, source: str, unet: Any) -> None:
     from ..ir.guards import satisfied, sizes_in
 
     graph = getattr(unet, "graph", unet)
-    guards = getattr(graph, "guards", None) or getattr(getattr(unet, "manifest", None), "guards", ())
+    guards: Any = getattr(graph, "guards", None) or getattr(getattr(unet, "manifest", None), "guards", ())
     pixels = latent_unit(source)
     for name, symbol in (("height", "H"), ("width", "W")):
         size = getattr(args, name)

@@ -60,7 +60,8 @@ class Output(io.TextIOBase):
         try:
             return self._stream.write(text)
         except BrokenPipeError:
-            return self._leave() or len(text)
+            self._leave()
+            return len(text)
 
     def flush(self) -> None:
         try:

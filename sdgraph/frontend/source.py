@@ -148,7 +148,7 @@ def _faults(module: nn.Module) -> Iterator[tuple[str, str]]:
     if kind.__module__.startswith(QUANTISED) or getattr(module, "hf_quantizer", None) is not None:
         yield f"{kind.__name__} is quantised", UNQUANTISED
     for name in getattr(module, "parametrizations", ()):
-        methods = ", ".join(type(method).__name__.lstrip("_") for method in module.parametrizations[name])  # type: ignore[index, union-attr]
+        methods = ", ".join(type(method).__name__.lstrip("_") for method in module.parametrizations[name])  # type: ignore[index]
         yield (
             f"its {name} is computed by a parametrization ({methods})",
             f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}), apply, and parametrize the result",
@@ -173,9 +173,9 @@ def _faults(module: nn.Module) -> Iterator[tuple[str, str]]:
             "such as convolutions and linear layers, but no longer calls blocks",
         )
     for name, value in vars(module).items():
-        method = getattr(kind, name, None)
-        own = getattr(value, "__self__", None) is module and value.__func__ is method
-        if callable(value) and callable(method) and not isinstance(method, type) and not own:
+        replaced = getattr(kind, name, None)
+        own = getattr(value, "__self__", None) is module and value.__func__ is replaced
+        if callable(value) and callable(replaced) and not isinstance(replaced, type) and not own:
             yield (
                 f"the module has a replaced {name}, which a trace would freeze or lose",
                 f"take it away (DeepCache's disable(), tomesd.remove_patch ..., or `del module.{name}`); to keep what "

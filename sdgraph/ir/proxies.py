@@ -227,7 +227,7 @@ class SizeProxy(fx.Proxy):
     def __and__(self, mask: Any) -> Any:
         if not isinstance(mask, int) or mask < 0 or mask & (mask + 1):
             raise self._bits()
-        return self % (mask + 1)
+        return self % (mask + 1)  # type: ignore[operator]
 
     __rand__ = __and__
 
@@ -237,7 +237,7 @@ class SizeProxy(fx.Proxy):
     __ror__ = __xor__ = __rxor__ = __or__
 
     def __invert__(self) -> Any:
-        return -1 - self
+        return -1 - self  # type: ignore[operator]
 
     def _bits(self) -> TraceError:
         return self.tracer.error(

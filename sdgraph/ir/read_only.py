@@ -46,8 +46,7 @@ class Memory:
             if start == end or (first < behind and self._starts[first] <= start and end <= self._ends[first]):
                 continue
             start, end = min(start, *self._starts[first:behind], start), max(end, *self._ends[first:behind], end)
-            for kept, value in ((self._starts, start), (self._ends, end), (self._names, name)):
-                kept[first:behind] = [value]  # type: ignore[call-overload]
+            self._starts[first:behind], self._ends[first:behind], self._names[first:behind] = [start], [end], [name]
 
     def name_at(self, start: int, end: int) -> str | None:
         """Return the name of a tensor whose memory overlaps with a span; None if there is none."""
@@ -97,13 +96,13 @@ def span(tensor: torch.Tensor) -> tuple[int, int]:
         return 0, 0
 
 
-class _Writes(TorchDispatchMode):
+class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Checks the tensors that operations write."""
 
     supports_higher_order_operators = True
 
     def __init__(self, memory: Memory) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.memory = memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -89,7 +89,7 @@ def counterpart(graph: Graph) -> tuple[dict[str, Any], dict[str, str]]:
 def _empty(config: Mapping[str, Any], dtype: torch.dtype) -> UNet2DConditionModel:
     """The plain model of a configuration, without numbers."""
     with torch.device("meta"):
-        return torch.nn.Module.to(UNet2DConditionModel.from_config(config), dtype)  # type: ignore[no-any-return]
+        return torch.nn.Module.to(UNet2DConditionModel.from_config(config), dtype)
 
 
 def propose(graph: Graph) -> dict[str, Any]:
