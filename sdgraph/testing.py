@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from typing import Any
 
@@ -39,8 +40,7 @@ def check(one: Pass, unet: Any = None, *, export: bool = False) -> GraphUNet | N
         return None
     changed = apply(unet, [one])
     if export:
-        from .exporters.onnx.export import export as export_unet
-
+        export_unet = importlib.import_module("sdgraph.exporters.onnx.export").export
         with tempfile.TemporaryDirectory() as folder:
             try:
                 export_unet(changed, f"{folder}/unet", progress=False)

@@ -70,6 +70,36 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     return json_object(path, SavedError, hint=hint)
 
 
+def require_folder(folder: Path, exported: bool) -> None:
+    """Refuse a folder that is something else than what is to be loaded, or is not there.
+
+    Args:
+        folder: the folder.
+        exported: whether an exported UNet is to be loaded, or else a saved one.
+    Raises:
+        SavedError: saying what the folder is, and what reads it.
+    """
+    wanted = "an exported UNet" if exported else "a UNet that sdgraph saved"
+    if not folder.is_dir():
+        what = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+        raise SavedError(what, where=str(folder), hint=f"give the folder of {wanted}")
+    if (folder / "sdgraph.json").exists() or (folder / "model.onnx").exists():
+        return  # what reads them says what is wrong with them
+    config = folder / "config.json"
+    if (folder / "model_index.json").exists():
+        found, hint = "a pipeline", "its UNet is in the folder unet"
+    elif not config.exists():
+        raise SavedError(f"there is no UNet in {folder}", where=str(folder), hint=f"give the folder of {wanted}")
+    elif read_json(config, f"give the folder of {wanted}").get("_class_name") != "GraphUNet":
+        found = "a UNet of diffusers"
+        hint = "load it with diffusers' UNet2DConditionModel.from_pretrained, and call sdgraph.apply"
+    else:
+        return
+    if exported:
+        hint = f"export its UNet: sdgraph export {folder} --out DIRECTORY"
+    raise SavedError(f"{folder} is {found}, not {wanted}", where=str(folder), hint=hint)
+
+
 def read_config(path: Path, hint: str) -> dict[str, Any]:
     """A UNet's configuration, whose known fields have the types and sizes of `Config`."""
     plain = read_json(path, hint)

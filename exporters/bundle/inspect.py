@@ -10,7 +10,7 @@ import torch
 
 from sdgraph.inheritance.timetable import Course, foreseen, ranges, supposition
 from sdgraph.schedules import Run
-from sdgraph.untrusted import read_config
+from sdgraph.untrusted import read_config, require_folder
 from sdgraph.views.format import columns, cost, count, several
 
 from .manifest import AGAIN, CONFIG, DATA, MODEL, REFRESH, REPORT, Manifest, Model
@@ -28,6 +28,7 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
         SavedError: what is there is not whole.
         ScheduleError: a schedule does not fit the calls.
     """
+    require_folder(directory, exported=True)
     read_config(directory / CONFIG, AGAIN)
     manifest = read_manifest(directory)
     if verify:

@@ -19,7 +19,7 @@ from sdgraph.errors import ModeError
 from sdgraph.inheritance.generation import Generations
 from sdgraph.ir.inputs import Input
 from sdgraph.runtime.interface import UNetCall, no_value
-from sdgraph.untrusted import read_config
+from sdgraph.untrusted import read_config, require_folder
 
 from ..bundle.example_calls import random_call
 from ..bundle.extra import require_onnx
@@ -91,6 +91,7 @@ class ORTUNet(UNetCall):
         """
         require_onnx()
         folder = Path(directory)
+        require_folder(folder, exported=True)
         config, manifest = read_config(folder / CONFIG, AGAIN), read_manifest(folder)
         check_files(manifest, folder, manifest.files if verify else (n for n in manifest.files if n != DATA))
         for model in manifest.models:

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from ..errors import ContractError, ExportError, PassError, QualityError, SdgraphError, did_you_mean
 from ..progress import silent
@@ -102,11 +103,26 @@ def _execute(args: argparse.Namespace) -> None:
         args.run(args)
 
 
+class _Command(argparse.ArgumentParser):
+    """A parser of a command, whose positional arguments may stand before and after its options."""
+
+    _intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._intermixed:
+            return super().parse_known_args(args, namespace)
+        self._intermixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixed = False
+
+
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="sdgraph", description=DESCRIPTION, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"sdgraph {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands", parser_class=_Command)
     for module in COMMANDS:
         _add_command(commands, module)
     return parser

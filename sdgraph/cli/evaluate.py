@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..evaluation.evaluate import evaluate
     from ..evaluation.metrics import CLIP
+    from ..runtime.apply import apply
     from ..runtime.unet import GraphUNet
     from ..solvers import name_of
 
@@ -91,31 +92,34 @@ def run(args: argparse.Namespace) -> None:
         hint = "export the UNet, and evaluate the folder"
         raise SpecError("a provider of ONNX Runtime runs exported UNets", where="--provider, --precision", hint=hint)
     prompts = read_prompts(args.prompts)
-    change, reference = _change(args.change, args), _change(args.reference, args)
-    given = [side for side in (change, reference) if isinstance(side, Given)]
-    for side in given or [Given(())]:
-        check_size(args, args.pipeline, side.passes)
-    if isinstance(change, Given):
-        change.check_steps(args.steps)
-    call = call_of(args, change.steps if isinstance(change, Given) else None)
+    passes, reference_passes = _passes(args.change), _passes(args.reference)
+    passes.check_steps(args.steps)
+    call = call_of(args, passes.steps)
     reference_steps = args.reference_steps or call["num_inference_steps"]
+    reference_passes.check_steps(reference_steps)
     check_scheduler(args.scheduler, args.pipeline, call["num_inference_steps"])
-    check_scheduler(args.reference_scheduler, args.pipeline, reference_steps, "--reference-scheduler")
+    reference_scheduler = args.reference_scheduler or args.scheduler
+    check_scheduler(reference_scheduler, args.pipeline, reference_steps, "--reference-scheduler")
+    for side in (passes, reference_passes):
+        check_size(args, args.pipeline, side.passes)
+    change, reference = (_loaded(text, args) for text in (args.change, args.reference))
+    for unet in (change, reference):
+        check_graph_size(args, args.pipeline, unet)
     pipe = load_pipeline(args.pipeline, args.dtype, args.device, args.variant)
-    for side in given:
+    for side in (passes, reference_passes):
         side.check_unet(pipe.unet.config)
     own = pipe.scheduler
     pipe.scheduler = made_scheduler(args.scheduler, own)
     first = copy.copy(pipe)
-    if args.reference_scheduler is not None:
-        first.scheduler = made_scheduler(args.reference_scheduler, own, "--reference-scheduler")
-    first.unet = _unet(reference, pipe.unet)
-    after = pipe if change is None else change.passes if isinstance(change, Given) else change
-    for unet in (pipe.unet, first.unet, after):
-        check_graph_size(args, args.pipeline, unet)
-    if isinstance(change, Given):
-        change.check_solver(name_of(pipe.scheduler))
-    if args.reference is None and isinstance(change, Given) and isinstance(pipe.unet, GraphUNet):
+    first.scheduler = made_scheduler(reference_scheduler, own, "--reference-scheduler")
+    if reference_passes.passes:
+        first.unet = apply(pipe.unet, reference_passes.passes)
+    elif reference is not None:
+        first.unet = reference
+    after = pipe if args.change is None else passes.passes if change is None else change
+    passes.check_solver(name_of(pipe.scheduler))
+    reference_passes.check_solver(name_of(first.scheduler))
+    if args.reference is None and passes.passes and isinstance(pipe.unet, GraphUNet):
         applied = ", ".join(map(str, pipe.unet.graph.passes)) or "no passes"
         note(f"the reference is the UNet of {args.pipeline} itself ({applied}); --reference names another")
     required = {*args.perceptual, *at_least, *at_most}
@@ -134,22 +138,15 @@ def run(args: argparse.Namespace) -> None:
     evaluation.require(**at_least, at_most=at_most)
 
 
-def _change(text: str | None, args: argparse.Namespace) -> Any:
-    """Return the UNet of a folder, or passes; None if there is no text."""
-    if text is None:
+def _passes(text: str | None) -> Given:
+    """Return the passes that a change consists of; none if it is the folder of a UNet."""
+    return Given(()) if text is None or Path(text).expanduser().is_dir() else read_passes(text, folders=True)
+
+
+def _loaded(text: str | None, args: argparse.Namespace) -> Any:
+    """Return the UNet of a folder; None if a change is no folder."""
+    if text is None or not Path(text).expanduser().is_dir():
         return None
-    folder = Path(text).expanduser()
-    if (folder / "model.onnx").is_file():
+    if (Path(text).expanduser() / "model.onnx").is_file():
         return load_bundle(text, args.provider, args.precision)
-    if folder.is_dir():
-        return load_unet(text, args.dtype, args.variant).to(args.device)
-    return read_passes(text, folders=True)
-
-
-def _unet(change: Any, own: Any) -> Any:
-    """Return the UNet after a change of the pipeline's own."""
-    from ..runtime.apply import apply
-
-    if isinstance(change, Given):
-        return apply(own, change.passes)
-    return own if change is None else change
+    return load_unet(text, args.dtype).to(args.device)

@@ -54,18 +54,16 @@ def bundle_folder(source: str) -> Path:
     """Return the folder of an exported UNet.
 
     Raises:
-        SpecError: there is no such folder.
+        SpecError: there is no such folder, or it may not be read.
+        SavedError: it holds something else.
     """
     folder = Path(source).expanduser()
-    hint = "give the directory that `sdgraph export` wrote"
     if not folder.is_dir():
-        raise SpecError(f"there is no folder {source}", hint=hint)
+        raise SpecError(f"there is no folder {source}", hint="give the directory that `sdgraph export` wrote")
     _check_readable(folder)
-    if not (folder / "model.onnx").is_file():
-        found = ((INDEX, "a pipeline"), ("sdgraph.json", "a saved UNet"), ("config.json", "a UNet"))
-        holds = next((kind for name, kind in found if (folder / name).is_file()), "no exported UNet")
-        what = f"{source} holds {holds}" + (", which is not exported" if holds != "no exported UNet" else "")
-        raise SpecError(what, hint=f"{hint}; export it first" if holds != "no exported UNet" else hint)
+    from ..untrusted import require_folder
+
+    require_folder(folder, exported=True)
     return folder
 
 

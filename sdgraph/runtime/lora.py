@@ -132,7 +132,16 @@ def _adapting(name: str) -> Any:
         with self._adapting():
             if name == "fuse_lora":
                 self._take_weights()  # it edits them in place, and the source shares them
-            result = inherited(self, *args, **kwargs)
+            try:
+                result = inherited(self, *args, **kwargs)
+            except ValueError as error:
+                if name != "set_adapters" or not self.graph.removed:
+                    raise
+                raise ModeError(
+                    f"diffusers finds no blocks for these scales in a UNet whose blocks were removed: {error}",
+                    where="set_adapters",
+                    hint="give one number for each adapter",
+                ) from error
             if name == "add_adapter":
                 self._check_adapters([kwargs.get("adapter_name", args[1] if len(args) > 1 else "default")])
             return result

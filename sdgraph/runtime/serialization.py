@@ -24,7 +24,7 @@ from ..frontend.source import make_settings, settings_of
 from ..graph import Graph
 from ..ir.decisions import Applied
 from ..ir.structure import alike, structure
-from ..untrusted import Config, as_kind, read_config
+from ..untrusted import Config, as_kind, read_config, require_folder
 from ..version import __version__
 from .recipe import AGAIN, CONFIG, FORMAT, PASSES, RECIPE, Recipe, Settings, entry, passes_of, read_recipe
 from .refused import UPLOAD
@@ -239,8 +239,7 @@ def load(
         options.pop(harmless, None)
     _only_defaults(options, "from_pretrained")
     folder = Path(directory) / (subfolder or "")
-    if not folder.is_dir():
-        raise SavedError(f"no folder {str(folder)!r}", where="from_pretrained", hint="pass a folder of save_pretrained")
+    require_folder(folder, exported=False)
     recipe = read_recipe(folder)
     if variant is not None and f".{variant}." not in recipe.weights:
         raise SavedError(

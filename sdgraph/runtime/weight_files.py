@@ -82,13 +82,13 @@ def read_weights(path: Path, known: Mapping[str, str], names: Mapping[str, str])
     ours = {theirs: name for name, theirs in names.items()}
     try:
         # Cloned, because kernels round differently on tensors that are not aligned as PyTorch allocates them.
-        return {
-            ours.get(name, name): tensor.clone()
-            for shard in shards
-            for name, tensor in safetensors.torch.load_file(shard).items()
-        }
+        found = {n: tensor.clone() for shard in shards for n, tensor in safetensors.torch.load_file(shard).items()}
     except (safetensors.SafetensorError, OSError) as error:
         raise SavedError(f"cannot read the weights: {error}", where=str(path), hint=AGAIN) from error
+    missing = sorted(ours.keys() - found.keys())
+    if missing:
+        raise SavedError(f"the weights do not fit the recipe, first at {missing[0]!r}", where=str(path), hint=AGAIN)
+    return {ours.get(name, name): tensor for name, tensor in found.items()}
 
 
 def load_weights(graph: Graph, path: Path, known: Mapping[str, str], names: Mapping[str, str]) -> None:

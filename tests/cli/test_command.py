@@ -245,3 +245,18 @@ def test_no_command_writes_over_its_prompts(tmp_path: Path, prompts: Path, capsy
     assert main([*search, "--save", str(prompts)]) == 2
     assert "is prompts, " in capsys.readouterr().err
     assert prompts.read_text() == before
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_arguments_stand_before_and_after_options(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--prompts", str(prompts)]
+    for words in (
+        ["evaluate", str(MODEL), *options, "CleanUpp"],
+        ["evaluate", *options, str(MODEL), "CleanUpp"],
+        ["search", str(MODEL), *options, "--budget", "0.5", "CleanUpp"],
+        ["search", str(MODEL), "CleanUp", *options, "CleanUpp", "--budget", "0.5"],
+        ["show", "--calls", "3", str(MODEL), "CleanUpp"],
+        ["apply", "--no-verify", str(MODEL), "--quiet", "CleanUpp"],
+    ):
+        assert main(words) == 2
+        assert "did you mean 'CleanUp'" in capsys.readouterr().err

@@ -155,7 +155,6 @@ def test_a_command_reads_the_folder_or_says_what_is_wrong(
     commands: dict[str, tuple[list[Any], str | None]] = {
         "apply": (["apply", source, "CleanUp", "--no-verify"], of_unet),
         "evaluate": (["evaluate", source, "CleanUp", *few], of_pipeline),
-        "inspect": (["inspect", source], ""),
         "bench": (["bench", source], ""),
     }
     if of_unet is not None:  # what runs takes long, and loads by the same function
@@ -173,6 +172,8 @@ def test_a_command_reads_the_folder_or_says_what_is_wrong(
         }
         config.write_text(json.dumps(settings | {"prompts": str(prompts), "passes": "PruneBlocks('mid_block')"}))
         commands["tune"] = ["tune", config], of_pipeline
+    assert main(["inspect", str(source)]) in (0, 1, 2)  # it describes what it can; 3 would be a defect
+    capsys.readouterr()
     for name, (arguments, expected) in commands.items():
         status = main([str(argument) for argument in arguments])
         said = capsys.readouterr().err

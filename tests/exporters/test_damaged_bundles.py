@@ -14,6 +14,7 @@ import pytest
 
 from sdgraph import errors
 from sdgraph.exporters.bundle import manifest_file
+from sdgraph.exporters.ort.providers import CPU
 from sdgraph.exporters.ort.unet import ORTUNet
 
 from .exports import Exported
@@ -177,8 +178,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_files_are_refused_before_anything_runs(damaged: Path, provider: str, name: str) -> None:
+def refused(damaged: Path, name: str, provider: str) -> None:
     message, damage = DAMAGE[name]
     damage(damaged)
     with pytest.raises(errors.SavedError, match=f"(?s){message}") as caught:
@@ -187,6 +187,16 @@ def test_damaged_files_are_refused_before_anything_runs(damaged: Path, provider:
     assert caught.value.where
 
 
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files_are_refused_before_anything_runs(damaged: Path, name: str) -> None:
+    refused(damaged, name, CPU)
+
+
+@pytest.mark.parametrize("name", ["weights cut", "weights elsewhere", "another width", "no operator"])
+def test_damaged_files_are_refused_on_every_provider(damaged: Path, provider: str, name: str) -> None:
+    refused(damaged, name, provider)
+
+
 def test_a_missing_directory_is_a_saved_error(tmp_path: Path) -> None:
-    with pytest.raises(errors.SavedError, match="No such file"):
+    with pytest.raises(errors.SavedError, match="there is no folder"):
         ORTUNet.from_pretrained(tmp_path / "nothing")

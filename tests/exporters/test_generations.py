@@ -71,9 +71,9 @@ def test_generations_equal_pytorchs(pipe: Any, exported: Callable[[str], Exporte
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_under_every_scheduler(pipe: Any, exported: Callable[[str], Exported], provider: str, scheduler: Any) -> None:
+def test_under_every_scheduler(pipe: Any, exported: Callable[[str], Exported], scheduler: Any) -> None:
     unet, directory, _ = exported("deep cache")
-    mine, theirs = (latents(pipe, each, scheduler) for each in (opened(directory, provider), unet))
+    mine, theirs = (latents(pipe, each, scheduler) for each in (opened(directory), unet))
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 

@@ -68,6 +68,20 @@ def test_the_cases_are_measured() -> None:
     )
 
 
+@pytest.mark.long
+def test_the_providers_are_measured(tmp_path: Path) -> None:
+    """An engine that is not to be had here is a row that says why."""
+    script, out = ROOT / "benchmarks" / "providers.py", tmp_path / "result.json"
+    given = ["--models", "tiny", "--threads", "1", "--seconds", "0.1", "--out", str(out)]
+    run = subprocess.run([sys.executable, str(script), *given], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = {row["engine"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"PyTorch bfloat16", "ONNX Runtime float32", "OpenVINO float32", "OpenVINO bfloat16"}
+    assert rows["PyTorch bfloat16"]["psnr"] < 80 < rows["ONNX Runtime float32"]["psnr"]
+    for row in rows.values():
+        assert row.get("failed") or all(len(samples) >= 3 for samples in row["samples"].values())
+
+
 @pytest.mark.full
 def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     """So that nothing is found broken on the day that there is a GPU."""

@@ -163,3 +163,13 @@ def test_lora_and_passes() -> None:
         rewritten.load_lora_adapter(adapter("conv1"), prefix="unet")
     assert torch.equal(before, answer(rewritten, call))
     assert not any("lora" in name for name, _ in rewritten.named_parameters())
+
+
+def test_scales_by_block_of_a_pruned_unet_are_refused() -> None:
+    from peft import LoraConfig
+
+    pruned = sdgraph.apply(build(), "PruneBlocks('up_blocks.1.attentions.1')", verify=False)
+    pruned.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="one")
+    with pytest.raises(sdgraph.errors.ModeError, match=r"(?s)blocks were removed.*one number"):
+        pruned.set_adapters(["one"], [{"up": 0.5}])
+    pruned.set_adapters(["one"], [0.5])

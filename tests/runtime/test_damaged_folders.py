@@ -52,7 +52,7 @@ def flip(path: Path) -> None:
         (lambda f: flip(f / "config.json"), "not the one that was saved"),
         (lambda f: (f / WEIGHTS).unlink(), "the file is missing"),
         (lambda f: (f / "config.json").unlink(), "the file is missing"),
-        (lambda f: (f / "sdgraph.json").unlink(), "cannot be read"),
+        (lambda f: (f / "sdgraph.json").unlink(), "is a UNet of diffusers, not a UNet that sdgraph saved"),
         (lambda f: truncate(f / "sdgraph.json"), "is not JSON"),
         (lambda f: (f / "sdgraph.json").write_text("[]"), "not a JSON object"),
         (lambda f: recipe(f, weights="../../etc/passwd"), "weights: a name of another form"),

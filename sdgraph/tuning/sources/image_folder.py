@@ -161,6 +161,7 @@ def _rows(table: Path, caption_column: str) -> Iterator[tuple[Path, str]]:
                 raise TuningError(f"there is a list in the column {column!r}", where=where, hint="write one text a row")
             if not isinstance(row.get(column), str):
                 hint = did_you_mean(column, map(str, row)) or f"columns: {', '.join(map(str, row))}"
+                hint = "write text there, in quotation marks" if column in row else hint
                 raise TuningError(f"there is no text in a column {column!r}", where=where, hint=f"{hint}; {LAYOUT}")
         yield table.parent / row["file_name"], row[caption_column]
 
