@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], module: ModuleType) -> None:
+def _add_command(commands: argparse._SubParsersAction[_Command], module: ModuleType) -> None:
     description = str(module.__doc__)
     summary = description.partition("\n")[0].rstrip(".")
     name = module.__name__.rpartition(".")[2]

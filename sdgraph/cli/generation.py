@@ -18,6 +18,7 @@ from .sources import local_folder, read_object, sketch
 
 if TYPE_CHECKING:
     from ..compiler.base import Pass
+    from ..ir.guards import Guard
 
 STEPS = 50
 UNIT = 8  # pixels that the pipelines of Stable Diffusion divide height and width by
@@ -272,8 +273,8 @@ def check_graph_size(args: argparse.Namespace, source: str, unet: Any) -> None:
     """
     from ..ir.guards import satisfied, sizes_in
 
-    graph = getattr(unet, "graph", unet)
-    guards: Any = getattr(graph, "guards", None) or getattr(getattr(unet, "manifest", None), "guards", ())
+    described = getattr(unet, "manifest", getattr(unet, "graph", unet))  # an exported UNet, a traced one, or a graph
+    guards: Sequence[Guard] = getattr(described, "guards", ())
     pixels = latent_unit(source)
     for name, symbol in (("height", "H"), ("width", "W")):
         size = getattr(args, name)

@@ -354,9 +354,9 @@ def _side(subject: Any, pipe: DiffusionPipeline, where: str, base: Any = None) -
     """Return the side of a pipeline, a UNet or passes. Passes are applied to `base`, or else to the UNet of `pipe`."""
     if isinstance(subject, DiffusionPipeline):
         own = getattr(subject, "unet", None)
-        applied = own.graph.passes if isinstance(own, GraphUNet) else ()
+        done = ", ".join(map(str, own.graph.passes)) if isinstance(own, GraphUNet) else ""
         name = type(subject).__name__
-        return _Side(f"{name} with {', '.join(map(str, applied))}" if applied else name, subject)
+        return _Side(f"{name} with {done}" if done else name, subject)
     unet = getattr(pipe, "unet", None)
     if unet is None:
         raise SourceError(
