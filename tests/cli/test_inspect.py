@@ -87,17 +87,6 @@ def test_an_output_without_permission(
     assert f"{tmp_path / 'file'} is a file, not a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("folder", "complaint"),
-    [(MODEL, "is a pipeline, not an exported UNet"), (MODEL / "unet", "is a UNet of diffusers, not an exported UNet")],
-)
-def test_what_is_not_exported_is_not_measured(folder: Path, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(folder)]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said
-    assert f"sdgraph export {folder} --out" in said
-
-
 def test_a_folder_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("")
     assert main(["inspect", str(tmp_path)]) == 2
