@@ -37,6 +37,7 @@ class Configuration:
         random_flip: mirror half of the images.
         background: the colour behind transparent places of images.
         caption_column: the column of the captions.
+        skip_broken: leave out images that cannot be read; the log counts and names them.
         data_cache: the folder to keep encoded data in; for prompts by default `data` in `output_dir`.
         data_cache_limit: the largest size of that folder, in bytes.
         num_inference_steps: of the teacher's generations from prompts, and of validation.
@@ -62,6 +63,7 @@ class Configuration:
     random_flip: bool = False
     background: Text = "white"
     caption_column: Text = "text"
+    skip_broken: bool = False
     data_cache: Text | None = None
     data_cache_limit: Count = 10**11
     num_inference_steps: Count = 25

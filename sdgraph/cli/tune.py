@@ -175,6 +175,7 @@ def _data(config: Configuration, pipe: Any, seed: int) -> Source:
         random_flip=config.random_flip,
         background=config.background,
         caption_column=config.caption_column,
+        skip_broken=config.skip_broken,
         seed=seed,
         cache=config.data_cache,
         cache_limit=config.data_cache_limit,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TuningError
-from ..options import Count, Index, Share, check
+from ..options import Count, Index, NotNegative, Share, check
 from .counter import generator
 from .noising import Noising
 from .sources import MoreCaptions, Source
@@ -72,6 +72,7 @@ class Batches:
             batches in a row draw from all of them. Experts that are routed by the timestep then learn in turn.
         guidance_pairs: every noisy latent fills two rows, the second without its caption, as a pipeline calls the UNet
             for classifier-free guidance.
+        noise_offset: the factor of a random number per sample and channel that is added to the noise.
     Raises:
         TuningError: there are captions without images, and no random conditioning.
     Source:
@@ -87,6 +88,7 @@ class Batches:
     random_conditioning: bool = False
     timestep_intervals: Count = 1
     guidance_pairs: bool = False
+    noise_offset: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         check(self, TuningError)
@@ -104,10 +106,11 @@ class Batches:
             step: the number of the step, from 0.
             rows: numbers below `size`.
         Raises:
-            TuningError: latents are not finite.
+            TuningError: latents are not finite, or are a trajectory's own, which no noise is added to, and the noise
+                has an offset.
         """
         numbers = [row // self._copies for row in rows]
-        indices = [self._index(step * self._latents + number) for number in numbers]
+        indices = [self._index(step * self.latents + number) for number in numbers]
         draws = [generator(self.seed, "row", step, number) for number in numbers]
         samples = self.source.samples(indices, draws)
         clean = samples.latents.float()
@@ -123,7 +126,17 @@ class Batches:
             shape = clean.shape[1:]
             drawn = [generator(self.seed, "noise", step, number) for number in numbers]
             noise = torch.from_numpy(np.stack([draw.standard_normal(shape, np.float32) for draw in drawn]))
+            if self.noise_offset:
+                drawn = [generator(self.seed, "offset", step, number) for number in numbers]
+                offset = np.stack([draw.standard_normal((shape[0], 1, 1), np.float32) for draw in drawn])
+                noise = noise + self.noise_offset * torch.from_numpy(offset)
             noisy = self.noising.noised(clean, noise, timesteps)
+        elif self.noise_offset:
+            raise TuningError(
+                "the data are a teacher's own trajectories, where no noise is added that could have an offset",
+                where="noise_offset",
+                hint="leave it out",
+            )
         captions = [
             None if row % self._copies else self._caption(index, int(t), generator(self.seed, "caption", step, number))
             for row, number, index, t in zip(rows, numbers, indices, timesteps, strict=True)
@@ -142,8 +155,8 @@ class Batches:
         return 2 if self.guidance_pairs else 1
 
     @property
-    def _latents(self) -> int:
-        """The number of noisy latents per step."""
+    def latents(self) -> int:
+        """The number of noisy latents per step, which is that of the rows of the source that it reads."""
         return self.size // self._copies
 
     def _index(self, count: int) -> int:
@@ -153,11 +166,11 @@ class Batches:
 
     def _timesteps(self, step: int) -> Tensor:
         """Draw a timestep from each of as many equal parts of the interval, which varies less than drawing from all."""
-        parts = generator(self.seed, "parts", step).permutation(self._latents)
-        inside = generator(self.seed, "timestep", step).random(self._latents)
+        parts = generator(self.seed, "parts", step).permutation(self.latents)
+        inside = generator(self.seed, "timestep", step).random(self.latents)
         turn, place = divmod(step, self.timestep_intervals)
         interval = generator(self.seed, "interval", turn).permutation(self.timestep_intervals)[place]
-        drawn = (interval + (parts + inside) / self._latents) / self.timestep_intervals * len(self.noising)
+        drawn = (interval + (parts + inside) / self.latents) / self.timestep_intervals * len(self.noising)
         return torch.from_numpy(drawn.astype(np.int64))
 
     def _caption(self, index: int, timestep: int, draw: np.random.Generator) -> int | None:

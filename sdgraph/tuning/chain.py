@@ -27,7 +27,7 @@ def chain(
     passes: Sequence[Pass | str],
     data: Source | Iterable[Mapping[str, Tensor]],
     *,
-    steps: Count,
+    steps: Count | None = None,
     out: Text | Path,
     **options: Any,
 ) -> tuple[GraphUNet, tuple[TuningReport, ...]]:
@@ -37,7 +37,7 @@ def chain(
         teacher: the first teacher.
         passes: the passes of the links, in order.
         data: see `sdgraph.tune`.
-        steps: the number of optimizer steps of every link.
+        steps: the number of optimizer steps of every link; or else `num_train_epochs` says how long a link is.
         out: the folder of the runs: `link-1/`, `link-2/`, ...
         options: further arguments of `sdgraph.tune`.
     Returns:

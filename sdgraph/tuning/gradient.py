@@ -71,5 +71,5 @@ class Gradient:
         batch = self.batches.batch(step, rows).to(self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
             expected = [value.float() for value in self.teacher(batch.inputs)]
-        progress = step / self.settings.max_train_steps
+        progress = step / self.settings.steps
         return self.objective(batch, self.noising, self.student(batch.inputs), expected, progress)

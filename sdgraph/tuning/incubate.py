@@ -56,7 +56,7 @@ def incubate(
     *,
     scheduler: Any,
     stage_steps: Count,
-    steps: Count,
+    steps: Count | None = None,
     out: Text | Path,
     losses: Annotated[Sequence[Loss], Bounds(length=1)] | None = None,
     validate: Validate | None = None,
@@ -77,7 +77,7 @@ def incubate(
         data: see `sdgraph.tune`.
         scheduler: see `sdgraph.tune`.
         stage_steps: the number of optimizer steps of every stage.
-        steps: the number of optimizer steps of the assembled student.
+        steps: the number of optimizer steps of the assembled student; or else `num_train_epochs` says it.
         out: the folder of all runs: `stage-1/`, `stage-2/`, ... and `whole/`.
         losses, validate: of the assembled student, see `sdgraph.tune`.
         progressive: train a stage inside the teacher with all earlier stages in place, one after the other.
@@ -100,8 +100,9 @@ def incubate(
         Ni et al., "Deep Incubation: Training Large Models by Divide-and-Conquering", 2023; A-SDM, model assembly. The
         frozen teacher in the place of their meta model is our decision.
     """
-    for number in (stage_steps, steps):
-        Settings.of({"max_train_steps": number, **settings})
+    of_stages = {name: value for name, value in settings.items() if name != "num_train_epochs"}
+    Settings.of({"max_train_steps": steps, **settings})
+    Settings.of({"max_train_steps": stage_steps, **of_stages})
     if progressive and processes > 1:
         raise TuningError(
             "stages that are trained one after the other cannot be trained at the same time",
@@ -117,7 +118,7 @@ def incubate(
     _check_apart(trained, passes)
     with alone(folder):
         jobs = [
-            Job(folder / f"stage-{number}", blocks, stage_steps, {"scheduler": scheduler, **settings})
+            Job(folder / f"stage-{number}", blocks, stage_steps, {"scheduler": scheduler, **of_stages})
             for number, blocks in enumerate(trained, 1)
         ]
         student = apply(teaching, [p for stage in passes for p in stage], verify=False)

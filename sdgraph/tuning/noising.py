@@ -79,7 +79,9 @@ class Noising:
         alpha = self.alphas[timesteps]
         snr = alpha / (1 - alpha)
         weight = snr.clamp(max=gamma)
-        return {"epsilon": weight / snr, "v_prediction": weight / (snr + 1), "sample": weight}[self.prediction]
+        if self.prediction == "epsilon":
+            return (gamma / snr).clamp(max=1)  # weight / snr, also where there is no signal
+        return weight / (snr + 1) if self.prediction == "v_prediction" else weight
 
     def _at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self.alphas[timesteps][:, None, None, None]

@@ -15,7 +15,7 @@ from ..extra import imported
 
 LOG = "loss.csv"
 COLUMNS = ("learning_rate", "gradient_norm", "loss")  # before the terms of the loss
-WINDOW = 50  # steps that one figure of the text is the mean of
+WINDOW = 50  # steps that one figure of the text is the mean of, at the beginning and at the end
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,16 @@ class TuningReport:
         return np.array([row[self.names.index(name)] for row in self.rows])
 
     def __str__(self) -> str:
-        lines = [f"{len(self.rows)} steps in {self.column('seconds')[-1]:.0f} s: {self.out}"]
+        count = len(self.rows)
+        twice = count >= 2 * WINDOW  # a shorter run has steps that would count in both means
+        means = f"means of its first and last {WINDOW} steps" if twice else "mean of all steps"
+        steps = f"{count} step{'s' * (count > 1)} in {self.column('seconds')[-1]:.0f} s"
+        lines = [f"{steps}: {self.out}", f"  {means}:"]
         width = max(len(name) for name in self.names[4:])
         for name in self.names[4:]:
             values = self.column(name)
-            lines.append(f"  {name.ljust(width)}  {values[:WINDOW].mean():.4g} -> {values[-WINDOW:].mean():.4g}")
+            parts = (values[:WINDOW], values[-WINDOW:]) if twice else (values,)
+            lines.append(f"  {name.ljust(width)}  {' -> '.join(f'{part.mean():.4g}' for part in parts)}")
         return "\n".join(lines)
 
     def picture(self, path: str | os.PathLike[str]) -> None:

@@ -35,7 +35,9 @@ class Settings:
     """The settings of a training run, named and defined as in diffusers' training scripts.
 
     Args:
-        max_train_steps: the number of optimizer steps.
+        max_train_steps: the number of optimizer steps; in Python `steps` of `sdgraph.tune`.
+        num_train_epochs: instead of the steps: how often to read all rows. An epoch has ceil(rows / rows per step) steps,
+            where a step reads `train_batch_size` rows per forward pass, process and accumulated batch.
         train_batch_size: samples per process and forward pass.
         gradient_accumulation_steps: forward passes per optimizer step.
         gradient_checkpointing: compute the blocks of the student again on the way back, to save memory.
@@ -53,6 +55,8 @@ class Settings:
         adam_beta2: decay of its mean square.
         adam_weight_decay: decay of the weights, relative to the learning rate.
         adam_epsilon: lower bound of the root of the mean square.
+        use_8bit_adam: keep the moments of AdamW in 8 bits, which saves three quarters of their memory. It needs CUDA and
+            bitsandbytes.
         max_grad_norm: longer gradients are scaled to this norm; 0 leaves all gradients as they are.
         mixed_precision: "no", "fp16" or "bf16"; by default what `accelerate launch` says, or else bf16 on a GPU that
             has it.
@@ -60,6 +64,10 @@ class Settings:
         ema_decay: decay of the average per step; in the beginning (1 + steps) / (10 + steps).
         proportion_empty_prompts: the share of captions that are left out, for classifier-free guidance. By default 0.1,
             and 0 where the data have no empty caption, or `guidance_pairs` leaves out half of the captions.
+        snr_gamma: weigh timesteps by min-SNR with this limit, 5 in the paper, in all losses that have an option
+            `snr_gamma` and leave it out; None weighs all alike.
+        noise_offset: add one random number per sample and channel, times this, to the noise; 0.1 lets a model learn very
+            dark and very bright images. Not for `Prompts`, where no noise is added.
         random_conditioning: see `sdgraph.tuning.Batches`.
         timestep_intervals: see `sdgraph.tuning.Batches`.
         guidance_pairs: see `sdgraph.tuning.Batches`; half of the captions are left out then, and batches are even.
@@ -72,10 +80,12 @@ class Settings:
     Raises:
         TuningError: a setting has another type, is out of range, or has no effect beside the others.
     Source:
-        diffusers' `train_text_to_image.py`.
+        diffusers' `train_text_to_image.py`; Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy",
+        2023; the offset of the noise: Guttenberg, "Diffusion with Offset Noise", 2023.
     """
 
-    max_train_steps: Count
+    max_train_steps: Count | None = None
+    num_train_epochs: Count | None = None
     train_batch_size: Count = 16
     gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool = False
@@ -90,11 +100,14 @@ class Settings:
     adam_beta2: Decay = 0.999
     adam_weight_decay: NotNegative = 1e-2
     adam_epsilon: Positive = 1e-8
+    use_8bit_adam: bool = False
     max_grad_norm: NotNegative = 1.0
     mixed_precision: Precision | None = None
     use_ema: bool = False
     ema_decay: Decay = 0.9999
     proportion_empty_prompts: Decay | None = None
+    snr_gamma: Positive | None = None
+    noise_offset: NotNegative = 0.0
     random_conditioning: bool = False
     timestep_intervals: Count = 1
     guidance_pairs: bool = False
@@ -106,6 +119,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self, TuningError)
+        self._check_length()
         if self.guidance_pairs and (self.train_batch_size % 2 or self.proportion_empty_prompts):
             raise TuningError(
                 "every second row is without its caption, so that batches are even and no other captions are left out",
@@ -113,6 +127,21 @@ class Settings:
                 hint="pass an even train_batch_size, and leave proportion_empty_prompts out",
             )
         self._check_rate()
+
+    def _check_length(self) -> None:
+        """Refuse a run without a length, or with two."""
+        if self.max_train_steps is None and self.num_train_epochs is None:
+            raise TuningError(
+                "max_train_steps is missing",
+                where="max_train_steps",
+                hint="pass the number of steps, in Python as `steps`, or num_train_epochs",
+            )
+        if self.max_train_steps is not None and self.num_train_epochs is not None:
+            raise TuningError(
+                f"num_train_epochs is {self.num_train_epochs}, and the number of steps says how long the run is",
+                where="num_train_epochs",
+                hint="leave one of them out",
+            )
 
     def _check_rate(self) -> None:
         """Refuse what a schedule of the learning rate leaves unread, or cannot compute."""
@@ -139,7 +168,7 @@ class Settings:
                 where="learning_rate",
                 hint="raise it, or choose another lr_scheduler, such as 'linear', which ends at 0",
             )
-        if self.lr_scheduler == "polynomial" and self.lr_warmup_steps >= self.max_train_steps:
+        if self.lr_scheduler == "polynomial" and self.lr_warmup_steps >= (self.max_train_steps or math.inf):
             raise TuningError(
                 f"lr_warmup_steps is {self.lr_warmup_steps}, which leaves 'polynomial' no step of the run",
                 where="lr_warmup_steps",
@@ -163,7 +192,26 @@ class Settings:
         settings = cls(**options)
         _check_precision(settings.precision())
         _check_tracker(settings.report_to)
+        if settings.use_8bit_adam:
+            _check_8bit()
         return settings
+
+    @property
+    def steps(self) -> int:
+        """The number of optimizer steps, which `counted` knows where epochs are asked for."""
+        assert self.max_train_steps is not None
+        return self.max_train_steps
+
+    def counted(self, rows: int, size: int) -> Settings:
+        """Return the settings with the number of steps where epochs are asked for.
+
+        Args:
+            rows: the number of rows of the data.
+            size: the number of rows that a step reads, of all processes and accumulated batches together.
+        """
+        if self.num_train_epochs is None:
+            return self
+        return replace(self, max_train_steps=self.num_train_epochs * math.ceil(rows / size), num_train_epochs=None)
 
     def precision(self) -> str:
         """Return the precision of a run on this machine."""
@@ -196,9 +244,9 @@ class Settings:
             TuningError: settings differ, or the checkpoint is beyond the last step. More steps are fine where neither
                 the learning rate nor a loss depends on their number.
         """
-        if step > self.max_train_steps:
+        if step > self.steps:
             raise TuningError(
-                f"the checkpoint is at step {step}, beyond the {self.max_train_steps} steps of this run",
+                f"the checkpoint is at step {step}, beyond the {self.steps} steps of this run",
                 where=where,
                 hint="pass at least as many steps, or another `out`",
             )
@@ -215,10 +263,15 @@ class Settings:
             )
 
 
+HUB = (
+    "a run writes to its folder only, so that no setting publishes anything; the result is a folder that diffusers loads: "
+    "look at its images, and upload it with `hf upload NAME FOLDER`"
+)
 ELSEWHERE = {  # names of diffusers' scripts for what is said otherwise here
-    "snr_gamma": "it is an option of the losses: Output(snr_gamma=5), Denoising(snr_gamma=5)",
     "prediction_type": "pass a scheduler with this prediction_type",
-    "num_train_epochs": "pass the number of steps",
+    "push_to_hub": HUB,
+    "hub_token": HUB,
+    "hub_model_id": HUB,
     "enable_xformers_memory_efficient_attention": "PyTorch's attention is used, which needs as little memory",
     "scale_lr": "multiply learning_rate by hand",
 }
@@ -254,6 +307,16 @@ def _check_precision(precision: str) -> None:
         raise TuningError(
             "mixed_precision is 'bf16', which this GPU does not have", where="mixed_precision", hint="fp16"
         )
+
+
+def _check_8bit() -> None:
+    if not torch.cuda.is_available():
+        raise TuningError(
+            "use_8bit_adam needs CUDA, which this machine does not have",
+            where="use_8bit_adam",
+            hint="leave it out: AdamW is used, whose moments take two numbers of 32 bits per weight",
+        )
+    imported("bitsandbytes", "8bit")
 
 
 def _check_tracker(name: str) -> None:

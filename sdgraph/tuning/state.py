@@ -257,8 +257,15 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flat(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state of an optimizer as tensors and numbers, by the number of the parameter and the name."""
-    entries = {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}
+    """Return the state of an optimizer as tensors and numbers, by the number of the parameter and the name.
+
+    bitsandbytes wraps what it keeps in 8 bits in a further dict, and reads it without.
+    """
+    entries = {}
+    for number, entry in state.items():
+        for name, value in entry.items():
+            parts = value if isinstance(value, Mapping) else {name: value}
+            entries |= {f"{number}.{part}": content for part, content in parts.items()}
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     return _contiguous(tensors), {name: value for name, value in entries.items() if name not in tensors}
 

@@ -8,11 +8,14 @@ import dataclasses
 import json
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
@@ -24,11 +27,11 @@ from ..errors import ModeError, TuningError
 from ..extra import imported
 from ..ir.guards import check_call
 from ..options import Bounds, Count, Text, checked
-from ..progress import Bar
+from ..progress import Bar, note
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from . import shards
-from .batch import Batches
+from .batch import Batch, Batches
 from .checks import check_differs, check_models, check_output, checkpoint_to_resume, has_empty
 from .gradient import Gradient
 from .identity import Identity, tell_of_versions, versions
@@ -55,7 +58,7 @@ def tune(
     data: Source | Iterable[Mapping[str, Tensor]],
     *,
     scheduler: Any,
-    steps: Count,
+    steps: Count | None = None,
     out: Text | Path,
     losses: Annotated[Sequence[Loss], Bounds(length=1)] | None = None,
     train: Annotated[Sequence[Text], Bounds(length=1)] | None = None,
@@ -74,12 +77,14 @@ def tune(
     Weights in half precision are trained in float32, in which small steps are not lost, and returned in their own
     precision; the checkpoints keep what was trained. `mixed_precision` says in which precision the models compute.
 
+    Ctrl-C and SIGTERM stop a run after a whole step, which is kept as a checkpoint; the log says which.
+
     Args:
         student: the UNet to train, as `sdgraph.apply` returns it. It stays as it is; a copy is trained.
         teacher: the UNet to learn from, most often the one that the student was derived from. It stays as it is.
         data: latents and conditions: a source of `sdgraph.tuning`, or an iterable of dicts of tensors.
         scheduler: the diffusers scheduler that says how noise is added and what the UNet predicts.
-        steps: the number of optimizer steps.
+        steps: the number of optimizer steps; or else `num_train_epochs` says how long the run is.
         out: the folder of the run.
         losses: the terms to minimise; by default the teacher's output, ten times its features by stage, and, if the
             data are no trajectories, a hundredth of the denoising loss.
@@ -117,27 +122,32 @@ def tune(
     for unet in (student, teaching):
         check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, _at_least_float32(unet))
     check_differs(student, teaching, row.inputs)
-    for loss in losses or ():
-        loss.check(row)
+    terms = _terms(losses, row, chosen)
     with shards.asked() as spread:
         accelerator = _accelerator(chosen, folder)
+    chosen = chosen.counted(len(source), _batches(source, noising, chosen, accelerator.num_processes).latents)
     spread = spread and accelerator.num_processes > 1
+    if spread and chosen.use_8bit_adam:
+        raise TuningError("weights that are spread over processes have moments in 32 bits", where="use_8bit_adam",
+                          hint="leave it out: every process keeps its share of the moments alone")  # fmt: skip
     if spread and accelerator.scaler is not None:
         raise TuningError("weights that are spread over processes train in bf16", where="mixed_precision", hint="bf16")
-    with alone(folder):
+    with alone(folder), terminable():
         accelerator.wait_for_everyone()
         resumed = checkpoint_to_resume(folder, resume_from_checkpoint)
         taught = copy.deepcopy(student).to(_at_least_float32(student)).requires_grad_(train is None).train()
         for path in taught.graph.matching(train) if train is not None else ():
             for parameter in taught.graph.region(path).parameters.values():
                 parameter.requires_grad_(True)
-        gradient = _gradient(taught, teaching, source, noising, losses, chosen, accelerator, spread)
+        gradient = _gradient(taught, teaching, source, noising, terms, chosen, accelerator, spread)
         beside = copy.deepcopy(student).to("cpu", _at_least_float32(student)) if spread else None
         state = _state(taught, gradient, chosen, beside)
-        terms, precision = gradient.objective.losses, accelerator.mixed_precision
+        precision = accelerator.mixed_precision
         identity = Identity.of(student, teaching, source, noising, terms, train, gradient.batches.size, precision)
         if resumed is not None:
             _resume(state, resumed, identity, chosen, terms)
+            if accelerator.is_main_process:
+                note(f"tuning goes on from {resumed}, step {state.step} of {chosen.steps}")
         if chosen.report_to != "none":
             accelerator.init_trackers("logs")
         _train(state, gradient, identity, chosen, folder, validate, student.dtype)
@@ -164,6 +174,27 @@ def alone(folder: Path) -> contextlib.AbstractContextManager[None]:
     return owned(folder, TuningError, "out") if process.is_main_process else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end the process by an exception, as SIGINT does, where nothing else handles it.
+
+    The exit status is then 143, as of a process that the signal has ended.
+    """
+
+    def leave(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    in_main = threading.current_thread() is threading.main_thread()  # others may not handle signals
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _resume(state: State, checkpoint: Path, identity: Identity, settings: Settings, losses: Sequence[Loss]) -> None:
     """Take over the state of a checkpoint of the same run."""
     record = read(checkpoint)
@@ -186,7 +217,7 @@ def _train(
     dtype: torch.dtype,
 ) -> None:
     """Take all steps that are left. If anything fails, the steps before it are kept in a checkpoint."""
-    accelerator, steps = gradient.accelerator, settings.max_train_steps
+    accelerator, steps = gradient.accelerator, settings.steps
     main, begun, saved = accelerator.is_main_process, time.monotonic() - state.seconds, state.step
 
     def save() -> None:
@@ -227,12 +258,24 @@ def _train(
                     with state.averaged() as unet:
                         results = validate(_as(unet, dtype), state.step) if main else {}
                         _record(results, state.step, folder, accelerator)
-        except BaseException:
+        except BaseException as reason:
             # Processes that share the weights can only save together, and the others know nothing of this.
             if main and state.whole and state.step > saved and not state.spread:
                 with contextlib.suppress(TuningError):  # the first error tells more than that of a full disk
                     state.save(folder, settings, identity)
+                    saved = state.step
+            if main:
+                _tell(reason, state.step, steps, folder / f"checkpoint-{saved}")
             raise
+
+
+def _tell(reason: BaseException, step: int, steps: int, checkpoint: Path) -> None:
+    """Say in the log at which step a run has stopped, and how to go on."""
+    kept = f"{checkpoint} is kept" if checkpoint.exists() else "there is no checkpoint yet"
+    again = "the same call, or the same command, goes on from there: resume_from_checkpoint='latest' is the default"
+    again = again if checkpoint.exists() else "the same call, or the same command, begins anew"
+    interrupted = not isinstance(reason, Exception)  # other errors say what to do
+    log.warning("stopped after step %d of %d; %s%s", step, steps, kept, f". {again}" if interrupted else "")
 
 
 def _accelerator(settings: Settings, folder: Path) -> Any:
@@ -275,7 +318,35 @@ def _batches(source: Source, noising: Noising, settings: Settings, processes: in
         settings.random_conditioning,
         settings.timestep_intervals,
         settings.guidance_pairs,
+        settings.noise_offset,
     )
+
+
+def _terms(losses: Sequence[Loss] | None, row: Batch, settings: Settings) -> list[Loss]:
+    """Return the losses of a run, by default those that its data allow, with the weights of timesteps that it sets.
+
+    Args:
+        losses: the losses that were asked for.
+        row: a row of the data.
+        settings: of the run.
+    Raises:
+        TuningError: a loss cannot be computed on the data, or none weighs timesteps and they are to be weighed.
+    """
+    if losses is None:
+        losses = [loss for loss in DEFAULT if row.noise is not None or not isinstance(loss, Denoising)]
+    for loss in losses:
+        loss.check(row)
+    gamma, terms = settings.snr_gamma, [copy.copy(loss) for loss in losses]
+    weighed = [term for term in terms if getattr(term, "snr_gamma", gamma) is None]
+    for term in weighed:
+        object.__setattr__(term, "snr_gamma", gamma)  # and no replace(), which would lose what is no field
+    if gamma is not None and not weighed:
+        raise TuningError(
+            f"snr_gamma is {gamma}, and no loss takes it: {', '.join(map(str, losses))}",
+            where="snr_gamma",
+            hint="leave it out; Output, Denoising and Guidance weigh timesteps, where their own snr_gamma is left out",
+        )
+    return terms
 
 
 def _gradient(
@@ -283,17 +354,14 @@ def _gradient(
     teacher: GraphUNet,
     source: Source,
     noising: Noising,
-    losses: Sequence[Loss] | None,
+    losses: Sequence[Loss],
     settings: Settings,
     accelerator: Any,
     spread: bool,
 ) -> Gradient:
     """Put the models on their device, and connect them with the data and the losses."""
     batches = _batches(source, noising, settings, accelerator.num_processes)
-    row = batches.batch(0, [0])
-    if losses is None:
-        losses = [loss for loss in DEFAULT if row.noise is not None or not isinstance(loss, Denoising)]
-    objective, given = Objective(losses, student, teacher), frozenset(row.inputs)
+    objective, given = Objective(losses, student, teacher), frozenset(batches.batch(0, [0]).inputs)
     student.to(accelerator.device)
     if accelerator.device.type == "cpu" and not all(p.requires_grad for p in student.parameters()):
         # In channels_last, torch's group norm crashes on the way back where its input needs no gradient. The strides
@@ -323,20 +391,24 @@ def _gradient(
 def _state(student: GraphUNet, gradient: Gradient, settings: Settings, copy: GraphUNet | None) -> State:
     """Create the optimizer, the schedule of its rate, and the moving average."""
     accelerator = gradient.accelerator
-    optimizer = torch.optim.AdamW(
-        by_rate(gradient.trained, student, settings),
-        lr=settings.learning_rate,  # which "polynomial" reads, beside those of the groups
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-        fused=True,
-    )
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,  # which "polynomial" reads, beside those of the groups
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "weight_decay": settings.adam_weight_decay,
+        "eps": settings.adam_epsilon,
+    }
+    groups = by_rate(gradient.trained, student, settings)
+    optimizer: torch.optim.Optimizer
+    if settings.use_8bit_adam:
+        optimizer = imported("bitsandbytes", "8bit").optim.AdamW8bit(groups, **options)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **options)
     rate = get_scheduler(
         settings.lr_scheduler,
         optimizer,
         step_rules=settings.step_rules,
         num_warmup_steps=settings.lr_warmup_steps,
-        num_training_steps=settings.max_train_steps,
+        num_training_steps=settings.steps,
         num_cycles=settings.lr_num_cycles,
         power=settings.lr_power,
     )
@@ -346,12 +418,19 @@ def _state(student: GraphUNet, gradient: Gradient, settings: Settings, copy: Gra
 
 
 def _record(results: Mapping[str, Any], step: int, folder: Path, accelerator: Any) -> None:
-    """Log the figures of a validation, and write its images."""
+    """Log the figures and images of a validation, and write the images."""
     accelerator.log({name: value for name, value in results.items() if isinstance(value, float | int)}, step)
-    for name, image in results.items():
-        if hasattr(image, "save"):
-            (folder / "validation").mkdir(exist_ok=True)
-            image.save(folder / "validation" / f"{name}-{step:06}.png")
+    images = {name: image for name, image in results.items() if hasattr(image, "save")}
+    for name, image in images.items():
+        (folder / "validation").mkdir(exist_ok=True)
+        image.save(folder / "validation" / f"{name}-{step:06}.png")
+    for tracker in accelerator.trackers if images else ():
+        if tracker.name == "tensorboard":
+            stacked = {name: np.asarray(image.convert("RGB"))[None] for name, image in images.items()}
+            tracker.log_images(stacked, step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):  # accelerate's, of which some take lists
+            lists = tracker.name in ("wandb", "swanlab")
+            tracker.log_images({name: [image] if lists else image for name, image in images.items()}, step)
     accelerator.wait_for_everyone()
 
 

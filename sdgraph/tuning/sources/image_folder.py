@@ -26,6 +26,7 @@ ENDINGS = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # whatever the ending says
 TABLES = ("metadata.csv", "metadata.jsonl")
 LAYOUT = "write metadata.jsonl with lines {'file_name': ..., 'text': ...}, or NAME.txt beside each image"
+SKIP = "leave them out by skip_broken"
 log = logging.getLogger("sdgraph")
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 SHOWN = 20  # files that an error lists
@@ -72,7 +73,9 @@ class Crop:
 # -- files and captions -----------------------------------------------------------------------------------------------
 
 
-def captioned(folder: Path, caption_column: str = "text", decode: bool = False) -> tuple[Captioned, ...]:
+def captioned(
+    folder: Path, caption_column: str = "text", decode: bool = False, skip_broken: bool = False
+) -> tuple[Captioned, ...]:
     """Return the images in a folder and the folders below it, in the order of their names.
 
     Links are followed. Files and folders whose names begin with a dot are left out, unless a table names them.
@@ -82,6 +85,7 @@ def captioned(folder: Path, caption_column: str = "text", decode: bool = False) 
             the table) and `caption_column`, or else in NAME.txt beside each image.
         caption_column: the name of the column.
         decode: decode all images, so that none ends a run in its middle; otherwise most are opened only.
+        skip_broken: leave out images that are missing, unreadable or of such a kind, and name them in the log.
     Raises:
         TuningError: the folder is missing or has no images, a caption or an image is missing, an image has two
             captions, a file is unreadable, or an image is of a kind that viewers show differently. All such files are
@@ -90,11 +94,11 @@ def captioned(folder: Path, caption_column: str = "text", decode: bool = False) 
     if not folder.is_dir():
         raise TuningError(f"there is no folder {folder}", where="folder", hint="give a folder of images with captions")
     files = dict(sorted(_files(folder), key=lambda file: file[1]))
-    captions = _captions(folder, files, caption_column)
+    captions = _captions(folder, files, caption_column, skip_broken)
     if not captions:
         raise TuningError(f"there are no images in {folder}", where="folder", hint=f"known: {', '.join(ENDINGS)}")
-    sizes = _sizes(folder, [*captions], decode)
-    return tuple(Captioned(*both, size) for both, size in zip(captions.items(), sizes, strict=True))
+    sizes = _sizes(folder, [*captions], decode, skip_broken)
+    return tuple(Captioned(path, captions[path], size) for path, size in sizes.items())
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -115,7 +119,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         yield from ((os.path.join(real, name), Path(parent, name)) for name in names if not name.startswith("."))
 
 
-def _captions(folder: Path, files: Mapping[str, Path], caption_column: str) -> dict[Path, str]:
+def _captions(folder: Path, files: Mapping[str, Path], caption_column: str, skip_broken: bool) -> dict[Path, str]:
     """Return the captions of all images, in the order of the names of the images."""
     unread = [path for path in files.values() if path.name.lower() == "metadata.parquet"]
     _refuse(folder, "tables cannot be read", [(path, "it is no text") for path in unread], LAYOUT)
@@ -129,7 +133,8 @@ def _captions(folder: Path, files: Mapping[str, Path], caption_column: str) -> d
             found.setdefault(path, []).append(caption)
             if not os.path.isfile(path):
                 missing.append((path, f"{table.name} has a row for it"))
-    _refuse(folder, "images are missing", missing, "restore them, or delete their rows")
+    if not skip_broken:
+        _refuse(folder, "images are missing", missing, f"restore them, or delete their rows, or {SKIP}")
     texts = {path.with_suffix(""): path for path in files.values() if path.suffix.lower() == ".txt"}
     images = {path for path in files.values() if path.suffix.lower() in ENDINGS} | found.keys()
     told = {path.with_suffix("") for path in images}
@@ -251,11 +256,13 @@ class _UnshownError(Exception):
     """An image cannot be read, or is of a kind that viewers show differently. Its text says why."""
 
 
-def _sizes(folder: Path, paths: Sequence[Path], decode: bool) -> list[tuple[int, int]]:
+def _sizes(
+    folder: Path, paths: Sequence[Path], decode: bool, skip_broken: bool = False
+) -> dict[Path, tuple[int, int]]:
     """Return the heights and widths of images, which are read at the same time.
 
     Raises:
-        TuningError: some cannot be read; all of them are named.
+        TuningError: some cannot be read, and are not to be left out; or none can. They are named.
     """
 
     def size(path: Path) -> tuple[int, int] | _UnshownError:
@@ -271,17 +278,25 @@ def _sizes(folder: Path, paths: Sequence[Path], decode: bool) -> list[tuple[int,
     threads = min(32, os.cpu_count() or 1)
     sizes = thread_map(size, paths, tqdm_class=Bar, max_workers=threads, desc="checking images", unit="image")
     wrong = [(path, str(s)) for path, s in zip(paths, sizes, strict=True) if isinstance(s, _UnshownError)]
-    _refuse(folder, f"of {len(paths)} images cannot be read", wrong, "repair them, or take them away")
-    return [one for one in sizes if isinstance(one, tuple)]
+    what = f"of {len(paths)} images cannot be read"
+    if not skip_broken or len(wrong) == len(paths):
+        _refuse(folder, what, wrong, f"repair them, or take them away, or {SKIP}")
+    elif wrong:
+        log.warning("%s: %s", folder, _listed(folder, f"{what}, and are left out", wrong))
+    return {path: one for path, one in zip(paths, sizes, strict=True) if isinstance(one, tuple)}
 
 
 def _refuse(folder: Path, what: str, wrong: Sequence[tuple[Path, str]], hint: str) -> None:
     """Name what is wrong, if there is something."""
-    if not wrong:
-        return
+    if wrong:
+        raise TuningError(_listed(folder, what, wrong), where=str(folder), hint=hint)
+
+
+def _listed(folder: Path, what: str, wrong: Sequence[tuple[Path, str]]) -> str:
+    """Return how many files something is about, and the first of them, a line each."""
     listed = [f"{os.path.relpath(path, folder)}: {reason}" for path, reason in sorted(wrong)[:SHOWN]]
     listed += [f"and {len(wrong) - SHOWN} more"] * (len(wrong) > SHOWN)
-    raise TuningError("\n    ".join([f"{len(wrong)} {what}", *listed]), where=str(folder), hint=hint)
+    return "\n    ".join([f"{len(wrong)} {what}", *listed])
 
 
 @contextmanager

@@ -41,6 +41,8 @@ class Images:
         random_flip: mirror half of the images before they are cropped, other ones in every epoch.
         background: the colour behind transparent places, as HTML names it.
         caption_column: the column of the captions.
+        skip_broken: leave out images that are missing, that cannot be read or that viewers show differently; the log
+            counts and names them. All images are decoded first then, whenever a run begins or goes on.
         seed: of the crops.
         cache: a folder to keep everything encoded in, so that training runs neither VAE nor text encoder; None encodes
             the rows of every step anew. Encoding that was stopped goes on there.
@@ -63,6 +65,7 @@ class Images:
         random_flip: bool = False,
         background: Text = "white",
         caption_column: Text = "text",
+        skip_broken: bool = False,
         seed: Index = 0,
         cache: str | Path | None = None,
         cache_limit: Count = 100 * GIGABYTE,
@@ -75,7 +78,8 @@ class Images:
             )
         colour(background)
         self._folder, self._caption_column, self._background = Path(folder), caption_column, background
-        self._images = captioned(self._folder, caption_column, decode=cache is None)
+        decode = cache is None or skip_broken
+        self._images = captioned(self._folder, caption_column, decode, skip_broken)
         as_texts([image.caption for image in self._images], "captions")
         # Crops follow from the name of the file, so that other files may come and go.
         names = [hash_text(Path(os.path.relpath(image.path, folder)).as_posix()) for image in self._images]
