@@ -1,4 +1,4 @@
-"""What the documentation shows of the code: figures, the text of a region, and the help of the commands.
+"""What the documentation shows of the code: figures, the text of a region, the help of the commands, and the settings.
 
     python docs/generate.py
 
@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import sdgraph
-from sdgraph.cli import COMMANDS
+from sdgraph.cli import COMMANDS, configuration
 from sdgraph.cli import main as sdgraph_command
 
 DOCS = Path(__file__).parent
@@ -56,6 +56,16 @@ def helps() -> str:
     return "\n" + "\n".join(sections) + "\n"
 
 
+def settings() -> str:
+    """All settings of a training run, as a table."""
+    lines = ["| name | values | default | meaning |", "|---|---|---|---|"]
+    for name, *parts, meaning in configuration.known():
+        values, default = parts[0], f"`{parts[1]}`" if parts[1] else "required"
+        cells = [f"`{name}`", values, default, meaning[0].upper() + meaning[1:]]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def filled(page: Path, marker: str, text: str) -> str:
     """A page with a text between the markers of its kind."""
     start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
@@ -66,10 +76,11 @@ def filled(page: Path, marker: str, text: str) -> str:
 
 def pages(after: sdgraph.Graph) -> dict[Path, str]:
     """The pages that show something generated, as they should be."""
-    ideas, commands = DOCS / "how-it-works.md", DOCS / "command-line.md"
+    ideas, commands, tuning = DOCS / "how-it-works.md", DOCS / "command-line.md", DOCS / "tuning.md"
     return {
         ideas: filled(ideas, "region", f"```text\n{region(after).rstrip()}\n```\n"),
         commands: filled(commands, "commands", helps()),
+        tuning: filled(tuning, "settings", settings()),
         architecture.PAGE: architecture.page(),
     }
 

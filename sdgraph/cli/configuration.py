@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import SpecError, did_you_mean
-from ..options import Count, Index, NotNegative, Text, check
+from ..options import Count, Index, NotNegative, Text, annotations_of, check, described
 from ..text import from_json, read_text
 from ..tuning.settings import ELSEWHERE, Settings
+
+# What is read with one kind of data only.
+IMAGES = ("center_crop", "random_flip", "background", "caption_column", "skip_broken")
+PROMPTS = ("calls_per_prompt",)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,35 @@ class Configuration:
         check(self, SpecError)
 
 
+class Setting(NamedTuple):
+    """A name that a configuration may have.
+
+    Args:
+        name: the name.
+        values: the values that it accepts, in words.
+        default: its value where the file has none, as Python writes it; "" where the file must have one.
+        meaning: a sentence or more.
+    """
+
+    name: str
+    values: str
+    default: str
+    meaning: str
+
+
+def known() -> list[Setting]:
+    """Return all names that a configuration may have, as the code declares them."""
+    found = []
+    for owner in (Configuration, Settings):
+        text, kinds = inspect.getdoc(owner) or "", annotations_of(owner)
+        entries = re.findall(r"^    (\w+): (.+(?:\n {8,}.+)*)$", text.partition("Args:\n")[2], re.MULTILINE)
+        meanings = {name: " ".join(meaning.split()) for name, meaning in entries}
+        for field in fields(owner):
+            default = "" if field.default is MISSING else repr(field.default)
+            found.append(Setting(field.name, described(kinds[field.name]), default, meanings[field.name]))
+    return found
+
+
 def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settings]:
     """Read the configuration of a training run.
 
@@ -114,6 +149,13 @@ def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settin
             "there are two kinds of data; prompts beside images are read with random conditioning only",
             where=str(path),
             hint="name either train_data_dir or prompts, or set random_conditioning = true",
+        )
+    unread = {IMAGES: run.train_data_dir is None, PROMPTS: run.train_data_dir is not None}
+    for name in (name for names, idle in unread.items() for name in names if idle and name in given):
+        raise SpecError(
+            f"{name} is about {'images' if name in IMAGES else 'prompts without images'}, and there are none",
+            where=str(path),
+            hint="leave it out",
         )
     if run.stage_steps and (run.pretrained_teacher_model is not None or run.resume_from_checkpoint != "latest"):
         name = "resume_from_checkpoint" if run.pretrained_teacher_model is None else "pretrained_teacher_model"

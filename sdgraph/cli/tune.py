@@ -13,6 +13,7 @@ CONFIG is a TOML or JSON file with the argument names of diffusers' training scr
   learning_rate = 5e-5
   losses = ["Output", "Features('stage', weight=10)", "Denoising(weight=0.01)"]
 
+All settings are listed by `sdgraph tune --settings`. Ctrl-C and SIGTERM keep the steps so far, and say how many.
 The same command goes on from the last checkpoint. At the end `output_dir` is a diffusers pipeline with the tuned UNet,
 which all commands load.
 """
@@ -20,6 +21,7 @@ which all commands load.
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,8 +49,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="another value than the file has, such as learning_rate=1e-4; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--settings", action=_List, nargs=0, help="list all settings with their values and defaults, and exit"
+    )
     add_threads(parser, "PyTorch")
     add_imports(parser)
+
+
+class _List(argparse.Action):
+    """An option that lists all settings instead of running the command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from .configuration import known
+
+        for setting in known():
+            default = f"default {setting.default}" if setting.default else "required"
+            print(f"{setting.name}: {setting.values}; {default}")
+            print(textwrap.fill(setting.meaning, 110, initial_indent="    ", subsequent_indent="    "))
+        parser.exit()
 
 
 def run(args: argparse.Namespace) -> None:

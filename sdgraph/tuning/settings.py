@@ -36,8 +36,8 @@ class Settings:
 
     Args:
         max_train_steps: the number of optimizer steps; in Python `steps` of `sdgraph.tune`.
-        num_train_epochs: instead of the steps: how often to read all rows. An epoch has ceil(rows / rows per step) steps,
-            where a step reads `train_batch_size` rows per forward pass, process and accumulated batch.
+        num_train_epochs: instead of the steps: how often to read all rows. An epoch has ceil(rows / rows per step)
+            steps, where a step reads `train_batch_size` rows per forward pass, process and accumulated batch.
         train_batch_size: samples per process and forward pass.
         gradient_accumulation_steps: forward passes per optimizer step.
         gradient_checkpointing: compute the blocks of the student again on the way back, to save memory.
@@ -55,7 +55,7 @@ class Settings:
         adam_beta2: decay of its mean square.
         adam_weight_decay: decay of the weights, relative to the learning rate.
         adam_epsilon: lower bound of the root of the mean square.
-        use_8bit_adam: keep the moments of AdamW in 8 bits, which saves three quarters of their memory. It needs CUDA and
+        use_8bit_adam: keep the moments of AdamW in 8 bits, which saves three quarters of their memory; with CUDA and
             bitsandbytes.
         max_grad_norm: longer gradients are scaled to this norm; 0 leaves all gradients as they are.
         mixed_precision: "no", "fp16" or "bf16"; by default what `accelerate launch` says, or else bf16 on a GPU that
@@ -66,11 +66,11 @@ class Settings:
             and 0 where the data have no empty caption, or `guidance_pairs` leaves out half of the captions.
         snr_gamma: weigh timesteps by min-SNR with this limit, 5 in the paper, in all losses that have an option
             `snr_gamma` and leave it out; None weighs all alike.
-        noise_offset: add one random number per sample and channel, times this, to the noise; 0.1 lets a model learn very
-            dark and very bright images. Not for `Prompts`, where no noise is added.
-        random_conditioning: see `sdgraph.tuning.Batches`.
-        timestep_intervals: see `sdgraph.tuning.Batches`.
-        guidance_pairs: see `sdgraph.tuning.Batches`; half of the captions are left out then, and batches are even.
+        noise_offset: add one random number per sample and channel, times this, to the noise; 0.1 lets a model learn
+            very dark and very bright images. Not for `Prompts`, where no noise is added.
+        random_conditioning: give very noisy rows another caption of the data, see `sdgraph.tuning.Batches`.
+        timestep_intervals: draw the timesteps of a batch from one of so many equal parts of the schedule, in turns.
+        guidance_pairs: fill two rows with every noisy latent, one of them without its caption; batches are even then.
         seed: of all random numbers.
         checkpointing_steps: steps between two checkpoints.
         checkpoints_total_limit: the number of checkpoints to keep; older ones are deleted. None keeps all.
@@ -264,8 +264,8 @@ class Settings:
 
 
 HUB = (
-    "a run writes to its folder only, so that no setting publishes anything; the result is a folder that diffusers loads: "
-    "look at its images, and upload it with `hf upload NAME FOLDER`"
+    "a run writes to its folder only, so that no setting publishes anything; the result is a folder that diffusers "
+    "loads: look at its images, and upload it with `hf upload NAME FOLDER`"
 )
 ELSEWHERE = {  # names of diffusers' scripts for what is said otherwise here
     "prediction_type": "pass a scheduler with this prediction_type",

@@ -272,8 +272,8 @@ def _train(
 def _tell(reason: BaseException, step: int, steps: int, checkpoint: Path) -> None:
     """Say in the log at which step a run has stopped, and how to go on."""
     kept = f"{checkpoint} is kept" if checkpoint.exists() else "there is no checkpoint yet"
-    again = "the same call, or the same command, goes on from there: resume_from_checkpoint='latest' is the default"
-    again = again if checkpoint.exists() else "the same call, or the same command, begins anew"
+    again = "The same call, or the same command, goes on from there: resume_from_checkpoint='latest' is the default"
+    again = again if checkpoint.exists() else "The same call, or the same command, begins anew"
     interrupted = not isinstance(reason, Exception)  # other errors say what to do
     log.warning("stopped after step %d of %d; %s%s", step, steps, kept, f". {again}" if interrupted else "")
 

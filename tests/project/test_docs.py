@@ -97,6 +97,9 @@ def test_commands_are_as_their_parsers_have_them(
             assert main(words[words.index("sdgraph") + 1 :]) == 0, (words, capsys.readouterr().err)
         elif program == "python":
             assert (ROOT / words[0]).is_file(), words
+        elif program == "sdgraph" and "--settings" in words:  # as --help does
+            with pytest.raises(SystemExit, match="0"):
+                main(words)
         elif program == "sdgraph" and not {"COMMAND", "--import"} & set(words):
             assert main(words) == 0, (words, capsys.readouterr().err)
         else:

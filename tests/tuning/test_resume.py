@@ -93,6 +93,56 @@ def test_old_checkpoints_are_deleted(tune: Tune, tmp_path: Path) -> None:
     assert {path.suffix for path in files} == {".json", ".safetensors"}
 
 
+@pytest.mark.parametrize("resumable", [True, False])
+def test_an_interrupt_says_at_which_step_and_how_to_go_on(
+    tune: Tune, resumable: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(Output):
+        calls = 0
+
+        def __call__(self, *args: Any) -> torch.Tensor:
+            Interrupted.calls += 1
+            if Interrupted.calls == (3 if resumable else 1):
+                raise KeyboardInterrupt
+            return super().__call__(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(losses=(Interrupted(),))
+    said = caplog.text.partition("stopped after step ")[2]
+    if not resumable:
+        assert said.startswith("0 of 4; there is no checkpoint yet. The same call")
+        return
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert said.startswith(f"2 of 4; {checkpoint} is kept. The same call, or the same command, goes on")
+    whole, _ = tune(losses=(Interrupted(),), out=tmp_path / "whole")
+    capsys.readouterr()
+    resumed, _ = tune(losses=(Interrupted(),))
+    assert f"tuning goes on from {checkpoint}, step 2 of 4\n" in capsys.readouterr().err
+    assert equal(tensors(whole), tensors(resumed))
+
+
+TERMINATED = """
+import os, signal, sys, torch
+from sdgraph.tuning.tune import terminable
+try:
+    with terminable():
+        assert callable(signal.getsignal(signal.SIGTERM))
+        os.kill(os.getpid(), signal.SIGTERM)
+        torch.zeros(1)
+        raise AssertionError("the signal is not heard")
+except SystemExit as leaving:
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGTERM, handler := lambda *_: None)
+    with terminable():
+        assert signal.getsignal(signal.SIGTERM) is handler
+    raise
+"""
+
+
+def test_a_terminated_run_unwinds_unless_its_caller_handles_the_signal() -> None:
+    assert subprocess.run([sys.executable, "-c", TERMINATED], check=False).returncode == 143
+
+
 def test_a_finished_run_returns_its_result_again(tune: Tune) -> None:
     tuned, report = tune()
     again, same = tune()

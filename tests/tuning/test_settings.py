@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,19 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import sdgraph
-from sdgraph.cli.configuration import read
-from sdgraph.errors import SpecError, TuningError
+from sdgraph.cli.configuration import Configuration, known, read
+from sdgraph.errors import ExtraError, SpecError, TuningError
 from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.schedules import Uniform
-from sdgraph.tuning import Guidance, Output, Settings, Tensors
+from sdgraph.tuning import Batches, Denoising, Features, Guidance, Noising, Output, Samples, Settings, Tensors
+from sdgraph.tuning.noising import PREDICTIONS
 from sdgraph.tuning.state import State
 
 from ..models import CROSS
@@ -67,6 +72,7 @@ def factors(value: Any) -> bool:
 # What is right on a CPU, by field, in words of its own.
 RIGHT: dict[str, Callable[[Any], bool]] = {
     "max_train_steps": count,
+    "num_train_epochs": lambda v: v is None or count(v),
     "train_batch_size": count,
     "gradient_accumulation_steps": count,
     "gradient_checkpointing": switch,
@@ -81,11 +87,14 @@ RIGHT: dict[str, Callable[[Any], bool]] = {
     "adam_beta2": decay,
     "adam_weight_decay": not_negative,
     "adam_epsilon": positive,
+    "use_8bit_adam": lambda v: v is False,  # without CUDA
     "max_grad_norm": not_negative,
     "mixed_precision": lambda v: v is None or (isinstance(v, str) and v == "no"),
     "use_ema": switch,
     "ema_decay": decay,
     "proportion_empty_prompts": lambda v: v is None or decay(v),
+    "snr_gamma": lambda v: v is None or positive(v),
+    "noise_offset": not_negative,
     "random_conditioning": switch,
     "timestep_intervals": count,
     "guidance_pairs": switch,
@@ -106,7 +115,8 @@ READER = {
 @pytest.mark.parametrize("name", [field.name for field in fields(Settings)])
 def test_values_of_any_kind_are_right_or_refused_by_the_name_of_the_setting(name: str) -> None:
     for value in ANYTHING:
-        options = {"max_train_steps": 2**65, "report_to": "none", name: value}
+        length = {} if name == "num_train_epochs" and count(value) else {"max_train_steps": 2**65}
+        options = {**length, "report_to": "none", name: value}
         if name in READER:
             options["lr_scheduler"] = READER[name]
         if RIGHT[name](value):
@@ -162,6 +172,8 @@ def test_right_settings_run(tune: Tune, tmp_path_factory: pytest.TempPathFactory
         "use_ema": st.booleans(),
         "ema_decay": st.floats(0, 0.999),
         "proportion_empty_prompts": st.none() | st.floats(0, 0.99),
+        "snr_gamma": st.none() | st.floats(0.1, 20),
+        "noise_offset": st.floats(0, 0.2),
         "random_conditioning": st.booleans(),
         "timestep_intervals": st.integers(1, 4),
         "seed": st.integers(0, 2**63 - 1),
@@ -261,7 +273,164 @@ def test_schedules_that_would_leave_something_unread_are_refused(options: dict[s
     assert error.value.where == where
 
 
+# -- the length of a run -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 50), st.integers(1, 7), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+def test_epochs_are_the_steps_that_diffusers_scripts_count(
+    rows: int, batch: int, processes: int, parts: int, epochs: int
+) -> None:
+    of_a_process = math.ceil(math.ceil(rows / batch) / processes)  # as train_text_to_image.py has it
+    expected = epochs * math.ceil(of_a_process / parts)
+    settings = Settings(num_train_epochs=epochs)
+    assert settings.counted(rows, batch * processes * parts).max_train_steps == expected
+    assert Settings(expected).counted(rows, 1) == Settings(expected)
+
+
+def test_epochs_read_all_rows_and_go_on_as_steps(tune: Tune, data: Tensors) -> None:
+    read: list[int] = []
+
+    class Counted(Tensors):
+        def samples(self, rows: Any, generators: Any) -> Any:
+            read.extend(rows)
+            return super().samples(rows, generators)
+
+    counted = Counted(data._latents, data._conditions, data._empty)
+    _, report = tune(data=counted, steps=None, num_train_epochs=2, losses=(Output(),))
+    assert len(report.rows) == 2 * 3  # of ten rows, four at a time
+    assert set(read) == set(range(10))
+    assert len(tune(data=counted, steps=7, losses=(Output(),))[1].rows) == 7
+    _, pairs = tune(steps=None, num_train_epochs=1, guidance_pairs=True, losses=(Output(),), out=report.out / "pairs")
+    assert len(pairs.rows) == 5  # two of ten rows at a time
+
+
+def test_a_run_has_one_length() -> None:
+    for options in ({}, {"max_train_steps": 3, "num_train_epochs": 1}):
+        with pytest.raises(TuningError) as error:
+            Settings(**options)
+        assert error.value.where == ("num_train_epochs" if options else "max_train_steps")
+    with pytest.raises(TuningError, match="leaves 'polynomial' no step"):
+        Settings(num_train_epochs=1, lr_scheduler="polynomial", lr_warmup_steps=3).counted(9, 3)
+
+
 # -- what single settings mean -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weighs_timesteps_as_diffusers_scripts_do(prediction: str) -> None:
+    scheduler = DDPMScheduler(prediction_type=prediction)
+    timesteps = torch.tensor([0, 10, 300, 700, 999])
+    snr = compute_snr(scheduler, timesteps)
+    limited = torch.stack([snr, 5.0 * torch.ones_like(timesteps)], dim=1).min(dim=1)[0]
+    expected = limited / snr if prediction == "epsilon" else limited / (snr + 1)
+    torch.testing.assert_close(Noising.of(scheduler).min_snr(timesteps, 5.0), expected, rtol=1e-4, atol=0)
+
+
+def test_min_snr_is_finite_where_there_is_no_signal() -> None:
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
+    for prediction in PREDICTIONS:
+        noising = Noising(torch.cat([scheduler.alphas_cumprod[:-1], torch.zeros(1)]), prediction)
+        assert torch.isfinite(noising.min_snr(torch.arange(1000), 5.0)).all()
+
+
+def test_snr_gamma_is_that_of_all_losses_that_leave_it_out(tune: Tune, tmp_path: Path) -> None:
+    runs = [
+        tune(steps=2, out=tmp_path / str(number), losses=losses, snr_gamma=gamma)[1]
+        for number, (losses, gamma) in enumerate([
+            ((Output(), Denoising(snr_gamma=2)), 5),
+            ((Output(snr_gamma=5), Denoising(snr_gamma=2)), None),
+            ((Output(), Denoising(snr_gamma=2)), None),
+        ])
+    ]  # fmt: skip
+    found = [list(run.column("loss")) for run in runs]
+    assert found[0] == found[1] != found[2]
+    assert "Output(snr_gamma=5" in json.loads((tmp_path / "0" / "tuning.json").read_text())["losses"]
+    with pytest.raises(TuningError, match="no loss takes it") as error:
+        tune(losses=(Features("stage"), Output(snr_gamma=5)), snr_gamma=5, out=tmp_path / "none")
+    assert error.value.where == "snr_gamma"
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_offset_of_the_noise_is_one_number_per_sample_and_channel(data: Tensors) -> None:
+    noising, rows = Noising.of(DDPMScheduler()), range(8)
+    plain, offset = (Batches(data, noising, 8, noise_offset=o).batch(3, rows) for o in (0.0, 0.1))
+    assert plain.noise is not None
+    assert offset.noise is not None
+    added = (offset.noise - plain.noise) / 0.1
+    torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added), rtol=0, atol=1e-5)
+    assert 0.5 < float(added[:, :, 0, 0].std()) < 1.5
+    assert len(added[:, :, 0, 0].unique()) == 32
+    torch.testing.assert_close(offset.noisy, noising.noised(offset.clean, offset.noise, offset.timesteps))
+    assert torch.equal(Batches(data, noising, 8, noise_offset=0.1).batch(3, [5]).noisy[0], offset.noisy[5])
+
+
+def test_trajectories_have_no_noise_that_could_have_an_offset(tune: Tune, data: Tensors, tmp_path: Path) -> None:
+    class Trajectories(Tensors):
+        def samples(self, rows: Any, generators: Any) -> Samples:
+            latents = super().samples(rows, generators).latents
+            return Samples(latents, latents, torch.zeros(len(rows), dtype=torch.int64))
+
+    with pytest.raises(TuningError, match="no noise is added") as error:
+        tune(data=Trajectories(data._latents, data._conditions, data._empty), noise_offset=0.1, out=tmp_path / "none")
+    assert error.value.where == "noise_offset"
+    assert not (tmp_path / "none").exists()
+
+
+class EightBit(torch.optim.AdamW):
+    """AdamW as bitsandbytes has it: its state in further dicts, and with numbers of 8 bits."""
+
+    def __init__(self, params: Any, lr: float, betas: Any, weight_decay: float, eps: float) -> None:
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for parameter, entry in self.state.items():
+            entry["state1"] = (entry["exp_avg"] * 100).to(torch.uint8).reshape(parameter.shape)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = super().state_dict()
+        state = {
+            number: {"step": entry["step"], "wrapped": {name: entry[name] for name in entry if name != "step"}}
+            for number, entry in kept["state"].items()
+        }
+        return kept | {"state": state}
+
+
+def test_the_optimizer_in_8_bits_is_that_of_bitsandbytes_and_resumes(
+    tune: Tune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(TuningError, match="use_8bit_adam needs CUDA"):
+        tune(use_8bit_adam=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ExtraError, match="8bit"):
+        Settings.of({"max_train_steps": 1, "report_to": "none", "use_8bit_adam": True})
+    monkeypatch.undo()
+    package = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=EightBit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    monkeypatch.setattr("sdgraph.tuning.settings._check_8bit", lambda: None)
+    settings = {"use_8bit_adam": True, "losses": (Output(),), "adam_beta1": 0.5}
+    whole, _ = tune(steps=4, out=tmp_path / "whole", **settings)
+    tune(steps=2, out=tmp_path / "parts", **settings)
+    assert equal(tensors(whole), tensors(tune(steps=4, out=tmp_path / "parts", **settings)[0]))
+    kept = safetensors.torch.load_file(tmp_path / "parts" / "checkpoint-4" / "optimizer.safetensors")
+    assert kept["0.state1"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", ["push_to_hub", "hub_token", "hub_model_id"])
+def test_nothing_is_published_by_a_setting(name: str) -> None:
+    with pytest.raises(TuningError, match=f"no option '{name}'(.|\n)*hf upload"):
+        Settings.of({"max_train_steps": 1, name: True})
+
+
+def test_every_setting_has_values_a_default_and_a_meaning() -> None:
+    settings = {setting.name: setting for setting in known()}
+    assert settings.keys() == {field.name for owner in (Configuration, Settings) for field in fields(owner)}
+    assert all(setting.values and setting.meaning.endswith(".") for setting in settings.values())
+    assert settings["learning_rate"][1:3] == ("a finite number above 0", "1e-05")
+    assert [name for name in settings if not settings[name].default] == ["pretrained_model_name_or_path", "output_dir"]
 
 
 def test_a_norm_of_zero_clips_nothing(tune: Tune, tmp_path: Path) -> None:
@@ -392,7 +561,10 @@ def test_the_learning_rate_waits_where_fp16_leaves_a_step_out() -> None:
         ("lr_schedular = 'cosine'", "did you mean 'lr_scheduler'"),
         ("report_to = 'wandb'", "not installed"),
         ("mixed_precision = 'fp16'", "does not train in"),
-        ("snr_gamma = 5.0", "did you mean|it is an option of the losses"),
+        ("snr_gamma = 0.0", r"snr_gamma is 0\.0"),
+        ("push_to_hub = true", "hf upload"),
+        ("center_crop = true", "center_crop is about images"),
+        ("num_train_epochs = 2", "leave one of them out"),
         ("resolution = 0", "resolution is 0"),
         ("passes = [3]", r"passes is \[3\]"),
         ("guidance_scale = -1.0", "guidance_scale is -1.0"),

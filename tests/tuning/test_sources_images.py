@@ -236,6 +236,61 @@ def test_an_image_that_ends_early_is_named(photos: Path, tmp_path: Path, pipe: A
         Images(cut, pipe, resolution=16, cache=tmp_path / "cache")
 
 
+def test_broken_images_are_left_out_on_request(
+    photos: Path, tmp_path: Path, pipe: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = write_photos(tmp_path / "broken")
+    (broken / "1.png").write_bytes(b"nothing")
+    (broken / "3.png").write_bytes((broken / "3.png").read_bytes()[:900])
+    (broken / "4.png").unlink()
+    whole = Images(photos, pipe, resolution=16)
+    for cache in (None, tmp_path / "cache"):
+        caplog.clear()
+        images = Images(broken, pipe, resolution=16, cache=cache, skip_broken=True)
+        assert "3 of 5 images cannot be read, and are left out\n    1.png: it is no image" in caplog.text
+        assert "\n    3.png: " in caplog.text
+        assert "\n    4.png: it is no file" in caplog.text
+        assert list(images.contents.rows) == [whole.contents.rows[row] for row in (0, 2)]
+        for mine, its in ((0, 0), (1, 2)):
+            expected = whole.samples([its], draws([its])).latents
+            torch.testing.assert_close(images.samples([mine], draws([its])).latents, expected)
+    for name in ("0.png", "2.png"):
+        (broken / name).unlink()
+    with pytest.raises(TuningError, match="5 of 5 images cannot be read"):
+        Images(broken, pipe, resolution=16, skip_broken=True)
+
+
+def test_a_new_or_changed_image_costs_one_encoding(tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, cache = write_photos(tmp_path / "photos"), tmp_path / "cache"
+    encoded: list[str] = []
+
+    def counted(self: Images, rows: list[int]) -> dict[str, Tensor]:
+        encoded.extend(self._images[row].path.name for row in rows)
+        return plain(self, rows)
+
+    plain = Images._encoded
+    monkeypatch.setattr(Images, "_encoded", counted)
+
+    def read() -> list[str]:
+        encoded.clear()
+        Images(folder, pipe, resolution=16, center_crop=True, cache=cache)
+        return sorted(encoded)
+
+    assert len(read()) == 5
+    assert read() == []
+    table = folder / "metadata.jsonl"
+    Image.new("RGB", (16, 16), "red").save(folder / "new.png")
+    table.write_text(table.read_text() + '{"file_name": "new.png", "text": "red"}\n')
+    assert read() == ["new.png"]
+    (folder / "1.png").write_bytes((folder / "3.png").read_bytes())
+    assert read() == ["1.png"]
+    table.write_text(table.read_text().replace('"red"', '"crimson"'))
+    assert read() == ["new.png"]  # its caption is encoded as well
+    (folder / "0.png").rename(folder / "zero.png")
+    table.write_text(table.read_text().replace("0.png", "zero.png"))
+    assert read() == []
+
+
 def test_a_vae_that_overflows_is_told(photos: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     images = Images(photos, pipe, resolution=16)
     monkeypatch.setattr(pipe.vae.quant_conv.bias, "data", torch.full_like(pipe.vae.quant_conv.bias, torch.nan))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
 import sdgraph
@@ -27,9 +31,11 @@ from sdgraph.tuning import (
     Samples,
     Similarity,
     Tensors,
+    TuningReport,
     Wavelet,
 )
 from sdgraph.tuning.losses import Comparison
+from sdgraph.tuning.tune import _record
 
 from ..models import CROSS, build, call_of
 from .conftest import Tune, equal, tensors
@@ -216,6 +222,49 @@ def test_figures_reach_tensorboard(tune: Tune, tmp_path: Path) -> None:
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_a_validation_reach_tensorboard(tune: Tune, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8))
+    found = {"sheet": image, "grey": image.convert("L"), "psnr": 3.0}
+    tune(report_to="tensorboard", steps=2, validation_steps=1, validate=lambda unet, step: found)
+    (folder,) = {path.parent for path in (tmp_path / "run" / "logs").rglob("events*") if path.parent.name == "logs"}
+    events = EventAccumulator(str(folder), {"images": 0}).Reload()
+    assert set(events.Tags()["images"]) == {"sheet", "grey"}
+    seen = events.Images("sheet")
+    assert [one.step for one in seen] == [1, 2]
+    shown = Image.open(io.BytesIO(seen[0].encoded_image_string))
+    assert np.array_equal(np.asarray(shown), np.asarray(image))
+
+
+@pytest.mark.parametrize(("name", "listed"), [("wandb", True), ("swanlab", True), ("aim", False), ("clearml", False)])
+def test_images_reach_trackers_in_the_form_that_accelerate_takes(name: str, listed: bool, tmp_path: Path) -> None:
+    class Tracker:
+        seen: dict[str, Any] | None = None
+
+        def log_images(self, images: dict[str, Any], step: int) -> None:
+            self.seen = images
+
+    image, tracker, plain = Image.new("RGB", (2, 2)), Tracker(), types.SimpleNamespace(name="trackio")
+    tracker.name = name  # type: ignore[attr-defined]
+    accelerator = types.SimpleNamespace(trackers=[tracker, plain], log=lambda *_: None, wait_for_everyone=lambda: None)
+    _record({"sheet": image}, 3, tmp_path, accelerator)
+    assert tracker.seen == {"sheet": [image] if listed else image}
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, "3"), (4, "2.5"), (99, "1.02"), (100, "2 -> 1"), (300, "2 -> 1")])
+def test_a_report_has_two_means_only_of_steps_that_differ(count: int, expected: str) -> None:
+    losses = [3.0, 3.0, 2.0, 2.0][:count] if count < 5 else [2.0] * 50 + [1.0] * (count - 50)
+    if count == 99:
+        losses = [2.0, 2.0] + [1.0] * 97
+    rows = tuple((float(i + 1), float(i), 0.1, 1.0, loss) for i, loss in enumerate(losses))
+    text = str(TuningReport(Path("run"), ("step", "seconds", "learning_rate", "gradient_norm", "loss"), rows))
+    assert text.splitlines()[-1].split("loss")[1].strip() == expected
+    means = "means of its first and last 50 steps" if count >= 100 else "mean of all steps"
+    assert text.splitlines()[1].strip() == f"{means}:"
+    assert text.startswith(f"{count} step{'s' * (count > 1)} in")
 
 
 def test_models_that_do_not_fit_are_refused(

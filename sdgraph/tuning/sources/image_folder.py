@@ -256,9 +256,7 @@ class _UnshownError(Exception):
     """An image cannot be read, or is of a kind that viewers show differently. Its text says why."""
 
 
-def _sizes(
-    folder: Path, paths: Sequence[Path], decode: bool, skip_broken: bool = False
-) -> dict[Path, tuple[int, int]]:
+def _sizes(folder: Path, paths: Sequence[Path], decode: bool, skip_broken: bool = False) -> dict[Path, tuple[int, int]]:
     """Return the heights and widths of images, which are read at the same time.
 
     Raises:
