@@ -44,9 +44,11 @@ class Spec:
 
     Class attributes:
         refusal: the class of the error about a wrong option.
+        has_text: whether every option must have a text, so that the spec can be saved.
     """
 
     refusal: ClassVar[type[SdgraphError]] = SpecError
+    has_text: ClassVar[bool] = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -58,6 +60,15 @@ class Spec:
 
     def __post_init__(self) -> None:
         check(self, self.refusal, type(self).__name__)
+        if self.has_text:
+            for field in dataclasses.fields(self):
+                if field.init and not _has_text(value := getattr(self, field.name)):
+                    raise self.refusal(
+                        f"{field.name} is {type(value).__name__}, which has no text to be saved and printed as",
+                        where=type(self).__name__,
+                        hint="options are numbers, text, None, tuples, lists and dicts of these, and other specs; a "
+                        "function is best a method of the class, and a tensor the file that holds it",
+                    )
         if not _ours(type(self)):
             _check_name(type(self).__name__, _ours)
 
@@ -90,6 +101,15 @@ def _after_check(own: Callable[[Any], None]) -> Callable[[Any], None]:
         own(self)
 
     return post_init
+
+
+def _has_text(value: Any) -> bool:
+    """Whether the text of an option is a literal, or the call of a spec."""
+    if isinstance(value, tuple | list | set):
+        return all(map(_has_text, value))
+    if isinstance(value, dict):
+        return all(_has_text(part) for pair in value.items() for part in pair)
+    return value is None or isinstance(value, Spec | str | bytes | bool | int | float | complex)
 
 
 def _text(value: Any) -> str:

@@ -227,3 +227,23 @@ def test_the_command_line_imports_passes(
     assert "FoldThere.run" in capsys.readouterr().err  # found, and run
     assert main([*export, "--import", "folds_nowhere"]) != 0
     assert "cannot import folds_nowhere" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Holds(Pass):
+    """A pass with an option of any kind."""
+
+    option: Any = None
+
+
+@pytest.mark.parametrize("option", [None, 3, 0.5, "a", (1, (2, "b")), {"a": (1, None)}, Uniform(3), (Uniform(2),)])
+def test_an_option_that_has_a_text_is_accepted(option: Any) -> None:
+    assert parse(str(Holds(option))) == (Holds(option),)
+
+
+@pytest.mark.parametrize(
+    "option", [len, object(), ({"a": [print]},), range(3), Path("x")], ids=lambda o: type(o).__name__
+)
+def test_an_option_that_cannot_be_saved_is_refused_when_the_pass_is_made(option: Any) -> None:
+    with pytest.raises(SpecError, match=r"option is .*, which has no text(.*\n)*.*Holds"):
+        Holds(option)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
@@ -48,6 +48,8 @@ class Loss(Spec):
         weight: the factor of the term in the sum.
         until: the share of the run at whose end the weight has fallen to zero, linearly; None keeps it.
     """
+
+    has_text: ClassVar[bool] = False  # a loss may hold a model, such as a decoder
 
     weight: Positive = field(default=1.0, kw_only=True)
     until: Annotated[float, Bounds(gt=0, le=1)] | None = field(default=None, kw_only=True)
