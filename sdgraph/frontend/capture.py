@@ -17,11 +17,11 @@ from ..ir.dims import Dims, Symbol
 from ..ir.inputs import Dim, Input, example_of
 from ..ir.interception import tracing
 from ..ir.tracer import Tracer
-from ..ir.weights import Weights, skeleton
+from ..ir.weights import Scale, Weights, skeleton
 from ..options import checked
 from .call import unflatten
 from .signature import call_guards, config_of, free_sizes, unet_inputs
-from .source import check_source
+from .source import SCALED, check_source, numbers_of
 
 CONTAINERS = (dict, list, set, OrderedDict)
 SYMBOLS = (Symbol("B", 1, 5), Symbol("H", 64, 101), Symbol("W", 64, 149), Symbol("L", 77, 31))
@@ -102,10 +102,31 @@ def _capture_unet(unet: UNet2DConditionModel, inputs: Collection[str], divisible
     def call(**flat: Any) -> Any:
         return type(unet).forward(unet, **unflatten(flat, graph.inputs), return_dict=False)[0]
 
-    with _unchanged(unet):
+    with _scales_as_leaves(unet), _unchanged(unet):
         _capture(graph, call, unet)
     graph.source = skeleton(unet, graph.weights)
     return graph
+
+
+@contextlib.contextmanager
+def _scales_as_leaves(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Trace the scales of IP-Adapters as leaves whose numbers may be set later, also where they are 0."""
+    leaves = {
+        path: nn.ModuleList(map(Scale, numbers_of(processor, processor.scale, path)))
+        for path, processor in unet.attn_processors.items()
+        if type(processor) in SCALED
+    }
+    processors = unet.attn_processors
+    held = [vars(processors[path]) for path in leaves]
+    scales = [own.pop("scale") for own in held]
+    try:
+        for own, leaf in zip(held, leaves.values(), strict=True):
+            own["_modules"]["scale"] = leaf
+        yield
+    finally:
+        for own, scale in zip(held, scales, strict=True):
+            own["_modules"].pop("scale", None)
+            own["scale"] = scale
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from ..errors import SourceError
 from ..ir.state import GraphState
+from ..ir.weights import HOOKS, own_code
 
 # Processors of diffusers that are pure functions of their tensors; others may keep state between calls.
 PURE_PROCESSORS: tuple[type, ...] = tuple(
@@ -30,11 +33,11 @@ PURE_PROCESSORS: tuple[type, ...] = tuple(
     if hasattr(processors, name)
 )
 
+SCALED = tuple(kind for kind in PURE_PROCESSORS if kind.__name__.startswith("IPAdapter"))  # by numbers, see numbers_of
 
 DEFAULTS = ("AttnProcessor2_0", "AttnAddedKVProcessor2_0")  # the processors of a new UNet
 FREEU = ("s1", "s2", "b1", "b2")
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EVERYWHERE = tuple(f"_global{name}" for name in HOOKS)
 REMOVED_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}  # functions, by class of hook
 QUANTISED = ("torch.ao.", "torchao.", "bitsandbytes.", "optimum.quanto.", "quanto.", "diffusers.quantizers.")
@@ -173,9 +176,7 @@ def _faults(module: nn.Module) -> Iterator[tuple[str, str]]:
             "such as convolutions and linear layers, but no longer calls blocks",
         )
     for name, value in vars(module).items():
-        replaced = getattr(kind, name, None)
-        own = getattr(value, "__self__", None) is module and value.__func__ is replaced
-        if callable(value) and callable(replaced) and not isinstance(replaced, type) and not own:
+        if callable(value) and own_code(module, name, value):
             yield (
                 f"the module has a replaced {name}, which a trace would freeze or lose",
                 f"take it away (DeepCache's disable(), tomesd.remove_patch ..., or `del module.{name}`); to keep what "
@@ -199,6 +200,31 @@ def _faults(module: nn.Module) -> Iterator[tuple[str, str]]:
             "LoRA is loaded but not fused",
             "call pipe.fuse_lora(lora_scale=...) first, or pipe.unload_lora_weights() and load it into the result",
         )
+
+
+def numbers_of(processor: Any, scales: Any, where: str) -> list[float]:
+    """Return the scales of the IP-Adapters in an attention processor, one number for each.
+
+    Args:
+        processor: an attention processor of diffusers for IP-Adapters.
+        scales: what it has for its scales.
+        where: its module path.
+    Raises:
+        SourceError: they are not one number for each IP-Adapter.
+    """
+    given = list(scales) if isinstance(scales, list | tuple) else []
+    off = [isinstance(scale, list) and all(each == 0 for each in scale) for scale in given]  # as diffusers has it
+    single = [
+        isinstance(scale, numbers.Real) or (isinstance(scale, torch.Tensor) and scale.dim() == 0) for scale in given
+    ]
+    if len(given) != len(processor.to_k_ip) or not all(map(operator.or_, off, single)):
+        raise SourceError(
+            f"the scales of {len(processor.to_k_ip)} IP-Adapters are {scales!r}",
+            where=where,
+            hint="one number for each, as pipe.set_ip_adapter_scale sets; a number for each image needs masks, which "
+            "are not covered",
+        )
+    return [0.0 if none else float(scale) for none, scale in zip(off, given, strict=True)]
 
 
 def settings_of(unet: UNet2DConditionModel | None) -> dict[str, Any]:

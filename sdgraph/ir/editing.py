@@ -24,7 +24,7 @@ from .sites import Site, bypass, sites
 from .specialize import copy_nodes
 from .state import GraphState
 from .taking import take_weights
-from .weights import Shares, alteration, described, kind
+from .weights import Scale, Shares, alteration, described, kind
 
 
 class EditableGraph(GraphState):
@@ -377,7 +377,7 @@ class EditableGraph(GraphState):
         for path in weights_read(node for node in self.fx.nodes if node.op == "call_module"):
             module = self.module(path)
             what = alteration(module)
-            if not what and not type(module).__module__.startswith("torch.nn.modules."):
+            if not what and not type(module).__module__.startswith("torch.nn.modules.") and type(module) is not Scale:
                 what = f"the class {type(module).__name__}"
             if what:
                 raise ModeError(

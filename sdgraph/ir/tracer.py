@@ -28,9 +28,10 @@ from .guards import Guard
 from .nodes import residual_like, values
 from .proxies import OpaqueProxy, ProxyTracer, SizeProxy, TensorProxy
 from .state import GraphState
-from .weights import Shares
+from .weights import Scale, Shares
 
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 READS = {"item", "tolist", "numpy"}
 OWN_MODULES = (__name__, proxies.__name__, branches.__name__)
 
@@ -38,7 +39,7 @@ OWN_MODULES = (__name__, proxies.__name__, branches.__name__)
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is a leaf of the graph, as PyTorch's own are; the code of any other module is traced."""
     ours = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
-    return ours and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    return isinstance(module, Scale) or (ours and not isinstance(module, CONTAINERS))
 
 
 @dataclass

@@ -191,6 +191,24 @@ class Weights(Branch):
         _drop_unused(self, "", paths)
 
 
+class Scale(nn.Module):
+    """A leaf that multiplies by a number which may be set between calls, as the scales of IP-Adapters are.
+
+    Args:
+        value: the number.
+    """
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.value * x
+
+    def __mul__(self, x: torch.Tensor) -> Any:
+        return self(x)  # diffusers' code multiplies by it as by a number
+
+
 def described(held: nn.Module | torch.Tensor) -> str:
     """Return what a leaf module or a tensor is, without its values: its class and options, or its shape and dtype."""
     return repr(held) if isinstance(held, nn.Module) else f"a tensor {tuple(held.shape)} of {held.dtype}"

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from diffusers.loaders import peft as loaders
+from diffusers.loaders import ip_adapter, peft
+from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
@@ -85,9 +86,7 @@ class LoraLayers(DropIn):
 
     @contextmanager
     def _adapting(self) -> Iterator[None]:
-        # diffusers finds the blocks of a UNet by the name of its class.
-        scales = loaders._SET_ADAPTER_SCALE_FN_MAPPING
-        scales.setdefault(type(self).__name__, scales["UNet2DConditionModel"])
+        peft._SET_ADAPTER_SCALE_FN_MAPPING[type(self).__name__] = _scales_by_block  # diffusers looks it up so
         try:
             yield
         finally:
@@ -124,6 +123,15 @@ class LoraLayers(DropIn):
         )
 
 
+def _scales_by_block(unet: Any, scales: Any, **options: Any) -> Any:
+    """Return scales by block as diffusers does, with the blocks of the source: a pass may have removed some of them."""
+    source = unet.graph.source if isinstance(unet, DropIn) else None
+    return _maybe_expand_lora_scales(unet if source is None else source, scales, **options)
+
+
+ip_adapter._maybe_expand_lora_scales = _scales_by_block  # pipelines call it there with their UNet
+
+
 def _adapting(name: str) -> Any:
     """Return diffusers' method of that name, followed by what a graph needs after its leaves have changed."""
     inherited = getattr(UNet2DConditionModel, name)
@@ -132,16 +140,7 @@ def _adapting(name: str) -> Any:
         with self._adapting():
             if name == "fuse_lora":
                 self._take_weights()  # it edits them in place, and the source shares them
-            try:
-                result = inherited(self, *args, **kwargs)
-            except ValueError as error:
-                if name != "set_adapters" or not self.graph.removed:
-                    raise
-                raise ModeError(
-                    f"diffusers finds no blocks for these scales in a UNet whose blocks were removed: {error}",
-                    where="set_adapters",
-                    hint="give one number for each adapter",
-                ) from error
+            result = inherited(self, *args, **kwargs)
             if name == "add_adapter":
                 self._check_adapters([kwargs.get("adapter_name", args[1] if len(args) > 1 else "default")])
             return result

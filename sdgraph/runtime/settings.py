@@ -1,6 +1,7 @@
 """Settings of a UNet that change its computation: attention processors, fused projections, FreeU, IP-Adapters.
 
-They are made on the graph's source, and the graph is traced anew (`retrace`).
+They are made on the graph's source, and the graph is traced anew (`retrace`); only the scales of IP-Adapters are read at
+every call.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from diffusers.models.embeddings import ImageProjection
 from diffusers.models.modeling_utils import _LOW_CPU_MEM_USAGE_DEFAULT
 from torch import nn
 
+from ..frontend.source import SCALED, numbers_of
 from ..graph import Graph
 from ..ir.weights import Branch
 from .dropin import DropIn
@@ -116,27 +118,49 @@ class SourceSettings(DropIn):
         with torch.random.fork_rng(devices=(), enabled=low_cpu_mem_usage):
             self._change(lambda source: source._load_ip_adapter_weights(state_dicts, low_cpu_mem_usage=False))
 
-    def take_scales(self) -> None:
-        """Remember the scales of IP-Adapters, which pipelines set in the attention processors."""
-        if any(hasattr(value, "scale") for value in self.attn_processors.values()):
-            self._graph.source = copy.deepcopy(self._graph.source)  # other graphs have scales of their own
-        self._scales = self._scales_now()
+    def take_processors(self) -> None:
+        """Remember what is set in the attention processors, such as the scales of IP-Adapters."""
+        if any(_settings(path, value) for path, value in self.attn_processors.items()):
+            self._graph.source = copy.deepcopy(self._graph.source)  # other graphs have settings of their own
+        self._adjustable = {path: value for path, value in self.attn_processors.items() if _settings(path, value)}
+        self._adjusted = self._settings_now()
 
-    def _scales_now(self) -> dict[str, list[float]]:
-        return {path: list(p.scale) for path, p in self.attn_processors.items() if hasattr(p, "scale")}
+    def _settings_now(self) -> dict[str, dict[str, Any]]:
+        return {path: _settings(path, processor) for path, processor in self._adjustable.items()}
 
-    def follow_scales(self) -> None:
-        """Trace the graph anew if the scale of an IP-Adapter was set since the last call."""
-        if not self._scales or self._scales == (wanted := self._scales_now()):
+    def follow_processors(self) -> None:
+        """Take over what was set in attention processors since the last call.
+
+        The graph reads the scales of IP-Adapters at every call. For any other attribute it is traced anew.
+        """
+        if not self._adjustable or self._adjusted == (wanted := self._settings_now()):
             return
-        _set_scales(self._graph.source, self._scales)
-        self._change(lambda source: _set_scales(source, wanted))
+        for path in (path for path, processor in self._adjustable.items() if type(processor) in SCALED):
+            scales = self._adjusted[path]["scale"] = wanted[path]["scale"]
+            for i, scale in enumerate(scales):
+                leaf = self._graph.weights.get(f"{path}.scale.{i}")
+                if leaf is not None:  # or a pass has taken it out
+                    leaf.value = scale
+        if self._adjusted != wanted:
+            _set(self._graph.source, self._adjusted)
+            self._change(lambda source: _set(source, wanted))
 
 
-def _set_scales(source: UNet2DConditionModel, scales: Mapping[str, list[float]]) -> None:
+def _settings(path: str, processor: Any) -> dict[str, Any]:
+    """Return what can be set in an attention processor: its attributes that are numbers or words, and its scales."""
+    own = vars(processor) if hasattr(processor, "__dict__") else {}
+    settings = {
+        name: value
+        for name, value in own.items()
+        if isinstance(value, bool | int | float | str) and name != "training" and not name.startswith("_")
+    }
+    return settings | ({"scale": numbers_of(processor, processor.scale, path)} if type(processor) in SCALED else {})
+
+
+def _set(source: UNet2DConditionModel, settings: Mapping[str, Mapping[str, Any]]) -> None:
     for path, processor in source.attn_processors.items():
-        if path in scales:
-            processor.scale = list(scales[path])
+        for name, value in copy.deepcopy(settings.get(path, {})).items():
+            setattr(processor, name, value)
 
 
 class _ImageProjection(Branch, ImageProjection):  # type: ignore[misc]

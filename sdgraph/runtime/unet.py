@@ -71,7 +71,7 @@ class GraphUNet(SourceSettings, LoraLayers):
     def hold(self, graph: Graph) -> None:
         """Run this graph from now on. It belongs to this module."""
         self._graph = graph
-        self.take_scales()
+        self.take_processors()
         graph.frozen = True
         graph.forget_removed_modules()  # or the weights that pruning takes out would stay in memory
         passes = {PASSES: plain_passes(graph.passes)} if graph.passes else {}
@@ -97,13 +97,13 @@ class GraphUNet(SourceSettings, LoraLayers):
 
     @property
     def graph(self) -> Graph:
-        """The graph that runs. If the scale of an IP-Adapter was set since the last call, it is traced anew here."""
-        self.follow_scales()
+        """The graph that runs. What was set in attention processors since the last call is taken over here."""
+        self.follow_processors()
         self._look()
         return self._graph
 
     def call_inputs(self) -> Sequence[Input]:
-        self.follow_scales()
+        self.follow_processors()
         return self._inputs
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ..graph import Graph
 from ..ir.liveness import ancestors
 from ..ir.nodes import weights_read
 from ..ir.sites import sites
-from ..ir.weights import HOOKS, Branch, own_code
+from ..ir.weights import HOOKS, Branch, Scale, own_code
 
 SAMPLE = 4  # numbers of a matrix or kernel that are compared where not all are
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -64,7 +64,8 @@ class Watch:
         """Return whether the leaves compute what they did when this was asked last, apart from their weights."""
         if self._code is not None and self._code.same():
             return True
-        self._code = _Code(self._modules(self._read))
+        read = self._modules(self._read)
+        self._code = _Code(module for module in read if not isinstance(module, Scale))  # a compiler reads the number
         return False
 
     def weights(self, reads: bool) -> object:

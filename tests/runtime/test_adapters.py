@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders import IPAdapterMixin
+from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import sdgraph
 from sdgraph import GraphUNet
-from sdgraph.errors import ModeError
+from sdgraph.errors import ModeError, SourceError
+from sdgraph.frontend.capture import capture
 
 from ..models import INHERITING, answer, assert_same, build, call_of, load_ip_adapter
 from ..pipelines import PIPELINES, PROMPT, SIZE, make, noise, plain
@@ -50,6 +53,137 @@ def test_image_prompts_are_loaded_scaled_and_unloaded() -> None:
     assert torch.equal(scaled, make(pipes[1], prompted))
     pipes[1].unload_ip_adapter()
     assert torch.equal(before, make(pipes[1], call))
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows by one with every trace that a change of settings needs."""
+    seen: list[Any] = []
+    monkeypatch.setattr("sdgraph.runtime.retrace.capture", lambda *args: seen.append(args) or capture(*args))
+    return seen
+
+
+def set_scales(unet: Any, scale: Any) -> None:
+    """What `pipe.set_ip_adapter_scale` does."""
+    pipe: Any = IPAdapterMixin()
+    pipe.unet = unet
+    pipe.set_ip_adapter_scale(scale)
+
+
+SCALES: list[Any] = [0.3, 0, 1.0, {"up": {"block_0": [0.0, 0.7]}}, -0.4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("passes", "dtype"),
+    [
+        ("", torch.bfloat16),
+        ("CleanUp, HoistInvariants", torch.float32),
+        ("HoistInvariants, " + INHERITING, torch.float32),
+    ],
+    ids=str,
+)
+def test_scales_of_image_prompts_are_read_at_every_call(passes: str, dtype: torch.dtype, traces: list[Any]) -> None:
+    unet = load_ip_adapter(build(), "base", scale=0.0).to(dtype)
+    graph = sdgraph.apply(unet, passes, verify=False)
+    call = {**call_of(unet), "added_cond_kwargs": {"image_embeds": [noise(2, 1, 14, seed=6).to(dtype)]}}
+    seen, kept = [], None
+    with torch.no_grad(), graph.expecting(len(SCALES)):  # within one generation: nothing that is kept is stale
+        for number, scale in enumerate(SCALES):
+            for model in (unet, graph):
+                set_scales(model, scale)
+            call["timestep"] = 900 - 100 * number
+            seen.append(answer(unet, call))
+            assert torch.equal(seen[-1], answer(graph, call)), scale
+            if passes.endswith("HoistInvariants"):  # the keys of the images do not depend on the scale
+                keys = [id(value) for g in graph.generations._known.values() for (_, value), *_ in g.values.values()]
+                assert number + 1 == len(SCALES) or (keys and kept in (None, keys))
+                kept = keys
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
+    assert not traces
+    assert len(graph._variants) <= (2 if passes else 1)
+
+
+def test_scales_of_image_prompts_in_copies(traces: list[Any]) -> None:
+    """A copy begins with the scale of the original, and each has its own from then on; the source keeps its own."""
+    unet = load_ip_adapter(build(), "base", scale=0.5)
+    graph = sdgraph.apply(unet, "CleanUp")
+    call = {**call_of(unet), "added_cond_kwargs": {"image_embeds": [noise(2, 1, 14, seed=6)]}}
+    at = {}
+    for scale in (0.5, 0.2, 0.9):
+        set_scales(unet, scale)
+        at[scale] = answer(unet, call)
+    set_scales(graph, 0.2)
+    again, copied = sdgraph.apply(graph), copy.deepcopy(graph)
+    set_scales(graph, 0.9)
+    assert [answer(model, call).equal(at[scale]) for model, scale in ((graph, 0.9), (again, 0.2), (copied, 0.2))] == [
+        True
+    ] * 3
+    set_scales(copied, 0.5)
+    assert answer(copied, call).equal(at[0.5])
+    assert answer(again, call).equal(at[0.2])
+    assert not traces
+    assert not any("scale" in name for name in graph.state_dict())
+    assert all(processor.scale == [0.9] for processor in unet.attn_processors.values() if hasattr(processor, "scale"))
+
+
+@pytest.mark.parametrize("scale", [[[0.1, 0.2]], [0.1, 0.2], [torch.ones(2, 1, 1)], [None], 0.5], ids=str)
+def test_scales_that_are_no_numbers_are_refused(scale: Any) -> None:
+    graph = sdgraph.apply(load_ip_adapter(build(), "base"))
+    call = {**call_of(graph), "added_cond_kwargs": {"image_embeds": [noise(2, 1, 14, seed=6)]}}
+    scaled = [processor for processor in graph.attn_processors.values() if hasattr(processor, "scale")]
+    for processor in scaled:
+        processor.scale = scale
+    for _ in range(2):
+        with pytest.raises(SourceError, match=r"(?s)scales of 1 IP-Adapters.*attn2.processor"):
+            answer(graph, call)
+    for processor in scaled:
+        processor.scale = [0.5]
+    answer(graph, call)
+
+
+@pytest.mark.slow
+def test_scales_of_image_prompts_act_in_compiled_calls() -> None:
+    unet = load_ip_adapter(build(), "base")
+    graph = sdgraph.apply(unet, "HoistInvariants")
+    graphs = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return module
+
+    graph.compile(backend=backend, fullgraph=True)
+    call = {**call_of(unet), "added_cond_kwargs": {"image_embeds": [noise(2, 1, 14, seed=6)]}}
+    for scale in (0.1 * number for number in range(10)):
+        for model in (unet, graph):
+            set_scales(model, scale)
+        assert torch.equal(answer(unet, call), answer(graph, call)), scale
+    assert len(graphs) <= 4
+
+
+class Strong:
+    """An attention processor with a setting of its own."""
+
+    strength = 1.0
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.strength * AttnProcessor2_0()(attn, hidden_states, *args, **kwargs)
+
+
+@pytest.mark.slow
+def test_other_settings_of_attention_processors_act_too(traces: list[Any]) -> None:
+    unet = build()
+    unet.set_attn_processor(Strong(0.5))
+    graph = sdgraph.apply(unet, "CleanUp", processors=(Strong,))
+    for strength in (0.5, 0.8, 0.5):
+        for model in (unet, graph):
+            for processor in model.attn_processors.values():
+                processor.strength = strength
+        assert_same(unet, graph)
+    assert len(traces) == 4  # two for each change
 
 
 def test_other_image_prompts_take_the_place_of_those_that_were_loaded() -> None:
@@ -165,11 +299,20 @@ def test_lora_and_passes() -> None:
     assert not any("lora" in name for name, _ in rewritten.named_parameters())
 
 
-def test_scales_by_block_of_a_pruned_unet_are_refused() -> None:
-    from peft import LoraConfig
-
-    pruned = sdgraph.apply(build(), "PruneBlocks('up_blocks.1.attentions.1')", verify=False)
-    pruned.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="one")
-    with pytest.raises(sdgraph.errors.ModeError, match=r"(?s)blocks were removed.*one number"):
-        pruned.set_adapters(["one"], [{"up": 0.5}])
-    pruned.set_adapters(["one"], [0.5])
+def test_scales_by_block_of_a_pruned_unet_are_those_of_the_source() -> None:
+    unet = load_ip_adapter(build(), "base")
+    pruned = sdgraph.apply(unet, "PruneBlocks('up_blocks.1.attentions.1')", verify=False)
+    found = []
+    for model in (unet, pruned):
+        set_scales(model, {"up": {"block_1": [0.2, 0.7]}, "down": 0.5})
+        scales = {path: value.scale for path, value in model.attn_processors.items() if hasattr(value, "scale")}
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="one")
+        model.set_adapters(["one"], [{"up": {"block_1": [0.2, 0.7]}, "down": 0.5}])
+        layers = {path: layer.scaling for path, layer in model.named_modules() if hasattr(layer, "scaling")}
+        found.append((scales, layers))
+    assert found[0][0] == found[1][0]
+    assert found[1][1] == {
+        path: value for path, value in found[0][1].items() if "up_blocks.1.attentions.1." not in path
+    }
+    with pytest.raises(ValueError, match="Expected"):
+        set_scales(pruned, {"up": {"block_1": [0.2, 0.7, 0.4]}})
