@@ -1,7 +1,7 @@
 """Settings of a UNet that change its computation: attention processors, fused projections, FreeU, IP-Adapters.
 
-They are made on the graph's source, and the graph is traced anew (`retrace`); only the scales of IP-Adapters are read at
-every call.
+They are made on the graph's source, and the graph is traced anew (`retrace`); only the scales of IP-Adapters are read
+at every call.
 """
 
 from __future__ import annotations
