@@ -16,8 +16,14 @@ from ..text import from_json, read_text
 from ..tuning.settings import ELSEWHERE, Settings
 
 # What is read with one kind of data only.
-IMAGES = ("center_crop", "random_flip", "background", "caption_column", "skip_broken")
+IMAGES = ("center_crop", "random_flip", "background", "caption_column", "skip_broken", "dataloader_num_workers")
 PROMPTS = ("calls_per_prompt",)
+DATASET = ("dataset_config_name", "image_column")
+KINDS = {
+    **dict.fromkeys(IMAGES, "images"),
+    **dict.fromkeys(PROMPTS, "prompts without images"),
+    **dict.fromkeys(DATASET, "datasets"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,11 @@ class Configuration:
         progressive: train a stage with all earlier stages in place.
         stage_processes: the number of stages that are trained at the same time.
         train_data_dir: a folder of images with captions.
+        dataset_name: instead of such a folder, one that the library `datasets` has saved or can read, or the name of a
+            dataset on the hub. Its images are written to the folder `data_cache`, or else `output_dir`, with "-images"
+            after its name.
+        dataset_config_name: the configuration of the dataset.
+        image_column: the column of the dataset's images.
         prompts: a file with one prompt per line, instead of images; beside images, with random_conditioning, these are
             captions that have none.
         resolution: height and width of the images, in pixels; by default 512, and for prompts the pipeline's own.
@@ -44,6 +55,7 @@ class Configuration:
         background: the colour behind transparent places of images.
         caption_column: the column of the captions.
         skip_broken: leave out images that cannot be read; the log counts and names them.
+        dataloader_num_workers: the number of processes that read and decode images; 0 does so in that of the run.
         data_cache: the folder to keep encoded data in; for prompts by default `data` in `output_dir`.
         data_cache_limit: the largest size of that folder, in bytes.
         num_inference_steps: of the teacher's generations from prompts, and of validation.
@@ -63,6 +75,9 @@ class Configuration:
     progressive: bool = False
     stage_processes: Count = 1
     train_data_dir: Text | None = None
+    dataset_name: Text | None = None
+    dataset_config_name: Text | None = None
+    image_column: Text = "image"
     prompts: Text | None = None
     resolution: Count | None = None
     center_crop: bool = False
@@ -70,6 +85,7 @@ class Configuration:
     background: Text = "white"
     caption_column: Text = "text"
     skip_broken: bool = False
+    dataloader_num_workers: Index = 0
     data_cache: Text | None = None
     data_cache_limit: Count = 10**11
     num_inference_steps: Count = 25
@@ -80,6 +96,16 @@ class Configuration:
 
     def __post_init__(self) -> None:
         check(self, SpecError)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the data are images with captions."""
+        return self.train_data_dir is not None or self.dataset_name is not None
+
+    @property
+    def unpacked(self) -> Path:
+        """The folder of the images of a dataset."""
+        return Path(f"{Path(self.data_cache or self.output_dir)}-images")
 
 
 class Setting(NamedTuple):
@@ -138,22 +164,24 @@ def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settin
     run = Configuration(**{name: given[name] for name in given if name in of_run})
     if run.guidance_scale is not None and run.guidance_scale <= 1:  # pipelines call the UNet without guidance then
         settings = settings.for_data(has_empty=False)
-    if run.train_data_dir is None and run.prompts is None:
+    if run.train_data_dir is not None and run.dataset_name is not None:
+        raise SpecError("there are two sets of images", where=str(path), hint="name train_data_dir or dataset_name")
+    if not run.has_images and run.prompts is None:
         raise SpecError(
             "there is no data",
             where=str(path),
-            hint="name train_data_dir, a folder of images with captions, or prompts, a text file",
+            hint="name train_data_dir, a folder of images with captions, or dataset_name, or prompts, a text file",
         )
-    if run.train_data_dir is not None and run.prompts is not None and not settings.random_conditioning:
+    if run.has_images and run.prompts is not None and not settings.random_conditioning:
         raise SpecError(
             "there are two kinds of data; prompts beside images are read with random conditioning only",
             where=str(path),
             hint="name either train_data_dir or prompts, or set random_conditioning = true",
         )
-    unread = {IMAGES: run.train_data_dir is None, PROMPTS: run.train_data_dir is not None}
+    unread = {IMAGES: not run.has_images, PROMPTS: run.has_images, DATASET: run.dataset_name is None}
     for name in (name for names, idle in unread.items() for name in names if idle and name in given):
         raise SpecError(
-            f"{name} is about {'images' if name in IMAGES else 'prompts without images'}, and there are none",
+            f"{name} is about {KINDS[name]}, and there are none",
             where=str(path),
             hint="leave it out",
         )

@@ -136,7 +136,7 @@ def check_output(config: Configuration, file: Path) -> None:
     from ..tuning.checks import DATA
 
     out, hint = Path(config.output_dir), "name a new folder"
-    names = ("pretrained_model_name_or_path", "pretrained_teacher_model", "train_data_dir")
+    names = ("pretrained_model_name_or_path", "pretrained_teacher_model", "train_data_dir", "dataset_name")
     paths = [(name, Path(getattr(config, name) or "").expanduser()) for name in names if getattr(config, name)]
     if config.data_cache is not None and not lies_in(Path(config.data_cache), out / DATA):
         paths.append(("data_cache", Path(config.data_cache)))
@@ -169,10 +169,10 @@ def _save(pipe: Any, tuned: GraphUNet, folder: Path) -> None:
 
 def _data(config: Configuration, pipe: Any, seed: int) -> Source:
     """Return the images or the prompts that a configuration names, encoded."""
-    from ..tuning.sources import Images, MoreCaptions, Prompts
+    from ..tuning.sources import Images, MoreCaptions, Prompts, unpacked
 
     prompts = None if config.prompts is None else read_prompts(Path(config.prompts))
-    if config.train_data_dir is None:
+    if not config.has_images:
         return Prompts(
             prompts or (),
             pipe,
@@ -185,15 +185,22 @@ def _data(config: Configuration, pipe: Any, seed: int) -> Source:
             seed=seed,
             cache_limit=config.data_cache_limit,
         )
+    folder, column = config.train_data_dir, config.caption_column
+    if config.dataset_name is not None:
+        options = {"dataset_config_name": config.dataset_config_name, "image_column": config.image_column}
+        folder = str(unpacked(config.dataset_name, config.unpacked, caption_column=column, **options))
+        column = "text"
+    assert folder is not None
     images = Images(
-        config.train_data_dir,
+        folder,
         pipe,
         resolution=config.resolution or 512,
         center_crop=config.center_crop,
         random_flip=config.random_flip,
         background=config.background,
-        caption_column=config.caption_column,
+        caption_column=column,
         skip_broken=config.skip_broken,
+        dataloader_num_workers=config.dataloader_num_workers,
         seed=seed,
         cache=config.data_cache,
         cache_limit=config.data_cache_limit,

@@ -24,7 +24,7 @@ from .noising import Noising
 from .observe import Observed, Tap
 from .report import TuningReport
 from .settings import Settings
-from .sources import Images, MoreCaptions, Prompts, Samples, Source, Tensors
+from .sources import Images, MoreCaptions, Prompts, Samples, Source, Tensors, unpacked
 from .tune import DEFAULT, tune
 from .validation import ValidationImages
 
@@ -60,4 +60,5 @@ __all__ = [
     "chain",
     "incubate",
     "tune",
+    "unpacked",
 ]

@@ -119,6 +119,11 @@ def hash_tokenizer(tokenizer: Any) -> str:
     return hash_text(*rules, _json(tokenizer.get_vocab()), _json(options))
 
 
+def hash_bytes(content: bytes) -> str:
+    """Return the hash of the contents of a file, as `hash_file` does."""
+    return str(_new(content).hexdigest())
+
+
 def hash_file(path: Path) -> str:
     """Return the hash of a file."""
     with path.open("rb") as file:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
 import signal
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +24,7 @@ from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from .checks import check_output
 from .losses import Features, Loss, Output
+from .processes import begin
 from .report import TuningReport
 from .settings import Settings
 from .sources import Source, as_source
@@ -268,18 +267,9 @@ def _run_apart(jobs: Sequence[Job], students: Sequence[GraphUNet], teacher: Path
 
 
 def _begun(threads: int) -> None:
-    """Prepare a process that trains stages. It ends with the process that has started it, however that ends."""
-    torch.set_num_threads(threads)
+    """Prepare a process that trains stages."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the steps so far are kept
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the terminal sends to all processes, and the parent handles
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    begin(threads)
 
 
 def _run_saved(job: Job, teacher: Path, data: Source) -> None:

@@ -269,6 +269,7 @@ HUB = (
 )
 ELSEWHERE = {  # names of diffusers' scripts for what is said otherwise here
     "prediction_type": "pass a scheduler with this prediction_type",
+    "dataloader_num_workers": "it is an option of the data: sdgraph.tuning.Images(..., dataloader_num_workers=4)",
     "push_to_hub": HUB,
     "hub_token": HUB,
     "hub_model_id": HUB,

@@ -261,7 +261,7 @@ def _flat(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], di
 
     bitsandbytes wraps what it keeps in 8 bits in a further dict, and reads it without.
     """
-    entries = {}
+    entries: dict[str, Any] = {}
     for number, entry in state.items():
         for name, value in entry.items():
             parts = value if isinstance(value, Mapping) else {name: value}

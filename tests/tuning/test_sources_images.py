@@ -18,6 +18,7 @@ from sdgraph.errors import TuningError
 from sdgraph.tuning import Batches, Images, Noising
 from sdgraph.tuning.counter import generator
 from sdgraph.tuning.sources.image_folder import captioned
+from sdgraph.tuning.sources.images import _pool
 
 from ..photos import CAPTIONS, SIZES, write_images, write_photos
 from ..pipelines import large_with_text
@@ -95,7 +96,7 @@ def test_a_mirrored_row_is_what_is_seen_at_its_corner(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a red circle")
     images = Images(tmp_path, large_with_text(), resolution=16, random_flip=True, seed=3)
     left = int(images.conditions([0])["time_ids"][0, 3])
-    plain, mirrored = ((images._pixels(0, flip)[0, 0, 0] + 1) * 127.5 for flip in (False, True))
+    plain, mirrored = ((images._pixels([0], [flip])[0, 0, 0, 0] + 1) * 127.5 for flip in (False, True))
     assert left not in (0, 24, 48)
     assert round(float(plain)) == left
     assert round(float(mirrored)) == 63 - left
@@ -258,6 +259,30 @@ def test_broken_images_are_left_out_on_request(
         (broken / name).unlink()
     with pytest.raises(TuningError, match="5 of 5 images cannot be read"):
         Images(broken, pipe, resolution=16, skip_broken=True)
+
+
+@pytest.mark.slow
+def test_other_processes_decode_the_same(photos: Path, tmp_path: Path, pipe: Any) -> None:
+    folder = write_photos(tmp_path / "photos")
+    plain, shared = (
+        Images(folder, pipe, resolution=16, random_flip=True, dataloader_num_workers=workers) for workers in (0, 2)
+    )
+    assert plain.fingerprint() == shared.fingerprint()
+    for step in range(3):
+        assert torch.equal(latents(plain, ROWS, step), latents(shared, ROWS, step))
+    kept = Images(folder, pipe, resolution=16, cache=tmp_path / "cache", dataloader_num_workers=2)
+    alone = Images(folder, pipe, resolution=16, cache=tmp_path / "alone")
+    assert torch.equal(latents(kept, ROWS), latents(alone, ROWS))
+    (folder / "3.png").write_bytes(b"nothing")
+    with pytest.raises(TuningError, match=r"1 of 5 images cannot be read\n    3.png"):
+        latents(shared, ROWS)
+    for process in [*_pool(2)._processes.values()]:
+        process.kill()
+        process.join()
+    with pytest.raises(TuningError, match="a process that decodes images has died") as error:
+        latents(shared, [0])
+    assert error.value.where == "dataloader_num_workers"
+    assert torch.equal(latents(plain, [0]), latents(shared, [0]))  # in new processes
 
 
 def test_a_new_or_changed_image_costs_one_encoding(tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

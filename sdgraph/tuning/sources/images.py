@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,10 @@ from ...errors import TuningError
 from ...options import Count, Index, Text, checked
 from ..counter import generator
 from ..digest import as_number, hash_files, hash_model, hash_text
+from ..processes import begin as begin_process
 from .base import Contents, Samples
 from .captions import Captions, as_texts, time_ids, with_empty
-from .image_folder import Crop, captioned, colour, pixels
+from .image_folder import Captioned, Crop, captioned, colour, pixels
 from .kept import FILES, GIGABYTE, Kept, begin
 from .latents import as_pipelines_run_it, encoded, scaled
 
@@ -43,6 +48,8 @@ class Images:
         caption_column: the column of the captions.
         skip_broken: leave out images that are missing, that cannot be read or that viewers show differently; the log
             counts and names them. All images are decoded first then, whenever a run begins or goes on.
+        dataloader_num_workers: the number of processes that read and decode images; 0 does so in this one. The rows are
+            the same. A script that asks for some has its code under `if __name__ == "__main__":`.
         seed: of the crops.
         cache: a folder to keep everything encoded in, so that training runs neither VAE nor text encoder; None encodes
             the rows of every step anew. Encoding that was stopped goes on there.
@@ -66,6 +73,7 @@ class Images:
         background: Text = "white",
         caption_column: Text = "text",
         skip_broken: bool = False,
+        dataloader_num_workers: Index = 0,
         seed: Index = 0,
         cache: str | Path | None = None,
         cache_limit: Count = 100 * GIGABYTE,
@@ -85,6 +93,7 @@ class Images:
         names = [hash_text(Path(os.path.relpath(image.path, folder)).as_posix()) for image in self._images]
         draws = [None if center_crop else generator(seed, "crop", as_number(name)) for name in names]
         self._crops = [Crop.of(image.size, resolution, draw) for image, draw in zip(self._images, draws, strict=True)]
+        self._workers = dataloader_num_workers
         self._flip, self._vae, self._captions = random_flip, as_pipelines_run_it(pipe.vae), Captions(pipe)
         self._scaling = pipe.vae.config
         self._empty = dict(self._captions.empty)
@@ -145,7 +154,7 @@ class Images:
 
     def _seen(self, rows: Sequence[int], flipped: Sequence[bool]) -> Tensor:
         """Return the distributions of latents of rows, (B, 2, C, h, w)."""
-        seen = encoded(self._vae, torch.stack([self._pixels(*row) for row in zip(rows, flipped, strict=True)]))
+        seen = encoded(self._vae, self._pixels(rows, flipped))
         for row, one in zip(rows, seen, strict=True):
             if not torch.isfinite(one).all():
                 raise TuningError(
@@ -155,12 +164,23 @@ class Images:
                 )
         return seen
 
-    def _pixels(self, row: int, flip: bool) -> Tensor:
+    def _pixels(self, rows: Sequence[int], flipped: Sequence[bool]) -> Tensor:
+        """Return the crops of rows, (B, 3, side, side)."""
+        images, crops = [self._images[row] for row in rows], [self._crops[row] for row in rows]
+        calls = (images, crops, flipped, [self._background] * len(rows))
         try:
-            return pixels(self._images[row], self._crops[row], flip, self._background)
+            decoded = list(_pool(self._workers).map(_numbers, *calls) if self._workers else map(_numbers, *calls))
         except TuningError:
             captioned(self._folder, self._caption_column, decode=True)  # which names all that cannot be read
             raise
+        except BrokenProcessPool as error:
+            _pool.cache_clear()
+            raise TuningError(
+                "a process that decodes images has died",
+                where="dataloader_num_workers",
+                hint='put the code of the script under `if __name__ == "__main__":`; or pass fewer, or 0',
+            ) from error
+        return torch.from_numpy(np.stack(decoded))
 
     def _conditions(self, rows: Sequence[int]) -> dict[str, Tensor]:
         known = self._captions([self._images[row].caption for row in rows])
@@ -171,3 +191,14 @@ class Images:
     def _time_ids(self, rows: Sequence[int]) -> Tensor:
         places = [(self._images[row].size, self._crops[row]) for row in rows]
         return torch.stack([time_ids(size, crop.corner, (crop.side, crop.side)) for size, crop in places])
+
+
+def _numbers(image: Captioned, crop: Crop, flip: bool, background: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return a crop of an image as an array, in the one layout in which other processes can send it back."""
+    return pixels(image, crop, flip, background).contiguous().numpy()
+
+
+@functools.cache
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Return processes that decode images, and live as long as this one."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_process, (1,))
