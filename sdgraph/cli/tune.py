@@ -187,8 +187,14 @@ def _data(config: Configuration, pipe: Any, seed: int) -> Source:
         )
     folder, column = config.train_data_dir, config.caption_column
     if config.dataset_name is not None:
-        options = {"dataset_config_name": config.dataset_config_name, "image_column": config.image_column}
-        folder = str(unpacked(config.dataset_name, config.unpacked, caption_column=column, **options))
+        images_folder = unpacked(
+            config.dataset_name,
+            config.unpacked,
+            dataset_config_name=config.dataset_config_name,
+            image_column=config.image_column,
+            caption_column=column,
+        )
+        folder = str(images_folder)
         column = "text"
     assert folder is not None
     images = Images(

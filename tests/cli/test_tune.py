@@ -162,6 +162,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+def test_a_dataset_is_read_with_broken_images_left_out_and_goes_on(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra datasets is not installed")
+    contents = [path.read_bytes() for path in sorted(write_photos(Path("photos")).glob("*.png"))]
+    columns = {"picture": [{"bytes": one, "path": None} for one in (*contents, b"nothing")], "said": ["a circle"] * 6}
+    kinds = datasets.Features({"picture": datasets.Image(), "said": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, kinds).save_to_disk("saved")
+    config = written(
+        without="train_data_dir", pretrained_model_name_or_path=str(model), dataset_name="saved",
+        image_column="picture", caption_column="said", skip_broken=True, losses=["Output"],
+    )  # fmt: skip
+    text = json.loads(config.read_text())
+    del text["max_train_steps"]
+    config.write_text(json.dumps(text))
+    assert main(["tune", str(config), "--set", "num_train_epochs=1"]) == 0
+    assert "3 steps in" in capsys.readouterr().out  # of five images, two at a time
+    assert main(["tune", str(config), "--set", "max_train_steps=4"]) == 0
+    told = capsys.readouterr()
+    assert "4 steps in" in told.out
+    assert re.search(r"tuning goes on from tuned.checkpoint-3, step 3 of 4\n", told.err)
+    assert len(list(Path("tuned-images").glob("*.png"))) == 6
+
+
+@pytest.mark.slow
 def test_a_run_ends_with_a_pipeline_that_other_commands_load(
     model: Path, capsys: pytest.CaptureFixture[str], prompts: Path
 ) -> None:
