@@ -19,7 +19,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ import torch
 from sdgraph.compiler.parse import as_passes
 from sdgraph.errors import SdgraphError, SourceError, SpecError, did_you_mean
 from sdgraph.evaluation.metrics import Images, psnr
+from sdgraph.options import Bounds, Count, Text, checked
 from sdgraph.progress import Bar
+from sdgraph.schedules import Steps
 from sdgraph.views.format import columns
 
 from .ort.providers import CPU, CUDA, OPENVINO, choose
@@ -273,22 +275,23 @@ def ways(passes: str, device: str = "cpu", leave_out: Collection[str] = ()) -> t
     ), missing
 
 
+@checked(SpecError)
 def compare(
-    pipeline: str | os.PathLike[str],
+    pipeline: Text | os.PathLike[str],
     passes: Any = "",
     *,
-    prompts: Sequence[str] = PROMPTS,
-    steps: int = 25,
+    prompts: Annotated[Sequence[str], Bounds(length=1)] = PROMPTS,
+    steps: Steps = 25,
     call: Mapping[str, Any] | None = None,
     scheduler: tuple[str, Mapping[str, Any]] | None = None,
     variant: str | None = None,
     imports: Sequence[str] = (),
-    threads: int | None = None,
+    threads: Count | None = None,
     device: str = "cpu",
     leave_out: Collection[str] = (),
-    rounds: int = 2,
-    repeats: int = 2,
-    bundles: str | os.PathLike[str] | None = None,
+    rounds: Count = 2,
+    repeats: Count = 2,
+    bundles: Text | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Measure the engines of this machine on images of a pipeline, with passes and without.
@@ -321,11 +324,6 @@ def compare(
     Example:
         `print(compare("stable-diffusion-v1-5", "InheritFeatures.damped(2)", call={"height": 256, "width": 256}))`
     """
-    for name, value in {"steps": steps, "rounds": rounds, "repeats": repeats, "threads": threads}.items():
-        if value is not None and value < 1:
-            raise SpecError(f"{name} is {value}", where=name, hint="give a whole number of at least 1")
-    if not prompts:
-        raise SpecError("there are no prompts", where="prompts", hint="give at least one")
     text = ", ".join(map(str, as_passes(passes)))
     threads = threads or torch.get_num_threads()
     chosen, missing = ways(text, device, leave_out)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 import sys
 import types
 import typing
@@ -71,6 +72,7 @@ Finite = Annotated[float, Bounds(gt=-math.inf, lt=math.inf)]
 Positive = Annotated[float, Bounds(gt=0, lt=math.inf)]
 NotNegative = Annotated[float, Bounds(ge=0, lt=math.inf)]
 Share = Annotated[float, Bounds(ge=0, le=1)]
+Seed = Annotated[int, Bounds(ge=0, lt=2**63)]
 Text = Annotated[str, Bounds(length=1)]
 Paths: TypeAlias = Text | Annotated[tuple[Text, ...], Bounds(length=1)]
 
@@ -97,6 +99,8 @@ def fitted(value: Any, kind: Any) -> Any:
         `fitted([0, 2], tuple[int, ...])` is `(0, 2)`
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, str | os.PathLike) and "\0" in str(value):  # which no file's name may have
+        raise Misfit(f"{described(kind)} without the character 0")
     if origin is Annotated:
         if Any in arguments[1:]:
             return value
@@ -133,7 +137,10 @@ def fitted(value: Any, kind: Any) -> Any:
 def _contained(value: Any, kind: Any, origin: Any, arguments: tuple[Any, ...]) -> Any:
     """Return a value of another class, and of a container with fitted elements."""
     if origin is tuple and not isinstance(value, tuple):
-        given = value.tolist() if hasattr(value, "tolist") else value
+        try:
+            given = value.tolist() if hasattr(value, "tolist") else value
+        except (RuntimeError, TypeError):  # a tensor without values
+            raise Misfit(described(kind)) from None
         if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping | set | frozenset):
             raise Misfit(described(kind))
         value = tuple(given)
@@ -155,6 +162,9 @@ def _contained(value: Any, kind: Any, origin: Any, arguments: tuple[Any, ...]) -
         return tuple(map(fitted, elements, kinds))
     if isinstance(elements, list | set | frozenset):
         return type(elements)(fitted(item, arguments[0]) for item in elements)
+    if isinstance(elements, range):  # whose numbers lie between its ends
+        for end in (*elements[:1], *elements[-1:]):
+            fitted(end, arguments[0])
     return value
 
 

@@ -13,12 +13,13 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from .errors import ScheduleError, SdgraphError
-from .options import Bounds, Count, Index, Number
+from .options import Bounds, Count, Index, Number, checked
 from .solvers import is_random, lambdas_of, name_of
 from .spec import Spec
 
 TRAINED = 1000  # timesteps of the noise that Stable Diffusion is trained with
 MOST = 100_000  # calls of a generation
+Steps = Annotated[int, Bounds(ge=1, le=MOST)]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Schedule(Spec):
         """
         raise NotImplementedError(f"{type(self).__name__}.refreshes")
 
+    @checked(ScheduleError)
     def calls(self, run: Run) -> tuple[int, ...]:
         """All refreshing calls of a run, see `Run.supposed`."""
         _known(run.calls if run.timesteps is None else run.timesteps, self)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -20,13 +20,14 @@ import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.atomic import appearing
 from sdgraph.errors import ExportError, SavedError, SdgraphError, SpecError
+from sdgraph.options import Bounds, NotNegative, Text, checked
 from sdgraph.progress import Bar
 
 from ..bundle.describe import describe
 from ..bundle.example_calls import example_call, with_values
 from ..bundle.external_data import Weights
 from ..bundle.extra import require_onnx
-from ..bundle.manifest import CONFIG, DATA, LAYOUTS, MODEL, REPORT, TARGETS, Manifest
+from ..bundle.manifest import CONFIG, DATA, MODEL, REPORT, Layout, Manifest, Target
 from ..bundle.manifest_file import read_manifest, write_manifest
 from . import parity
 from .parity import Comparison, ExportReport
@@ -44,21 +45,22 @@ OPSETS = range(18, 21)
 CHOOSING = ("TopK", "ArgMax", "ArgMin")  # operators whose answer jumps where two values meet
 
 
+@checked(SpecError)
 def export(
-    unet: GraphUNet | UNet2DConditionModel,
-    directory: str | os.PathLike[str],
+    unet: Annotated[GraphUNet | UNet2DConditionModel, Any],
+    directory: Text | os.PathLike[str],
     *,
-    target: str = "portable",
-    layout: str = "variants",
+    target: Target = "portable",
+    layout: Layout = "variants",
     dtype: torch.dtype | None = None,
-    inputs: Collection[str] = (),
+    inputs: str | Collection[str] = (),
     calls: Any = 50,
-    opset: int = 20,
+    opset: Annotated[int, Bounds(ge=OPSETS[0], le=OPSETS[-1])] = 20,
     provider: str | None = None,
     precision: str | None = None,
     overwrite: bool = False,
-    atol: float | None = None,
-    rtol: float | None = None,
+    atol: NotNegative | None = None,
+    rtol: NotNegative | None = None,
     progress: bool = True,
 ) -> ExportReport:
     """Write a UNet as ONNX models with dynamic batch, height, width and sequence length: one for each kind of call, all
@@ -107,11 +109,6 @@ def export(
     """
     require_onnx()
     unet = as_graph(unet, dtype)
-    if opset not in OPSETS:
-        raise SpecError(f"opset {opset} is not covered", hint=f"covered: {OPSETS[0]} to {OPSETS[-1]}")
-    for name, value, known in (("target", target, TARGETS), ("layout", layout, LAYOUTS)):
-        if value not in known:
-            raise SpecError(f"no {name} {value!r}", hint=f"one of {', '.join(known)}")
     manifest = describe(unet, chosen_inputs(unet, inputs), target, layout, opset, calls)
     lowered, fused = _lowered(unet) if target == "cuda" else (unet, {})
     from ..ort.providers import choose

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ import onnxruntime
 import torch
 
 from sdgraph.errors import SpecError
+from sdgraph.options import Count, checked
 from sdgraph.progress import Bar
-from sdgraph.schedules import Run
+from sdgraph.schedules import Run, Steps
 from sdgraph.views.format import columns
 
 from .unet import ORTUNet
@@ -54,8 +55,13 @@ class Figures:
         return asdict(self)
 
 
+@checked(SpecError)
 def bench(
-    unet: ORTUNet, calls: int = 20, size: Sequence[int] | None = None, batch: int = 2, repeats: int = 3
+    unet: ORTUNet,
+    calls: Steps = 20,
+    size: tuple[Count, Count] | None = None,
+    batch: Count = 2,
+    repeats: Count = 3,
 ) -> Figures:
     """Time each graph, and whole generations, in turns; the first turn is not counted.
 
@@ -66,8 +72,6 @@ def bench(
     Raises:
         SpecError: no calls or repeats; no size, where the configuration has none.
     """
-    if calls < 1 or repeats < 1 or batch < 1:
-        raise SpecError(f"{calls} calls, {repeats} repeats, batch {batch}", where="bench", hint="at least 1 of each")
     size = size or _side(unet)
     height, width = size
     flat = unet._random({"B": batch, "H": height, "W": width, "L": 77})

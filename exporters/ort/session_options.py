@@ -34,6 +34,7 @@ def make(settings: Mapping[str, Any], sizes: Mapping[str, int], weights: Mapping
 
     options = onnxruntime.SessionOptions()
     for name, value in settings.items():
+        name = str(name)
         if "." in name:
             options.add_session_config_entry(name, str(value))
             continue

@@ -9,15 +9,16 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 
-from sdgraph.errors import ModeError
+from sdgraph.errors import ModeError, SpecError
 from sdgraph.inheritance.generation import Generations
 from sdgraph.ir.inputs import Input
+from sdgraph.options import Bounds, Text, checked
 from sdgraph.runtime.interface import UNetCall, no_value
 from sdgraph.untrusted import read_config, require_folder
 
@@ -30,6 +31,7 @@ from .providers import CPU, CUDA
 from .sessions import Models
 
 log = logging.getLogger("sdgraph")
+Size = Annotated[int, Bounds(ge=1, lt=2**31)]
 
 
 class ORTUNet(UNetCall):
@@ -52,15 +54,16 @@ class ORTUNet(UNetCall):
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     @classmethod
+    @checked(SpecError)
     def from_pretrained(
         cls,
-        directory: str | os.PathLike[str],
+        directory: Text | os.PathLike[str],
         *,
         provider: str | None = None,
         precision: str | None = None,
         provider_options: Mapping[str, Any] | None = None,
         session_options: Any = None,
-        free_dims: Mapping[str, int] | None = None,
+        free_dims: Mapping[str, Size] | None = None,
         cuda_graph: bool = False,
         verify: bool = True,
     ) -> ORTUNet:
@@ -192,7 +195,8 @@ class ORTUNet(UNetCall):
         return f"ORTUNet({self.models.provider} in {self.models.precision}, {recipe})"
 
 
-def load_pipeline(pipeline: str | os.PathLike[str], unet: ORTUNet, **options: Any) -> Any:
+@checked(SpecError)
+def load_pipeline(pipeline: Text | os.PathLike[str], unet: ORTUNet, **options: Any) -> Any:
     """Load a diffusers pipeline around an exported UNet, without reading the weights of the UNet that it replaces.
 
     Args:

@@ -18,9 +18,10 @@ from ..compiler.base import Pass
 from ..errors import ScheduleError, SpecError
 from ..forecasts import DAMPINGS, REPEAT, Fitted, Forecast, Polynomial, as_forecast
 from ..inheritance.timetable import timetable
+from ..options import Index, Seed, checked
 from ..progress import Bar
 from ..runtime.apply import apply
-from ..schedules import Run
+from ..schedules import Run, Steps
 from .latents import Array, check_request, final_latents, typical
 
 STEP = 0.25  # of a damping, to see what it does
@@ -55,15 +56,16 @@ class Fit:
         return f"{self.fitted}\n  error of the final latents: {errors}; on held-out prompts: {held_out}\n  {dampings}"
 
 
+@checked(SpecError)
 def fit_forecast(
     pipe: Any,
     inherit: Pass,
     prompts: Sequence[str],
     *,
     held_out: Sequence[str] = (),
-    reference_steps: int | None = None,
-    rounds: int = 2,
-    seed: int = 0,
+    reference_steps: Steps | None = None,
+    rounds: Index = 2,
+    seed: Seed = 0,
     progress: bool = True,
     **call: Any,
 ) -> Fit:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..errors import SourceError, SpecError
 from ..inheritance.attach import attach
-from ..runtime.pipelines import per_prompt, with_unet
+from ..options import Bounds, Misfit, described, fitted
+from ..runtime.pipelines import generate, with_unet
 from ..runtime.unet import GraphUNet
 from ..schedules import Run
 from ..solvers import is_random, name_of
 
+Images = Annotated[int, Bounds(ge=1, le=10_000)]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -26,7 +27,7 @@ def check_request(where: str, pipe: Any, prompts: Sequence[str], call: Mapping[s
         where: the name of the function that calibrates.
     Raises:
         SourceError: the pipeline has no UNet, or its solver adds random numbers.
-        SpecError: there are no prompts, or the call sets the output type.
+        SpecError: there are no prompts, or the call sets the output type or has a wrong number of images.
     """
     if getattr(pipe, "unet", None) is None:
         raise SourceError(f"{type(pipe).__name__} has no UNet", where=where, hint="pass a pipeline with a UNet")
@@ -38,6 +39,12 @@ def check_request(where: str, pipe: Any, prompts: Sequence[str], call: Mapping[s
         )
     if not prompts:
         raise SpecError("there are no prompts to calibrate on", where=where, hint="pass 16 prompts or more")
+    number = call.get("num_images_per_prompt")
+    try:
+        fitted(number, Images | None)
+    except Misfit:
+        hint = f"pass {described(Images)}"
+        raise SpecError(f"num_images_per_prompt is {number!r}", where="num_images_per_prompt", hint=hint) from None
     if "output_type" in call:
         raise SpecError(f"{where} sets output_type itself", where=where, hint="leave it out: latents are compared")
 
@@ -53,12 +60,9 @@ def final_latents(
     Returns:
         The final latents, (prompts, channels, height, width), and the run that the UNet was called in.
     """
-    images = len(prompts) * int(call.get("num_images_per_prompt") or 1)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(images)]
+    seeds = range(seed, seed + len(prompts) * int(call.get("num_images_per_prompt") or 1))
     with with_unet(pipe, unet), attach(pipe) as attachment:
-        result = pipe(
-            prompt=list(prompts), generator=generators, **{**per_prompt(call, len(prompts)), "output_type": "latent"}
-        )
+        result = generate(pipe, prompts, seeds, {**call, "output_type": "latent"}, SpecError)
         return result.images, attachment.run
 
 

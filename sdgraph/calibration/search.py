@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -25,8 +25,10 @@ from ..atomic import owned
 from ..compiler.base import Pass
 from ..errors import ScheduleError, SpecError
 from ..inheritance.timetable import timetable
+from ..options import Bounds, Index, Seed, Text, checked
 from ..progress import Bar
 from ..runtime.apply import apply
+from ..schedules import Steps
 from .candidates import Candidates
 from .costs import Cost, seconds_here, seconds_of
 from .latents import Array, check_request, relative_errors, typical
@@ -35,23 +37,25 @@ from .plan import SHAPES, Plan
 from .rehearsal import Rehearsal, with_dampings
 from .result import Row, SearchResult
 
+Budget = Annotated[float, Bounds(gt=0, le=1)]
 CONVERGED = 100  # steps of the generation that is aimed at, unless told
 DAMPINGS = (0.0, 0.5, 1.0)
 TUNING, VALIDATION, HELD_OUT = "tuning", "validation", "held out"
 
 
+@checked(SpecError)
 def search(
     pipe: Any,
     candidates: Sequence[Pass],
     prompts: Sequence[str],
     *,
-    budget: float,
+    budget: Budget,
     held_out: Sequence[str] = (),
-    cost: str | Path = "time",
-    reference_steps: int | None = None,
-    trials: int = 60,
-    seed: int = 0,
-    folder: str | Path | None = None,
+    cost: Text | Path = "time",
+    reference_steps: Steps | None = None,
+    trials: Index = 60,
+    seed: Seed = 0,
+    folder: Text | Path | None = None,
     progress: bool = True,
     **call: Any,
 ) -> SearchResult:
@@ -115,14 +119,13 @@ def search(
     )
 
 
-def check_settings(prompts: Sequence[str], budget: float, held_out: Sequence[str], cost: str | Path) -> None:
+@checked(SpecError)
+def check_settings(prompts: Sequence[str], budget: Budget, held_out: Sequence[str], cost: str | Path) -> None:
     """Refuse the settings of a search that no pipeline could fulfil; the arguments are those of `search`.
 
     Raises:
         SpecError: too few prompts, a budget that is no share, or a bad file.
     """
-    if not 0 < budget <= 1:
-        raise SpecError(f"the budget is {budget}", where="search", hint="a share of all, above 0 and at most 1")
     if len(prompts) < (2 if held_out else 3):
         hint = "16 to 32 prompts: some are tuned on, some validate, and some are held out"
         raise SpecError(f"there are {len(prompts)} prompts, too few to search on", where="search", hint=hint)

@@ -11,22 +11,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..atomic import written
 from ..compiler.base import Pass
 from ..compiler.parse import as_passes
-from ..errors import QualityError, SdgraphError, SourceError, SpecError, did_you_mean
+from ..errors import QualityError, SourceError, SpecError, did_you_mean
 from ..inheritance.attach import attach
+from ..options import Bounds, Count, Number, Seed, Text, checked
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..runtime.interface import UNetCall
-from ..runtime.pipelines import per_prompt, with_unet, without_bar
+from ..runtime.pipelines import generate, with_unet, without_bar
 from ..runtime.unet import GraphUNet
 from ..solvers import name_of
 from ..views.format import columns
@@ -34,6 +34,7 @@ from . import metrics
 from .metrics import Images
 
 Judge = Callable[[Images, Sequence[str]], Mapping[str, float]]
+MOST = 1_000_000  # images of a comparison, which are kept
 PERCEPTUAL = ("lpips", "clip")
 
 
@@ -84,7 +85,8 @@ class Evaluation:
             "seconds per image": {"before": self.seconds[0], "after": self.seconds[1]},
         }
 
-    def save(self, folder: str | Path, rows: int = 8) -> None:
+    @checked(SpecError)
+    def save(self, folder: Text | Path, rows: Count = 8) -> None:
         """Write the figures to `evaluation.json`, and `picture(rows)` to `evaluation.png`.
 
         Args:
@@ -95,7 +97,8 @@ class Evaluation:
             figures.write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n")
             self.picture(rows).save(picture)
 
-    def picture(self, rows: int = 8) -> Any:
+    @checked(SpecError)
+    def picture(self, rows: Count = 8) -> Any:
         """Draw the first images before and after the change, and their difference, in one row for each prompt.
 
         Args:
@@ -125,7 +128,8 @@ class Evaluation:
                 sheet.paste(tile, (gap + column * step_x, y + text))
         return sheet
 
-    def require(self, *, at_most: Mapping[str, float] | None = None, **at_least: float) -> Evaluation:
+    @checked(SpecError)
+    def require(self, *, at_most: Mapping[str, Number] | None = None, **at_least: float) -> Evaluation:
         """Check that the figures of the second side are within bounds.
 
         Args:
@@ -162,17 +166,18 @@ class Evaluation:
 _TITLES = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "clip": "CLIP score"}
 
 
+@checked(SpecError)
 def evaluate(
-    before: DiffusionPipeline | nn.Module,
+    before: Annotated[DiffusionPipeline | nn.Module, Any],
     after: Any,
     prompts: str | Sequence[str],
     *,
-    seeds: Sequence[int] = (0,),
+    seeds: Annotated[Sequence[Seed], Bounds(length=1)] = (0,),
     pipe: DiffusionPipeline | None = None,
     judge: Judge | None = None,
     perceptual: Collection[str] = (),
-    clip: str = metrics.CLIP,
-    batch: int = 1,
+    clip: Text = metrics.CLIP,
+    batch: Count = 1,
     progress: bool = True,
     before_call: Mapping[str, Any] | None = None,
     **call: Any,
@@ -207,11 +212,10 @@ def evaluate(
         `print(evaluate(pipe, "PruneBlocks('mid_block')", ["a bowl of fruit"], num_inference_steps=25))`
     """
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not 0 < len(prompts) * len(seeds) <= MOST:
+        what = "nothing to compare: no prompts" if not prompts else f"more than {MOST} images to compare"
+        raise SpecError(f"there is {what}", where="evaluate", hint="give some prompts, and a seed or a few")
     runs = tuple(product(prompts, seeds))
-    if not runs:
-        raise SpecError(
-            "there is nothing to compare: no prompts or no seeds", where="evaluate", hint="give at least one of each"
-        )
     before_call = {**call, **(before_call or {})}
     if "output_type" in before_call:
         raise SpecError("evaluate sets output_type itself", where="evaluate", hint="leave output_type out")
@@ -277,22 +281,9 @@ class _Side:
     call: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, part: Sequence[tuple[str, int]]) -> Images:
-        call = per_prompt(self.call, len(part))
-        generators = [torch.Generator().manual_seed(seed) for _, seed in part]
+        prompts, seeds = zip(*part, strict=True)
         with with_unet(self.pipe, self.unet), _attached(self.pipe):
-            try:
-                output = self.pipe(
-                    prompt=[prompt for prompt, _ in part], generator=generators, **{**call, "output_type": "np"}
-                )
-            except SdgraphError:
-                raise
-            except (TypeError, ValueError, AttributeError) as error:  # as pipelines refuse arguments
-                raise QualityError(
-                    f"the pipeline does not run on prompts and {', '.join(call) or 'no other arguments'}: {error}",
-                    where=f"{self.name}, {type(self.pipe).__name__}",
-                    hint="pass what it needs besides prompts to sdgraph.evaluate, such as image=...; the command line "
-                    "has pipelines from text to images only",
-                ) from error
+            output = generate(self.pipe, prompts, seeds, {**self.call, "output_type": "np"}, QualityError)
         images = getattr(output, "images", None)
         if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[0] != len(part):
             raise QualityError(

@@ -40,8 +40,8 @@ def attach(pipe: Any) -> Attachment:
     Returns:
         an `Attachment`; `detach()` it, or use it in a `with`.
     Raises:
-        ModeError: the pipeline has no scheduler, its UNet inherits nothing, or it exchanges attention processors, as
-            perturbed and self-attention guidance do.
+        ModeError: the pipeline has no scheduler, its UNet inherits nothing, it exchanges attention processors, as
+            perturbed and self-attention guidance do, or it is of a class without weak references.
     """
     unet = getattr(pipe, "unet", None)
     generations = getattr(getattr(unet, "_orig_mod", unet), "generations", None)
@@ -50,6 +50,11 @@ def attach(pipe: Any) -> Attachment:
         raise ModeError(f"the pipeline has {found}", where="attach", hint="pipe.unet = sdgraph.apply(pipe.unet, ...)")
     if not hasattr(pipe, "scheduler"):
         raise ModeError("the pipeline has no scheduler", where="attach", hint="use `with unet.expecting(timesteps)`")
+    try:
+        weakref.ref(pipe)
+    except TypeError:
+        what = f"a {type(pipe).__name__} cannot be attached: Python has no weak references to it"
+        raise ModeError(what, where="attach", hint="pass a pipeline of diffusers, or an object of a class") from None
     names = {cls.__name__ for cls in type(pipe).__mro__}
     guidance = next((what for name, what in EXCHANGING.items() if name in names), None)
     if hasattr(pipe, "pag_applied_layers"):

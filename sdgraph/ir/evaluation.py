@@ -107,10 +107,24 @@ def evaluate(graph: Evaluated, node: fx.Node, key: str) -> Any:
         return code(*args, **kwargs)
 
 
-def _call(graph: Evaluated, node: fx.Node, key: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """What a node calls, with the values of its inputs as arguments."""
-    args = fx.map_arg(node.args, lambda n: n.meta[key])
-    kwargs = fx.map_arg(node.kwargs, lambda n: n.meta[key])
+def elsewhere(graph: Evaluated, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    """The value of a node at sizes that are neither the nominal nor the generic ones; None if it has none there.
+
+    Args:
+        value: returns the values of its inputs there, which are not None.
+    """
+    try:
+        return computed(*_call(graph, node, "val", value))
+    except Exception:  # whatever an operation raises at sizes that it does not take
+        return None
+
+
+def _call(
+    graph: Evaluated, node: fx.Node, key: str, value: Callable[[fx.Node], Any] | None = None
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """What a node calls, with the values of its inputs as arguments: those of a key, or those that `value` returns."""
+    given = (lambda n: n.meta[key]) if value is None else value
+    args, kwargs = fx.map_arg(node.args, given), fx.map_arg(node.kwargs, given)
     if node.op == "call_module":
         return _meta_module(graph, str(node.target), key).forward, args, kwargs
     if node.op == "call_function":

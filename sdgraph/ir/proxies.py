@@ -26,6 +26,10 @@ class ProxyTracer(fx.proxy.TracerBase):
         """Return the proxy of an operation on a node, recorded at most once."""
         raise NotImplementedError
 
+    def is_fixed(self, node: fx.Node, read: Callable[[Any], Any]) -> bool:
+        """Return whether a property of a value that is the same at both sizes of a trace is so at others too."""
+        raise NotImplementedError
+
     def sharing_memory(self, node: fx.Node) -> set[fx.Node]:
         """Return the nodes whose values share memory with that of a node."""
         raise NotImplementedError
@@ -69,7 +73,10 @@ class TensorProxy(fx.Proxy):
 
     @property
     def ndim(self) -> int:
-        return int(self.node.meta["val"].ndim)
+        nominal, generic = (value.ndim for value in values(self.node))
+        if nominal != generic or not self.tracer.is_fixed(self.node, lambda value: value.ndim):
+            raise self.tracer.error("the rank of a tensor depends on the sizes", "name the dimension: x.squeeze(dim)")
+        return int(nominal)
 
     def dim(self) -> int:
         return self.ndim
@@ -79,7 +86,8 @@ class TensorProxy(fx.Proxy):
             return self.shape
         dim = range(self.ndim)[dim]
         nominal, generic = (v.shape[dim] for v in values(self.node))
-        return nominal if nominal == generic else self.tracer.once("call_method", "size", self.node, dim)
+        fixed = nominal == generic and self.tracer.is_fixed(self.node, lambda value: value.shape[dim])
+        return nominal if fixed else self.tracer.once("call_method", "size", self.node, dim)
 
     def numel(self) -> Any:
         count: Any = 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..errors import EditError, ShapeError, SpecError, TraceError
 from . import branches, proxies
 from .branches import EQUIVALENT_BRANCHES, calling_line
 from .dims import Probe, evaluate
+from .evaluation import elsewhere
 from .guards import Guard
 from .nodes import residual_like, values
 from .proxies import OpaqueProxy, ProxyTracer, SizeProxy, TensorProxy
@@ -32,6 +33,7 @@ from .weights import Scale, Shares
 
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+SCALES = (0, 40)  # of sizes at which a trace looks besides: a single pixel, and large images
 READS = {"item", "tolist", "numpy"}
 OWN_MODULES = (__name__, proxies.__name__, branches.__name__)
 
@@ -92,6 +94,8 @@ class Tracer(ProxyTracer):
         self.displaced: dict[str, Any] = {}  # weights that this tracer has replaced, by name
         self._staying = set(graph.fx.nodes).difference(leaving)
         self._once: dict[Any, Any] = {}
+        self._created: list[fx.Node] = []
+        self._elsewhere: tuple[dict[fx.Node, Any], ...] = tuple({} for _ in SCALES)
         self.outdated: set[fx.Node] = set()  # values from before an edit in place that eager code would show in them
         self._prefix = prefix
 
@@ -116,6 +120,11 @@ class Tracer(ProxyTracer):
         if isinstance(val, torch.dtype | torch.device):
             return OpaqueProxy(node, self)
         if isinstance(val, tuple | list):
+            if len(val) != len(node.meta["probe"]) or not self.is_fixed(node, len):
+                name = getattr(node.target, "__name__", node.target)
+                raise self.error(
+                    f"the number of results of {name} depends on the sizes", "split channels, or use views"
+                )
             return tuple(
                 self.create_proxy("call_function", operator.getitem, (fx.Proxy(node, self), i), {})
                 for i in range(len(val))
@@ -128,7 +137,7 @@ class Tracer(ProxyTracer):
         if isinstance(val, float) or val != node.meta["probe"]:
             return False
         if not any(isinstance(value, int | float) for arg in node.all_input_nodes for value in values(arg)):
-            return True
+            return node.op != "call_method" or (node.target != "size" and self.is_fixed(node, lambda value: value))
         expression, names = node.meta.get("size"), [symbol.name for symbol in self.owner.dims.symbols]
         try:
             return expression is not None and all(
@@ -162,6 +171,7 @@ class Tracer(ProxyTracer):
             if not isinstance(error, ShapeError):
                 raise self.error(error.what, error.hint) from error
             raise
+        self._created.append(node)
         return self.proxy(node)
 
     def create_arg(self, a: Any) -> Any:
@@ -183,6 +193,38 @@ class Tracer(ProxyTracer):
         if key not in self._once:
             self._once[key] = self.create_proxy(kind, target, (fx.Proxy(node, self), *args), {})
         return self._once[key]
+
+    def is_fixed(self, node: fx.Node, read: Callable[[Any], Any]) -> bool:
+        """Whether a property of a node's value that is the same at both sizes of a trace is so at others too.
+
+        `x[:, :, ::64].shape[2]` is 1 at small sizes. Sizes at which an operation fails do not count.
+
+        Args:
+            read: returns the property of a value.
+        """
+        for scale, known in zip(SCALES, self._elsewhere, strict=True):
+            for created in self._created[len(known) :]:
+                inputs = [self._at(scale, known, arg) for arg in created.all_input_nodes]
+                there = dict(zip(created.all_input_nodes, inputs, strict=True))
+                absent = any(value is None for value in inputs)
+                known[created] = None if absent else elsewhere(self.owner, created, there.__getitem__)
+            value = known.get(node)
+            if value is not None and read(value) != read(node.meta["val"]):
+                return False
+        return True
+
+    def _at(self, scale: int, known: Mapping[fx.Node, Any], node: fx.Node) -> Any:
+        """The value of a node with each size of the call multiplied; None if it is not known."""
+        if node in known:
+            return known[node]
+        val, probe = values(node)
+        if not isinstance(val, torch.Tensor) or val.ndim != probe.ndim:
+            return None
+        sizes = {s.name: s.generic * scale + 1 if scale else 1 for s in self.owner.dims.symbols}
+        shape = self.owner.dims.expressions(val, probe)
+        if "?" in shape:
+            return None
+        return val.new_empty([d if isinstance(d, int) else int(evaluate(d, sizes)) for d in shape])
 
     def sharing_memory(self, node: fx.Node) -> set[fx.Node]:
         """Return the nodes whose values share memory with that of a node, and the node itself."""

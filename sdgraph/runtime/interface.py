@@ -13,7 +13,10 @@ from ..errors import CallError
 from ..frontend.call import flatten
 from ..inheritance.generation import Generations
 from ..ir.inputs import Input
+from ..options import Count, checked
 from ..schedules import Run
+
+LARGEST = 2**24  # latents and tokens of a call to prepare
 
 
 class UNetCall:
@@ -117,7 +120,8 @@ class UNetCall:
         """Forget what was kept between calls: whatever comes next is computed anew."""
         self.generations.clear()
 
-    def warm_up(self, height: int, width: int, *, batch: int = 2, tokens: int = 77, calls: Any = 25) -> None:
+    @checked(CallError)
+    def warm_up(self, height: Count, width: Count, *, batch: Count = 2, tokens: Count = 77, calls: Any = 25) -> None:
         """Prepare the calls of a generation of one size, so that the first request does not have to.
 
         Every variant that the generation needs is built, compiled or opened, and run once on random inputs. What is
@@ -134,9 +138,9 @@ class UNetCall:
         Example:
             `unet.warm_up(64, 64, calls=25)` before a server takes requests for images of 512x512 in 25 steps
         """
-        for name, size in {"height": height, "width": width, "batch": batch, "tokens": tokens}.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise CallError(f"{name} is {size!r}", where="warm_up", hint="give a whole number of at least 1")
+        if batch * (height * width + tokens) > LARGEST:
+            what = f"a batch of {batch} latents of {height}x{width} with {tokens} tokens is larger than any memory"
+            raise CallError(what, where="warm_up", hint="height and width are those of latents")
         sizes = {"B": batch, "H": height, "W": width, "L": tokens}
         flat = self._random(sizes)
         ready = flat["sample"].shape[0], *flat["sample"].shape[2:]

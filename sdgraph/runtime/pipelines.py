@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
+
+from ..errors import SdgraphError
+from ..options import Misfit, described, fitted
+from ..schedules import Steps
+
+REFUSING = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
 
 
 @contextlib.contextmanager
@@ -45,3 +53,35 @@ def per_prompt(call: Mapping[str, Any], count: int) -> dict[str, Any]:
         name: [value] * count if name.startswith("negative_prompt") and isinstance(value, str) else value
         for name, value in call.items()
     }
+
+
+def generate(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any], refusal: type[SdgraphError]
+) -> Any:
+    """Call a pipeline on prompts, each with a generator of its own.
+
+    Args:
+        seeds: of the generators, which are as many as the images.
+        call: further arguments.
+        refusal: the class of the error.
+    Raises:
+        SdgraphError: the pipeline refuses its arguments, or fails.
+    """
+    steps = call.get("num_inference_steps")
+    try:
+        fitted(steps, Steps | None)
+    except Misfit:
+        what = f"num_inference_steps is {steps!r}"
+        raise refusal(what, where="num_inference_steps", hint=f"pass {described(Steps)}") from None
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    try:
+        return pipe(prompt=list(prompts), generator=generators, **per_prompt(call, len(prompts)))
+    except (SdgraphError, torch.OutOfMemoryError):
+        raise
+    except REFUSING as error:
+        others = ", ".join(name for name in call if name != "output_type") or "no other arguments"
+        raise refusal(
+            f"the pipeline does not run on prompts and {others}: {error or type(error).__name__}",
+            where=type(pipe).__name__,
+            hint="pass what it needs besides prompts, such as image=..., and leave out what it does not have",
+        ) from error

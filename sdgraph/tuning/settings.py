@@ -13,7 +13,7 @@ import torch
 
 from ..errors import TuningError, did_you_mean
 from ..extra import imported
-from ..options import Bounds, Count, Index, NotNegative, Positive, check
+from ..options import Bounds, Count, Index, NotNegative, Positive, Seed, check
 
 # What may change when a run goes on. The precision that a run computes in is part of its identity instead, because by
 # default it depends on the machine.
@@ -26,8 +26,8 @@ Rates = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
 ]
 Precision = Literal["no", "fp16", "bf16"]
+Samples = Annotated[int, Bounds(ge=1, le=2**24)]
 Decay = Annotated[float, Bounds(ge=0, lt=1)]
-Seed = Annotated[int, Bounds(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Settings:
 
     max_train_steps: Count | None = None
     num_train_epochs: Count | None = None
-    train_batch_size: Count = 16
-    gradient_accumulation_steps: Count = 1
+    train_batch_size: Samples = 16
+    gradient_accumulation_steps: Samples = 1
     gradient_checkpointing: bool = False
     learning_rate: Positive = 1e-5
     learning_rates: Mapping[str, Positive] | None = None

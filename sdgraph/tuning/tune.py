@@ -393,7 +393,7 @@ def _state(student: GraphUNet, gradient: Gradient, settings: Settings, copy: Gra
     accelerator = gradient.accelerator
     options: dict[str, Any] = {
         "lr": settings.learning_rate,  # which "polynomial" reads, beside those of the groups
-        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "betas": (float(settings.adam_beta1), float(settings.adam_beta2)),
         "weight_decay": settings.adam_weight_decay,
         "eps": settings.adam_epsilon,
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,15 @@ import torch
 import sdgraph
 from sdgraph import Graph, GraphUNet, Pass
 from sdgraph.errors import EditError, ModeError, PassError, SdgraphError, TraceError, TuningError
-from sdgraph.schedules import Uniform
+from sdgraph.exporters.ort.bench import bench
+from sdgraph.schedules import Run, Uniform
 
 from ..models import ONE_LEVEL, build, call_of
 
 VALUES: tuple[Any, ...] = (
     None, "a", "", b"a", -1, 0, 10**30, 1.5, float("nan"), float("inf"), True, [], {}, (), [None], [-1], [float("nan")],
     ["a"], {"a": 1}, object(), int, torch.zeros(3), torch.tensor(5), torch.zeros(3, device="meta"), np.zeros(3),
-    range(3), complex(1),
+    range(3), complex(1), "a\0b",
 )  # fmt: skip
 
 SITE = "up_blocks.0.resnets.0"
@@ -70,6 +73,18 @@ ALONE: dict[str, Callable[[Any], Any]] = {
     "check": sdgraph.testing.check,
     "Chain": sdgraph.Chain,
     "Fixpoint": sdgraph.Fixpoint,
+    "attach to": lambda value: sdgraph.attach(SimpleNamespace(unet=value, scheduler=None)),
+    "calls of a schedule": lambda value: Uniform(2).calls(Run.of(value)),
+}
+OPTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "search": (sdgraph.search, {"pipe": None, "candidates": [], "prompts": ["a"], "budget": 0.5}),
+    "fit_forecast": (sdgraph.fit_forecast, {"pipe": None, "inherit": sdgraph.passes.CleanUp(), "prompts": ["a"]}),
+    "evaluate": (sdgraph.evaluate, {"before": None, "after": "CleanUp", "prompts": ["a"]}),
+    "export": (sdgraph.exporters.onnx.export, {"unet": None, "directory": "no/such"}),
+    "ORTUNet.from_pretrained": (sdgraph.exporters.ort.ORTUNet.from_pretrained, {"directory": "no/such"}),
+    "load_pipeline": (sdgraph.exporters.ort.load_pipeline, {"pipeline": "no/such", "unet": None}),
+    "compare": (sdgraph.exporters.engines.compare, {"pipeline": "no/such", "leave_out": ["no"]}),
+    "bench": (bench, {"unet": None}),
 }
 
 
@@ -93,6 +108,31 @@ def test_methods_of_a_graph(name: str, small: Graph) -> None:
 def test_functions(name: str) -> None:
     for value in VALUES:
         refused_or_accepted(ALONE[name], value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "option"),
+    [(entry, name) for entry, (code, _) in OPTIONS.items() for name in inspect.signature(code).parameters],
+)
+def test_options(entry: str, option: str) -> None:
+    """What is refused anyway, in the end, is refused by us whatever else is asked for."""
+    code, required = OPTIONS[entry]
+    for value in VALUES:
+        with pytest.raises(SdgraphError):
+            code(**{**required, option: value})
+
+
+@pytest.mark.parametrize("option", ["height", "width", "batch", "tokens", "calls"])
+def test_warming_up(option: str, inheriting: GraphUNet) -> None:
+    for value in VALUES:
+        refused_or_accepted(
+            lambda value: inheriting.warm_up(**{"height": 8, "width": 8, "calls": 2, option: value}), value
+        )
+
+
+def test_what_a_graph_attaches_to(inheriting: GraphUNet) -> None:
+    with pytest.raises(ModeError, match="no weak references"):
+        sdgraph.attach(SimpleNamespace(unet=inheriting, scheduler=None))
 
 
 def test_what_a_generation_is_expected_to_be(inheriting: GraphUNet) -> None:

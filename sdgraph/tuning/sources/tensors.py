@@ -119,7 +119,7 @@ def as_source(data: Source | Iterable[Mapping[str, Tensor]]) -> Source:
     """
     if isinstance(data, Source):
         return data
-    if not isinstance(data, Iterable):
+    if not isinstance(data, Iterable) or getattr(data, "ndim", 1) == 0:
         raise TuningError(
             f"data of type {type(data).__name__} are neither a source nor an iterable of rows",
             where="data",
