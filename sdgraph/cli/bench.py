@@ -87,7 +87,7 @@ def _graphs(args: argparse.Namespace) -> Any:
             "a size needs both a height and a width, in multiples of 8 pixels", where="--height, --width",
             hint="as in --height 512 --width 512",
         )  # fmt: skip
-    latents = [side // UNIT for side in size] or None
+    latents = (size[0] // UNIT, size[1] // UNIT) if size else None
     return bench(unet, args.calls or CALLS, latents, args.batch or BATCH, args.repeats or 3)
 
 
