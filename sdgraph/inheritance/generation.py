@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 
 from ..forecasts import Forecast, weighted
+from ..ir.guards import autocast_dtype
 from ..ir.sites import Site
 from ..schedules import Drift, Run, Schedule
 from .constant import Constant
@@ -444,8 +445,7 @@ class Generations:
 
 def arithmetic(device: str) -> tuple[object, ...]:
     """What PyTorch is set to compute with on a kind of device: the dtype of autocasting, precisions."""
-    casting = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return casting, torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    return autocast_dtype(device), torch.get_float32_matmul_precision(), torch.get_default_dtype()
 
 
 def apart(values: Mapping[str, torch.Tensor], others: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:

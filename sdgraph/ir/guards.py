@@ -186,19 +186,23 @@ def check_call(
 
 def _check_dtype(spec: Input, value: torch.Tensor, dtype: torch.dtype) -> None:
     where, device = f"input {spec.name}", value.device.type
-    casting = torch.is_autocast_enabled(device)
+    cast = autocast_dtype(device)
     if spec.kind == "index" and (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool):
         raise CallError(f"{spec.name} is {value.dtype}", where=where, hint="pass integers")
-    if spec.kind == "float" and not (value.dtype == dtype or (casting and value.is_floating_point())):
+    if spec.kind == "float" and not (value.dtype == dtype or (cast is not None and value.is_floating_point())):
         raise CallError(
             f"{spec.name} is {value.dtype}, the UNet is {dtype}", where=where, hint=f"cast it: .to({dtype})"
         )
-    if casting and spec.place[0] == "down_intrablock_additional_residuals":
-        cast = torch.get_autocast_dtype(device)  # diffusers adds these in place, so without promotion
-        if value.dtype != cast:
-            raise CallError(
-                f"{spec.name} is {value.dtype}, autocast computes in {cast}", where=where, hint=f"cast it: .to({cast})"
-            )
+    if cast is not None and spec.place[0] == "down_intrablock_additional_residuals" and value.dtype != cast:
+        raise CallError(  # diffusers adds these in place, so without promotion
+            f"{spec.name} is {value.dtype}, autocast computes in {cast}", where=where, hint=f"cast it: .to({cast})"
+        )
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype that PyTorch casts to on a kind of device, None if it does not."""
+    available = torch.amp.is_autocast_available(device)  # not on the meta device, for one
+    return torch.get_autocast_dtype(device) if available and torch.is_autocast_enabled(device) else None
 
 
 def _match(spec: Input, dims: tuple[int | str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> None:

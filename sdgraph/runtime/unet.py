@@ -111,7 +111,7 @@ class GraphUNet(SourceSettings, LoraLayers):
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if learning and not transformed():  # whose weights are no parameters of this module
             self._ownership.take_before_gradients(self)
-        if not self._sites:
+        if not self._sites or flat["sample"].is_meta:  # where no timestep can be read
             return self._step(flat, frozenset(), no_value)[0]
         if learning or differentiated(flat.values()) or (transformed() and differentiated(self.tensors().values())):
             if not self.training:

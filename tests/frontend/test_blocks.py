@@ -171,3 +171,30 @@ def test_blocks_of_different_kinds_with_residuals(kinds: tuple[str, str]) -> Non
     call["down_block_additional_residuals"] = tuple(torch.randn_like(skip) for skip in skips)
     call["mid_block_additional_residual"] = torch.randn_like(skips[-1])
     assert torch.equal(answer(unet, call), answer(graph, call))
+
+
+CLASSES: dict[str, tuple[dict[str, Any], torch.Tensor]] = {
+    "number": ({"num_class_embeds": 5}, torch.tensor([1, 3])),
+    "concatenated": ({"num_class_embeds": 5, "class_embeddings_concat": True}, torch.tensor([1, 3])),
+    "timestep": ({"class_embed_type": "timestep"}, torch.tensor([3.0, 5.0])),
+    "projection": (
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 6},
+        torch.linspace(-1, 1, 12).reshape(2, 6),
+    ),
+    "simple-projection": (
+        {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 6},
+        torch.linspace(-1, 1, 12).reshape(2, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("kind", ["resnet-sampling", "simple-attention", "self-attention"])
+def test_class_labels_in_all_kinds_of_blocks(kind: str, classes: str) -> None:
+    changes, labels = CLASSES[classes]
+    unet = build(**OTHERS[kind], **changes)
+    call = {**call_of(unet, B=2, H=8, W=8, L=5), "class_labels": labels}
+    graph = sdgraph.apply(unet, "CleanUp", verify=False)
+    assert torch.equal(answer(unet, call), answer(graph, call))
+    call["class_labels"] = labels.flip(0)
+    assert torch.equal(answer(unet, call), answer(graph, call))

@@ -39,3 +39,14 @@ def test_a_weight_that_sequential_offloading_cannot_bring_is_refused() -> None:
     _, hook = cpu_offload_with_hook(graph, execution_device=torch.device("cpu"))
     assert torch.equal(answer(unet, call), answer(graph, call))
     hook.remove()
+
+
+@pytest.mark.parametrize("passes", ["", "HoistInvariants", "InheritFeatures.deep_cache(interval=2)"])
+def test_calls_on_the_meta_device_give_shapes(passes: str) -> None:
+    graph = sdgraph.apply(build(), passes, verify=False).to("meta")
+    call = call_of(graph)
+    call = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    for _ in range(2):
+        found = answer(graph, call)
+        assert found.is_meta
+        assert found.shape == call["sample"].shape
