@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..errors import TuningError
 from ..options import Count, Index, NotNegative, Share, check
 from .counter import generator
 from .noising import Noising
-from .sources import MoreCaptions, Source
+from .sources import MoreCaptions, Samples, Source
 
 STEEPNESS = 5.0  # of random conditioning: p = 1 at the last timestep, 0.08 in the middle
 
@@ -92,6 +92,8 @@ class Batches:
 
     def __post_init__(self) -> None:
         check(self, TuningError)
+        if not len(self.source):
+            raise _unusable("the data have no rows", "pass at least one")
         if isinstance(self.source, MoreCaptions) and not self.random_conditioning:
             raise TuningError(
                 "captions without images are read with random conditioning only",
@@ -113,6 +115,7 @@ class Batches:
         indices = [self._index(step * self.latents + number) for number in numbers]
         draws = [generator(self.seed, "row", step, number) for number in numbers]
         samples = self.source.samples(indices, draws)
+        _check_samples(samples, len(rows), len(self.noising))
         clean = samples.latents.float()
         if not torch.isfinite(clean).all():
             raise TuningError(
@@ -143,6 +146,7 @@ class Batches:
         ]
         own = torch.tensor([caption in (None, index) for caption, index in zip(captions, indices, strict=True)])
         conditions = {**self.source.conditions(captions), **samples.conditions}
+        _check_conditions(conditions, len(rows))
         conditions = {name: c.float() if c.is_floating_point() else c for name, c in conditions.items()}
         noisy = (
             noisy.float().contiguous()
@@ -180,6 +184,42 @@ class Batches:
             return None
         probability = math.expm1(STEEPNESS * timestep / (len(self.noising) - 1)) / math.expm1(STEEPNESS)
         return other if self.random_conditioning and swapped < probability else index
+
+
+def _check_samples(samples: Samples, rows: int, timesteps: int) -> None:
+    """Refuse what a source of others returns where PyTorch would compute something else from it."""
+    if not isinstance(samples, Samples):
+        raise _unusable(f"samples() returns a {type(samples).__name__}", "return sdgraph.tuning.Samples")
+    own = {name: getattr(samples, name) for name in ("noisy", "timesteps")}
+    given = {name: tensor for name, tensor in own.items() if tensor is not None}
+    for name, tensor in {"latents": samples.latents, **given}.items():
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0 or len(tensor) != rows:
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise _unusable(f"{name} of {rows} rows are {shape}", f"return as many rows as were asked for, {rows}")
+    if samples.noisy is not None and samples.noisy.shape != samples.latents.shape:
+        raise _unusable(
+            f"noisy latents have shape {tuple(samples.noisy.shape)}, and clean ones {tuple(samples.latents.shape)}",
+            "return both in one shape",
+        )
+    if samples.noisy is not None and not torch.isfinite(samples.noisy).all():
+        raise _unusable("noisy latents have values that are not finite", "leave them out")
+    if samples.timesteps is not None and not ((samples.timesteps >= 0) & (samples.timesteps < timesteps)).all():
+        raise _unusable(f"there are timesteps beyond 0 to {timesteps - 1}", "return those of the noise schedule")
+
+
+def _check_conditions(conditions: Mapping[str, Tensor], rows: int) -> None:
+    for name, tensor in conditions.items():
+        if name in ("sample", "timestep"):
+            raise _unusable(f"there is a condition {name!r}, which is no condition", "leave it out")
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0 or len(tensor) != rows:
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise _unusable(f"{name} of {rows} rows are {shape}", f"return as many rows as were asked for, {rows}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise _unusable(f"{name} has values that are not finite", "leave these rows out, or encode in float32")
+
+
+def _unusable(what: str, hint: str) -> TuningError:
+    return TuningError(what, where="data", hint=hint)
 
 
 @functools.lru_cache(maxsize=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ..atomic import check_apart, lies_in
-from ..errors import TuningError
+from ..errors import TuningError, did_you_mean
 from ..runtime.recipe import RECIPE
 from ..runtime.serialization import check_savable
 from ..runtime.unet import GraphUNet
@@ -48,6 +49,42 @@ def check_models(student: GraphUNet, teacher: GraphUNet) -> None:
             hint="both must predict latents of the same shape",
         )
     check_savable(student.graph)
+
+
+def check_inputs(models: Iterable[GraphUNet], inputs: Mapping[str, Tensor]) -> None:
+    """Refuse data for inputs that no model has, and that would stay unread.
+
+    Raises:
+        TuningError: see there.
+    """
+    known = list(dict.fromkeys(one.name for unet in models for one in unet.graph.inputs))
+    for name in inputs:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"inputs: {', '.join(known)}"
+            raise TuningError(f"the models have no input {name!r}", where="data", hint=f"{hint}; or leave it out")
+
+
+def check_results(results: object) -> dict[str, float]:
+    """Return the figures of a validation.
+
+    Raises:
+        TuningError: it returns something else than figures and images by name.
+    """
+    hint = "return a dict of figures and PIL images by name, {} if there are none"
+    if not isinstance(results, Mapping):
+        raise TuningError(f"validate returns a {type(results).__name__}", where="validate", hint=hint)
+    figures = {}
+    for name, value in results.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]{1,200}", name):
+            raise TuningError(f"validate returns something named {name!r}", where="validate", hint="use short names")
+        if hasattr(value, "save"):
+            continue
+        try:
+            figures[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(value).__name__
+            raise TuningError(f"validate returns a {kind} as {name!r}", where="validate", hint=hint) from error
+    return figures
 
 
 def check_differs(student: GraphUNet, teacher: GraphUNet, inputs: Mapping[str, Tensor]) -> None:
@@ -103,6 +140,10 @@ def check_output(out: Path, models: Iterable[GraphUNet | UNet2DConditionModel], 
     Raises:
         TuningError: see there.
     """
+    try:
+        out.exists()
+    except (OSError, ValueError) as error:  # too long, or with a character that no disk has
+        raise TuningError(f"there can be no such folder: {error}", where="out", hint="name another") from error
     contents = getattr(source, "contents", None)
     names = [name for name in (model.config.get("_name_or_path") for model in models) if name and os.path.exists(name)]
     inputs = [("the model's folder", Path(name)) for name in names]

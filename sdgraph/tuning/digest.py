@@ -142,7 +142,7 @@ def hash_files(paths: Sequence[Path], known: Path | None = None) -> list[str]:
     kept = _read_known(known)
     before, now = {str(path.absolute()): path.stat() for path in paths}, time.time_ns()
     states = {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in before.items()}
-    missing = [name for name, state in states.items() if kept.get(name, [None])[:-1] != state]
+    missing = [name for name, state in states.items() if kept.get(name, [])[:-1] != state]
     with ThreadPoolExecutor(_threads()) as pool:
         found = pool.map(hash_file, map(Path, missing))
         bar = Bar(found, desc="reading files", total=len(missing), unit="file", disable=len(missing) < MANY)
@@ -170,7 +170,9 @@ def _read_known(known: Path | None) -> dict[str, list[Any]]:
         content = json.loads(known.read_text())
     except ValueError:  # it only saves reading files again
         return {}
-    return content if isinstance(content, dict) else {}
+    return (
+        {name: state for name, state in content.items() if isinstance(state, list)} if isinstance(content, dict) else {}
+    )
 
 
 def _new(data: bytes = b"") -> Any:

@@ -61,10 +61,13 @@ class Noising:
         return {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}[self.prediction]
 
     def clean(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the clean latents (B, C, H, W) that a prediction implies."""
+        """Return the clean latents (B, C, H, W) that a prediction implies.
+
+        Where a schedule ends without signal, none follow from predicted noise; those that are returned are finite.
+        """
         signal, spread = self._at(timesteps)
         if self.prediction == "epsilon":
-            return (noisy - spread * prediction) / signal
+            return (noisy - spread * prediction) / signal.clamp(min=1e-4)
         return signal * noisy - spread * prediction if self.prediction == "v_prediction" else prediction
 
     def min_snr(self, timesteps: Tensor, gamma: float) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..errors import TuningError
 from ..ir.nodes import values as values_of
 from ..runtime.unet import GraphUNet
 from .batch import Batch
@@ -104,9 +105,25 @@ class Objective:
             loss(comparison, [values[place] for place in places])
             for loss, places in zip(self.losses, self._places, strict=True)
         ]
+        for loss, term in zip(self.losses, terms, strict=True):
+            _check_term(loss, term)
         weights = [loss.weight_at(progress) for loss in self.losses]
         total = sum((weight * term for weight, term in zip(weights, terms, strict=True)), torch.zeros(()))
+        if student[0].requires_grad and not total.requires_grad:
+            raise TuningError(
+                "the losses have no gradient",
+                where=", ".join(self.names),
+                hint="compute a loss from the student's prediction or its values, and detach the teacher's alone",
+            )
         return total, torch.stack([term.detach().float() for term in terms])
+
+
+def _check_term(loss: Loss, term: object) -> None:
+    if not isinstance(term, Tensor) or term.ndim:
+        kind = f"a tensor of shape {tuple(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+        raise TuningError(
+            f"the loss returns {kind}", where=str(loss), hint="return a scalar tensor, the mean over rows"
+        )
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

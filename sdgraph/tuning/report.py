@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
+from ..errors import TuningError
 from ..extra import imported
 
 LOG = "loss.csv"
 COLUMNS = ("learning_rate", "gradient_norm", "loss")  # before the terms of the loss
 WINDOW = 50  # steps that one figure of the text is the mean of, at the beginning and at the end
+log = logging.getLogger("sdgraph")
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,16 @@ class TuningReport:
     @classmethod
     def of(cls, out: Path) -> TuningReport:
         """Read the log of a run."""
-        with (out / LOG).open(encoding="utf-8", newline="") as lines:
-            names, *rows = csv.reader(lines)
-        return cls(out, tuple(names), tuple(tuple(map(float, row)) for row in rows))
+        names, rows = _read(out / LOG)
+        return cls(out, names, tuple(tuple(map(float, row)) for row in rows))
 
     def column(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """Return a column by name."""
         return np.array([row[self.names.index(name)] for row in self.rows])
 
     def __str__(self) -> str:
+        if not self.rows:
+            return f"the log of the run is gone: {self.out}"
         count = len(self.rows)
         twice = count >= 2 * WINDOW  # a shorter run has steps that would count in both means
         means = f"means of its first and last {WINDOW} steps" if twice else "mean of all steps"
@@ -72,7 +77,7 @@ class TuningReport:
         for name in self.names[4:]:
             values = self.column(name)[:count].reshape(-1, window).mean(1)
             axes.plot(steps, values, label=name, linewidth=2 if name == "loss" else 1)
-        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        axes.set(xlabel="step", ylabel="loss", yscale="log" if (self.column("loss") > 0).any() else "linear")
         axes.legend()
         axes.grid(alpha=0.3)
         figure.savefig(path)
@@ -84,19 +89,24 @@ class Log:
     Args:
         path: the file; None logs nothing, in all processes but the main one.
         terms: the names of the terms of the loss.
-        step: the step that the run begins at; lines of later steps are removed.
+        step: the step that the run begins at; lines of later steps are removed, and those that are damaged.
+    Raises:
+        TuningError: the file cannot be written.
     """
 
     def __init__(self, path: Path | None, terms: Sequence[str], step: int) -> None:
         self._lines: TextIO | None = None
         if path is None:
             return
-        kept: list[list[str]] = []
+        head, kept = ("step", "seconds", *COLUMNS, *terms), []
         if step and path.exists():
-            with path.open(encoding="utf-8", newline="") as lines:
-                kept = [row for row in list(csv.reader(lines))[1:] if int(row[0]) <= step]
-        self._lines = path.open("w", encoding="utf-8", newline="", buffering=1)
-        csv.writer(self._lines).writerows([("step", "seconds", *COLUMNS, *terms), *kept])
+            names, rows = _read(path)
+            kept = [row for row in rows if names == head and float(row[0]) <= step]
+            if len(kept) < step:
+                log.warning("%s has lost the lines of %d steps", path, step - len(kept))
+        with _writing(path):
+            self._lines = path.open("w", encoding="utf-8", newline="", buffering=1)
+            csv.writer(self._lines).writerows([head, *kept])
 
     def __enter__(self) -> Log:
         return self
@@ -113,4 +123,35 @@ class Log:
         """
         if self._lines is not None:
             row = [step, f"{seconds:.2f}", *(f"{figure:.10g}" for figure in figures.values())]
-            csv.writer(self._lines).writerow(row)
+            with _writing(Path(self._lines.name)):
+                csv.writer(self._lines).writerow(row)
+
+
+def _read(path: Path) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return the columns of a log, and its lines of numbers; those that were written in part are left out."""
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as lines:
+            names, *rows = csv.reader(lines)
+    except (FileNotFoundError, ValueError, csv.Error):  # gone, empty, or of other bytes; it only tells of the run
+        return (), []
+    return tuple(names), [row for row in rows if len(row) == len(names) and all(map(_is_number, row))]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TuningError(
+            f"the log of the run cannot be written: {error.strerror or error}",
+            where=str(path),
+            hint="free space there; the same command goes on from the last checkpoint",
+        ) from error

@@ -190,6 +190,7 @@ class Settings:
                 hint = ELSEWHERE.get(name) or did_you_mean(name, known) or f"options: {', '.join(known)}"
                 raise TuningError(f"there is no option {name!r} of a training run", where=name, hint=hint)
         settings = cls(**options)
+        _check_launched()
         _check_precision(settings.precision())
         _check_tracker(settings.report_to)
         if settings.use_8bit_adam:
@@ -293,6 +294,16 @@ def _check_rules(rules: str | None) -> None:
             where="step_rules",
             hint="factors above 0 with the steps before which they hold, rising, and the factor of the rest: "
             "'1:1000,0.1:2000,0.01'",
+        )
+
+
+def _check_launched() -> None:
+    """Refuse an accumulation of gradients by accelerate, which would divide the loss once more."""
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        raise TuningError(
+            "accelerate launch was told to accumulate gradients, and so is the run, by its own setting",
+            where="accelerate launch --gradient_accumulation_steps",
+            hint="leave it out there, and set gradient_accumulation_steps of the run",
         )
 
 

@@ -34,6 +34,14 @@ from .settings import Settings
 STATE, OPTIMIZER, ADAPTERS = "state.json", "optimizer.safetensors", "adapters.safetensors"
 ROWS = "rows.json"  # the hashes of the rows of data
 UNET, AVERAGE = "unet", "unet_ema"
+RECORD: dict[str, type] = {  # what the record of a checkpoint has, beside numbers
+    "settings": dict,
+    "identity": dict,
+    "versions": dict,
+    "changes": list,
+    "optimizer": dict,
+    "lr_scheduler": dict,
+}
 
 
 class State:
@@ -164,14 +172,15 @@ class State:
                 (folder / STATE).write_text(json.dumps(record, indent=1) + "\n")
                 if identity.rows:
                     (folder / ROWS).write_text(json.dumps(identity.rows, indent=0))
-        except OSError as error:
+        except (OSError, safetensors.SafetensorError) as error:
             raise TuningError(
-                f"the checkpoint of step {self.step} cannot be written: {error.strerror or error}",
+                f"the checkpoint of step {self.step} cannot be written: {getattr(error, 'strerror', None) or error}",
                 where=str(target),
                 hint="free space there; the checkpoint before it is kept, and the same command goes on from it",
             ) from error
         limit = settings.checkpoints_total_limit
-        for _, old in checkpoints(out)[:-limit] if limit else ():
+        before = [folder for step, folder in checkpoints(out) if step < self.step]
+        for old in before[: 1 - limit or None] if limit else ():
             shutil.rmtree(old)
 
     def load(self, folder: Path) -> None:
@@ -205,7 +214,7 @@ class State:
             ) from error
         for group, rate in zip(self.optimizer.param_groups, self.rate.get_last_lr(), strict=True):
             group["lr"] = rate
-        self.step, self.seconds, self.changes = record["step"], record["seconds"], record.get("changes", [])
+        self.step, self.seconds, self.changes = record["step"], record["seconds"], record["changes"]
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
@@ -220,11 +229,19 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         TuningError: there is none, or it is damaged.
     """
-    hint = "name a folder checkpoint-N of a run"
+    hint = "name a folder checkpoint-N of a run; where this one is damaged, delete it, and the one before it remains"
     record = json_object(folder / STATE, TuningError, hint=hint)
-    for name in ("step", "settings", "identity"):
-        if name not in record:
-            raise TuningError(f"no checkpoint can be read: it has no {name}", where=str(folder), hint=hint)
+    wrong = [name for name, kind in RECORD.items() if not isinstance(record.get(name), kind)]
+    wrong += ["step"] * (type(record.get("step")) is not int) + ["seconds"] * (not _is_number(record.get("seconds")))
+    if wrong:
+        raise TuningError(f"no checkpoint can be read: it has no {wrong[0]}", where=str(folder), hint=hint)
+    named = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    if record["step"] < 0 or (named and int(named[1]) != record["step"]):
+        raise TuningError(
+            f"the checkpoint is of step {record['step']}, and its name says another",
+            where=str(folder),
+            hint=f"name it checkpoint-{record['step']}, or move it out of the folder of the run",
+        )
     return record
 
 
@@ -242,6 +259,10 @@ def read_identity(folder: Path, record: Mapping[str, Any]) -> Identity:
         return Identity(record["identity"], tuple(from_json(text)))
     except (ValueError, TypeError) as error:
         raise TuningError(f"{ROWS} cannot be read: {error}", where=str(rows), hint=hint) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

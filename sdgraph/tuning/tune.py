@@ -20,6 +20,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..atomic import owned
@@ -32,7 +33,15 @@ from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from . import shards
 from .batch import Batch, Batches
-from .checks import check_differs, check_models, check_output, checkpoint_to_resume, has_empty
+from .checks import (
+    check_differs,
+    check_inputs,
+    check_models,
+    check_output,
+    check_results,
+    checkpoint_to_resume,
+    has_empty,
+)
 from .gradient import Gradient
 from .identity import Identity, tell_of_versions, versions
 from .losses import Denoising, Features, Loss, Output
@@ -119,6 +128,7 @@ def tune(
     check_models(student, teaching)
     noising = Noising.of(scheduler)
     row = _batches(source, noising, chosen, 1).batch(0, [0])
+    check_inputs((student, teaching), row.inputs)
     for unet in (student, teaching):
         check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, _at_least_float32(unet))
     check_differs(student, teaching, row.inputs)
@@ -219,6 +229,7 @@ def _train(
     """Take all steps that are left. If anything fails, the steps before it are kept in a checkpoint."""
     accelerator, steps = gradient.accelerator, settings.steps
     main, begun, saved = accelerator.is_main_process, time.monotonic() - state.seconds, state.step
+    taken = [p.requires_grad for p in state.unet.parameters()]
 
     def save() -> None:
         nonlocal saved
@@ -258,6 +269,12 @@ def _train(
                     with state.averaged() as unet:
                         results = validate(_as(unet, dtype), state.step) if main else {}
                         _record(results, state.step, folder, accelerator)
+                    if main and taken != [p.requires_grad for p in state.unet.parameters()]:
+                        raise TuningError(
+                            "validation has changed which weights of the student are trained",
+                            where="validate",
+                            hint="work on a copy: copy.deepcopy(unet)",
+                        )
         except BaseException as reason:
             # Processes that share the weights can only save together, and the others know nothing of this.
             if main and state.whole and state.step > saved and not state.spread:
@@ -292,12 +309,6 @@ def _accelerator(settings: Settings, folder: Path) -> Any:
         raise TuningError(
             f"accelerate refuses: {error}", where="mixed_precision, report_to", hint="start Python anew for another"
         ) from error
-    if accelerator.gradient_accumulation_steps != 1:  # it would divide the loss once more
-        raise TuningError(
-            "accelerate launch was told to accumulate gradients, and so is the run, by its own setting",
-            where="accelerate launch --gradient_accumulation_steps",
-            hint="leave it out there, and set gradient_accumulation_steps of the run",
-        )
     kinds = accelerate.DistributedType
     if accelerator.distributed_type in (kinds.DEEPSPEED, kinds.MEGATRON_LM, kinds.XLA):
         raise TuningError(
@@ -419,11 +430,19 @@ def _state(student: GraphUNet, gradient: Gradient, settings: Settings, copy: Gra
 
 def _record(results: Mapping[str, Any], step: int, folder: Path, accelerator: Any) -> None:
     """Log the figures and images of a validation, and write the images."""
-    accelerator.log({name: value for name, value in results.items() if isinstance(value, float | int)}, step)
+    accelerator.log(check_results(results), step)
     images = {name: image for name, image in results.items() if hasattr(image, "save")}
     for name, image in images.items():
-        (folder / "validation").mkdir(exist_ok=True)
-        image.save(folder / "validation" / f"{name}-{step:06}.png")
+        path = folder / "validation" / f"{name}-{step:06}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            image.save(path)
+        except OSError as error:
+            raise TuningError(
+                f"an image of the validation cannot be written: {error.strerror or error}",
+                where=str(path),
+                hint="return PIL images in RGB; the same command goes on from the last step",
+            ) from error
     for tracker in accelerator.trackers if images else ():
         if tracker.name == "tensorboard":
             stacked = {name: np.asarray(image.convert("RGB"))[None] for name, image in images.items()}
@@ -448,11 +467,18 @@ def _finished(unet: GraphUNet, folder: Path, record: Mapping[str, Any] | None) -
     report = TuningReport.of(folder)
     if record is not None:
         text = json.dumps({"removed": unet.graph.removed, **record}, indent=1) + "\n"
-        (folder / "tuning.json").write_text(text)
-        unet.save_pretrained(folder / "unet")
-        report.picture(folder / "loss.svg")
-        if record["train"] == "all":
-            _write_plain(unet, folder / PLAIN, text)
+        try:
+            (folder / "tuning.json").write_text(text)
+            unet.save_pretrained(folder / "unet")
+            report.picture(folder / "loss.svg")
+            if record["train"] == "all":
+                _write_plain(unet, folder / PLAIN, text)
+        except (OSError, SafetensorError) as error:
+            raise TuningError(
+                f"the result cannot be written: {getattr(error, 'strerror', None) or error}",
+                where=str(folder),
+                hint="free space there; the same command writes it from the last checkpoint",
+            ) from error
     return unet, report
 
 

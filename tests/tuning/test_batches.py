@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from sdgraph import errors
-from sdgraph.tuning import Batches, Noising, Tensors
+from sdgraph.tuning import Batches, Noising, Samples, Tensors
 from sdgraph.tuning.counter import generator
+
+from ..models import CROSS
 
 NOISING = Noising.of(DDPMScheduler())
 
@@ -114,3 +120,90 @@ def test_data_that_cannot_be_used_are_refused() -> None:
         Tensors(torch.zeros(3, 4, 2, 2), captions).conditions([None])
     with pytest.raises(errors.TuningError, match="alphas_cumprod"):
         Noising.of(FlowMatchEulerDiscreteScheduler())
+
+
+class Own:
+    """A source whose rows are changed in one place."""
+
+    def __init__(self, **changed: Any) -> None:
+        self.changed = changed
+
+    def __len__(self) -> int:
+        return int(self.changed.get("rows", 3))
+
+    def samples(self, rows: Sequence[int], generators: Sequence[np.random.Generator]) -> Samples:
+        count = len(rows)
+        usual = {"latents": torch.zeros(count, 4, 8, 8), "noisy": torch.zeros(count, 4, 8, 8)}
+        usual |= {"timesteps": torch.full((count,), 5)}
+        made = {name: self.changed.get(name, tensor) for name, tensor in usual.items()}
+        return self.changed.get("samples", Samples(**made))
+
+    def conditions(self, rows: Sequence[int | None]) -> dict[str, torch.Tensor]:
+        return {"encoder_hidden_states": torch.zeros(len(rows), 5, CROSS), **self.changed.get("conditions", {})}
+
+    def fingerprint(self) -> str:
+        return "own"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rows": 0},
+        {"samples": torch.zeros(2, 4, 8, 8)},
+        {"latents": torch.zeros(1, 4, 8, 8)},
+        {"latents": torch.full((2, 4, 8, 8), math.nan)},
+        {"latents": None},
+        {"noisy": torch.zeros(1, 4, 8, 8)},
+        {"noisy": torch.zeros(2, 4, 8, 1)},
+        {"noisy": torch.full((2, 4, 8, 8), math.inf)},
+        {"timesteps": torch.tensor([5])},
+        {"timesteps": torch.tensor([5, -1])},
+        {"timesteps": torch.tensor([5, 1000])},
+        {"timesteps": [5, 5]},
+        {"conditions": {"sample": torch.zeros(2, 4, 8, 8)}},
+        {"conditions": {"timestep": torch.zeros(2)}},
+        {"conditions": {"text_embeds": torch.zeros(1, 3)}},
+        {"conditions": {"text_embeds": [0.0, 0.0]}},
+        {"conditions": {"encoder_hidden_states": torch.full((2, 5, CROSS), math.nan)}},
+    ],
+    ids=str,
+)
+def test_sources_of_others_are_checked(changed: dict[str, Any]) -> None:
+    noising = Noising.of(DDPMScheduler())
+    assert len(Batches(Own(), noising, 2).batch(0, [0, 1]).timesteps) == 2
+    with pytest.raises(errors.TuningError):
+        Batches(Own(**changed), noising, 2).batch(0, [0, 1])
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"text": torch.zeros(5, CROSS)},
+        {"encoder_hidden_states": torch.zeros(7, CROSS)},
+        {"encoder_hidden_states": torch.zeros(1, 5, CROSS)},
+        {"encoder_hidden_states": torch.full((5, CROSS), math.nan)},
+    ],
+    ids=["name", "shape", "batch", "numbers"],
+)
+def test_an_empty_caption_that_fits_no_row_is_refused(empty: dict[str, torch.Tensor]) -> None:
+    text = {"encoder_hidden_states": torch.zeros(2, 5, CROSS)}
+    with pytest.raises(errors.TuningError) as refused:
+        Tensors(torch.zeros(2, 4, 8, 8), text, empty)
+    assert refused.value.where == "empty"
+    for latents in (torch.zeros(2, 4, 8, 8).to_sparse(), torch.zeros(2, 4, 8, 8, dtype=torch.complex64)):
+        with pytest.raises(errors.TuningError, match=r"sparse|complex"):
+            Tensors(latents, text)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_schedule_may_end_without_signal(prediction: str) -> None:
+    noising = Noising.of(DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction))
+    steps = torch.arange(len(noising))
+    weights = noising.min_snr(steps, 5.0)
+    assert noising.alphas[-1] == 0
+    assert torch.isfinite(weights).all()
+    ratio = noising.alphas / (1 - noising.alphas)
+    divisors = {"epsilon": ratio, "v_prediction": ratio + 1, "sample": torch.ones_like(ratio)}
+    inner = (ratio.clamp(max=5.0) / divisors[prediction])[:-1]
+    torch.testing.assert_close(weights[:-1], inner)
+    assert torch.isfinite(noising.clean(torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2), steps[-1:])).all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import DDPMScheduler
 
 import sdgraph
 from sdgraph import errors
 from sdgraph.tuning import Denoising, Output, Tensors
+from sdgraph.tuning.state import read
 
 from ..models import CROSS, build
 from .conftest import Tune, equal, tensors
@@ -218,3 +222,82 @@ def test_a_full_disk_loses_nothing(tune: Tune, tmp_path: Path, monkeypatch: pyte
     monkeypatch.undo()
     resumed, _ = tune(checkpointing_steps=2)
     assert equal(tensors(resumed), tensors(tune(out=tmp_path / "other", checkpointing_steps=2)[0]))
+
+
+@pytest.fixture
+def stopped(tune: Tune, tmp_path: Path) -> Path:
+    """A run of four steps with checkpoints at two and four."""
+    tune(checkpointing_steps=2)
+    return tmp_path / "run"
+
+
+def test_a_checkpoint_is_of_the_step_that_its_name_says(tune: Tune, stopped: Path) -> None:
+    copied = shutil.copytree(stopped / "checkpoint-4", stopped / "checkpoint-50")
+    with pytest.raises(errors.TuningError, match="of step 4") as refused:
+        tune(steps=6)  # it would go on from there at every start, and newer checkpoints be deleted
+    assert "checkpoint-50" in refused.value.where
+    copied.rename(stopped / "kept by hand")
+    (stopped / "checkpoint-9").mkdir()
+    with pytest.raises(errors.TuningError, match="no file") as refused:
+        tune(steps=6)
+    assert "delete it" in refused.value.hint
+
+
+@pytest.mark.parametrize("name", ["step", "seconds", "settings", "identity", "versions", "optimizer", "lr_scheduler"])
+@pytest.mark.parametrize("value", [None, "x", 3.5])
+def test_records_of_other_types_are_refused(name: str, value: object, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    record = {"step": 4, "seconds": 1.5, "changes": []}
+    record |= {part: {} for part in ("settings", "identity", "versions", "optimizer", "lr_scheduler")}
+    (folder / "state.json").write_text(json.dumps(record))
+    assert read(folder) == record
+    if (name, value) == ("seconds", 3.5):
+        return
+    (folder / "state.json").write_text(json.dumps(record | {name: value}))
+    with pytest.raises(errors.TuningError, match=f"it has no {name}"):
+        read(folder)
+
+
+def test_a_run_that_goes_back_keeps_what_it_writes(tune: Tune, tmp_path: Path) -> None:
+    tune(steps=8, checkpointing_steps=2, checkpoints_total_limit=4)
+
+    def stop(unet: sdgraph.GraphUNet, step: int) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "validation_steps": 3}
+    with pytest.raises(KeyboardInterrupt):
+        tune(steps=8, resume_from_checkpoint="checkpoint-2", validate=stop, **settings)
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "blank lines", "other text"])
+def test_a_damaged_log_does_not_end_a_run(tune: Tune, stopped: Path, damage: str) -> None:
+    log = stopped / "loss.csv"
+    text = log.read_text()
+    changed = {"empty": "", "cut": text[:-20], "blank lines": text.replace("\n", "\n\n"), "other text": "a\nb\n"}
+    log.write_text(changed.get(damage, ""))
+    if damage == "gone":
+        log.unlink()
+    kept = {"cut": [1, 2, 3], "blank lines": [1, 2, 3, 4]}.get(damage, [])
+    complete = tune()[1]
+    assert list(complete.column("step")) == kept if kept else "gone" in str(complete)
+    assert list(tune(steps=5)[1].column("step")) == [*kept, 5]
+
+
+def test_a_full_disk_is_said_in_our_words(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(errors.TuningError, match=r"step 4 cannot be written: .*No space left"):
+        tune()
+    monkeypatch.undo()
+    monkeypatch.setattr(sdgraph.GraphUNet, "save_pretrained", full)
+    with pytest.raises(errors.TuningError, match="the result cannot be written"):
+        tune()
+    monkeypatch.undo()
+    tune()
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(errors.TuningError, match="there can be no such folder"):
+            tune(out=tmp_path / name)

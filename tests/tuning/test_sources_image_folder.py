@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -391,3 +392,14 @@ def test_captions_that_would_be_lost_are_refused(name: str, tmp_path: Path) -> N
         (tmp_path / file).write_bytes(content)
     with pytest.raises(TuningError, match=reason):
         captioned(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the names are one")
+def test_texts_whose_endings_differ_in_case_are_not_dropped(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.TXT").write_text("two")
+    with pytest.raises(TuningError, match="about an image that has another"):
+        captioned(tmp_path)
+    with pytest.raises(TuningError, match="there is no folder"):
+        captioned(Path("x" * 300))

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdgraph.errors import TuningError
-from sdgraph.tuning import Batches, Images, Noising
+from sdgraph.tuning import Batches, Images, MoreCaptions, Noising
 from sdgraph.tuning.counter import generator
 from sdgraph.tuning.sources.image_folder import captioned
 from sdgraph.tuning.sources.images import _pool
@@ -336,3 +336,17 @@ def test_pipelines_without_text_encoder_or_with_guidance_embedding_are_refused(
         )
         with pytest.raises(TuningError, match="embedding of the guidance scale"):
             Images(photos, pipe, resolution=16)
+
+
+def test_captions_that_are_cut_or_empty_are_told_of(
+    pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_images(tmp_path / "photos", 3)
+    for number, text in enumerate(("a red circle " * 100, " \n", "a red circle")):
+        (folder / f"{number}.txt").write_text(text)
+    with caplog.at_level("WARNING", "sdgraph"):
+        Images(folder, pipe, resolution=16)
+        MoreCaptions(Images(folder, pipe, resolution=16), ["a red circle " * 100], pipe)
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("are longer than the" in text for text in said) == 3
+    assert sum("captions 1 are empty" in text for text in said) == 2

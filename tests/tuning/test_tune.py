@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from sdgraph.tuning import (
     TuningReport,
     Wavelet,
 )
+from sdgraph.tuning.checks import check_results
 from sdgraph.tuning.losses import Comparison
 from sdgraph.tuning.tune import _record
 
@@ -212,6 +214,63 @@ def test_validation_sees_the_averaged_student_also_at_the_end(tune: Tune, tmp_pa
     ]
 
 
+@pytest.mark.parametrize(
+    "results", [None, [1.0], {"a": "x"}, {"a": torch.zeros(2)}, {3: 1.0}, {"a/b": 1.0}, {"": 1.0}, {"x" * 300: 1.0}]
+)
+def test_results_of_a_validation_that_cannot_be_kept_are_refused(results: object) -> None:
+    with pytest.raises(errors.TuningError, match="validate returns"):
+        check_results(results)
+
+
+def test_all_numbers_of_a_validation_are_logged() -> None:
+    figures = {"a": 1, "b": 2.5, "c": torch.tensor(3.0), "d": np.float32(4), "e": np.int64(5), "f": torch.tensor([6])}
+    assert check_results(figures) == {"a": 1, "b": 2.5, "c": 3, "d": 4, "e": 5, "f": 6}
+
+
+def test_a_validation_does_not_change_what_is_trained(tune: Tune) -> None:
+    def freeze(unet: sdgraph.GraphUNet, step: int) -> dict[str, float]:
+        unet.requires_grad_(False)
+        return {}
+
+    with pytest.raises(errors.TuningError, match="has changed which weights"):
+        tune(validate=freeze, validation_steps=1)
+
+
+@dataclass(frozen=True)
+class Returning(Loss):
+    """A loss that returns what it should not."""
+
+    kind: str = "nothing"
+
+    def __call__(self, comparison: Comparison, values: Any) -> Any:
+        error = (comparison.student - comparison.teacher).square().mean((1, 2, 3))
+        wrong = {
+            "nothing": None,
+            "rows": error,
+            "one row": error[:1],
+            "number": 1.0,
+            "no gradient": error.detach().mean(),
+        }
+        return wrong[self.kind]
+
+
+def test_accumulation_by_accelerate_is_refused_before_a_folder_is_made(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(errors.TuningError, match="told to accumulate gradients"):
+        tune()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["nothing", "rows", "one row", "number", "no gradient"])
+def test_losses_that_return_no_term_are_refused(tune: Tune, kind: str) -> None:
+    with pytest.raises(errors.TuningError, match=r"the loss returns|have no gradient"):
+        tune(losses=[Returning(kind)])
+    with pytest.raises(errors.TuningError, match="computes nothing"):
+        tune(losses=[Loss()])
+
+
 def test_figures_reach_tensorboard(tune: Tune, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -290,6 +349,9 @@ def test_data_that_do_not_fit_are_refused(tune: Tune, tmp_path: Path) -> None:
     wrong = Tensors(torch.zeros(3, 4, 8, 8), {"encoder_hidden_states": torch.zeros(3, 5, CROSS + 1)})
     with pytest.raises(errors.CallError, match="encoder_hidden_states has shape"):
         tune(data=wrong)
+    unread = {"encoder_hidden_states": torch.zeros(3, 5, CROSS), "text_embed": torch.zeros(3, 5)}
+    with pytest.raises(errors.TuningError, match="no input 'text_embed'"):
+        tune(data=Tensors(torch.zeros(3, 4, 8, 8), unread))
     with pytest.raises(errors.TuningError, match="data of type int are neither a source nor an iterable"):
         tune(data=3)
     with pytest.raises(errors.TuningError, match="did you mean 'learning_rate'"):

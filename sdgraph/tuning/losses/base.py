@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor
 
+from ...errors import TuningError
 from ...graph import Graph
 from ...options import Bounds, Positive
 from ...spec import Spec
@@ -81,4 +82,4 @@ class Loss(Spec):
             comparison: the batch and the predictions.
             values: the values of `taps`, of the student and the teacher, in pairs; an empty tensor for None.
         """
-        raise NotImplementedError
+        raise TuningError("the loss computes nothing", where=str(self), hint="define __call__ of it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ...errors import TuningError
 from ..digest import hash_model, hash_text, hash_tokenizer
+
+log = logging.getLogger("sdgraph")
 
 
 class Captions:
@@ -51,6 +54,19 @@ class Captions:
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return the conditions of captions by the names of the UNet's inputs, (B, ...) each."""
         return self._encoded(texts, guided=False)
+
+    def tell_of_cut(self, texts: Sequence[str]) -> None:
+        """Say in the log how many captions are empty, and how many are too long, so that their ends are unread."""
+        tokenizer = getattr(self._pipe, "tokenizer", None) or self._pipe.tokenizer_2
+        tokens = tokenizer([*texts], verbose=False)["input_ids"]
+        cut = [text for text, ids in zip(texts, tokens, strict=True) if len(ids) > tokenizer.model_max_length]
+        if cut:
+            log.warning(
+                "of %d captions %d are longer than the %d tokens that the text encoder reads, and their ends are left "
+                "out, as of %r", len(texts), len(cut), tokenizer.model_max_length, cut[0],
+            )  # fmt: skip
+        if empty := sum(not text.strip() for text in texts):
+            log.warning("of %d captions %d are empty", len(texts), empty)
 
     @torch.no_grad()
     def _encoded(self, texts: Sequence[str], guided: bool) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def captioned(
             captions, a file is unreadable, or an image is of a kind that viewers show differently. All such files are
             named.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise TuningError(f"there is no folder {folder}", where="folder", hint="give a folder of images with captions")
     files = dict(sorted(_files(folder), key=lambda file: file[1]))
     captions = _captions(folder, files, caption_column, skip_broken)
@@ -135,7 +135,12 @@ def _captions(folder: Path, files: Mapping[str, Path], caption_column: str, skip
                 missing.append((path, f"{table.name} has a row for it"))
     if not skip_broken:
         _refuse(folder, "images are missing", missing, f"restore them, or delete their rows, or {SKIP}")
-    texts = {path.with_suffix(""): path for path in files.values() if path.suffix.lower() == ".txt"}
+    written = [path for path in files.values() if path.suffix.lower() == ".txt"]
+    texts = {path.with_suffix(""): path for path in written}
+    double = [
+        (path, f"{texts[path.with_suffix('')].name} is another") for path in written if path not in texts.values()
+    ]
+    _refuse(folder, "text files are about an image that has another", double, "leave one of them")
     images = {path for path in files.values() if path.suffix.lower() in ENDINGS} | found.keys()
     told = {path.with_suffix("") for path in images}
     # NAME.txt is about NAME of another ending, where no image of a known one is beside it

@@ -88,13 +88,14 @@ class Images:
         self._folder, self._caption_column, self._background = Path(folder), caption_column, background
         decode = cache is None or skip_broken
         self._images = captioned(self._folder, caption_column, decode, skip_broken)
-        as_texts([image.caption for image in self._images], "captions")
+        texts = as_texts([image.caption for image in self._images], "captions")
         # Crops follow from the name of the file, so that other files may come and go.
         names = [hash_text(Path(os.path.relpath(image.path, folder)).as_posix()) for image in self._images]
         draws = [None if center_crop else generator(seed, "crop", as_number(name)) for name in names]
         self._crops = [Crop.of(image.size, resolution, draw) for image, draw in zip(self._images, draws, strict=True)]
         self._workers = dataloader_num_workers
         self._flip, self._vae, self._captions = random_flip, as_pipelines_run_it(pipe.vae), Captions(pipe)
+        self._captions.tell_of_cut(texts)
         self._scaling = pipe.vae.config
         self._empty = dict(self._captions.empty)
         if "text_embeds" in self._empty:

@@ -43,6 +43,7 @@ class MoreCaptions:
                 "the source has captions without images already", where="source", hint="pass all captions at once"
             )
         self._encode = Captions(pipe)
+        self._encode.tell_of_cut(self._texts)
         encoded = hash_text(*self._encode.recipe.values())
         self._recipe = {"captions without images": hash_text(*self._texts), "their text encoder": encoded}
 

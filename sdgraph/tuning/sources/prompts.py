@@ -77,6 +77,7 @@ class Prompts:
             )
         _check_scheduler(pipe.scheduler)
         captions = Captions(pipe)
+        captions.tell_of_cut(self._prompts)
         self._empty = dict(captions.empty)
         self._calls, self._seed, self._pipe, self._captions = calls_per_prompt, seed, pipe, captions
         self._call: dict[str, Any] = {"num_inference_steps": num_inference_steps, "height": height, "width": width}

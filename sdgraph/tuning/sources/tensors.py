@@ -23,7 +23,8 @@ class Tensors:
         conditions: the other inputs of the UNet by name, (N, ...), such as `encoder_hidden_states`.
         empty: the same for an empty caption, without the first dimension; needed for dropped captions.
     Raises:
-        TuningError: there are no rows, their numbers differ, or a number is not finite.
+        TuningError: there are no rows, their numbers differ, a number is not finite, or `empty` has other names or
+            shapes than a row.
     Example:
         `Tensors(latents, {"encoder_hidden_states": embeddings})`
     """
@@ -43,6 +44,9 @@ class Tensors:
                 hint="pass at least one row, (N, C, H, W)",
             )
         for name, tensor in {"latents": latents, **self._conditions}.items():
+            if tensor.is_complex() or tensor.is_meta or tensor.layout is not torch.strided:
+                kind = "complex" if tensor.is_complex() else "without numbers" if tensor.is_meta else "sparse"
+                raise TuningError(f"{name} is {kind}", where=name, hint="pass a plain tensor of real numbers")
             if not tensor.ndim or len(tensor) != len(latents):
                 raise TuningError(
                     f"{name} has {len(tensor) if tensor.ndim else 'no'} rows and latents has {len(latents)}",
@@ -55,6 +59,28 @@ class Tensors:
                 raise TuningError(
                     f"row {first} of {name} has a value that is not finite", where=name, hint="leave that row out"
                 )
+        self._check_empty()
+
+    def _check_empty(self) -> None:
+        """Refuse conditions of an empty caption that cannot take the place of those of a row."""
+        if not self._empty:
+            return
+        if self._empty.keys() != self._conditions.keys():
+            raise TuningError(
+                f"empty has {', '.join(self._empty)}, and conditions have {', '.join(self._conditions) or 'nothing'}",
+                where="empty",
+                hint="name the same inputs in both",
+            )
+        for name, tensor in self._empty.items():
+            if tensor.shape != self._conditions[name].shape[1:]:
+                raise TuningError(
+                    f"{name} of the empty caption has shape {tuple(tensor.shape)}, and of a row "
+                    f"{tuple(self._conditions[name].shape[1:])}",
+                    where="empty",
+                    hint="encode it as the captions were, and leave out the dimension of the batch",
+                )
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise TuningError(f"{name} of the empty caption is not finite", where="empty", hint="encode it anew")
 
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Tensor]], empty: Mapping[str, Tensor] | None = None) -> Tensors:
@@ -66,7 +92,7 @@ class Tensors:
         Raises:
             TuningError: there are no rows, or they have different names or shapes.
         """
-        read = list(rows)
+        read = list(rows) if isinstance(rows, Iterable) else []
         fitting = all(isinstance(row, Mapping) and row.keys() == read[0].keys() and "latents" in row for row in read)
         if not read or not fitting:
             raise TuningError(
