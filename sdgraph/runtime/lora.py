@@ -124,7 +124,17 @@ class LoraLayers(DropIn):
 
 
 def _scales_by_block(unet: Any, scales: Any, **options: Any) -> Any:
-    """Return scales by block as diffusers does, with the blocks of the source: a pass may have removed some of them."""
+    """Return scales by block as diffusers does, with the blocks of the source: a pass may have removed some of them.
+
+    Raises:
+        ModeError: the UNet is exported.
+    """
+    if isinstance(unet, UNetCall) and not isinstance(unet, DropIn):
+        raise ModeError(
+            "an exported UNet has the scales that it was exported with",
+            where="set_ip_adapter_scale",
+            hint="set them on the GraphUNet, and export it again",
+        )
     source = unet.graph.source if isinstance(unet, DropIn) else None
     return _maybe_expand_lora_scales(unet if source is None else source, scales, **options)
 

@@ -19,6 +19,7 @@ import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import ModeError, SourceError
 from sdgraph.frontend.capture import capture
+from sdgraph.runtime.interface import UNetCall
 
 from ..models import INHERITING, answer, assert_same, build, call_of, load_ip_adapter
 from ..pipelines import PIPELINES, PROMPT, SIZE, make, noise, plain
@@ -316,3 +317,8 @@ def test_scales_by_block_of_a_pruned_unet_are_those_of_the_source() -> None:
     }
     with pytest.raises(ValueError, match="Expected"):
         set_scales(pruned, {"up": {"block_1": [0.2, 0.7, 0.4]}})
+
+
+def test_scales_of_an_exported_unet_are_refused() -> None:
+    with pytest.raises(ModeError, match=r"(?s)exported with.*export it again"):
+        set_scales(UNetCall(), 0.5)
