@@ -299,5 +299,5 @@ def test_a_full_disk_is_said_in_our_words(tune: Tune, tmp_path: Path, monkeypatc
     monkeypatch.undo()
     tune()
     for name in ("x" * 300, "a\0b"):
-        with pytest.raises(errors.TuningError, match="there can be no such folder"):
+        with pytest.raises(errors.TuningError, match=r"there can be no such folder|out is"):
             tune(out=tmp_path / name)
