@@ -166,6 +166,7 @@ class _Code:
         self._hooks += (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
         self._readers = [_reader(own) for own in self._own[: len(exact)]]
         self._handles, self._keys = RemovableHandle.next_id, self._keys_now()
+        self._full = [hooks for hooks in self._hooks if hooks]  # the others stay empty until a hook is added somewhere
         self._state = [tuple(map(_frozen, values)) for values in self._state_now()]
         self._sizes, self._methods = self._sizes_now(), self._methods_now()
 
@@ -187,7 +188,7 @@ class _Code:
         return list(map(operator.call, self._readers, self._own))
 
     def _sizes_now(self) -> list[int]:
-        return [*map(len, self._own), *map(len, self._hooks)]
+        return [*map(len, self._own), *map(len, self._full)]
 
     def _classes_now(self) -> list[type]:
         return list(map(type, self._modules))
