@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..atomic import owned
-from ..errors import ModeError, TuningError
+from ..errors import TuningError
 from ..extra import imported
 from ..ir.guards import check_call
 from ..options import Bounds, Count, Text, checked
@@ -55,7 +55,6 @@ from .sources import Source, as_source
 from .state import State, read, read_identity
 
 DEFAULT = (Output(), Features("stage", weight=10.0), Denoising(weight=0.01))
-PLAIN = "unet_diffusers"
 log = logging.getLogger("sdgraph")
 Validate = Callable[[GraphUNet, int], Mapping[str, Any]]
 
@@ -77,9 +76,9 @@ def tune(
 ) -> tuple[GraphUNet, TuningReport]:
     """Train a student to predict what its teacher predicts, and return the tuned student.
 
-    The run is kept in `out`: `checkpoint-N/` as diffusers' scripts write it, `unet/` with the result, `unet_diffusers/`
-    with a plain diffusers model where one computes the same, `tuning.json` with the recipe, `loss.csv` and `loss.svg`.
-    The same call goes on from the last checkpoint, and what it computes equals an uninterrupted run bit for bit on one
+    The run is kept in `out`: `checkpoint-N/` as diffusers' scripts write it, `unet/` with the result, which diffusers
+    alone loads too where a plain model computes the same, `tuning.json` with the recipe, `loss.csv` and `loss.svg`. The
+    same call goes on from the last checkpoint, and what it computes equals an uninterrupted run bit for bit on one
     CPU. Started by `accelerate launch`, it runs on several GPUs or machines, as distributed data parallel; with
     `--use_fsdp` the weights are spread over them.
 
@@ -471,8 +470,6 @@ def _finished(unet: GraphUNet, folder: Path, record: Mapping[str, Any] | None) -
             (folder / "tuning.json").write_text(text)
             unet.save_pretrained(folder / "unet")
             report.picture(folder / "loss.svg")
-            if record["train"] == "all":
-                _write_plain(unet, folder / PLAIN, text)
         except (OSError, SafetensorError) as error:
             raise TuningError(
                 f"the result cannot be written: {getattr(error, 'strerror', None) or error}",
@@ -480,14 +477,3 @@ def _finished(unet: GraphUNet, folder: Path, record: Mapping[str, Any] | None) -
                 hint="free space there; the same command writes it from the last checkpoint",
             ) from error
     return unet, report
-
-
-def _write_plain(unet: GraphUNet, folder: Path, recipe: str) -> None:
-    """Write the plain diffusers model that computes the same, where there is one, with the recipe beside it."""
-    try:
-        plain = unet.to_diffusers()
-    except ModeError as reason:
-        log.info("there is no plain diffusers model of the result: %s", reason.what)
-    else:
-        plain.save_pretrained(folder)
-        (folder / "tuning.json").write_text(recipe)

@@ -67,7 +67,6 @@ def test_the_student_learns_and_nothing_else_changes(
         "loss.svg",
         "tuning.json",
         "unet",
-        "unet_diffusers",
     }
 
 
@@ -508,9 +507,9 @@ def test_every_architecture_and_every_loss(name: str, tmp_path: Path) -> None:
     for column in report.names[5:]:
         if column != "Denoising":  # random latents have nothing to be learned
             assert report.column(column)[-4:].mean() < report.column(column)[:4].mean(), column
-    plain = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "unet_diffusers")
+    plain = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "unet")
     torch.testing.assert_close(plain(**call).sample, tuned(**call).sample, rtol=1e-3, atol=1e-4)
-    recipe = json.loads((tmp_path / "run" / "unet_diffusers" / "tuning.json").read_text())
+    recipe = json.loads((tmp_path / "run" / "tuning.json").read_text())
     assert recipe["passes"] == ["PruneBlocks('bk-sdm-base')"]
     assert "down_blocks.0.resnets.1" in recipe["removed"]
     assert recipe["losses"].startswith("Output(), Features(weight=10.0)")
