@@ -20,6 +20,7 @@ from ..graph import Graph
 from ..inheritance.generation import Generations, apart, arithmetic
 from ..ir.guards import check_call
 from ..ir.inputs import Input
+from ..ir.sites import sites
 from ..ir.specialize import per_call
 from ..ir.weights import HOOKS, TREE, alteration
 from ..options import checked
@@ -144,6 +145,15 @@ class GraphUNet(SourceSettings, LoraLayers):
             check_call(self._graph.resolved_inputs(), self._graph.guards, flat, self.dtype)
             self._accepted.add(signature)
 
+    def _accept_values(self, flat: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+        """Refuse values of sites that no call of these sizes has."""
+        nodes = sites(self._graph.fx)
+        for site, value in values.items():
+            shape = self._graph.dims.expressions(nodes[site].meta["val"], nodes[site].meta["probe"])
+            if "?" not in shape:
+                known = (*self._graph.resolved_inputs(), Input(site, (f"values[{site!r}]",), shape, kind="mask"))
+                check_call(known, self._graph.guards, {**flat, site: value}, self.dtype)
+
     def _look(self) -> None:
         """Take note of what was changed since the last call, and refuse what would never act."""
         if torch.compiler.is_compiling():
@@ -174,7 +184,7 @@ class GraphUNet(SourceSettings, LoraLayers):
             the noise prediction, and the values of the refreshed sites that it depends on.
         Raises:
             PathError: `inherited` names something that is not a site, or has no value.
-            CallError: the graph does not cover the call.
+            CallError: the graph does not cover the call, or a value is not one of a call of these sizes.
         Example:
             `output, fresh = unet.step(values, inherited, sample=..., timestep=..., ...); values |= fresh`
         """
@@ -189,6 +199,7 @@ class GraphUNet(SourceSettings, LoraLayers):
                 )
         flat = flatten(call, self.call_inputs())
         self._accept(flat)
+        self._accept_values(flat, {site: values[site] for site in stale if site in values})
         output, fresh = self._step(flat, stale, values.__getitem__)
         fresh = apart(fresh, (*flat.values(), output))
         return apart({"output": output}, values.values())["output"], fresh

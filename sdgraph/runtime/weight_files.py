@@ -37,10 +37,15 @@ def write_weights(
         max_shard_size: largest size of a file.
     Returns:
         the file to begin reading at, and all files.
+    Raises:
+        SavedError: `max_shard_size` is no size.
     """
     pattern = name.replace(".safetensors", "{suffix}.safetensors")
     stored = _untied({n: tensor.detach().contiguous() for n, tensor in tensors.items()})
-    split = split_torch_state_dict_into_shards(stored, filename_pattern=pattern, max_shard_size=max_shard_size)
+    try:
+        split = split_torch_state_dict_into_shards(stored, filename_pattern=pattern, max_shard_size=max_shard_size)
+    except (ValueError, TypeError) as error:
+        raise SavedError(str(error), where="max_shard_size", hint='write a number of bytes, or as in "5GB"') from error
     for file, names in split.filename_to_tensors.items():
         safetensors.torch.save_file({n: stored[n] for n in names}, folder / file, metadata={"format": "pt"})
     if not split.is_sharded:

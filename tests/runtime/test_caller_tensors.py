@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from torch import Tensor
 
 import sdgraph
 from sdgraph import GraphUNet
-from sdgraph.errors import EditError
+from sdgraph.errors import CallError, EditError
+from sdgraph.passes import InheritFeatures
 from sdgraph.schedules import Explicit
 
-from ..models import call_of
+from ..models import build, call_of
 
 
 @pytest.mark.slow
@@ -67,3 +69,22 @@ def test_the_graph_of_a_unet_is_not_edited(unet: Any) -> None:
     twin = graph.copy()
     twin.reschedule(site, Explicit((0,)))
     assert GraphUNet(twin).graph.sites[site].schedule == Explicit((0,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value[:1], r"has shape \(1, "),
+        (lambda value: value[..., :2], "has shape"),
+        (lambda value: value.flatten(), "has shape"),
+        (lambda value: value.to("meta"), "is on meta"),
+    ],
+    ids=["batch", "width", "rank", "device"],
+)
+def test_a_value_of_another_call_is_refused(change: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+    unet = sdgraph.apply(build(), InheritFeatures.deep_cache(2), verify=False)
+    call = call_of(unet)
+    with torch.no_grad():
+        _, values = unet.step({}, **call)
+        with pytest.raises(CallError, match=message):
+            unet.step({site: change(value) for site, value in values.items()}, **call)
