@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ import diffusers
 import pytest
 import torch
 from scenes import models
+from scenes.pipeline import MODEL
 
 import sdgraph
 from sdgraph.atomic import owned
-from sdgraph.cli import main
+from sdgraph.cli import main, tune
 from sdgraph.cli.configuration import read
 from sdgraph.cli.quiet import quiet
 from sdgraph.cli.sources import load_pipeline, load_unet
@@ -261,3 +264,35 @@ def test_stages_are_trained_apart_and_assembled(model: Path, capsys: pytest.Capt
         untuned = sdgraph.apply(load_unet(str(model), "float32"), PASSES, verify=False)
     assert tuned.graph.removed.keys() == untuned.graph.removed.keys()
     assert 0 < len(stage.graph.removed) < len(tuned.graph.removed)
+
+
+IMAGES = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+images = pipe("a large red circle", num_inference_steps=2, generator=generator, output_type="pt").images
+torch.save(images, sys.argv[2])
+assert not any(name.split(".")[0] == "sdgraph" for name in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_diffusers_alone_makes_the_images_of_a_tuned_pipeline(tmp_path: Path) -> None:
+    """In a process that has never seen sdgraph."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(MODEL)
+    tuned = sdgraph.apply(pipe.unet, "PruneBlocks('bk-sdm-base')", verify=False)
+    tune._save(pipe, tuned, tmp_path / "tuned")
+    command = [sys.executable, "-W", "ignore", "-c", IMAGES, str(tmp_path / "tuned"), str(tmp_path / "images.pt")]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **threads})
+    with torch.no_grad():
+        pipe.unet = tuned
+        pipe.set_progress_bar_config(disable=True)
+        expected = pipe(
+            "a large red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt"
+        ).images
+    assert torch.equal(torch.load(tmp_path / "images.pt"), expected)
