@@ -118,6 +118,8 @@ class ExtraError(SdgraphError, ImportError):
 
 def did_you_mean(word: object, known: Iterable[str], count: int = 3) -> str:
     """Return `"did you mean 'a' or 'b'?"` for the known words closest to `word`, or "" if none is close."""
+    if not isinstance(word, str):
+        return ""
     others = [name for name in known if name != word]  # the word itself may be known, and be wrong here
-    matches = difflib.get_close_matches(str(word), others, n=count, cutoff=0.5)
+    matches = difflib.get_close_matches(word, others, n=count, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, matches))}?" if matches else ""

@@ -50,8 +50,12 @@ READERS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "saved": ("sdgraph.json", json.dumps({"name": NAME}, ensure_ascii=False), lambda path: read_json(path, "")["name"]),
     "checkpoint": (
         "state.json",
-        json.dumps({"step": 1, "settings": {}, "identity": NAME}, ensure_ascii=False),
-        lambda path: state.read(path.parent)["identity"],
+        json.dumps(
+            {name: kind() for name, kind in state.RECORD.items()}
+            | {"step": 1, "seconds": 0.5, "identity": {"name": NAME}},
+            ensure_ascii=False,
+        ),
+        lambda path: state.read(path.parent)["identity"]["name"],
     ),
     "costs": (
         "times.json",

@@ -110,8 +110,6 @@ def flatten(call: Mapping[str, Any], inputs: Sequence[Input]) -> dict[str, torch
             continue
         if spec.kind == "time":
             value = time_tensor(value, flat["sample"].device, _place(spec.place))
-        if spec.name == "sample" and isinstance(value, torch.Tensor) and value.is_meta:
-            raise CallError(f"{_place(spec.place)} is on the meta device", where="call", hint="pass values")
         if not isinstance(value, torch.Tensor):
             raise CallError(
                 f"{_place(spec.place)} is a {type(value).__name__}, not a tensor", where="call", hint="pass a tensor"

@@ -164,7 +164,7 @@ def _warn_of_scripts(passes: Sequence[Applied]) -> None:
         warnings.warn(
             f"{name} is defined in the script that runs (__main__), so only that script can load what is saved here: "
             f"move it to a module, and import that before loading",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

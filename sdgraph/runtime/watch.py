@@ -211,7 +211,7 @@ class _Kept:
 
     def __init__(self, whole: list[nn.Module], sampled: list[nn.Module], reads: bool) -> None:
         self.mark = object()
-        self._code = _Code(whole, sampled)
+        self._code = _Code([*whole, *(module for module in sampled if isinstance(module, Scale))], sampled)
         # Offloading exchanges the tensors of a module at every call.
         exact, rough = (
             [m for m in ms if not {"_hf_hook", "_diffusers_hook"} & vars(m).keys()] for ms in (whole, sampled)

@@ -141,7 +141,7 @@ def test_a_prediction_that_is_off_is_warned_of(
     rows = (Row("chosen", 0.5, predicted, held_out), Row("best even spacing", 0.5, 0.5, 0.5))
     chain = sdgraph.Chain(CANDIDATES[:1])
     timetable = sdgraph.apply(small, InheritFeatures.deep_cache(), verify=False).graph.timetable(6)
-    found = SearchResult(chain, timetable, rows, held_out < 0.5, 2, 100)
+    found = SearchResult(chain, timetable, rows, held_out < 0.5, 2, 100, 6, {})
     assert told in found.warning
     assert bool(told) == bool(found.warning) == ("warning:" in str(found)) == (found.as_dict()["warning"] is not None)
     assert ("no move from the even spacing helped" in " ".join(str(found).split())) == (not found.moved)
@@ -152,13 +152,13 @@ def test_a_prediction_that_is_off_is_warned_of(
     ("change", "error", "complaint"),
     [
         ({"budget": 0.01}, ScheduleError, "no plan meets a budget of 0.01: these candidates need at least 0.[0-9]+"),
-        ({"budget": 1.5}, SpecError, "the budget is 1.5"),
+        ({"budget": 1.5}, SpecError, "budget is 1.5"),
         ({"candidates": ()}, SpecError, "no candidates"),
         ({"candidates": (CleanUp(),)}, SpecError, "has no sites"),
         ({"candidates": (HoistInvariants(),)}, SpecError, "has no sites to give a schedule"),
         ({"prompts": PROMPTS[:2]}, SpecError, "there are 2 prompts, too few"),
         ({"prompts": ()}, SpecError, "no prompts"),
-        ({"cost": "minutes"}, SpecError, "minutes has no times of calls"),
+        ({"cost": "minutes"}, SpecError, "there is no file minutes"),
         ({"output_type": "pil"}, SpecError, "search sets output_type itself"),
         ({"pipe": object()}, SourceError, "object has no UNet"),
     ],

@@ -27,13 +27,15 @@ def test_apply_prints_a_report_and_saves(unet: Path, tmp_path: Path, capsys: pyt
     assert saved.graph.removed == {"mid_block": PRUNE}
     call = call_of(source)
     assert torch.equal(answer(saved, call), answer(sdgraph.apply(source, ["CleanUp", PRUNE]), call))
-    # what was saved is a source again, and takes its own place if that is asked for
+    # what was saved is a source again, and is never written over
     assert main(["apply", str(folder), "PruneBlocks('up_blocks.1.attentions.1')", "--save", str(folder)]) == 2
-    assert (
-        main(["apply", str(folder), "PruneBlocks('up_blocks.1.attentions.1')", "--save", str(folder), "--overwrite"])
-        == 0
-    )
-    assert set(sdgraph.GraphUNet.from_pretrained(folder).graph.removed) == {"mid_block", "up_blocks.1.attentions.1"}
+    again = ["apply", str(folder), "PruneBlocks('up_blocks.1.attentions.1')", "--overwrite", "--save"]
+    assert main([*again, str(folder)]) == 2
+    assert main([*again, str(tmp_path / "again")]) == 0
+    assert set(sdgraph.GraphUNet.from_pretrained(tmp_path / "again").graph.removed) == {
+        "mid_block",
+        "up_blocks.1.attentions.1",
+    }
 
 
 def test_apply_may_only_try(unet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,4 +43,4 @@ def test_search_finds_a_plan_and_goes_on_where_it_stopped(
 def test_a_budget_that_is_none(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["search", str(MODEL), CACHE, "--prompts", str(prompts)]
     assert main([*given, "--budget", "5"]) == 2
-    assert "the budget is 5" in capsys.readouterr().err
+    assert "budget is 5.0" in capsys.readouterr().err

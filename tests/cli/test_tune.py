@@ -257,7 +257,7 @@ def test_stages_are_trained_apart_and_assembled(model: Path, capsys: pytest.Capt
     write_photos(Path("photos"))
     config = written(pretrained_model_name_or_path=str(model), stage_steps=1, max_train_steps=1)
     assert main(["tune", str(config)]) == 0
-    assert capsys.readouterr().out.count("1 steps in") == 3  # two stages, and the whole
+    assert capsys.readouterr().out.count("1 step in") == 3  # two stages, and the whole
     with quiet():
         tuned = load_pipeline("tuned", "float32", "cpu").unet
         stage = sdgraph.GraphUNet.from_pretrained("tuned/stage-1/unet")

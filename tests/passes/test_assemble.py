@@ -95,7 +95,7 @@ def test_it_is_cast_to_the_dtype_of_the_graph(one: GraphUNet, folder: Path) -> N
     [
         (("mid_block",), SpecError, "source is ''"),
         (((), "unet"), SpecError, r"regions is \(\)"),
-        (("mid_block", "nowhere"), SavedError, "no folder 'nowhere'"),
+        (("mid_block", "nowhere"), SavedError, "there is no folder nowhere"),
         (("mid_blok", "{folder}"), PathError, "mid_block"),
         (("up_blocks.0.resnets.1", "{folder}"), PathError, "no longer in the graph|no module"),
     ],

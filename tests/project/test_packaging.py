@@ -119,7 +119,9 @@ from importlib.machinery import PathFinder
 
 find = PathFinder.find_spec
 missing = ("onnx", "onnxruntime", "onnxscript", "matplotlib", "transformers", "accelerate", "peft")
-PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in missing else find(name, *rest)
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest, **more: None if name.split(".")[0] in missing else find(name, *rest, **more)
+)
 import torch, sdgraph
 from diffusers import UNet2DConditionModel
 unet = UNet2DConditionModel(block_out_channels=(8, 8), norm_num_groups=4, cross_attention_dim=8,

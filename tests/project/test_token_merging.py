@@ -12,7 +12,7 @@ import torch
 from extra_passes.merge_tokens import MergeTokens, unmerge
 
 import sdgraph
-from sdgraph import testing
+from sdgraph import progress, testing
 from sdgraph.errors import EditError, SpecError
 from sdgraph.exporters.onnx.export import export
 from sdgraph.exporters.ort.unet import ORTUNet
@@ -77,6 +77,7 @@ def test_exports_in_seconds_and_runs_at_any_size(
         raise AssertionError("the program is traced anew, with all its sizes, which takes as long as the rest")
 
     monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", decompose)
+    monkeypatch.setattr(progress, "_on_terminal", lambda: True)
     unet = sdgraph.apply(build().to(dtype), [MergeTokens()], verify=False)
     export(unet, tmp_path / "merged")
     times = re.findall(r"capture model.onnx: .*?\[(\d+:\d+)", capsys.readouterr().err)

@@ -35,7 +35,7 @@ from ..models import CROSS
 from .conftest import Tune, equal, tensors
 
 ANYTHING = (
-    None, True, False, -1, 0, 1, 2, 3, 2**64, -1.0, -1e-9, 0.0, 0.1, 0.5, 1.0, 2.5, math.nan, math.inf, -math.inf, "",
+    None, True, False, -1, 0, 1, 2, 3, 2**20, -1.0, -1e-9, 0.0, 0.1, 0.5, 1.0, 2.5, math.nan, math.inf, -math.inf, "",
     "1", "1e-4", "no", "none", "cosine", "cosines", "fp16", "fp8", "tensorbord", "wandb", (), [1], {"a": 1}, {"a": -1},
     object(), b"x", 1j, np.array([1, 2]), torch.zeros(2),
 )  # fmt: skip
