@@ -1,4 +1,4 @@
-"""What a call of a UNet costs on the engines of a CPU, and how far each is from PyTorch's float32.
+"""The cost of a UNet call on the engines of a CPU, and the distance of each engine from PyTorch's float32.
 
   python benchmarks/providers.py --models scenes sd15 --threads 1 2 --out benchmarks/results/DATE-cpu-providers.json
 

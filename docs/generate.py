@@ -1,4 +1,4 @@
-"""What the documentation shows of the code: figures, the text of a region, the help of the commands, and the settings.
+"""The parts of the documentation that show code: figures, text of a region, help of commands, and settings.
 
     python docs/generate.py
 

@@ -1,4 +1,4 @@
-"""What is written: whole or not there, by one process at a time, and apart from what is read; hashes of files."""
+"""Files that are written whole or not at all, by one process at a time, apart from what is read; hashes of files."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def compare(
     rtol: float,
     on: tuple[str, str],
 ) -> Comparison:
-    """How far an exported model's outputs are from eager's: the worst of them.
+    """The largest distance of the outputs of an exported model from those of eager PyTorch.
 
     Args:
         on: the provider of ONNX Runtime and its precision.

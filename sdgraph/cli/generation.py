@@ -1,4 +1,4 @@
-"""What images are generated with: prompts, steps, a scheduler, guidance and a size."""
+"""The arguments with which images are generated: prompts, steps, a scheduler, guidance and a size."""
 
 from __future__ import annotations
 

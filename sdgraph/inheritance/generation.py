@@ -444,7 +444,7 @@ class Generations:
 
 
 def arithmetic(device: str) -> tuple[object, ...]:
-    """What PyTorch is set to compute with on a kind of device: the dtype of autocasting, precisions."""
+    """Return the settings of arithmetic of PyTorch on a kind of device: the dtype of autocasting, precisions."""
     return autocast_dtype(device), torch.get_float32_matmul_precision(), torch.get_default_dtype()
 
 

@@ -226,7 +226,7 @@ def timetable(graph: GraphState, run: Run) -> Timetable:
 
 
 def _sign(variant: Variant, site: str, forecast: bool) -> str:
-    """What a kind of call does with a site."""
+    """Return the sign of a site in a kind of call."""
     if site in variant.inherited:
         return FORECAST if forecast else INHERITED
     return REFRESHED if site in variant.refreshed else BYPASSED if site in variant.bypassed else UNNEEDED
