@@ -88,7 +88,10 @@ def calls_of(given: list[str], stop_at: int, number: int = signal.SIGINT) -> tup
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         nonlocal count
-        if event == "call" and "/sdgraph/" in frame.f_code.co_filename.replace("/exporters/", "/sdgraph/"):
+        # Python drops what is raised in the callback of a weak reference.
+        callback = frame.f_code.co_name == "_forget"
+        file = frame.f_code.co_filename.replace("/exporters/", "/sdgraph/")
+        if event == "call" and "/sdgraph/" in file and not callback:
             count += 1
             if count == stop_at:
                 os.kill(os.getpid(), number)
