@@ -83,7 +83,7 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
 
 
 def course(manifest: Manifest, run: Run) -> Course:
-    """What the calls of a run may do, and their multiply-accumulates."""
+    """Return the possible courses of the calls of a run, and their multiply-accumulates."""
 
     def computed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
         return dict.fromkeys(manifest.model_for(stale)[0].gives, torch.empty(0, device="meta"))

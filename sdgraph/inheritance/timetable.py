@@ -234,7 +234,7 @@ def _sign(variant: Variant, site: str, forecast: bool) -> str:
 
 @dataclass(frozen=True)
 class Course:
-    """What the calls of a run may do.
+    """Possible courses of the calls of a run.
 
     Args:
         calls: for each call the sets of sites that it may not compute, each with the sets of sites among them that are
@@ -358,7 +358,7 @@ def _combines(generation: Generation, site: Site, name: str) -> bool:
 
 
 def _state(generation: Generation, sites: Mapping[str, Site]) -> object:
-    """What of a generation decides about its later calls."""
+    """Return the part of a generation that decides about its later calls."""
     refreshed = frozenset(
         (name, len(values), values[-1][0] if isinstance(sites[name].schedule, Drift) else None)
         for name, values in generation.values.items()

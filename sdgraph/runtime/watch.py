@@ -149,7 +149,7 @@ class _Tree:
 
 
 class _Code:
-    """What modules compute apart from their weights: classes, hooks, methods of their own, options.
+    """The computation of modules apart from their weights: classes, hooks, methods of their own, options.
 
     Args:
         modules: the modules.
