@@ -282,10 +282,6 @@ def global_hooks() -> bool:
     return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
 
 
-def _offloaded(module: nn.Module) -> bool:
-    return "_hf_hook" in vars(module) or "_diffusers_hook" in vars(module)
-
-
 def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
