@@ -122,7 +122,7 @@ def elsewhere(graph: Evaluated, node: fx.Node, value: Callable[[fx.Node], Any]) 
 def _call(
     graph: Evaluated, node: fx.Node, key: str, value: Callable[[fx.Node], Any] | None = None
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """Return the callable of a node and its arguments: the values of its inputs by a key, or as `value` returns them."""
+    """Return the callable of a node and its arguments, the values of its inputs by a key or as `value` returns them."""
     given = (lambda n: n.meta[key]) if value is None else value
     args, kwargs = fx.map_arg(node.args, given), fx.map_arg(node.kwargs, given)
     if node.op == "call_module":
