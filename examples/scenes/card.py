@@ -64,9 +64,10 @@ def _tuning(rounds: Sequence[dict[str, Any]]) -> str:
         *((f"`{name}`", *(f"{settings[name]}" for settings in chosen)) for name in unusual),
     ]
     passes = ", ".join(f"`{one}`" for one in rounds[-1]["passes"])
+    version = rounds[-1].get("versions", rounds[-1])["sdgraph"]  # older records have it beside the settings
     return (
         f"Passes: {passes}.\n\n{markdown(rows)}\n\n"
-        f"All other settings are the defaults of `sdgraph.tune`, version {rounds[-1]['sdgraph']}."
+        f"All other settings are the defaults of `sdgraph.tune`, version {version}."
     )
 
 

@@ -101,9 +101,10 @@ def hash_model(model: nn.Module) -> str:
 
 def hash_program(unet: GraphUNet) -> str:
     """Return the hash of what a UNet computes with whatever weights: its operations, modules, sites and guards."""
-    modules, sites, _ = unet.graph.details()
-    guards = [f"{guard.condition} {guard.outcome}" for guard in unet.graph.guards]
-    return hash_text(structure(unet.graph), str(modules), str(sites), *guards)
+    graph = unet.graph
+    named = sorted(f"{name} {value}" for values in (graph.kinds(), graph.sites) for name, value in values.items())
+    guards = [f"{guard.condition} {guard.outcome}" for guard in graph.guards]
+    return hash_text(structure(graph), *map(without_places, named), *guards)
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
@@ -156,6 +157,11 @@ def hash_files(paths: Sequence[Path], known: Path | None = None) -> list[str]:
         new.write_text(text)
         new.replace(known)
     return [hashes[str(path.absolute())] for path in paths]
+
+
+def without_places(text: str) -> str:
+    """Return a text of objects without their places in memory, which every process chooses anew."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def is_hash(text: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import TuningError
 from ..runtime.unet import GraphUNet
 from ..version import __version__
-from .digest import hash_model, hash_program, hash_tensors, hash_text, is_hash
+from .digest import hash_model, hash_program, hash_tensors, hash_text, is_hash, without_places
 from .losses import Loss
 from .noising import Noising
 from .sources import Source
@@ -172,6 +171,10 @@ def _value(value: Any) -> str:
         return hash_tensors({"": value})
     if isinstance(value, tuple | list):
         return f"({', '.join(map(_value, value))})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_value(item)}' for key, item in value.items())}}}"
+    if isinstance(value, set | frozenset):  # the order of texts is another in every process
+        return f"{{{', '.join(sorted(map(_value, value)))}}}"
     if callable(value) and hasattr(value, "__qualname__"):
         return str(value.__qualname__)
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return without_places(repr(value))

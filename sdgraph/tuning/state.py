@@ -150,11 +150,12 @@ class State:
         if out is None:
             return
         target = out / f"checkpoint-{self.step}"
+        graph = (self.copy or self.unet).graph  # spreading weights gives modules hooks and classes, which are not saved
         try:
             with appearing(target, lambda _: None, TuningError) as folder:
-                save(self.unet.graph, weights, self.unet.config, folder / UNET)
+                save(graph, weights, self.unet.config, folder / UNET)
                 if self.average is not None:
-                    save(self.unet.graph, averages, self.unet.config, folder / AVERAGE)
+                    save(graph, averages, self.unet.config, folder / AVERAGE)
                 safetensors.torch.save_file(moments, folder / OPTIMIZER)
                 safetensors.torch.save_file(adapters, folder / ADAPTERS)
                 record = {

@@ -195,7 +195,8 @@ def test_nothing_is_printed_but_ours(prompts: Path) -> None:
     sdgraph_ = [sys.executable, "-m", "sdgraph"]
     given = ["evaluate", str(MODEL), "CleanUp", "--prompts", str(prompts), "--steps", "1"]
     done = subprocess.run([*sdgraph_, *given], capture_output=True, text=True, check=True)
-    first, *rest = done.stderr.splitlines()
+    threads, first, *rest = done.stderr.splitlines()
+    assert threads.startswith("threads: ")
     assert first == f"loading {MODEL}"
     assert all(line.startswith("evaluate: ") for line in rest if line)
     with subprocess.Popen([*sdgraph_, "passes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

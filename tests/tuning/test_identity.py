@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -394,3 +396,48 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(tune: Tune,
     assert len(refused) == 1
     assert f"process {os.getpid()} on" in refused[0]
     tune(steps=5)
+
+
+# -- other processes --------------------------------------------------------------------------------------------------
+
+TELL = """
+from dataclasses import dataclass
+import torch
+import sdgraph
+from diffusers import DDIMScheduler
+from sdgraph.tuning import Loss, Noising, Tensors
+from sdgraph.tuning.identity import Identity
+from tests.models import CROSS, build
+
+
+@dataclass(frozen=True)
+class Chosen(Loss):
+    names: frozenset = frozenset({"a", "b", "c", "d"})
+    more: dict = None
+    call: object = None
+
+    def __call__(self, comparison, values):
+        return comparison.student.mean()
+
+
+unet = build("sd15", layers_per_block=2)
+passes = ["PruneBlocks('bk-sdm-base')", "InheritFeatures.deep_cache(2)", "HoistInvariants"]
+student = sdgraph.apply(unet, passes, verify=False)
+source = Tensors(torch.ones(4, 4, 8, 8), {"encoder_hidden_states": torch.ones(4, 5, CROSS)})
+losses = [Chosen(frozenset("abcdefgh"), more={"x": {"e", "f", "g"}}, call=object())]
+teacher = sdgraph.apply(unet, verify=False)
+told = Identity.of(student, teacher, source, Noising.of(DDIMScheduler()), losses, None, 1, "no")
+print(told.parts, told.rows)
+"""
+
+
+def test_a_run_is_the_same_in_every_process() -> None:
+    """Sets of texts have another order in every process, and objects have another place."""
+    told = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", TELL],
+            capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(told) == 1
