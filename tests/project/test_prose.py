@@ -1,0 +1,82 @@
+"""Prose: docstrings begin with nouns and imperatives, entries of arguments are noun phrases, some words are banned."""
+
+from pathlib import Path
+
+import pytest
+
+from ..documents import ROOT
+from .prose import of_code, of_page
+
+# Rooms that do not keep the rules yet. A room that does must leave the list, which ends empty.
+NOT_YET = (
+    "benchmarks",
+    "benchmarks/cases",
+    "docs/architecture.md",
+    "docs/command-line.md",
+    "docs/deploying.md",
+    "docs/drop-in.md",
+    "docs/how-it-works.md",
+    "docs/inheriting-features.md",
+    "docs/measurements.md",
+    "docs/passes.md",
+    "docs/serving.md",
+    "docs/tuning.md",
+    "docs/writing-a-pass.md",
+    "examples/scenes",
+    "exporters",
+    "exporters/bundle",
+    "exporters/onnx",
+    "exporters/ort",
+    "passes",
+    "sdgraph",
+    "sdgraph/calibration",
+    "sdgraph/cli",
+    "sdgraph/compiler",
+    "sdgraph/evaluation",
+    "sdgraph/frontend",
+    "sdgraph/inheritance",
+    "sdgraph/ir",
+    "sdgraph/runtime",
+    "sdgraph/tuning",
+    "sdgraph/tuning/losses",
+    "sdgraph/tuning/sources",
+    "sdgraph/views",
+)
+CODE = [
+    path for top in ("sdgraph", "passes", "exporters", "benchmarks", "examples") for path in ROOT.glob(f"{top}/**/*.py")
+]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+
+
+def room(path: Path) -> str:
+    """Return the folder of a file of code, or a page itself."""
+    return (path if path.suffix == ".md" else path.parent).relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("name", sorted({room(path) for path in [*CODE, *PAGES]}))
+def test_prose_keeps_the_rules(name: str) -> None:
+    faults = [fault for path in CODE if room(path) == name for fault in of_code(path)]
+    faults += [fault for path in PAGES if room(path) == name for fault in of_page(path)]
+    assert name not in NOT_YET or faults, f"{name} keeps the rules: take it from the list"
+    assert name in NOT_YET or not faults, "\n".join(faults)
+
+
+def test_faults_are_found(tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text('''
+def cost(call: int, graph: int) -> int:
+    """What it takes.
+
+    Args:
+        call: of a
+            generation.
+        graph: the graph.
+    """
+    return 0  # nobody knows
+''')
+    assert [fault.partition(":")[2] for fault in of_code(file)] == [
+        "2: begins with a clause: What it takes.",
+        "2: begins with a preposition: call: of a",
+        "3: 'What it takes': What it takes. Args: call: of",
+        "10: 'nobody': # nobody knows",
+    ]
