@@ -39,7 +39,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 import sdgraph
-from sdgraph.runtime.interface import UNetCall
+from sdgraph.runtime.diffusers_api import UNetCall
 
 OWN = "diffusers"
 MODES = {

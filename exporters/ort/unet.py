@@ -19,7 +19,7 @@ from sdgraph.errors import ModeError, SpecError
 from sdgraph.inheritance.generation import Generations
 from sdgraph.ir.inputs import Input
 from sdgraph.options import Bounds, Text, checked
-from sdgraph.runtime.interface import UNetCall, no_value
+from sdgraph.runtime.diffusers_api import UNetCall, no_value
 from sdgraph.untrusted import read_config, require_folder
 
 from ..bundle.example_calls import random_call

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ScheduleError, SpecError
-from ..runtime.interface import no_value
+from ..runtime.diffusers_api import no_value
 from ..runtime.unet import GraphUNet
 from ..text import from_json, read_text
 

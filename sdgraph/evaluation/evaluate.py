@@ -25,7 +25,7 @@ from ..inheritance.attach import attach
 from ..options import Bounds, Count, Number, Seed, Text, checked
 from ..progress import Bar
 from ..runtime.apply import apply
-from ..runtime.interface import UNetCall
+from ..runtime.diffusers_api import UNetCall
 from ..runtime.pipelines import generate, with_unet, without_bar
 from ..runtime.unet import GraphUNet
 from ..solvers import name_of

@@ -17,9 +17,8 @@ from ..errors import ModeError, SavedError
 from ..frontend.capture import capture
 from ..graph import Graph
 from ..inheritance.generation import Generations
-from .interface import UNetCall
+from .diffusers_api import REFUSED, UNetCall, refusal
 from .recipe import PASSES, read_passes
-from .refused import REFUSED, refusal
 
 
 class DropIn(UNetCall, UNet2DConditionModel):  # type: ignore[misc]

@@ -15,8 +15,8 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
 from ..errors import ModeError
+from .diffusers_api import UNetCall
 from .dropin import DropIn
-from .interface import UNetCall
 
 LORA = (  # methods of diffusers that change the adapters
     "add_adapter",

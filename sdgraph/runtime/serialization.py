@@ -15,6 +15,7 @@ import diffusers
 import msgspec
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from ..atomic import appearing, sha256
 from ..compiler.runner import replay
@@ -26,8 +27,8 @@ from ..ir.decisions import Applied
 from ..ir.structure import alike, structure
 from ..untrusted import Config, as_kind, read_config, require_folder
 from ..version import __version__
+from .diffusers_api import UPLOAD
 from .recipe import AGAIN, CONFIG, FORMAT, PASSES, RECIPE, Recipe, Settings, entry, passes_of, read_recipe
-from .refused import UPLOAD
 from .to_diffusers import counterpart
 from .weight_files import load_weights, write_weights
 
@@ -313,3 +314,25 @@ def _only_defaults(options: dict[str, Any], call: str) -> None:
             raise SavedError(
                 f"{call} does not support {name}={value!r}", where=call, hint=HINTS.get(name, "leave it out")
             )
+
+
+def one_device(unet: nn.Module, device_map: Any, max_memory: Any) -> Any:
+    """Return the device that a device map puts the whole UNet on.
+
+    Raises:
+        SavedError: the map puts it on several devices.
+    """
+    if not isinstance(device_map, dict):
+        if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+            return device_map
+        from accelerate import infer_auto_device_map
+
+        device_map = infer_auto_device_map(unet, max_memory=max_memory)
+    devices = list(dict.fromkeys(map(str, device_map.values())))
+    if len(devices) != 1 or devices == ["disk"]:
+        raise SavedError(
+            f"the device map puts the UNet on {', '.join(devices)}, and a graph runs on one device",
+            where="from_pretrained",
+            hint="name one device, or offload the loaded pipeline (pipe.enable_model_cpu_offload())",
+        )
+    return next(iter(device_map.values()))

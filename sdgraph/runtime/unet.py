@@ -10,7 +10,6 @@ from typing import Any, Self
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from torch import fx, nn
-from torch.autograd import forward_ad
 
 from ..compiler.numerics import example
 from ..compiler.report import Report
@@ -24,12 +23,11 @@ from ..ir.sites import sites
 from ..ir.specialize import per_call
 from ..ir.weights import HOOKS, TREE, alteration
 from ..options import checked
-from .device_map import one_device
-from .interface import no_value
+from .diffusers_api import no_value
+from .gradients import Ownership, differentiated, transformed
 from .lora import LoraLayers
-from .ownership import Ownership
 from .recipe import PASSES, plain_passes
-from .serialization import load, save
+from .serialization import load, one_device, save
 from .settings import SourceSettings, follow_settings
 from .to_diffusers import to_diffusers
 from .variants import Variants
@@ -402,18 +400,3 @@ class GraphUNet(SourceSettings, LoraLayers):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModeError("a GraphUNet is not pickled", hint="use save_pretrained(directory) and from_pretrained")
-
-
-def transformed() -> bool:
-    """Say whether weights may be those of a transform, such as `torch.func.grad` or forward derivatives."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-
-
-def differentiated(tensors: Iterable[torch.Tensor]) -> bool:
-    """Say whether derivatives may be taken with respect to one of the tensors, backward or forward."""
-    return any(
-        (torch.is_grad_enabled() and tensor.requires_grad)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
-        for tensor in tensors
-    )

@@ -19,7 +19,7 @@ import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import ModeError, SourceError
 from sdgraph.frontend.capture import capture
-from sdgraph.runtime.interface import UNetCall
+from sdgraph.runtime.diffusers_api import UNetCall
 
 from ..models import INHERITING, answer, assert_same, build, call_of, load_ip_adapter
 from ..pipelines import PIPELINES, PROMPT, SIZE, make, noise, plain

@@ -13,8 +13,8 @@ from diffusers import T2IAdapter, UNet2DConditionModel
 import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import ModeError
+from sdgraph.runtime.diffusers_api import REFUSED
 from sdgraph.runtime.lora import LORA
-from sdgraph.runtime.refused import REFUSED
 
 from ..models import (
     INHERITING,

@@ -1,9 +1,12 @@
-"""Whether weights are a module's own, or share storage with the source UNet, which must stay as it is."""
+"""Gradients of a call: what they are taken for, and the weights that a module must own before it has any."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -40,3 +43,18 @@ class Ownership:
         if self._before_gradients is not None:
             self._before_gradients.remove()
             self._before_gradients = None
+
+
+def transformed() -> bool:
+    """Say whether weights may be those of a transform, such as `torch.func.grad` or forward derivatives."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def differentiated(tensors: Iterable[torch.Tensor]) -> bool:
+    """Say whether derivatives may be taken with respect to one of the tensors, backward or forward."""
+    return any(
+        (torch.is_grad_enabled() and tensor.requires_grad)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    )
