@@ -61,7 +61,7 @@ class Polynomial(Forecast):
 
     Args:
         order: 0 repeats the last value, 1 is the line through the last two, 2 the parabola through the last three.
-        damping: 0 repeats the last value, 1 is the polynomial. From -1 to 2; calibration finds some outside of 0 to 1.
+        damping: 0 repeats the last value, 1 is the polynomial. From -1 to 2; a search finds some outside of 0 to 1.
         along: the variable of the polynomial: "call" (its number), "lambda" (log(alpha / sigma)) or "sigma". The noise
             levels are known of an attached scheduler, or from `unet.expecting(scheduler)`; elsewhere the number of the
             call replaces them, and a warning says so.

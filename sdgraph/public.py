@@ -1,8 +1,6 @@
 """The public names of `sdgraph`, which loads this module when the first of them is asked for."""
 
 from . import errors
-from .calibration.fit import Fit, fit_forecast
-from .calibration.search import search
 from .compiler.base import Findings, Pass
 from .compiler.chain import Chain, Fixpoint
 from .compiler.matching import NoMatch
@@ -18,6 +16,8 @@ from .inheritance.attach import attach
 from .ir.region import Region
 from .ir.sites import Site, inherit
 from .ir.specialize import per_call
+from .plan_search.fit_forecast import Fit, fit_forecast
+from .plan_search.search import search
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 from .spec import Spec

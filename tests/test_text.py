@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sdgraph import errors, text
-from sdgraph.calibration.costs import seconds_of
-from sdgraph.calibration.measurements import Measurements
 from sdgraph.cli import configuration, sources
+from sdgraph.plan_search.costs import seconds_of
+from sdgraph.plan_search.measurements import Measurements
 from sdgraph.tuning import state
 from sdgraph.tuning.sources.image_folder import captioned
 from sdgraph.untrusted import read_json

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..calibration.search import check_settings, search
+    from ..plan_search.search import check_settings, search
 
     given, call = read_passes(args.candidates), call_of(args)
     prompts = read_prompts(args.prompts)

@@ -11,9 +11,9 @@ import torch
 
 import sdgraph
 from sdgraph import GraphUNet
-from sdgraph.calibration.costs import seconds_here, seconds_of
 from sdgraph.errors import ScheduleError, SpecError
 from sdgraph.passes import InheritFeatures
+from sdgraph.plan_search.costs import seconds_here, seconds_of
 
 from ..models import CROSS
 

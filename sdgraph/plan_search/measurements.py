@@ -15,7 +15,7 @@ from torch import Tensor
 from ..atomic import written
 from ..errors import SavedError
 from ..text import json_object
-from .latents import Array
+from .final_latents import Array
 
 
 class Measurements:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,17 +18,31 @@ from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 
 import sdgraph
 from sdgraph.atomic import owned
-from sdgraph.calibration.candidates import Candidates
-from sdgraph.calibration.plan import Call, Plan
-from sdgraph.calibration.rehearsal import Rehearsal
-from sdgraph.calibration.result import Row, SearchResult
-from sdgraph.calibration.search import TUNING, VALIDATION, _improved
 from sdgraph.errors import ScheduleError, SourceError, SpecError
 from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures
+from sdgraph.plan_search.candidates import Call, Candidates, Plan
+from sdgraph.plan_search.rehearsal import Rehearsal
+from sdgraph.plan_search.result import Row, SearchResult
+from sdgraph.plan_search.search import TUNING, VALIDATION, _improved
 
 CANDIDATES = (InheritFeatures.damped(), Bypass("mid_block"))
 PROMPTS = ("a red circle", "a blue square", "a green star")
 OPTIONS: dict[str, Any] = {"num_inference_steps": 4, "reference_steps": 8, "progress": False, "trials": 3}
+
+
+@pytest.mark.slow
+def test_the_name_of_the_package_is_the_function() -> None:
+    """Whatever module was imported before: an import of a submodule sets its name in the package."""
+    code = """
+import importlib, pkgutil, sdgraph
+for module in pkgutil.walk_packages(sdgraph.__path__, "sdgraph."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+assert callable(sdgraph.search) and sdgraph.search.__module__ == "sdgraph.plan_search.search"
+modules = {module.name for module in pkgutil.iter_modules(sdgraph.__path__)}
+assert modules.isdisjoint({*sdgraph.__all__} - {"errors"})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.slow

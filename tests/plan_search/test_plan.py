@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdgraph.calibration.plan import Call, Plan
+from sdgraph.plan_search.candidates import Call, Plan
 from sdgraph.schedules import DenseEarly, Run, Uniform
 
 

@@ -9,11 +9,10 @@ import pytest
 
 import sdgraph
 from sdgraph import GraphUNet
-from sdgraph.calibration.candidates import Candidates
-from sdgraph.calibration.plan import Call, Plan
 from sdgraph.errors import SpecError
 from sdgraph.forecasts import Fitted, Polynomial
 from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures
+from sdgraph.plan_search.candidates import Call, Candidates, Plan
 from sdgraph.schedules import Explicit, Run, Uniform
 
 from ..models import build

@@ -13,10 +13,9 @@ from ..errors import ScheduleError
 from ..forecasts import DAMPINGS
 from ..runtime.unet import GraphUNet
 from ..schedules import Run
-from .candidates import Candidates
-from .fit import gauss_newton
-from .latents import Array, final_latents
-from .plan import Plan
+from .candidates import Candidates, Plan
+from .final_latents import Array, final_latents
+from .fit_forecast import gauss_newton
 
 
 class Rehearsal:

@@ -22,7 +22,7 @@ from ..options import Index, Seed, checked
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..schedules import Run, Steps
-from .latents import Array, check_request, final_latents, typical
+from .final_latents import Array, check_request, final_latents, typical
 
 STEP = 0.25  # of a damping, to see what it does
 RIDGE = 0.03  # weight of the distance from the damping that all calls share, beside the error of the latents
@@ -70,6 +70,8 @@ def fit_forecast(
     **call: Any,
 ) -> Fit:
     """Fit the damping of every inherited call to the error of the final latents, for the pipeline's solver and steps.
+
+    Use it when the schedule is settled; `search` also chooses the schedule, and fits the dampings as part of it.
 
     Args:
         pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. The call leaves it as it was.

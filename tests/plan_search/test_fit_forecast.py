@@ -13,10 +13,10 @@ from scenes.pipeline import load
 from scenes.quality import held_out_captions
 
 import sdgraph
-from sdgraph.calibration.fit import _least_squares
 from sdgraph.errors import ScheduleError, SourceError, SpecError
 from sdgraph.forecasts import Fitted
 from sdgraph.passes import Bypass, HoistInvariants, InheritFeatures, PruneBlocks
+from sdgraph.plan_search.fit_forecast import _least_squares
 from sdgraph.schedules import Uniform
 
 

@@ -1,4 +1,4 @@
-"""The final latents of a pipeline, by which calibration judges, and their errors."""
+"""The final latents of a pipeline, whose errors a search compares."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def check_request(where: str, pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
-    """Refuse to calibrate without a UNet or prompts, with random steps, or with an output type.
+    """Refuse a search or a fit without a UNet or prompts, with random steps, or with an output type.
 
     Args:
-        where: the name of the function that calibrates.
+        where: the name of the public function, for messages.
+        pipe: the pipeline.
+        prompts: the prompts to measure on.
+        call: further arguments of the pipeline.
     Raises:
         SourceError: the pipeline has no UNet, or its solver adds random numbers.
         SpecError: there are no prompts, or the call sets the output type or has a wrong number of images.
@@ -35,10 +38,10 @@ def check_request(where: str, pipe: Any, prompts: Sequence[str], call: Mapping[s
         raise SourceError(
             f"{name_of(pipe.scheduler)} adds random numbers at each step",
             where=where,
-            hint="calibrate with a deterministic solver",
+            hint="use a deterministic solver",
         )
     if not prompts:
-        raise SpecError("there are no prompts to calibrate on", where=where, hint="pass 16 prompts or more")
+        raise SpecError("there are no prompts to measure on", where=where, hint="pass 16 prompts or more")
     number = call.get("num_images_per_prompt")
     try:
         fitted(number, Images | None)

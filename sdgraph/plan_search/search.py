@@ -29,11 +29,10 @@ from ..options import Bounds, Index, Seed, Text, checked
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..schedules import Steps
-from .candidates import Candidates
+from .candidates import SHAPES, Candidates, Plan
 from .costs import Cost, seconds_here, seconds_of
-from .latents import Array, check_request, relative_errors, typical
+from .final_latents import Array, check_request, relative_errors, typical
 from .measurements import Measurements
-from .plan import SHAPES, Plan
 from .rehearsal import Rehearsal, with_dampings
 from .result import Row, SearchResult
 
@@ -60,6 +59,8 @@ def search(
     **call: Any,
 ) -> SearchResult:
     """Find what each call should compute, inherit, forecast or bypass, for the pipeline's solver and number of steps.
+
+    It chooses the schedule and fits the dampings; if the schedule is settled, use `fit_forecast`.
 
     Args:
         pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. It is as it was afterwards.

@@ -1,0 +1,5 @@
+"""Plans that are found by measuring on prompts: `search`, and `fit_forecast` for the dampings of one plan.
+
+The package is not called `search`, because a submodule of that name would replace the function `sdgraph.search`. It
+imports `runtime` and the layers below; it trains nothing.
+"""
