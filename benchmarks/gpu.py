@@ -35,7 +35,7 @@ from tables import markdown
 from tqdm import tqdm
 
 import sdgraph
-from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort.unet import CPU, CUDA, ORTUNet
 from sdgraph.passes import HoistInvariants, InheritFeatures
 

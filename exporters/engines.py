@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from sdgraph.compiler.parse import as_passes
+from sdgraph.compiler.passes import as_passes
 from sdgraph.errors import SdgraphError, SourceError, SpecError, did_you_mean
 from sdgraph.evaluation.metrics import Images, psnr
 from sdgraph.options import Bounds, Count, Text, checked

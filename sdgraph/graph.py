@@ -12,8 +12,7 @@ import torch
 from .errors import EditError, PathError, SpecError, did_you_mean
 from .forecasts import Forecast, Order, as_forecast
 from .inheritance.timetable import Timetable, timetable
-from .ir.editing import EditableGraph
-from .ir.insertion import first_operation, module_stack
+from .ir.editor import EditableGraph, first_operation, module_stack
 from .ir.nodes import scope
 from .ir.sites import Site, inherit, sites
 from .options import checked

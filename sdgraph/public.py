@@ -1,10 +1,8 @@
 """The public names of `sdgraph`, which loads this module when the first of them is asked for."""
 
 from . import errors
-from .compiler.base import Findings, Pass
-from .compiler.chain import Chain, Fixpoint
 from .compiler.matching import NoMatch
-from .compiler.parse import parse
+from .compiler.passes import Chain, Findings, Fixpoint, Pass, parse
 from .compiler.report import NearMiss, PassReport, Report
 from .compiler.rewrite import Example, Rewrite
 from .contract import Contract
@@ -13,7 +11,7 @@ from .evaluation.evaluate import Evaluation, evaluate
 from .frontend.capture import trace, trace_code
 from .graph import Graph
 from .inheritance.attach import attach
-from .ir.region import Region
+from .ir.regions import Region
 from .ir.sites import Site, inherit
 from .ir.specialize import per_call
 from .plan_search.fit_forecast import Fit, fit_forecast

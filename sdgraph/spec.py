@@ -27,12 +27,6 @@ from .options import Text, annotations_of, check, checked
 log = logging.getLogger("sdgraph")
 
 NUMBERS = {"inf": math.inf, "nan": math.nan}  # `repr` writes these floats as names, which are no literals
-ABSTRACT = (
-    "sdgraph.compiler.base",
-    "sdgraph.compiler.chain",
-    "sdgraph.compiler.rewrite",
-    "sdgraph.tuning.losses.base",
-)  # modules of base classes and combinators, which are not offered by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +39,17 @@ class Spec:
     Class attributes:
         refusal: the class of the error about a wrong option.
         has_text: whether every option must have a text, so that the spec can be saved.
+        abstract: whether the class is a base or a combinator, which is not offered by name: `class Pass(Spec,
+            abstract=True)`. It is not inherited.
     """
 
     refusal: ClassVar[type[SdgraphError]] = SpecError
     has_text: ClassVar[bool] = True
+    abstract: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **options: Any) -> None:
         super().__init_subclass__(**options)
+        cls.abstract = abstract
         for name, member in list(vars(cls).items()):
             if name == "__post_init__":
                 setattr(cls, name, _after_check(member))
@@ -160,7 +158,7 @@ def known(kind: type[Spec] = Spec) -> dict[str, type[Spec]]:
     return {
         name: spec_class
         for name, spec_class in _defined().items()
-        if issubclass(spec_class, kind) and spec_class is not kind and spec_class.__module__ not in ABSTRACT
+        if issubclass(spec_class, kind) and spec_class is not kind and not spec_class.abstract
     }
 
 

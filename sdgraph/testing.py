@@ -6,8 +6,7 @@ import importlib
 import tempfile
 from typing import Any
 
-from .compiler.base import Pass
-from .compiler.parse import parse
+from .compiler.passes import Pass, parse
 from .compiler.rewrite import Rewrite
 from .compiler.runner import run_pass
 from .errors import ContractError, NoChangeError, SdgraphError, SpecError
@@ -40,7 +39,7 @@ def check(one: Pass, unet: Any = None, *, export: bool = False) -> GraphUNet | N
         return None
     changed = apply(unet, [one])
     if export:
-        export_unet = importlib.import_module("sdgraph.exporters.onnx.export").export
+        export_unet = importlib.import_module("sdgraph.exporters.onnx").export
         with tempfile.TemporaryDirectory() as folder:
             try:
                 export_unet(changed, f"{folder}/unet", progress=False)

@@ -3,7 +3,7 @@
 It imports `ort`, which checks what was written, and `bundle`.
 """
 
-from .export import export
+from .exporter import export
 from .parity import ExportReport
 from .request import check_target
 

@@ -29,7 +29,7 @@ class Limit(str):
 
 
 @dataclass(frozen=True)
-class Lowering(Pass):
+class Lowering(Pass, abstract=True):
     """Base of these passes: `places` finds where they may apply, `lower` does it or says why not.
 
     Raises:

@@ -45,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..exporters.onnx import check_target
-    from ..exporters.onnx.export import export
+    from ..exporters.onnx import check_target, export
     from ..runtime.apply import apply
 
     check_target(args.overwrite, args.out)  # before the minutes that the export takes

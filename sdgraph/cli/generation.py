@@ -17,7 +17,7 @@ from .arguments import add_dtype, device, number, positive
 from .sources import local_folder, read_object, sketch
 
 if TYPE_CHECKING:
-    from ..compiler.base import Pass
+    from ..compiler.passes import Pass
     from ..ir.guards import Guard
 
 STEPS = 50

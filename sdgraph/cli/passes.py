@@ -21,7 +21,7 @@ from ..options import annotations_of, described
 from ..spec import Spec, presets
 
 if TYPE_CHECKING:
-    from ..compiler.base import Pass
+    from ..compiler.passes import Pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def _description(point: importlib.metadata.EntryPoint) -> str:
 
 def _ranges(pass_class: type[Pass]) -> str:
     """Return the options of a pass with the values that they accept, a line each."""
-    from ..compiler.chain import Chain
+    from ..compiler.passes import Chain
 
     hints = {} if issubclass(pass_class, Chain) else annotations_of(pass_class)
     options = [name for name in inspect.signature(pass_class).parameters if name in hints]
@@ -83,7 +83,7 @@ def _package(point: importlib.metadata.EntryPoint) -> str:
 
 
 def _facts(pass_class: type[Pass]) -> list[str]:
-    from ..compiler.chain import Chain
+    from ..compiler.passes import Chain
 
     options = "" if issubclass(pass_class, Chain) else _signature(pass_class)  # a chain's passes are no options of it
     return [_labelled("contract", _contract(pass_class)), _labelled("options", options)]

@@ -17,7 +17,7 @@ from ..progress import note
 from ..text import from_json, read_text
 
 if TYPE_CHECKING:
-    from ..compiler.base import Pass
+    from ..compiler.passes import Pass
 
 PASSES = "passes as text, separated by commas, or a file: a plan of `sdgraph search --save`, or text with passes"
 FILE = re.compile(r"[^()\[\],'\"=\n]*[./][^()\[\],'\"=\n]*")  # what may be the name of a file, and is no call
@@ -133,8 +133,7 @@ def read_passes(texts: str | Sequence[str], *, folders: bool = False) -> Given:
 
 
 def _read(text: str, folders: bool) -> Given:
-    from ..compiler.base import Pass
-    from ..compiler.parse import parse
+    from ..compiler.passes import Pass, parse
     from ..spec import known
 
     path = Path(text).expanduser() if text and "\n" not in text and len(text) < 1000 else None
@@ -151,7 +150,7 @@ def _read(text: str, folders: bool) -> Given:
 
 
 def _read_file(path: Path) -> Given:
-    from ..compiler.parse import parse
+    from ..compiler.passes import parse
 
     text = read_text(path, SpecError, hint=f"give {PASSES}")
     if text.lstrip().startswith("{"):

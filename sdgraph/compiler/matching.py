@@ -13,7 +13,7 @@ from torch import fx, nn
 from ..errors import SpecError
 from ..graph import Graph
 from ..ir.nodes import called
-from .spelling import SAME, arguments_of, as_function
+from .canonical_calls import SAME, arguments_of, as_function
 
 COMMUTE = (operator.add, operator.mul)
 

@@ -11,10 +11,10 @@ from torch import fx, nn
 from ..graph import Graph
 from ..ir.inputs import Dim
 from ..ir.nodes import called, scope
-from .base import Findings, Pass
+from .canonical_calls import as_function
 from .matching import Match, NoMatch, Pattern, needs_annotation
+from .passes import Findings, Pass
 from .report import NearMiss
-from .spelling import as_function
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Rewrite(Pass):
+class Rewrite(Pass, abstract=True):
     """A local rewrite. Subclasses define three methods over the same named values:
 
         pattern(self, x, ...)   PyTorch code that returns one value; its parameters match anything. A function matches

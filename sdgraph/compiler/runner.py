@@ -12,11 +12,10 @@ from ..graph import Graph
 from ..ir.decisions import Applied, Decision, Decisions
 from ..ir.guards import Guard
 from ..ir.read_only import read_only
-from ..ir.structure import fingerprint
-from .base import Findings, Pass
-from .chain import Chain
+from ..ir.verify import fingerprint
+from .error_location import location
 from .numerics import Call, first_difference, generations, largest_difference, play
-from .place import place
+from .passes import Chain, Findings, Pass
 from .report import NearMiss, PassReport, Size
 
 
@@ -142,7 +141,7 @@ def _edit(pass_: Pass, original: Graph, work: Graph, decisions: Decisions) -> tu
         ours = type(pass_).__module__.startswith(
             "sdgraph."
         )  # our passes' errors are for their users, who do not read their code
-        error.came_through(", ".join(filter(None, (str(pass_), "" if ours else place(error, pass_, work)))))
+        error.came_through(", ".join(filter(None, (str(pass_), "" if ours else location(error, pass_, work)))))
         raise
     except Exception as error:
         raise _failed(pass_, error, work) from error
@@ -157,7 +156,7 @@ def _named(guard: Guard, pass_: Pass) -> Guard:
 
 def _failed(pass_: Pass, error: Exception, graph: Graph) -> PassError:
     """Return our error for an exception in the code of a pass."""
-    where, message = place(error, pass_, graph), f"{type(error).__name__}: {error}"
+    where, message = location(error, pass_, graph), f"{type(error).__name__}: {error}"
     if graph.device.type != "meta" or "meta" not in message.lower():
         return PassError(f"{pass_} failed: {message}", where=where, hint="the graph is unchanged; mend the pass")
     return DecisionError(

@@ -18,8 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..atomic import written
-from ..compiler.base import Pass
-from ..compiler.parse import as_passes
+from ..compiler.passes import Pass, as_passes
 from ..errors import QualityError, SourceError, SpecError, did_you_mean
 from ..inheritance.attach import attach
 from ..options import Bounds, Count, Number, Seed, Text, checked

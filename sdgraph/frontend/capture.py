@@ -15,8 +15,7 @@ from ..errors import SdgraphError, ShapeError, SourceError, SpecError, TraceErro
 from ..graph import Graph
 from ..ir.dims import Dims, Symbol
 from ..ir.inputs import Dim, Input, example_of
-from ..ir.interception import tracing
-from ..ir.tracer import Tracer
+from ..ir.tracer import Tracer, tracing
 from ..ir.weights import Scale, Weights, skeleton
 from ..options import checked
 from .call import unflatten

@@ -21,7 +21,7 @@ from ..forecasts import REPEAT, Forecast, as_forecast
 from ..options import check
 from ..schedules import Drift, Schedule
 from .inputs import Input
-from .liveness import ancestors, eliminate_dead_code
+from .nodes import ancestors, eliminate_dead_code
 from .specialize import drop_inputs
 
 

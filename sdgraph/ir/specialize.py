@@ -10,7 +10,7 @@ from torch import fx
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import EditError
-from .liveness import eliminate_dead_code
+from .nodes import eliminate_dead_code
 
 
 def per_call(value: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

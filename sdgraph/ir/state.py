@@ -13,15 +13,13 @@ from torch import nn
 
 from ..errors import EditError, PathError, did_you_mean
 from ..options import checked
-from .cost import count_macs
 from .decisions import Applied, Decisions
 from .dims import Dims, Symbol
 from .edits import Removed
 from .evaluation import evaluate, infer, propagate
 from .guards import Guard, raised
 from .inputs import Input, example_of
-from .liveness import ancestors
-from .nodes import scope, values
+from .nodes import ancestors, count_macs, scope, values
 from .sites import Site, changing_nodes, live_nodes, sites
 from .weights import Shares, Weights, kind
 

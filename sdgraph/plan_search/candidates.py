@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..compiler.base import Pass
-from ..compiler.chain import Chain
+from ..compiler.passes import Chain, Pass
 from ..errors import SpecError
 from ..forecasts import DAMPING, REPEAT, Fitted, Forecast, Polynomial, as_forecast
 from ..inheritance.timetable import foreseen

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..compiler.base import Pass
+from ..compiler.passes import Pass
 from ..errors import ScheduleError, SpecError
 from ..forecasts import DAMPINGS, REPEAT, Fitted, Forecast, Polynomial, as_forecast
 from ..inheritance.timetable import timetable

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from math import log10
 from typing import Any
 
-from ..compiler.chain import Chain
+from ..compiler.passes import Chain
 from ..inheritance.timetable import Timetable
 from ..views.format import columns
 

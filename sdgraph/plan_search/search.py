@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from ..atomic import owned
-from ..compiler.base import Pass
+from ..compiler.passes import Pass
 from ..errors import ScheduleError, SpecError
 from ..inheritance.timetable import timetable
 from ..options import Bounds, Index, Seed, Text, checked

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from ..compiler.base import Pass
 from ..compiler.numerics import generations, largest_difference, run
-from ..compiler.parse import as_passes
+from ..compiler.passes import Pass, as_passes
 from ..compiler.report import Report
 from ..compiler.runner import check_order, run_pass
 from ..contract import Contract

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 
-from ..compiler.parse import parse
+from ..compiler.passes import parse
 from ..errors import SavedError
 from ..ir.decisions import Applied, Decision
 from ..untrusted import Digest, FileName, Format, as_kind, check_format, read_json, require_inside

@@ -19,7 +19,7 @@ from ..errors import ModeError
 from ..frontend.capture import capture
 from ..frontend.source import check_modules
 from ..graph import Graph
-from ..ir.structure import alike
+from ..ir.verify import alike
 from ..ir.weights import Weights, skeleton
 
 _AGAIN = "do it on the source UNet, then call sdgraph.apply again"

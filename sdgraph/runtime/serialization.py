@@ -24,7 +24,7 @@ from ..frontend.capture import capture
 from ..frontend.source import make_settings, settings_of
 from ..graph import Graph
 from ..ir.decisions import Applied
-from ..ir.structure import alike, structure
+from ..ir.verify import alike, structure
 from ..untrusted import Config, as_kind, read_config, require_folder
 from ..version import __version__
 from .diffusers_api import UPLOAD

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import fx
 
-from ..compiler.base import Pass
+from ..compiler.passes import Pass
 from ..compiler.runner import replay
 from ..errors import ModeError, SdgraphError
 from ..frontend.capture import capture

@@ -19,8 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import ModeError
 from ..graph import Graph
-from ..ir.liveness import ancestors
-from ..ir.nodes import weights_read
+from ..ir.nodes import ancestors, weights_read
 from ..ir.sites import sites
 from ..ir.weights import HOOKS, Branch, Scale, own_code
 

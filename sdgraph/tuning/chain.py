@@ -9,8 +9,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ..compiler.base import Pass
-from ..compiler.parse import as_passes
+from ..compiler.passes import Pass, as_passes
 from ..errors import TuningError
 from ..options import Count, Text, checked
 from ..runtime.apply import apply

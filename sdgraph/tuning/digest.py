@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor, nn, uint8
 
 from ..errors import TuningError
-from ..ir.structure import structure
+from ..ir.verify import structure
 from ..progress import Bar
 from ..runtime.unet import GraphUNet
 

@@ -16,8 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ..compiler.base import Pass
-from ..compiler.parse import as_passes
+from ..compiler.passes import Pass, as_passes
 from ..errors import TuningError
 from ..options import Bounds, Count, Text, checked
 from ..runtime.apply import apply

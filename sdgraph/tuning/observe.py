@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import SpecError, TuningError
 from ..graph import Graph
-from ..ir.region import region_at
+from ..ir.regions import region_at
 from ..ir.sites import step
 from ..ir.specialize import copy_nodes
 from ..options import Text, check

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import PathError, TuningError, did_you_mean
-from ..ir.paths import matching
+from ..ir.regions import matching
 from .settings import Settings
 
 

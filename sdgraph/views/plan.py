@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..errors import PathError
-from ..ir.region import region_at
+from ..ir.regions import region_at
 from ..ir.state import GraphState
 from .boxes import Box
 from .units import BLOCK, Units

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from ..ir.nodes import weights_read
-from ..ir.region import region_at
+from ..ir.regions import region_at
 from ..ir.state import GraphState
 from .format import count, span
 from .lines import inputs_of, is_line, outputs_of

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..forecasts import REPEAT
 from ..ir.inputs import Input
-from ..ir.region import region_at
+from ..ir.regions import region_at
 from ..ir.state import GraphState
 from .format import cost, count, several, span
 from .sheet import Row, Sheet, aligned

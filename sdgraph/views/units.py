@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from ..ir.region import region_at
+from ..ir.regions import region_at
 from ..ir.state import GraphState
 from .words import substance
 

@@ -20,7 +20,7 @@ from sdgraph.errors import (
     ShapeError,
     SpecError,
 )
-from sdgraph.ir.structure import fingerprint
+from sdgraph.ir.verify import fingerprint
 
 from ..models import answer, build, call_of
 from .sample_passes import LyingScale, Nothing, NothingAndFine, Scale

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdgraph.errors import SdgraphError
-from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort import providers
 
 from ..pipelines import PIPELINES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,11 @@ import sdgraph
 from sdgraph import errors
 from sdgraph.exporters.bundle import inspect
 from sdgraph.exporters.bundle.describe import describe
-from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx import export, exporter
 from sdgraph.schedules import Run
 
 from ..models import CROSS
 from .exports import Exported, inheriting
-
-EXPORT = importlib.import_module("sdgraph.exporters.onnx.export")  # the package has the function by that name
 
 pytestmark = pytest.mark.slow
 
@@ -93,12 +90,12 @@ def test_an_existing_directory_survives_a_failure(
     def fail(*args: Any) -> Any:
         raise errors.ExportError("no")
 
-    monkeypatch.setattr(EXPORT, "_export", fail)
+    monkeypatch.setattr(exporter, "_export", fail)
     with pytest.raises(errors.ExportError, match="no"):
         export(unet, target, overwrite=True)
     assert {path.name for path in target.iterdir()} == {"mine", "sdgraph.json"}
     (report,) = [exported("sd15").report]
-    monkeypatch.setattr(EXPORT, "_export", lambda *args: report)
+    monkeypatch.setattr(exporter, "_export", lambda *args: report)
     export(unet, target, overwrite=True)
     assert {path.name for path in target.iterdir()} == {"export.json"}
     assert list(tmp_path.iterdir()) == [target]

@@ -26,7 +26,7 @@ from sdgraph import GraphUNet
 from sdgraph.errors import CallError, ModeError
 from sdgraph.evaluation import metrics as similarity
 from sdgraph.exporters.bundle.inspect import contents
-from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx import export
 from sdgraph.passes import InheritFeatures
 from sdgraph.schedules import Explicit
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sdgraph
-from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx import export
 
 from ..models import ONE_LEVEL, answer, build, call_of
 from .exports import Exported, opened

@@ -13,7 +13,7 @@ import sdgraph
 from sdgraph import Contract
 from sdgraph.errors import EditError, SpecError
 from sdgraph.exporters.onnx import contrib_ops as contrib
-from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx import export
 from sdgraph.exporters.onnx.lowering import ALL, LowerAttention, LowerBiasAdd, LowerGEGLU, LowerGroupNorm
 from sdgraph.exporters.ort.unet import ORTUNet
 from sdgraph.passes import HoistInvariants, InheritFeatures

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sdgraph
-from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx import export
 
 from ..pipelines import PIPELINES, make
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sdgraph import errors
-from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort import providers
 from sdgraph.exporters.ort.providers import CPU, CUDA, OPENVINO, choose
 from sdgraph.exporters.ort.unet import ORTUNet

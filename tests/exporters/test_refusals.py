@@ -12,7 +12,7 @@ import torch
 import sdgraph
 from sdgraph import errors
 from sdgraph.exporters.bundle import extra
-from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort.unet import ORTUNet
 
 from ..models import build, call_of

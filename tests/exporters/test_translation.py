@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from sdgraph import errors
-from sdgraph.exporters.onnx import parity, translate
-from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx import export, parity, translate
 from sdgraph.exporters.onnx.simplify import simplify
 
 from .exports import Exported

@@ -14,7 +14,7 @@ from extra_passes.merge_tokens import MergeTokens, unmerge
 import sdgraph
 from sdgraph import progress, testing
 from sdgraph.errors import EditError, SpecError
-from sdgraph.exporters.onnx.export import export
+from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort.unet import ORTUNet
 
 from ..models import answer, build, call_of, edits

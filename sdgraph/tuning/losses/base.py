@@ -38,7 +38,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Loss(Spec):
+class Loss(Spec, abstract=True):
     """A term of what training minimises. Terms add up by their weights, and are logged apart, without weights.
 
     A loss of your own is a frozen dataclass with `__call__`, and with `taps` if it compares values inside the models.

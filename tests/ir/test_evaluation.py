@@ -1,4 +1,4 @@
-"""Layouts that are remembered are those that PyTorch computes, and results share no memory."""
+"""Results that are remembered are those that PyTorch computes, and results share no memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdgraph.ir.layouts import computed
+from sdgraph.ir.evaluation import computed
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

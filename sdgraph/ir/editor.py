@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from ..errors import EditError, ModeError, PathError, ShapeError, SpecError, did_you_mean
+from ..errors import EditError, ModeError, PathError, SdgraphError, ShapeError, SpecError, TraceError, did_you_mean
 from ..options import checked
 from ..schedules import Schedule
 from .edits import Removed
 from .guards import Guard, check_condition, probing, satisfied
-from .insertion import check_same_shape, first_operation, insert, module_stack
-from .liveness import eliminate_dead_code
-from .nodes import scope, weights_read
-from .paths import matching
-from .region import Region, region_at, regions_of
+from .nodes import called, eliminate_dead_code, scope, values, weights_read
+from .read_only import also_read_only
+from .regions import Region, above, matching, region_at, regions_of
 from .sites import Site, bypass, sites
 from .specialize import copy_nodes
 from .state import GraphState
-from .taking import take_weights
+from .tracer import Tracer, tracing
 from .weights import Scale, Shares, alteration, described, kind
 
 
@@ -467,3 +466,156 @@ class EditableGraph(GraphState):
                 source = node.all_input_nodes[0]
                 if source not in region.nodes:
                     node.meta["nn_module_stack"] = dict(source.meta.get("nn_module_stack", {}))
+
+
+def insert(
+    graph: GraphState,
+    code: Callable[..., Any] | nn.Module,
+    args: Sequence[Any],
+    before: fx.Node | None,
+    path: str,
+    leaving: Iterable[fx.Node],
+) -> Any:
+    """Trace code into a graph; see `Graph.insert`."""
+    is_module = isinstance(code, nn.Module)
+    if is_module and not path:
+        raise EditError("a module is inserted without a path", hint="pass path=, where it is registered")
+    tracer = Tracer(graph, code if isinstance(code, nn.Module) else None, prefix=path, leaving=leaving)
+    tracer.module_stack = module_stack(graph, path.rpartition(".")[0] if is_module else path)
+    nodes_before = set(graph.fx.nodes)
+    try:
+        with graph.fx.inserting_before(before or _earliest_place(graph, args)), tracing(tracer):
+            result = code(*[tracer.proxy(a) if isinstance(a, fx.Node) else a for a in args])
+            new_value = tracer.create_arg(result)
+    except BaseException as error:
+        for node in reversed([n for n in graph.fx.nodes if n not in nodes_before]):
+            graph.fx.erase_node(node)
+        for name, displaced in reversed(tracer.displaced.items()):
+            if displaced is not None:
+                graph._put(name, displaced)
+        graph.weights.keep_only(weights_read(graph.fx.nodes))
+        # within a pass the error is that of the pass, which names its line
+        if graph._editor or isinstance(error, SdgraphError) or not isinstance(error, Exception):
+            raise
+        raise TraceError(
+            f"the code that is inserted failed while being traced: {type(error).__name__}: {error}",
+            where=path or tracer.failed_at,
+            hint="it is called with values of the graph, whose sizes are free; check that it runs on tensors",
+        ) from error
+    graph.guards = tuple(dict.fromkeys((*graph.guards, *tracer.guards)))
+    return new_value
+
+
+def _earliest_place(graph: GraphState, args: Sequence[Any]) -> fx.Node:
+    """The first operation before which all arguments exist."""
+    order = {node: i for i, node in enumerate(graph.fx.nodes)}
+    nodes = [a for a in args if isinstance(a, fx.Node) and a.op != "placeholder"]
+    if not nodes:
+        return first_operation(graph)
+    last = max(nodes, key=lambda n: order[n])
+    return last.next
+
+
+def first_operation(graph: GraphState) -> fx.Node:
+    """The first node that is no input."""
+    first: fx.Node = next(n for n in graph.fx.nodes if n.op != "placeholder")
+    return first
+
+
+def module_stack(graph: GraphState, path: str) -> dict[str, Any]:
+    """The module stack of a path: that of a node already there, or one made from its parts."""
+    for node in graph.fx.nodes:
+        stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
+        if path in stack:
+            return {p: stack[p] for p in list(stack)[: list(stack).index(path) + 1]}
+    holders = [p for p in reversed(list(above(path))) if p in graph.classes]
+    return {p: (p, graph.classes.get(p, "")) for p in (*holders, path) if p}
+
+
+def check_same_shape(graph: GraphState, old: fx.Node, new: Any, path: str) -> None:
+    """Refuse a new value that has another shape or dtype than the old one, at either call.
+
+    Args:
+        path: where it is, for the error.
+    """
+    if not isinstance(new, fx.Node) or not isinstance(new.meta["val"], torch.Tensor):
+        raise EditError("the code must return one tensor", where=path, hint="return the new value alone")
+    for was, now in zip(values(old), values(new), strict=True):
+        if was.shape != now.shape or was.dtype != now.dtype:
+            raise ShapeError(
+                f"the new value is {graph.shape(new)} {now.dtype}, the old one is {graph.shape(old)} {was.dtype}",
+                where=path,
+                hint="return a tensor of the old shape and dtype, at every size and model dtype",
+            )
+
+
+def take_weights(graph: GraphState, paths: Sequence[str], other: GraphState) -> tuple[str, ...]:
+    """Take the weights of regions; see `EditableGraph.take_weights`."""
+    inside: set[fx.Node] = set()
+    for path in paths:
+        region = region_at(graph, path)
+        _check_same(region, region_at(other, path))
+        inside.update(region.nodes)
+    names = tuple(weights_read(node for node in graph.fx.nodes if node in inside))
+    outside = weights_read(node for node in graph.fx.nodes if node not in inside)
+    held = {name: other.weights.get(name) for name in names}
+    for name, value in held.items():
+        _check_fits(name, graph.weights.get(name), value)
+        if name in outside:
+            raise EditError(
+                f"{name} is used outside of {', '.join(paths)} as well",
+                where=name,
+                hint="take all regions that share these weights",
+            )
+    also_read_only(other.tensors())
+    shares = Shares()
+    for name, value in held.items():
+        if isinstance(value, nn.Module):
+            graph.add_module(name, value, shares)
+        else:
+            graph.add_tensor(name, value, shares)
+    return names
+
+
+def _check_same(mine: Region, its: Region) -> None:
+    """Refuse regions that differ in more than their weights."""
+    for here, there in zip_longest(_operations(mine), _operations(its), fillvalue="nothing"):
+        if here != there:
+            passes = ", ".join(map(str, its.graph.passes)) or "none"
+            raise EditError(
+                f"{mine.path} is not the same in both graphs: here {here}, there {there}",
+                where=mine.path,
+                hint=f"apply the same passes to both; those of the graph to take from are: {passes}",
+            )
+
+
+def _operations(region: Region) -> list[str]:
+    """Return what the nodes of a region compute, as text, whatever its inputs are computed from."""
+    number = {node: count for count, node in enumerate(region.nodes)}
+
+    def named(node: fx.Node) -> str:
+        return f"%{number[node]}" if node in number else "%"
+
+    return [f"{called(node)} {fx.map_arg((node.args, node.kwargs), named)}" for node in region.nodes]
+
+
+def _check_fits(name: str, mine: nn.Module | torch.Tensor, its: nn.Module | torch.Tensor) -> None:
+    """Refuse weights of another shape, dtype or device."""
+    if described(mine) != described(its):
+        raise ShapeError(
+            f"{name} is {described(mine)}, and {described(its)} in the graph to take from",
+            where=name,
+            hint="take regions from a UNet of the same configuration",
+        )
+    places = [_place(mine), _place(its)]
+    if places[0] != places[1]:
+        raise EditError(
+            f"{name} is {places[0]}, and {places[1]} in the graph to take from",
+            where=name,
+            hint="unet.to(device, dtype) first",
+        )
+
+
+def _place(held: nn.Module | torch.Tensor) -> str:
+    tensors = [held] if isinstance(held, torch.Tensor) else [*held.parameters(), *held.buffers()]
+    return ", ".join(dict.fromkeys(f"{tensor.dtype} on {tensor.device}" for tensor in tensors))

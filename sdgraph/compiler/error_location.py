@@ -1,4 +1,4 @@
-"""The place in a pass's own code where it failed, and the nodes that it was working on."""
+"""The location in a pass's own code where it failed, and the nodes that it was working on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import fx
 
 from ..graph import Graph
 from ..ir.nodes import scope
-from ..ir.region import Region
-from .base import Pass
+from ..ir.regions import Region
+from .passes import Pass
 
 
-def place(error: BaseException, failed: Pass, graph: Graph) -> str:
+def location(error: BaseException, failed: Pass, graph: Graph) -> str:
     """Return the last line of the pass's code that an error came through, and its regions and nodes there.
 
     Args:
