@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, by one process at a time, apart from what is read; hashes of files."""
+"""Atomic creation of files and directories, locks of directories, and file hashes."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from filelock import FileLock, Timeout
 
 from .errors import SdgraphError
 
-LOCK = "lock"  # of a directory that is being written, in it
-OWNED, OWNER = ".lock", ".owner"  # the lock of a directory that a process writes to for long, and which process that is
-_locks: dict[Path, FileLock] = {}  # of this process, so that what it owns it may own again, deeper down
+LOCK = "lock"  # the lock file of a temporary directory, inside it
+OWNED, OWNER = ".lock", ".owner"  # the lock file of a directory that a process writes to for long, and the owner's name
+_locks: dict[Path, FileLock] = {}  # the locks of this process, which are reentrant
 
 
 @contextmanager
 def appearing(
     target: str | os.PathLike[str], check: Callable[[Path], None], error: type[SdgraphError]
 ) -> Iterator[Path]:
-    """A new directory that takes the place of `target` when the block ends, and is gone if it fails.
+    """Yield a temporary directory; on success it replaces `target`, on failure it is removed.
 
     Args:
-        target: the directory, or where it will be; its parents are made at the end too.
-        check: raises if what is at `target` may not be replaced; asked first and last.
-        error: what is raised where nothing can be written.
+        target: the path of the directory; missing parents are created at the end.
+        check: a function that raises if `target` may not be replaced; called before and after the block.
+        error: the class of the error for a target that cannot be written.
     Raises:
-        error: see there.
-        OSError: writing fails later; what was there stays.
+        error: the target cannot be written.
+        OSError: writing fails later; an existing target is unchanged.
     """
     target = Path(os.path.abspath(target))
     beside = nearest_folder(target)
@@ -69,11 +69,11 @@ def appearing(
 
 
 def _clear(target: Path, beside: Path) -> None:
-    """Remove what killed processes left of `target`, whose locks nobody holds; what one had put away comes back."""
+    """Clean up after killed writers, whose locks are free, and restore a target that one had moved aside."""
     for folder in beside.glob(f".{glob.escape(target.name)}-*"):
         if not re.fullmatch(r"[a-z0-9_]{8}", folder.name[len(target.name) + 2 :]) or not (folder / LOCK).is_file():
             continue
-        with contextlib.suppress(Timeout, OSError), FileLock(folder / LOCK, timeout=0):  # else it is being written
+        with contextlib.suppress(Timeout, OSError), FileLock(folder / LOCK, timeout=0):  # held while it is written
             if (folder / "old").exists() and not target.exists():
                 (folder / "old").rename(target)
             shutil.rmtree(folder, ignore_errors=True)
@@ -81,10 +81,10 @@ def _clear(target: Path, beside: Path) -> None:
 
 @contextmanager
 def written(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new file that takes the place of `target` when the block ends, and is gone if it fails.
+    """Yield the path of a temporary file; on success it replaces `target`, on failure it is removed.
 
     Args:
-        target: the file; its folders are made at the end too.
+        target: the path of the file; missing folders are created at the end.
     """
     target = Path(os.path.abspath(target))
     unfinished = nearest_folder(target) / f".{target.stem}-{secrets.token_hex(4)}{target.suffix}"
@@ -103,16 +103,16 @@ def nearest_folder(target: Path) -> Path:
 
 @contextmanager
 def owned(folder: Path, error: type[SdgraphError], where: str) -> Iterator[None]:
-    """A context in which one thread of one process writes to a directory; it is created if necessary.
+    """Lock a directory for one thread of one process; it is created if necessary.
 
-    The lock ends with the process, however that ends. Entering it again in the same thread is fine.
+    The lock ends with the process, however that ends, and is reentrant.
 
     Args:
         folder: the directory.
         error: the class of the error.
-        where: the argument that named it, for the error.
+        where: the argument that named the directory, for the error.
     Raises:
-        error: another process or thread is in it, or nothing can be written there.
+        error: another process or thread holds the lock, or the directory cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def owned(folder: Path, error: type[SdgraphError], where: str) -> Iterator[None]
 def _owner(folder: Path) -> str:
     try:
         return (folder / OWNER).read_text()
-    except OSError:  # it has just begun, or is about to end
+    except OSError:  # the owner has just begun, or is about to end
         return "another process"
 
 
@@ -156,11 +156,11 @@ def lies_in(path: Path, folder: Path) -> bool:
 def check_apart(
     output: Path, inputs: Iterable[tuple[str, Path]], error: type[SdgraphError], where: str, around: bool = True
 ) -> None:
-    """Refuse to write to what is read.
+    """Refuse an output that would overwrite an input.
 
     Args:
         output: the file or directory to write.
-        inputs: files and directories that are read, with what they are.
+        inputs: the files and directories that are read, each with a description.
         error: the class of the error.
         where: the argument that named the output, for the error.
         around: whether to refuse an output that contains an input.
@@ -182,5 +182,6 @@ def check_apart(
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The contract of a pass: what it promises about the outputs of the graph."""
+"""The contract of a pass: its promise about the outputs of the graph."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ Kind = Literal["exact", "close", "approximate"]
 class Contract:
     """A numeric promise: EXACT (bit for bit), CLOSE (within bounds) or APPROXIMATE (finite, another model on purpose).
 
-    Use the three constants. `Contract.CLOSE(rtol=1e-3)` sets other bounds.
+    Use the three constants. A call of CLOSE sets other bounds.
 
     Args:
         kind: "exact", "close" or "approximate".
         rtol: the relative bound of CLOSE, as in `torch.allclose`.
         atol: the absolute bound of CLOSE, as in `torch.allclose`.
+    Raises:
+        SpecError: the kind is not one of these, or a bound is negative.
+    Example:
+        `contract = Contract.CLOSE(rtol=1e-3)`, in the class of a pass
     """
 
     kind: Kind
@@ -45,7 +49,12 @@ class Contract:
         return f"CLOSE(rtol={self.rtol:g}, atol={self.atol:g})" if self.kind == "close" else self.kind.upper()
 
     def holds(self, before: torch.Tensor, after: torch.Tensor) -> bool:
-        """Whether the contract allows the output `after` where it was `before`."""
+        """Return whether the contract allows an output to change.
+
+        Args:
+            before: the output before the pass, of any shape.
+            after: the output after it.
+        """
         if before.shape != after.shape or before.dtype != after.dtype:
             return False
         if self.kind == "exact":
@@ -56,7 +65,11 @@ class Contract:
 
     @staticmethod
     def weakest(contracts: list[Contract]) -> Contract:
-        """Return the promise of a sequence of passes: the weakest kind, with the sums of the bounds."""
+        """Return the promise of a sequence of passes: the weakest kind, with the sums of the bounds.
+
+        Args:
+            contracts: the contracts of the passes; without any the promise is EXACT.
+        """
         rank: list[Kind] = ["exact", "close", "approximate"]
         kind = max((c.kind for c in contracts), key=rank.index, default=rank[0])
         close = [c for c in contracts if c.kind == "close"]

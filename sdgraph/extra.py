@@ -1,4 +1,4 @@
-"""Optional dependencies, which are imported when they are needed."""
+"""Optional dependencies, which are imported when they are first used."""
 
 from __future__ import annotations
 

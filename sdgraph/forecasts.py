@@ -1,4 +1,4 @@
-"""Forecasts: what an inherited value is, as a weighted sum of the values of the last refreshes.
+"""Forecasts: inherited values as weighted sums of the values of the last refreshes.
 
 Every forecast is a handful of numbers that the host computes before a call; the sum over stored tensors has the same
 form for all of them. Forecasts are specs: they print as text, parse back, and are saved with the passes that hold them.
@@ -36,17 +36,21 @@ class Forecast(Spec):
         raise NotImplementedError(f"{type(self).__name__}.memory")
 
     def weights(self, known: Sequence[int], call: int, run: Run) -> tuple[float, ...]:
-        """Return the weights of earlier values at a call.
+        """Return the weights of earlier values at a call, one for each.
 
         Args:
-            known: the calls that the values are from, oldest first; `memory` of them or fewer.
+            known: the numbers of the calls that the values are from, oldest first; `memory` of them or fewer.
             call: the number of the call.
-            run: what is known of the generation.
+            run: the known facts about the generation.
         """
         raise NotImplementedError(f"{type(self).__name__}.weights")
 
     def doubt(self, run: Run) -> str:
-        """Return a sentence that says what replaces the forecast in a run, and why; empty if nothing does."""
+        """Return a sentence that says what replaces the forecast in a run, and why; empty if nothing does.
+
+        Args:
+            run: the known facts about the generation.
+        """
         if run.random and self.memory > 1:
             return "the solver adds random numbers at each step, so the last features are repeated"
         return ""
@@ -113,10 +117,12 @@ class Fitted(Forecast):
     Args:
         table: a row for every call: the weights of the values from the last refreshes, oldest first. The row of a call
             that refreshes is empty.
-        solver: the solver they were fitted for, as `Run.solver` names it.
-        otherwise: the forecast for other solvers, and other calls of the same.
-        timesteps: of the calls they were fitted for; without any, only the number of calls is compared. An image that
-            is not made from pure noise, and timesteps of the caller's own, may have as many calls elsewhere.
+        solver: the solver that the weights were fitted for, as text.
+        otherwise: the forecast for other solvers, and for other calls of the same solver.
+        timesteps: the timesteps of the calls that the weights were fitted for; without any, only the number of calls is
+            compared, which image-to-image and custom timesteps may share.
+    Raises:
+        ScheduleError: there are timesteps, but not one for every row.
     """
 
     table: Annotated[tuple[tuple[Finite, ...], ...], Bounds(length=1)]
@@ -126,7 +132,13 @@ class Fitted(Forecast):
 
     @classmethod
     def of(cls, table: Sequence[Sequence[float]], run: Run, otherwise: Forecast) -> Fitted:
-        """Return the forecast with the weights of a table, fitted for a run; numbers are rounded, to print short."""
+        """Return a forecast whose numbers are rounded, to print short.
+
+        Args:
+            table: the weights, a row for every call.
+            run: the run that they were fitted for.
+            otherwise: the forecast for other runs.
+        """
         rows = tuple(tuple(round(weight, 4) for weight in row) for row in table)
         return cls(rows, run.solver, otherwise, _rounded(run.timesteps))
 
@@ -161,12 +173,12 @@ class Fitted(Forecast):
 
 
 def _rounded(timesteps: tuple[float, ...] | None) -> tuple[float, ...]:
-    """Timesteps as forecasts keep them: whole numbers print as such."""
+    """Return timesteps as forecasts keep them: whole numbers print as such."""
     return tuple(int(time) if float(time).is_integer() else round(time, 2) for time in timesteps or ())
 
 
 def weighted(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Return the weighted sum of tensors of one shape; if the last tensor alone counts, that tensor."""
+    """Return the weighted sum of tensors of one shape: the last itself if its weight is 1, the others 0."""
     if weights[-1] == 1 and not any(weights[:-1]):
         return values[-1]
     total = values[0] * weights[0]
@@ -182,6 +194,6 @@ def as_forecast(forecast: Forecast | Order) -> Forecast:
     """Return the forecast itself, or the polynomial of an order.
 
     Raises:
-        ScheduleError: it is neither a forecast nor an order.
+        ScheduleError: the argument is neither a forecast nor an order.
     """
     return forecast if isinstance(forecast, Forecast) else Polynomial(forecast)

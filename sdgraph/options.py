@@ -1,8 +1,8 @@
 """Options: values that are checked against their annotations once, when an object is made from them.
 
 The range of an option is part of its annotation: `Annotated[int, Bounds(ge=1)]`, or `Count` for short. Specs check all
-their options so, without code of their own. An option whose values no annotation describes is annotated `Any`, or
-`Annotated[tuple[Layer, ...], Any]` if a type checker shall know more.
+their options this way, without further code. An option whose values no annotation describes is annotated `Any`, or
+`Annotated[tuple[Layer, ...], Any]` for a type checker.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Bounds:
     """The range of an option, as part of its annotation.
 
     Args:
-        ge: the smallest number.
-        gt: numbers are above it.
-        le: the largest number.
-        lt: numbers are below it.
+        ge: the smallest number allowed.
+        gt: the exclusive lower bound.
+        le: the largest number allowed.
+        lt: the exclusive upper bound.
         length: the smallest length of a text or a tuple.
     Example:
         `ratio: Annotated[float, Bounds(gt=0, le=0.5)] = 0.5`
@@ -46,7 +46,7 @@ class Bounds:
     length: int = 0
 
     def __contains__(self, value: Any) -> bool:
-        """Whether a value is in the range. A number that is none, nan, is in no range."""
+        """Return whether a value is in the range; nan is in no range."""
         return (
             (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
@@ -87,8 +87,8 @@ class Misfit(ValueError):
 def fitted(value: Any, kind: Any) -> Any:
     """Return a value as an annotation describes it.
 
-    A list becomes a tuple, and a number of NumPy or PyTorch one of Python, so that options print as literals. An
-    annotation that says nothing of values, such as `Any` or a protocol, accepts all of them.
+    A list becomes a tuple, and a scalar of NumPy or PyTorch one of Python, so that options print as literals. `Any` and
+    protocols accept every value.
 
     Args:
         value: the value.
@@ -99,7 +99,7 @@ def fitted(value: Any, kind: Any) -> Any:
         `fitted([0, 2], tuple[int, ...])` is `(0, 2)`
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(value, str | os.PathLike) and "\0" in str(value):  # which no file's name may have
+    if isinstance(value, str | os.PathLike) and "\0" in str(value):  # no file name may contain it
         raise Misfit(f"{described(kind)} without the character 0")
     if origin is Annotated:
         if Any in arguments[1:]:
@@ -213,10 +213,10 @@ def described(kind: Any) -> str:
 
 
 def annotations_of(owner: Any) -> dict[str, Any]:
-    """Return the annotations of a class or a function by name. Those that only a type checker can resolve are left out.
+    """Return the annotations of a class or a function by name, except those that only a type checker can resolve.
 
     Args:
-        owner: the class, whose bases' annotations count as well, or the function.
+        owner: the class, including the annotations of its bases, or the function.
     """
     if owner in _resolved:
         return _resolved[owner]
@@ -233,18 +233,18 @@ def annotations_of(owner: Any) -> dict[str, Any]:
                 found.pop(name, None)
             else:
                 found |= hints
-    if whole:  # otherwise a module may not have come to what it names
+    if whole:  # otherwise a module may still be importing a name that it annotates with
         _resolved[owner] = found
     return found
 
 
 def check(instance: Any, refusal: type[SdgraphError] = SpecError, where: str = "") -> None:
-    """Check the fields of a dataclass against their annotations, and replace them by what fits.
+    """Check the fields of a dataclass against their annotations, and replace them by the values of `fitted`.
 
     Args:
         instance: the object, which may be frozen.
         refusal: the class of the error.
-        where: where the error is said to be; by default at the name of the field.
+        where: the place that the error names; by default the name of the field.
     Raises:
         SdgraphError: a field has another type than it is annotated with, or is out of range.
     """
@@ -261,9 +261,9 @@ def checked(refusal: type[SdgraphError] = SpecError, where: str = "") -> Callabl
 
     Args:
         refusal: the class of the error.
-        where: where the error is said to be; by default at the name of the argument.
+        where: the place that the error names; by default the name of the argument.
     Raises:
-        SdgraphError: on a call, as `check`.
+        SdgraphError: at a call, an argument has another type or is out of range.
     Example:
         `@checked(TuningError)`
     """
@@ -276,7 +276,7 @@ def checked(refusal: type[SdgraphError] = SpecError, where: str = "") -> Callabl
             try:
                 bound = signature.bind(*args, **kwargs)
             except TypeError:
-                return function(*args, **kwargs)  # which says what is wrong with the call in Python's own words
+                return function(*args, **kwargs)  # raises Python's own message about the call
             hints = annotations_of(function)
             for name, value in bound.arguments.items():
                 parameter = signature.parameters[name]

@@ -1,4 +1,4 @@
-"""Progress on standard error: bars on a terminal, lines in a log, and notes; all of it can be silenced."""
+"""Progress on standard error: bars on a terminal, lines in a log, and notes. `silent` turns all of them off."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _silent = False
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
-    """A bar of tqdm that is redrawn on a terminal only; elsewhere it is a line at the end, and one every minute before.
+    """A bar of tqdm that is redrawn on a terminal only; elsewhere it prints a line every minute and one at the end.
 
     Args:
-        args: as of tqdm.
-        disable: whether nothing is shown.
-        options: further options of tqdm.
+        args: the positional arguments of tqdm.
+        disable: whether the bar is hidden.
+        options: the keyword arguments of tqdm.
     """
 
     def __init__(self, *args: Any, disable: bool = False, **options: Any) -> None:
-        self._redrawn, self._said = _on_terminal(), time.monotonic()
+        self._redrawn, self._printed = _on_terminal(), time.monotonic()
         super().__init__(*args, disable=disable or _silent, **options)  # type: ignore[call-overload]
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # type: ignore[override]
         if self._redrawn:
             return bool(super().display(msg, pos))
-        if msg is None and time.monotonic() - self._said >= EVERY:
+        if msg is None and time.monotonic() - self._printed >= EVERY:
             self._line()
         return False  # so that tqdm moves no cursor
 
@@ -41,7 +41,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
         super().close()
 
     def _line(self) -> None:
-        self._said = time.monotonic()
+        self._printed = time.monotonic()
         done = "{n_fmt} of {total_fmt}" if self.total is not None else "{n_fmt}"
         rate = "{elapsed}, {rate_fmt}{postfix}"
         self.fp.write(self.format_meter(**{**self.format_dict, "bar_format": f"{{desc}}: {done} [{rate}]"}) + "\n")
@@ -59,7 +59,11 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def silent(on: bool = True) -> Iterator[None]:
-    """Show neither bars nor notes in a block."""
+    """Show neither bars nor notes in a block.
+
+    Args:
+        on: whether to silence them; False shows them again within a silent block.
+    """
     global _silent
     before, _silent = _silent, on
     try:

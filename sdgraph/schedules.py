@@ -1,7 +1,8 @@
-"""Schedules: at which calls of a generation a site of feature inheritance is computed anew.
+"""Schedules: the calls of a generation at which a site of feature inheritance is computed instead of reused.
 
 A call is one call of the UNet; a scheduler of the second order makes two per step. The first call of a generation
-always refreshes. Schedules are specs: they print as text, parse back, and are saved with the passes that hold them.
+always computes the site: a refresh. Schedules are specs: they print as text, parse back, and are saved with the passes
+that hold them.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from .options import Bounds, Count, Index, Number, checked
 from .solvers import is_random, lambdas_of, name_of
 from .spec import Spec
 
-TRAINED = 1000  # timesteps of the noise that Stable Diffusion is trained with
-MOST = 100_000  # calls of a generation
+TRAINED = 1000  # the number of timesteps that Stable Diffusion is trained with
+MOST = 100_000  # the largest number of calls of a generation
 Steps = Annotated[int, Bounds(ge=1, le=MOST)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a generation.
+    """The facts about a generation that are known before it ends.
 
     Args:
-        calls: how many calls it will make; None if nobody said.
-        timesteps: of those calls, in order; None if nobody said.
-        lambdas: log(alpha / sigma) at those calls; None if nobody knows.
-        solver: what makes the calls, as text; empty if nobody said.
-        random: the solver adds random numbers between calls.
+        calls: the number of calls; None if unknown.
+        timesteps: the timesteps of the calls, in order; None if unknown.
+        lambdas: log(alpha / sigma) at the calls; None if unknown.
+        solver: the solver that makes the calls, as text; "" if unknown.
+        random: whether the solver adds random numbers between calls.
     """
 
     calls: int | None = None
@@ -45,11 +46,13 @@ class Run:
         """Return the run of a number of calls, of their timesteps, or of a diffusers scheduler.
 
         Args:
-            calls: the number of calls, their timesteps, or a scheduler after `set_timesteps`, of which noise levels and
-                solver are known too.
-            part: the part of a scheduler's timesteps that is run, as image-to-image begins later.
+            calls: the number of calls, their timesteps, or a scheduler after `set_timesteps`, which also gives the
+                noise levels and the solver.
+            part: the slice of a scheduler's timesteps that is run; image-to-image begins later.
+        Returns:
+            The run.
         Raises:
-            ScheduleError: it is none of these, or there are no calls.
+            ScheduleError: `calls` is none of these, or there are no calls.
         """
         hint = "a number of calls, their timesteps, or a diffusers scheduler after set_timesteps"
         if isinstance(calls, int) and not isinstance(calls, bool):
@@ -69,10 +72,10 @@ class Run:
         return cls(len(timesteps), timesteps, lambdas_of(calls, timesteps, part), name_of(calls), is_random(calls))
 
     def supposed(self) -> Run:
-        """Return the run with the timesteps that it will have, as far as anybody can say beforehand.
+        """Return the run with supposed timesteps where they are unknown.
 
-        Where nobody gave any, they are those of the schedulers that Stable Diffusion is published with: evenly spaced
-        over the training timesteps, the last one 1 ("leading", with an offset of 1).
+        They are those of the schedulers that Stable Diffusion is published with: evenly spaced over the training
+        timesteps, the last one 1 ("leading", with an offset of 1).
         """
         if self.timesteps is not None or not self.calls:
             return self
@@ -92,19 +95,28 @@ class Schedule(Spec):
     refusal: ClassVar[type[SdgraphError]] = ScheduleError
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
-        """Whether the site is computed anew at call number `call` (0 is the first, and always is).
+        """Return whether the site is computed at a call.
 
         Args:
-            timestep: of this call.
-            run: what is known of the generation.
+            call: the number of the call, from 0; at call 0 every site is computed.
+            timestep: the timestep of the call.
+            run: the known facts about the generation.
         Raises:
-            ScheduleError: the schedule needs to know more of the run than is known.
+            ScheduleError: the schedule needs facts that are unknown.
         """
         raise NotImplementedError(f"{type(self).__name__}.refreshes")
 
     @checked(ScheduleError)
     def calls(self, run: Run) -> tuple[int, ...]:
-        """All refreshing calls of a run, see `Run.supposed`."""
+        """Return the numbers of all calls of a run that compute the site; unknown timesteps are supposed.
+
+        Args:
+            run: the known facts about the generation; the number of calls is one of them.
+        Raises:
+            ScheduleError: the number of calls is unknown.
+        Example:
+            `Uniform(3).calls(run)` is `(0, 3, 6, 9)` for a run of ten calls.
+        """
         _known(run.calls if run.timesteps is None else run.timesteps, self)
         timesteps = run.supposed().timesteps or ()
         return tuple(i for i, t in enumerate(timesteps) if i == 0 or self.refreshes(i, t, run))
@@ -114,14 +126,20 @@ def _known(value: Any, schedule: Schedule) -> Any:
     if value is None:
         raise ScheduleError(
             "this schedule needs to know the calls of the generation", where=str(schedule),
-            hint="tell them: `with unet.expecting(timesteps)`; or Uniform, Explicit or Gate, which need not know",
+            hint="give them: `with unet.expecting(timesteps)`; Uniform, Explicit and Gate do not need them",
         )  # fmt: skip
     return value
 
 
 @dataclass(frozen=True)
 class Uniform(Schedule):
-    """Every `interval`-th call, from the first: DeepCache's N."""
+    """Refresh at every `interval`-th call, from the first.
+
+    Args:
+        interval: the number of calls from one refresh to the next, DeepCache's N.
+    Source:
+        DeepCache (Ma et al., 2023).
+    """
 
     interval: Count
 
@@ -131,13 +149,16 @@ class Uniform(Schedule):
 
 @dataclass(frozen=True)
 class Explicit(Schedule):
-    """These calls, by number, in any order; the first one, 0, among them. Those that a shorter generation does not have
-    never come.
+    """Refresh at the listed calls. Numbers beyond the last call of a generation are ignored.
 
     Args:
-        steps: the refreshing calls.
-        of: how many calls the generation must have for the list to make sense; None is any number. It is checked where
-            the number is known, see `sdgraph.attach`.
+        steps: the numbers of the calls, counted from 0, in any order; 0 must be listed.
+        of: the number of calls that the generation must have; None allows any. It is checked where the number is known,
+            see `sdgraph.attach`.
+    Raises:
+        ScheduleError: 0 is not listed, or a number is not below `of`.
+    Example:
+        `Explicit((0, 3, 9), of=25)`
     """
 
     steps: Annotated[tuple[Index, ...], Bounds(length=1)]
@@ -167,10 +188,9 @@ class Explicit(Schedule):
 
 @dataclass(frozen=True)
 class _Dense(Schedule):
-    """As many refreshes as `Uniform(interval)` has, dense somewhere.
+    """Base of schedules with as many refreshes as `Uniform(interval)`, dense in one part of the generation.
 
-    `power` is the larger, the denser. It is lowered in steps of 0.02 until the calls are distinct, which is
-    DeepCache's rule (Ma et al., 2023).
+    `power` is lowered in steps of 0.02 until the calls are distinct, which is DeepCache's rule (Ma et al., 2023).
     """
 
     interval: Count
@@ -196,7 +216,16 @@ class _Dense(Schedule):
 
 @dataclass(frozen=True)
 class DenseEarly(_Dense):
-    """Dense at the beginning: calls T·(k/n)^power."""
+    """Refresh more often at the beginning: calls T·(k/n)^power of T calls, n refreshes and k = 0, ..., n - 1.
+
+    Args:
+        interval: the mean number of calls from one refresh to the next.
+        power: the exponent; a larger one is denser. It is lowered in steps of 0.02 until the calls are distinct.
+    Raises:
+        ScheduleError: an argument is out of range, or a generation has no such calls.
+    Source:
+        DeepCache (Ma et al., 2023).
+    """
 
     def _spaced(self, calls: int, count: int, power: float) -> tuple[int, ...]:
         return tuple(int(calls * (k / count) ** power) for k in range(count))
@@ -204,7 +233,16 @@ class DenseEarly(_Dense):
 
 @dataclass(frozen=True)
 class DenseLate(_Dense):
-    """Dense at the end: calls T·(1 - (1 - k/n)^power)."""
+    """Refresh more often at the end: calls T·(1 - (1 - k/n)^power) of T calls, n refreshes and k = 0, ..., n - 1.
+
+    Args:
+        interval: the mean number of calls from one refresh to the next.
+        power: the exponent; a larger one is denser. It is lowered in steps of 0.02 until the calls are distinct.
+    Raises:
+        ScheduleError: an argument is out of range, or a generation has no such calls.
+    Source:
+        DeepCache (Ma et al., 2023).
+    """
 
     def _spaced(self, calls: int, count: int, power: float) -> tuple[int, ...]:
         return tuple(int(calls * (1 - (1 - k / count) ** power)) for k in range(count))
@@ -212,10 +250,19 @@ class DenseLate(_Dense):
 
 @dataclass(frozen=True)
 class DenseCenter(_Dense):
-    """Dense around the call `center`: DeepCache's quadratic schedule, with its published values.
+    """Refresh more often around one call: DeepCache's quadratic schedule, with its published values.
 
-    Equal steps between the roots of -center and T - center, raised to `power` again. The root of a negative number is
-    complex and only the real part is taken at the end, as in DeepCache's code: its values come from that.
+    The calls are equal steps between the roots of -center and T - center, raised to `power` again. The root of a
+    negative number is complex, and only the real part is taken at the end, as in DeepCache's code.
+
+    Args:
+        interval: the mean number of calls from one refresh to the next.
+        power: the exponent; a larger one is denser. It is lowered in steps of 0.02 until the calls are distinct.
+        center: the number of the call, from 0.
+    Raises:
+        ScheduleError: an argument is out of range, or a generation has no such calls.
+    Source:
+        DeepCache (Ma et al., 2023).
     """
 
     center: Count = 15
@@ -232,7 +279,17 @@ class DenseCenter(_Dense):
 
 @dataclass(frozen=True)
 class Gate(Schedule):
-    """`before` until call number `call`, which refreshes; then `after`, or never again: T-GATE's rule."""
+    """Follow one schedule up to a call, which refreshes, and another or none after it.
+
+    Args:
+        call: the number of the call, from 0.
+        before: the schedule of the calls before it.
+        after: the schedule of the calls after it; None never refreshes again.
+    Example:
+        `Gate(10, before=Uniform(2))`
+    Source:
+        T-GATE (Zhang et al., 2024).
+    """
 
     call: Count
     before: Schedule = Uniform(1)
@@ -246,9 +303,18 @@ class Gate(Schedule):
 
 @dataclass(frozen=True)
 class Range(Schedule):
-    """`within` for timesteps between `low` and `high` (both outside); every call refreshes elsewhere.
+    """Follow a schedule between two timesteps, both excluded; every other call refreshes.
 
-    Pyramid attention broadcast's rule (Zhao et al., 2024), as in diffusers.
+    Args:
+        low: the lower timestep.
+        high: the higher timestep.
+        within: the schedule of the calls between them.
+    Raises:
+        ScheduleError: `low` is not below `high`.
+    Example:
+        `Range(100, 800, Uniform(2))`
+    Source:
+        Pyramid attention broadcast (Zhao et al., 2024), as in diffusers.
     """
 
     low: Number
@@ -267,7 +333,7 @@ class Range(Schedule):
 
 @dataclass(frozen=True)
 class Once(Schedule):
-    """The first call only: for what stays the same all the way."""
+    """Refresh at the first call only, for values that do not change during a generation."""
 
     def refreshes(self, call: int, timestep: float, run: Run) -> bool:
         return False
@@ -275,7 +341,15 @@ class Once(Schedule):
 
 @dataclass(frozen=True)
 class Warm(Schedule):
-    """`then`, but every one of the `first` calls refreshes, and every one of the `last`: warm-up and tail."""
+    """Follow a schedule, but refresh at all of the first and of the last calls.
+
+    Args:
+        then: the schedule of the calls between them.
+        first: the number of calls at the beginning.
+        last: the number of calls at the end; with any, the number of calls must be known.
+    Example:
+        `Warm(Uniform(3), first=4, last=1)`
+    """
 
     then: Schedule
     first: Index = 1
@@ -289,17 +363,22 @@ class Warm(Schedule):
 
 @dataclass(frozen=True)
 class Drift(Schedule):
-    """Refresh as often as the features drift: a refresh compares what was expected of a site with what it is.
+    """Refresh more often the faster the features drift.
 
-    The relative error (L2) of the value that the site would have inherited is measured at each refresh; it is one
-    number that the host reads from the device, and costs nothing else. Above `bound` the gap to the next refresh
-    becomes a call shorter, below half of it a call longer. Sites with the same schedule refresh together, by the
-    largest of their errors. The rule is that of the hold-out test of ComfyUI-Spectrum-SDXL-Proper, made gradual.
+    Each refresh measures the relative error (L2) of the value that the site would have inherited; its only cost is that
+    the host reads one number from the device. Above `bound` the gap to the next refresh becomes one call shorter, below
+    half of it one call longer. Sites with the same schedule refresh together, by the largest of their errors.
 
     Args:
         bound: the largest relative error (L2) at which the gap does not shrink.
-        least: the fewest calls from a refresh to the next, with which a generation begins.
-        most: the most calls from a refresh to the next.
+        least: the smallest number of calls from a refresh to the next, with which a generation begins.
+        most: the largest number of calls from a refresh to the next.
+    Raises:
+        ScheduleError: an argument is out of range, or `most` is below `least`.
+    Example:
+        `Drift(0.05, most=5)`
+    Source:
+        The hold-out test of ComfyUI-Spectrum-SDXL-Proper, made gradual.
     """
 
     bound: Annotated[float, Bounds(gt=0, lt=10)] = 0.1
@@ -311,8 +390,13 @@ class Drift(Schedule):
             raise ScheduleError(f"most is {self.most}", where=str(self), hint=f"at least {self.least}, which least is")
 
     def next_gap(self, gap: int, error: float) -> int:
-        """Calls from a refresh to the next, after one at which the error was measured."""
-        if error != error or error > self.bound:  # a nan says nothing good
+        """Return the number of calls to the next refresh, at a refresh that has measured an error.
+
+        Args:
+            gap: the number of calls since the last refresh that the schedule asked for.
+            error: the relative error (L2) that was measured; nan counts as too large.
+        """
+        if error != error or error > self.bound:
             return max(gap - 1, self.least)
         return min(gap + 1, self.most) if error < self.bound / 2 else gap
 

@@ -31,8 +31,8 @@ def lambdas_of(scheduler: Any, timesteps: tuple[float, ...], part: slice = slice
 
     Args:
         scheduler: a diffusers scheduler on which `set_timesteps` has been called.
-        timesteps: training timesteps, also fractional; or log(sigma) / 4, if the scheduler's timesteps are that.
-        part: the part of the scheduler's timesteps that these are.
+        timesteps: training timesteps, possibly fractional; or log(sigma) / 4 for a scheduler of continuous timesteps.
+        part: the slice of the scheduler's timesteps that `timesteps` is.
     """
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if _config(scheduler).get("timestep_type") == "continuous":
@@ -57,7 +57,9 @@ def name_of(scheduler: Any) -> str:
 
 
 def is_random(scheduler: Any) -> bool:
-    """Whether the steps of a scheduler add random numbers; `eta` and `s_churn`, arguments of a call, are not seen."""
+    """Return whether the steps of a scheduler add random numbers; `eta` and `s_churn`, arguments of a call, are not
+    seen.
+    """
     kind = str(_config(scheduler).get("algorithm_type", ""))
     return any(word in type(scheduler).__name__ for word in RANDOM) or kind.startswith("sde")
 

@@ -33,8 +33,8 @@ NUMBERS = {"inf": math.inf, "nan": math.nan}  # `repr` writes these floats as na
 class Spec:
     """The base class of passes and schedules: a frozen dataclass that prints as a call, which parses back to it.
 
-    When it is made, its options are checked against their annotations, see `sdgraph.options`, and so are the arguments
-    of its presets. A `__post_init__` of a subclass runs afterwards, and only has to check how options go together.
+    The constructor checks the options against their annotations, see `sdgraph.options`, and presets check their
+    arguments. A `__post_init__` of a subclass runs afterwards, and only has to check combinations of options.
 
     Class attributes:
         refusal: the class of the error about a wrong option.
@@ -81,7 +81,11 @@ class Spec:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def specs(self) -> Iterator[Spec]:
-        """Iterate over this spec and all specs among its options, to any depth."""
+        """Iterate over this spec and all specs among its options, to any depth.
+
+        Returns:
+            An iterator over specs, this one first.
+        """
         yield self
         stack = [getattr(self, field.name) for field in dataclasses.fields(self)]
         while stack:
@@ -102,7 +106,7 @@ def _after_check(own: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _has_text(value: Any) -> bool:
-    """Whether the text of an option is a literal, or the call of a spec."""
+    """Return whether the text of an option is a literal, or the call of a spec."""
     if isinstance(value, tuple | list | set):
         return all(map(_has_text, value))
     if isinstance(value, dict):
@@ -218,9 +222,9 @@ def _check_name(name: str, concerns: Callable[[type[Spec]], bool] = lambda _: Tr
 
     Args:
         name: the name.
-        concerns: whether one of the classes must be such that there is a conflict.
+        concerns: a predicate that at least one of the classes must meet for a conflict.
     Raises:
-        SpecError: there are several; the message names their modules.
+        SpecError: several classes have the name; the message names their modules.
     """
     for point in _declared().get(name, ()):
         try:
@@ -229,7 +233,7 @@ def _check_name(name: str, concerns: Callable[[type[Spec]], bool] = lambda _: Tr
             log.warning("the pass %s (%s) cannot be loaded: %s", point.name, point.value, error)
     if len(_places(name, concerns)) < 2:
         return
-    gc.collect()  # a class that was deleted is there until then
+    gc.collect()  # a deleted class lives until the next collection
     where = _places(name, concerns)
     if len(where) < 2:
         return
@@ -241,7 +245,7 @@ def _check_name(name: str, concerns: Callable[[type[Spec]], bool] = lambda _: Tr
 
 
 def _places(name: str, concerns: Callable[[type[Spec]], bool]) -> list[str]:
-    """Return the places where classes of a name are defined, if one of them is such that there is a conflict."""
+    """Return the places where classes of a name are defined, if the predicate holds for one of them."""
     named = {_origin(c): c for c in _classes() if c.__name__ == name}
     concerned = any(map(concerns, named.values()))
     return sorted(f"{c.__module__}.{c.__qualname__}" for c in named.values()) if concerned else []

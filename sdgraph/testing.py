@@ -1,4 +1,4 @@
-"""For tests of passes: `check(pass, unet)`."""
+"""A check of passes, for tests: `check(pass, unet)`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from .runtime.unet import GraphUNet
 
 @checked(SpecError)
 def check(one: Pass, unet: Any = None, *, export: bool = False) -> GraphUNet | None:
-    """Check what a pass claims: its text form, its examples, and its contract on a UNet.
+    """Check the claims of a pass: its text form, its examples, and its contract on a UNet.
 
     Args:
         one: the pass.
-        unet: a diffusers UNet (or traced one) it must apply to; without one only the rest is checked.
-        export: export the transformed UNet to ONNX as well, to a temporary folder; needs the `onnx` extra.
+        unet: a diffusers UNet or a traced one that the pass must apply to; None skips this check.
+        export: whether to export the transformed UNet to ONNX as well, to a temporary folder; needs the extra `onnx`.
     Returns:
-        the transformed UNet, for further checks.
+        The transformed UNet, for further checks; None without a UNet.
     Raises:
-        SdgraphError: what does not hold; where the export fails, the error names the pass.
+        SdgraphError: a claim does not hold; if the export fails, the error names the pass.
+    Example:
+        `check(PruneBlocks("bk-sdm-base"), unet)`
     """
     if export and unet is None:
         raise SpecError("there is no UNet to export", where="export", hint="pass the UNet that the pass applies to")
@@ -50,10 +52,14 @@ def check(one: Pass, unet: Any = None, *, export: bool = False) -> GraphUNet | N
 
 
 def check_examples(one: Rewrite) -> None:
-    """Run a rewrite on its own examples; each must change, or be left alone, as it says.
+    """Run a rewrite on its examples; each must change, or be left alone, as it declares.
 
+    Args:
+        one: the rewrite.
     Raises:
-        ContractError: an example that does not behave as it says.
+        ContractError: an example does not behave as it declares.
+    Example:
+        `check_examples(MyRewrite())`
     """
     with undisturbed("check"):
         _check_examples(one)
@@ -68,5 +74,5 @@ def _check_examples(one: Rewrite) -> None:
         except NoChangeError:
             changed = False
         if changed != example.changes:
-            said = "change" if example.changes else "leave alone"
-            raise ContractError(f"example {i} of {type(one).__name__} should {said}, it did not", where=str(graph))
+            expected = "change" if example.changes else "stay as it is"
+            raise ContractError(f"example {i} of {type(one).__name__} should {expected}, it did not", where=str(graph))

@@ -19,11 +19,11 @@ def read_text(path: Path, error: type[SdgraphError], *, hint: str, where: str = 
 
     Args:
         path: the file.
-        error: what is raised where it cannot be read.
-        hint: what the file should be.
-        where: the argument that names the file; by default the file.
+        error: the class of the error.
+        hint: the advice of the error: what the file should be.
+        where: the argument that names the file, for the error; by default the path.
     Raises:
-        error: the file is missing, cannot be read, or has another encoding; the error names the file and the place.
+        error: the file is missing, cannot be read, or has another encoding; the message names the file and the place.
     """
     where = where or str(path)
     try:
@@ -50,7 +50,7 @@ def read_text(path: Path, error: type[SdgraphError], *, hint: str, where: str = 
 
 
 def lines(text: str) -> Sequence[str]:
-    r"""Return the lines of a text, which end with \n, \r or both. Other characters that part lines belong to them."""
+    r"""Return the lines of a text, which end with \n, \r or both; other line separators of Unicode do not count."""
     return re.split(r"\r\n|\r|\n", text)
 
 
@@ -58,7 +58,7 @@ def from_json(text: str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: the text is no JSON, or an object has a name twice, of which one would be lost.
+        ValueError: the text is not JSON, or an object has a name twice.
     """
     try:
         return json.loads(text, object_pairs_hook=_once)
@@ -67,10 +67,14 @@ def from_json(text: str) -> Any:
 
 
 def json_object(path: Path, error: type[SdgraphError], *, hint: str) -> dict[str, Any]:
-    """Return the JSON object in a file, see `read_text`.
+    """Return the JSON object in a file.
 
+    Args:
+        path: the file.
+        error: the class of the error.
+        hint: the advice of the error: what the file should be.
     Raises:
-        error: see there; or the text is no JSON object.
+        error: the file cannot be read as text (see `read_text`), or its text is not a JSON object.
     """
     text = read_text(path, error, hint=hint)
     try:

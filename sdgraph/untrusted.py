@@ -1,7 +1,7 @@
-"""Files that come from anywhere: JSON is read by a schema, and names stay in their folder.
+"""Safe reading of untrusted files: JSON is validated against a schema, and file names cannot leave their folder.
 
-A schema is a dataclass or a `msgspec.Struct` whose types are checked. Fields that it does not name are ignored on
-purpose, so that a newer sdgraph may add what older ones can do without; what they cannot do without raises `format`.
+A schema is a dataclass or a `msgspec.Struct` whose types are checked. Unknown fields are ignored on purpose, so that a
+newer sdgraph may add optional fields; a field that older versions must not ignore raises the number `format`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .errors import SavedError
 from .text import json_object
 
 Kind = TypeVar("Kind")
-LARGEST_FILE = 16 << 20  # of JSON
+LARGEST_FILE = 16 << 20  # bytes of JSON
 
 FileName = Annotated[str, Meta(pattern=r"^[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,199}\Z")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Format = Annotated[int, Meta(ge=1, le=1 << 20)]
-Width = Annotated[int, Meta(ge=1, le=1 << 20)]  # of channels, features and sides
+Width = Annotated[int, Meta(ge=1, le=1 << 20)]  # a number of channels, features or pixels
 Layers = Annotated[int, Meta(ge=0, le=1000)]
 BlockName = Annotated[str, Meta(max_length=100)]
 Block = Annotated[tuple[Kind, ...], Meta(max_length=64)]  # one entry for each block
@@ -32,7 +32,7 @@ Pair = Annotated[tuple[Width, ...], Meta(min_length=2, max_length=2)]
 
 
 class Config(msgspec.Struct, frozen=True):
-    """What sdgraph and pipelines read of a UNet's `config.json`; the rest is for diffusers alone, which checks it."""
+    """The fields of a UNet's `config.json` that sdgraph and pipelines read; diffusers checks the others."""
 
     in_channels: Width = 4
     out_channels: Width = 4
@@ -56,8 +56,11 @@ class Config(msgspec.Struct, frozen=True):
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
+    Args:
+        path: the file.
+        hint: the advice of the error.
     Raises:
         SavedError: the file is missing, a link out of its folder, too large or no JSON object.
     """
@@ -71,20 +74,20 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
 
 
 def require_folder(folder: Path, exported: bool) -> None:
-    """Refuse a folder that is something else than what is to be loaded, or is not there.
+    """Refuse a folder that is missing or holds something else.
 
     Args:
         folder: the folder.
-        exported: whether an exported UNet is to be loaded, or else a saved one.
+        exported: whether the folder should hold an exported UNet instead of a saved one.
     Raises:
-        SavedError: saying what the folder is, and what reads it.
+        SavedError: the folder is missing or holds something else; the message says what it holds and what reads it.
     """
     wanted = "an exported UNet" if exported else "a UNet that sdgraph saved"
     if not folder.is_dir():
         what = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
         raise SavedError(what, where=str(folder), hint=f"give the folder of {wanted}")
     if (folder / "sdgraph.json").exists() or (folder / "model.onnx").exists():
-        return  # what reads them says what is wrong with them
+        return  # the loader reports damage
     config = folder / "config.json"
     if (folder / "model_index.json").exists():
         found, hint = "a pipeline", "its UNet is in the folder unet"
@@ -101,24 +104,36 @@ def require_folder(folder: Path, exported: bool) -> None:
 
 
 def read_config(path: Path, hint: str) -> dict[str, Any]:
-    """A UNet's configuration, whose known fields have the types and sizes of `Config`."""
+    """Return a UNet's configuration, whose known fields have the types and sizes of `Config`.
+
+    Args:
+        path: the file `config.json`.
+        hint: the advice of the error.
+    Raises:
+        SavedError: the file cannot be read, or a field has another type or size.
+    """
     plain = read_json(path, hint)
     as_kind(plain, Config, path, hint)
     return plain
 
 
 def as_kind(plain: Mapping[str, Any], kind: type[Kind], path: Path, hint: str) -> Kind:
-    """What was read from a file, by its schema.
+    """Convert JSON data to an instance of a schema.
 
+    Args:
+        plain: the JSON object.
+        kind: the schema.
+        path: the file of the data, for the error.
+        hint: the advice of the error.
     Raises:
-        SavedError: naming the field and what is wrong with it.
+        SavedError: the data does not fit the schema; the message names the field and the reason.
     """
     try:
         return msgspec.convert(plain, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         reason, _, place = str(error).partition(" - at ")
         field = place.rpartition("`$")[2].strip("`.")
-        if " matching regex" in reason:  # which says little to a reader
+        if " matching regex" in reason:  # a regular expression says little to a reader
             reason = "a name of another form, which may lead out of the folder" if "/" in reason else "not a SHA-256"
         where = f"{path}, field {field}" if field else str(path)
         what = f"{path.name} is damaged: {field or 'it'}: {reason[0].lower()}{reason[1:]}"
@@ -130,10 +145,15 @@ class _Formatted(msgspec.Struct):
 
 
 def check_format(plain: Mapping[str, Any], newest: int, path: Path, hint: str) -> None:
-    """Refuse what a newer sdgraph wrote, before anything else of it is looked at.
+    """Refuse a file that a newer sdgraph wrote, before any other field is read.
 
+    Args:
+        plain: the JSON object.
+        newest: the newest format that can be read.
+        path: the file of the data, for the error.
+        hint: the advice of the error.
     Raises:
-        SavedError: saying which format it has and which can be read.
+        SavedError: the format is newer; the message names both.
     """
     found = as_kind(plain, _Formatted, path, hint).format
     if found > newest:
@@ -147,8 +167,11 @@ def check_format(plain: Mapping[str, Any], newest: int, path: Path, hint: str) -
 def require_inside(path: Path, hint: str) -> None:
     """Refuse a file that is a link out of its folder.
 
+    Args:
+        path: the file.
+        hint: the advice of the error.
     Raises:
-        SavedError: it is.
+        SavedError: the file is such a link.
     """
     if path.is_symlink() and path.resolve().parent != path.parent.resolve():
         raise SavedError(

@@ -28,7 +28,6 @@ NOT_YET = (
     "exporters/onnx",
     "exporters/ort",
     "passes",
-    "sdgraph",
     "sdgraph/calibration",
     "sdgraph/cli",
     "sdgraph/compiler",
