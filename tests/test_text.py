@@ -12,7 +12,7 @@ from sdgraph import errors, text
 from sdgraph.cli import configuration, sources
 from sdgraph.plan_search.costs import seconds_of
 from sdgraph.plan_search.measurements import Measurements
-from sdgraph.tuning import state
+from sdgraph.tuning import train_state
 from sdgraph.tuning.sources.image_folder import captioned
 from sdgraph.untrusted import read_json
 
@@ -51,11 +51,11 @@ READERS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "checkpoint": (
         "state.json",
         json.dumps(
-            {name: kind() for name, kind in state.RECORD.items()}
+            {name: kind() for name, kind in train_state.RECORD.items()}
             | {"step": 1, "seconds": 0.5, "identity": {"name": NAME}},
             ensure_ascii=False,
         ),
-        lambda path: state.read(path.parent)["identity"]["name"],
+        lambda path: train_state.read(path.parent)["identity"]["name"],
     ),
     "costs": (
         "times.json",

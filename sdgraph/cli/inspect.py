@@ -65,7 +65,7 @@ def _unet_folder(folder: Path) -> Path | None:
 
 def _run(folder: Path) -> Iterator[str]:
     """Describe a training run."""
-    from ..tuning.state import checkpoints
+    from ..tuning.train_state import checkpoints
 
     steps = [step for step, _ in checkpoints(folder)]
     if steps or (folder / TUNING).is_file():

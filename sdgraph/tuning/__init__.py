@@ -6,6 +6,7 @@ the losses compare the answers, and `tune` takes the step and keeps the state.
 
 from .batch import Batch, Batches
 from .chain import chain
+from .feature_extractor import FeatureExtractor, Tap
 from .incubate import IncubationReport, assemble, incubate
 from .losses import (
     AttentionMaps,
@@ -20,8 +21,7 @@ from .losses import (
     Similarity,
     Wavelet,
 )
-from .noising import Noising
-from .observe import Observed, Tap
+from .noise_schedule import NoiseSchedule
 from .report import TuningReport
 from .settings import Settings
 from .sources import Images, MoreCaptions, Prompts, Samples, Source, Tensors, unpacked
@@ -35,6 +35,7 @@ __all__ = [
     "Batches",
     "Comparison",
     "Denoising",
+    "FeatureExtractor",
     "Features",
     "Guidance",
     "ImageFeatures",
@@ -42,8 +43,7 @@ __all__ = [
     "IncubationReport",
     "Loss",
     "MoreCaptions",
-    "Noising",
-    "Observed",
+    "NoiseSchedule",
     "Output",
     "Prompts",
     "RoutingPrior",

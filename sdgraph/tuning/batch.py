@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import TuningError
 from ..options import Count, Index, NotNegative, Share, check
-from .counter import generator
-from .noising import Noising
+from .noise_schedule import NoiseSchedule
+from .random_numbers import generator
 from .sources import MoreCaptions, Samples, Source
 
 STEEPNESS = 5.0  # of random conditioning: p = 1 at the last timestep, 0.08 in the middle
@@ -61,7 +61,7 @@ class Batches:
 
     Args:
         source: the data.
-        noising: the noise schedule.
+        noise_schedule: the noise schedule.
         size: the number of samples per step, of all processes and accumulated batches together.
         seed: the seed of the run.
         proportion_empty_prompts: the share of rows whose caption is left out, for classifier-free guidance.
@@ -81,7 +81,7 @@ class Batches:
     """
 
     source: Source
-    noising: Noising
+    noise_schedule: NoiseSchedule
     size: Count
     seed: Index = 0
     proportion_empty_prompts: Share = 0.0
@@ -115,7 +115,7 @@ class Batches:
         indices = [self._index(step * self.latents + number) for number in numbers]
         draws = [generator(self.seed, "row", step, number) for number in numbers]
         samples = self.source.samples(indices, draws)
-        _check_samples(samples, len(rows), len(self.noising))
+        _check_samples(samples, len(rows), len(self.noise_schedule))
         clean = samples.latents.float()
         if not torch.isfinite(clean).all():
             raise TuningError(
@@ -133,7 +133,7 @@ class Batches:
                 drawn = [generator(self.seed, "offset", step, number) for number in numbers]
                 offset = np.stack([draw.standard_normal((shape[0], 1, 1), np.float32) for draw in drawn])
                 noise = noise + self.noise_offset * torch.from_numpy(offset)
-            noisy = self.noising.noised(clean, noise, timesteps)
+            noisy = self.noise_schedule.noised(clean, noise, timesteps)
         elif self.noise_offset:
             raise TuningError(
                 "the data are a teacher's own trajectories, where no noise is added that could have an offset",
@@ -174,7 +174,7 @@ class Batches:
         inside = generator(self.seed, "timestep", step).random(self.latents)
         turn, place = divmod(step, self.timestep_intervals)
         interval = generator(self.seed, "interval", turn).permutation(self.timestep_intervals)[place]
-        drawn = (interval + (parts + inside) / self.latents) / self.timestep_intervals * len(self.noising)
+        drawn = (interval + (parts + inside) / self.latents) / self.timestep_intervals * len(self.noise_schedule)
         return torch.from_numpy(drawn.astype(np.int64))
 
     def _caption(self, index: int, timestep: int, draw: np.random.Generator) -> int | None:
@@ -182,7 +182,7 @@ class Batches:
         empty, swapped, other = draw.random(), draw.random(), int(draw.integers(captions))
         if empty < self.proportion_empty_prompts:
             return None
-        probability = math.expm1(STEEPNESS * timestep / (len(self.noising) - 1)) / math.expm1(STEEPNESS)
+        probability = math.expm1(STEEPNESS * timestep / (len(self.noise_schedule) - 1)) / math.expm1(STEEPNESS)
         return other if self.random_conditioning and swapped < probability else index
 
 

@@ -17,9 +17,9 @@ from ..errors import TuningError, did_you_mean
 from ..runtime.recipe import RECIPE
 from ..runtime.serialization import check_savable
 from ..runtime.unet import GraphUNet
-from .observe import Observed
+from .feature_extractor import FeatureExtractor
 from .sources import Source
-from .state import UNET, checkpoints
+from .train_state import UNET, checkpoints
 
 DATA = "data"  # the folder in that of a run that may keep its encoded data
 
@@ -120,7 +120,7 @@ def _prediction(unet: GraphUNet, inputs: Mapping[str, Tensor]) -> Tensor:
         name: value.to(unet.device, unet.dtype if value.is_floating_point() else None) for name, value in inputs.items()
     }
     with torch.no_grad():
-        prediction: Tensor = Observed(unet, (), frozenset(given))(given)[0]
+        prediction: Tensor = FeatureExtractor(unet, (), frozenset(given))(given)[0]
     return prediction
 
 

@@ -19,7 +19,7 @@ from ..runtime.unet import GraphUNet
 from ..version import __version__
 from .digest import hash_model, hash_program, hash_tensors, hash_text, is_hash, without_places
 from .losses import Loss
-from .noising import Noising
+from .noise_schedule import NoiseSchedule
 from .sources import Source
 
 DATA, SCHEDULE = "data", "noise schedule"
@@ -45,7 +45,7 @@ class Identity:
         student: GraphUNet,
         teacher: GraphUNet,
         source: Source,
-        noising: Noising,
+        noise_schedule: NoiseSchedule,
         losses: Sequence[Loss],
         train: Sequence[str] | None,
         batch: int,
@@ -57,7 +57,7 @@ class Identity:
             student: the student before its first step.
             teacher: the teacher.
             source: the data.
-            noising: the noise schedule.
+            noise_schedule: the noise schedule.
             losses: the terms.
             train: the patterns of the modules that are trained.
             batch: the number of samples per step.
@@ -78,8 +78,8 @@ class Identity:
             "teacher's graph": hash_program(teacher),
             "teacher": hash_model(teacher),
             "mixed precision": precision,
-            "prediction type": noising.prediction,
-            SCHEDULE: " ".join(f"{alpha:.7g}" for alpha in noising.alphas.tolist()),
+            "prediction type": noise_schedule.prediction,
+            SCHEDULE: " ".join(f"{alpha:.7g}" for alpha in noise_schedule.alphas.tolist()),
             "losses": ", ".join(map(_described, losses)),
             "train": "all" if train is None else ", ".join(train),
             "batch": str(batch),

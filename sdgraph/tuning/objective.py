@@ -11,10 +11,10 @@ from ..errors import TuningError
 from ..ir.nodes import values as values_of
 from ..runtime.unet import GraphUNet
 from .batch import Batch
+from .feature_extractor import FeatureExtractor
 from .losses import Comparison, Loss
 from .losses.base import TapPairs
-from .noising import Noising
-from .observe import Observed
+from .noise_schedule import NoiseSchedule
 
 
 class Student(nn.Module):
@@ -25,7 +25,7 @@ class Student(nn.Module):
         pairs: the values to compare, of the student and the teacher.
         teacher: the teacher, whose graph knows the widths.
         given: the inputs of its calls, by name.
-        recompute: compute the blocks again on the way back, to save memory.
+        gradient_checkpointing: compute the blocks again on the way back, to save memory.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class Student(nn.Module):
         pairs: TapPairs,
         teacher: GraphUNet,
         given: frozenset[str],
-        recompute: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.observed = Observed(unet, [mine for mine, _ in pairs], given, recompute)
+        self.observed = FeatureExtractor(unet, [mine for mine, _ in pairs], given, gradient_checkpointing)
         self.adapters = nn.ModuleDict()
         for number, (mine, its) in enumerate(pairs):
             if its is None:
@@ -81,7 +81,7 @@ class Objective:
     def __call__(
         self,
         batch: Batch,
-        noising: Noising,
+        noise_schedule: NoiseSchedule,
         student: Sequence[Tensor],
         teacher: Sequence[Tensor],
         progress: float = 0.0,
@@ -90,12 +90,12 @@ class Objective:
 
         Args:
             batch: the inputs.
-            noising: the noise schedule.
+            noise_schedule: the noise schedule.
             student: the prediction and the features of `Student`.
             teacher: the prediction of the teacher, and the values of `teachers`.
             progress: the share of the run that is over.
         """
-        comparison, its = Comparison(batch, noising, student[0], teacher[0]), iter(teacher[1:])
+        comparison, its = Comparison(batch, noise_schedule, student[0], teacher[0]), iter(teacher[1:])
         nothing = teacher[0].new_zeros(0)
         values = [
             (mine, nothing if tap is None else next(its))

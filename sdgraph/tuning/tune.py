@@ -31,7 +31,7 @@ from ..options import Bounds, Count, Text, checked
 from ..progress import Bar, note
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
-from . import shards
+from . import fsdp
 from .batch import Batch, Batches
 from .checks import (
     check_differs,
@@ -42,17 +42,17 @@ from .checks import (
     checkpoint_to_resume,
     has_empty,
 )
-from .gradient import Gradient
+from .feature_extractor import FeatureExtractor
 from .identity import Identity, tell_of_versions, versions
 from .losses import Denoising, Features, Loss, Output
-from .noising import Noising
+from .noise_schedule import NoiseSchedule
 from .objective import Objective, Student
-from .observe import Observed
 from .rates import by_rate
 from .report import LOG, Log, TuningReport
 from .settings import Settings
 from .sources import Source, as_source
-from .state import State, read, read_identity
+from .train_state import TrainState, read, read_identity
+from .train_step import TrainStep
 
 DEFAULT = (Output(), Features("stage", weight=10.0), Denoising(weight=0.01))
 log = logging.getLogger("sdgraph")
@@ -125,16 +125,16 @@ def tune(
     teaching = apply(teacher, (), verify=False)
     chosen = chosen.for_data(has_empty(source))
     check_models(student, teaching)
-    noising = Noising.of(scheduler)
-    row = _batches(source, noising, chosen, 1).batch(0, [0])
+    noise_schedule = NoiseSchedule.of(scheduler)
+    row = _batches(source, noise_schedule, chosen, 1).batch(0, [0])
     check_inputs((student, teaching), row.inputs)
     for unet in (student, teaching):
         check_call(unet.graph.resolved_inputs(), unet.graph.guards, row.inputs, _at_least_float32(unet))
     check_differs(student, teaching, row.inputs)
     terms = _terms(losses, row, chosen)
-    with shards.asked() as spread:
+    with fsdp.enabled() as spread:
         accelerator = _accelerator(chosen, folder)
-    chosen = chosen.counted(len(source), _batches(source, noising, chosen, accelerator.num_processes).latents)
+    chosen = chosen.counted(len(source), _batches(source, noise_schedule, chosen, accelerator.num_processes).latents)
     spread = spread and accelerator.num_processes > 1
     if spread and chosen.use_8bit_adam:
         raise TuningError("weights that are spread over processes have moments in 32 bits", where="use_8bit_adam",
@@ -148,11 +148,13 @@ def tune(
         for path in taught.graph.matching(train) if train is not None else ():
             for parameter in taught.graph.region(path).parameters.values():
                 parameter.requires_grad_(True)
-        gradient = _gradient(taught, teaching, source, noising, terms, chosen, accelerator, spread)
+        gradient = _gradient(taught, teaching, source, noise_schedule, terms, chosen, accelerator, spread)
         beside = copy.deepcopy(student).to("cpu", _at_least_float32(student)) if spread else None
         state = _state(taught, gradient, chosen, beside)
         precision = accelerator.mixed_precision
-        identity = Identity.of(student, teaching, source, noising, terms, train, gradient.batches.size, precision)
+        identity = Identity.of(
+            student, teaching, source, noise_schedule, terms, train, gradient.batches.size, precision
+        )
         if resumed is not None:
             _resume(state, resumed, identity, chosen, terms)
             if accelerator.is_main_process:
@@ -204,7 +206,9 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _resume(state: State, checkpoint: Path, identity: Identity, settings: Settings, losses: Sequence[Loss]) -> None:
+def _resume(
+    state: TrainState, checkpoint: Path, identity: Identity, settings: Settings, losses: Sequence[Loss]
+) -> None:
     """Take over the state of a checkpoint of the same run."""
     record = read(checkpoint)
     changes = identity.check(read_identity(checkpoint, record), checkpoint)
@@ -217,8 +221,8 @@ def _resume(state: State, checkpoint: Path, identity: Identity, settings: Settin
 
 
 def _train(
-    state: State,
-    gradient: Gradient,
+    state: TrainState,
+    gradient: TrainStep,
     identity: Identity,
     settings: Settings,
     folder: Path,
@@ -318,10 +322,10 @@ def _accelerator(settings: Settings, folder: Path) -> Any:
     return accelerator
 
 
-def _batches(source: Source, noising: Noising, settings: Settings, processes: int) -> Batches:
+def _batches(source: Source, noise_schedule: NoiseSchedule, settings: Settings, processes: int) -> Batches:
     return Batches(
         source,
-        noising,
+        noise_schedule,
         settings.train_batch_size * settings.gradient_accumulation_steps * processes,
         settings.seed,
         settings.proportion_empty_prompts or 0.0,
@@ -363,14 +367,14 @@ def _gradient(
     student: GraphUNet,
     teacher: GraphUNet,
     source: Source,
-    noising: Noising,
+    noise_schedule: NoiseSchedule,
     losses: Sequence[Loss],
     settings: Settings,
     accelerator: Any,
     spread: bool,
-) -> Gradient:
+) -> TrainStep:
     """Put the models on their device, and connect them with the data and the losses."""
-    batches = _batches(source, noising, settings, accelerator.num_processes)
+    batches = _batches(source, noise_schedule, settings, accelerator.num_processes)
     objective, given = Objective(losses, student, teacher), frozenset(batches.batch(0, [0]).inputs)
     student.to(accelerator.device)
     if accelerator.device.type == "cpu" and not all(p.requires_grad for p in student.parameters()):
@@ -383,22 +387,22 @@ def _gradient(
     )
     if (teacher.device, teacher.dtype) != (accelerator.device, precision):
         teacher = copy.deepcopy(teacher).to(accelerator.device, precision)
-    watched = Observed(teacher, objective.teachers, given)
+    watched = FeatureExtractor(teacher, objective.teachers, given)
     torch.manual_seed(settings.seed)  # of the first weights of adapters
     model = Student(student, objective.pairs, teacher, given, settings.gradient_checkpointing)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if spread:
         prepared = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
-        shards.spread(prepared, student)
+        fsdp.shard(prepared, student)
     else:
         prepared = accelerator.prepare(model)
     trained = [model.get_parameter(name) for name in names]
-    return Gradient(
-        accelerator, settings, batches, noising.to(accelerator.device), objective, watched, prepared, trained
+    return TrainStep(
+        accelerator, settings, batches, noise_schedule.to(accelerator.device), objective, watched, prepared, trained
     )
 
 
-def _state(student: GraphUNet, gradient: Gradient, settings: Settings, copy: GraphUNet | None) -> State:
+def _state(student: GraphUNet, gradient: TrainStep, settings: Settings, copy: GraphUNet | None) -> TrainState:
     """Create the optimizer, the schedule of its rate, and the moving average."""
     accelerator = gradient.accelerator
     options: dict[str, Any] = {
@@ -424,7 +428,7 @@ def _state(student: GraphUNet, gradient: Gradient, settings: Settings, copy: Gra
     )
     average = EMAModel(student.parameters(), decay=settings.ema_decay) if settings.use_ema else None
     adapters = accelerator.unwrap_model(gradient.student).adapters
-    return State(student, adapters, accelerator.prepare(optimizer), rate, average, accelerator.scaler, copy)
+    return TrainState(student, adapters, accelerator.prepare(optimizer), rate, average, accelerator.scaler, copy)
 
 
 def _record(results: Mapping[str, Any], step: int, folder: Path, accelerator: Any) -> None:

@@ -12,12 +12,12 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from sdgraph import errors
-from sdgraph.tuning import Batches, Noising, Samples, Tensors
-from sdgraph.tuning.counter import generator
+from sdgraph.tuning import Batches, NoiseSchedule, Samples, Tensors
+from sdgraph.tuning.random_numbers import generator
 
 from ..models import CROSS
 
-NOISING = Noising.of(DDPMScheduler())
+NOISING = NoiseSchedule.of(DDPMScheduler())
 
 
 def rows(count: int) -> Tensors:
@@ -119,7 +119,7 @@ def test_data_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(errors.TuningError, match="empty caption"):
         Tensors(torch.zeros(3, 4, 2, 2), captions).conditions([None])
     with pytest.raises(errors.TuningError, match="alphas_cumprod"):
-        Noising.of(FlowMatchEulerDiscreteScheduler())
+        NoiseSchedule.of(FlowMatchEulerDiscreteScheduler())
 
 
 class Own:
@@ -169,10 +169,10 @@ class Own:
     ids=str,
 )
 def test_sources_of_others_are_checked(changed: dict[str, Any]) -> None:
-    noising = Noising.of(DDPMScheduler())
-    assert len(Batches(Own(), noising, 2).batch(0, [0, 1]).timesteps) == 2
+    noise_schedule = NoiseSchedule.of(DDPMScheduler())
+    assert len(Batches(Own(), noise_schedule, 2).batch(0, [0, 1]).timesteps) == 2
     with pytest.raises(errors.TuningError):
-        Batches(Own(**changed), noising, 2).batch(0, [0, 1])
+        Batches(Own(**changed), noise_schedule, 2).batch(0, [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -197,13 +197,13 @@ def test_an_empty_caption_that_fits_no_row_is_refused(empty: dict[str, torch.Ten
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_schedule_may_end_without_signal(prediction: str) -> None:
-    noising = Noising.of(DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction))
-    steps = torch.arange(len(noising))
-    weights = noising.min_snr(steps, 5.0)
-    assert noising.alphas[-1] == 0
+    noise_schedule = NoiseSchedule.of(DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction))
+    steps = torch.arange(len(noise_schedule))
+    weights = noise_schedule.min_snr(steps, 5.0)
+    assert noise_schedule.alphas[-1] == 0
     assert torch.isfinite(weights).all()
-    ratio = noising.alphas / (1 - noising.alphas)
+    ratio = noise_schedule.alphas / (1 - noise_schedule.alphas)
     divisors = {"epsilon": ratio, "v_prediction": ratio + 1, "sample": torch.ones_like(ratio)}
     inner = (ratio.clamp(max=5.0) / divisors[prediction])[:-1]
     torch.testing.assert_close(weights[:-1], inner)
-    assert torch.isfinite(noising.clean(torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2), steps[-1:])).all()
+    assert torch.isfinite(noise_schedule.clean(torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2), steps[-1:])).all()

@@ -24,7 +24,7 @@ from torch import Tensor
 import sdgraph
 from sdgraph.errors import SavedError, TuningError
 from sdgraph.passes import PruneBlocks
-from sdgraph.tuning import Images, Loss, Noising, Output, Prompts, Tensors, chain, incubate
+from sdgraph.tuning import Images, Loss, NoiseSchedule, Output, Prompts, Tensors, chain, incubate
 from sdgraph.tuning.identity import Identity
 
 from ..models import CROSS, build
@@ -138,9 +138,9 @@ def first() -> tuple[Any, Any]:
 def identity(**changes: Any) -> Identity:
     given = {"student": first()[0], "teacher": first()[1], "data": tensors(), "losses": held(), **changes}
     rest = {"scheduler": DDPMScheduler(), "train": None, "batch": 2, "precision": "no", **given}
-    noising = Noising.of(rest["scheduler"])
+    noise_schedule = NoiseSchedule.of(rest["scheduler"])
     names = ("losses", "train", "batch", "precision")
-    return Identity.of(rest["student"], rest["teacher"], rest["data"], noising, *(rest[name] for name in names))
+    return Identity.of(rest["student"], rest["teacher"], rest["data"], noise_schedule, *(rest[name] for name in names))
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -405,7 +405,7 @@ from dataclasses import dataclass
 import torch
 import sdgraph
 from diffusers import DDIMScheduler
-from sdgraph.tuning import Loss, Noising, Tensors
+from sdgraph.tuning import Loss, NoiseSchedule, Tensors
 from sdgraph.tuning.identity import Identity
 from tests.models import CROSS, build
 
@@ -426,7 +426,7 @@ student = sdgraph.apply(unet, passes, verify=False)
 source = Tensors(torch.ones(4, 4, 8, 8), {"encoder_hidden_states": torch.ones(4, 5, CROSS)})
 losses = [Chosen(frozenset("abcdefgh"), more={"x": {"e", "f", "g"}}, call=object())]
 teacher = sdgraph.apply(unet, verify=False)
-told = Identity.of(student, teacher, source, Noising.of(DDIMScheduler()), losses, None, 1, "no")
+told = Identity.of(student, teacher, source, NoiseSchedule.of(DDIMScheduler()), losses, None, 1, "no")
 print(told.parts, told.rows)
 """
 

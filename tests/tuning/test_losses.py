@@ -25,7 +25,7 @@ from sdgraph.tuning import (
     Guidance,
     ImageFeatures,
     Loss,
-    Noising,
+    NoiseSchedule,
     Output,
     RoutingPrior,
     Similarity,
@@ -43,10 +43,12 @@ SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, bet
 
 def comparison(prediction: str = "epsilon", timesteps: tuple[int, ...] = (1, 500, 999)) -> Comparison:
     """Random latents and predictions."""
-    noising = Noising.of(DDPMScheduler.from_config(SCHEDULER.config, prediction_type=prediction))
+    noise_schedule = NoiseSchedule.of(DDPMScheduler.from_config(SCHEDULER.config, prediction_type=prediction))
     clean, noise, student, teacher = torch.randn(4, len(timesteps), 4, 8, 8)
     steps = torch.tensor(timesteps)
-    return Comparison(Batch(clean, noise, noising.noised(clean, noise, steps), steps, {}), noising, student, teacher)
+    return Comparison(
+        Batch(clean, noise, noise_schedule.noised(clean, noise, steps), steps, {}), noise_schedule, student, teacher
+    )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -55,15 +57,15 @@ def test_the_noise_schedule_is_the_schedulers(prediction: str) -> None:
     scheduler = DDPMScheduler.from_config(SCHEDULER.config, prediction_type=prediction)
     clean, noise, steps = it.batch.clean, it.batch.noise, it.batch.timesteps
     assert noise is not None
-    target = it.noising.target(clean, noise, steps)
+    target = it.noise_schedule.target(clean, noise, steps)
 
     torch.testing.assert_close(it.batch.noisy, scheduler.add_noise(clean, noise, steps))
     if prediction == "v_prediction":
         torch.testing.assert_close(target, scheduler.get_velocity(clean, noise, steps))
-    torch.testing.assert_close(it.noising.clean(it.batch.noisy, target, steps), clean, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(it.noise_schedule.clean(it.batch.noisy, target, steps), clean, rtol=1e-3, atol=2e-3)
     for row, step in enumerate(steps):
         expected = scheduler.step(it.student[row : row + 1], int(step), it.batch.noisy[row : row + 1])
-        mine = it.noising.clean(it.batch.noisy, it.student, steps)[row : row + 1]
+        mine = it.noise_schedule.clean(it.batch.noisy, it.student, steps)[row : row + 1]
         clipped = mine.clamp(-1, 1)  # as this scheduler does
         torch.testing.assert_close(clipped, expected.pred_original_sample, rtol=1e-3, atol=2e-3)
 
@@ -80,7 +82,7 @@ def test_a_preset_leaves_out_features_of_another_resolution() -> None:
 def test_denoising_and_output_are_mean_squared_errors() -> None:
     it = comparison("v_prediction")
     assert it.batch.noise is not None
-    target = it.noising.target(it.batch.clean, it.batch.noise, it.batch.timesteps)
+    target = it.noise_schedule.target(it.batch.clean, it.batch.noise, it.batch.timesteps)
 
     torch.testing.assert_close(Denoising()(it, []), mse_loss(it.student, target))
     torch.testing.assert_close(Output()(it, []), mse_loss(it.student, it.teacher))
@@ -100,7 +102,7 @@ def test_guidance_compares_what_a_pipeline_computes() -> None:
     paired = replace(it, batch=replace(it.batch, pairs=True))
     torch.testing.assert_close(Guidance(3.0)(paired, []), mse_loss(guided(it.student), guided(it.teacher)) / 9)
     weighed = Guidance(3.0, snr_gamma=5.0)(paired, [])
-    weights = it.noising.min_snr(torch.tensor([500, 20]), 5.0)
+    weights = it.noise_schedule.min_snr(torch.tensor([500, 20]), 5.0)
     errors_of = (guided(it.student) - guided(it.teacher)).square().mean((1, 2, 3)) / 9
     torch.testing.assert_close(weighed, (errors_of * weights).mean())
     with pytest.raises(errors.TuningError, match="guidance_pairs=True"):
@@ -178,7 +180,8 @@ def test_wavelets_count_only_little_noise() -> None:
     few = comparison(timesteps=(900, 999, 950))
     mine, its = (
         torch.cat(
-            [band.flatten(1) for band in high_bands(it.noising.clean(it.batch.noisy, p, it.batch.timesteps), 2)], 1
+            [band.flatten(1) for band in high_bands(it.noise_schedule.clean(it.batch.noisy, p, it.batch.timesteps), 2)],
+            1,
         )
         for p in (it.student, it.teacher)
     )
@@ -188,15 +191,15 @@ def test_wavelets_count_only_little_noise() -> None:
 
 def test_the_encoder_sees_decoded_images_and_stays_as_it_is(pipe: object) -> None:
     it = comparison()
-    it = Comparison(it.batch, it.noising, it.student.clone().requires_grad_(), it.teacher)
+    it = Comparison(it.batch, it.noise_schedule, it.student.clone().requires_grad_(), it.teacher)
     vae = pipe.vae  # type: ignore[attr-defined]
     encoder = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(), nn.LazyLinear(6))
     seen = []
     for prediction in (it.student, it.teacher):
-        clean = it.noising.clean(it.batch.noisy, prediction, it.batch.timesteps)
+        clean = it.noise_schedule.clean(it.batch.noisy, prediction, it.batch.timesteps)
         seen.append(encoder(vae.decode(clean / vae.config.scaling_factor).sample))
     errors = (seen[0] - seen[1]).square().mean(1) / seen[1].square().mean(1)
-    expected = (errors * it.noising.alphas[it.batch.timesteps]).mean()
+    expected = (errors * it.noise_schedule.alphas[it.batch.timesteps]).mean()
 
     term = ImageFeatures(encoder, vae)(it, [])
     term.backward()  # type: ignore[no-untyped-call]
@@ -319,7 +322,7 @@ def test_losses_add_up_by_weight_and_are_named_apart(student: sdgraph.GraphUNet,
     )
     it = comparison()
     mine, its = torch.randn(2, 3, 8, 2, 2)
-    total, terms = objective(it.batch, it.noising, [it.student, mine, 2 * mine], [it.teacher, its, its])
+    total, terms = objective(it.batch, it.noise_schedule, [it.student, mine, 2 * mine], [it.teacher, its, its])
 
     assert objective.names == ("Output", "Features 1", "Features 2")
     torch.testing.assert_close(total, 3 * terms[0] + terms[1] + 0.5 * terms[2])
@@ -328,7 +331,9 @@ def test_losses_add_up_by_weight_and_are_named_apart(student: sdgraph.GraphUNet,
 
 def test_a_weight_falls_to_zero(student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet) -> None:
     objective, it = Objective([Output(weight=3.0, until=0.5)], student, teaching), comparison()
-    totals = [objective(it.batch, it.noising, [it.student], [it.teacher], share)[0] for share in (0, 0.25, 0.5, 1)]
+    totals = [
+        objective(it.batch, it.noise_schedule, [it.student], [it.teacher], share)[0] for share in (0, 0.25, 0.5, 1)
+    ]
     torch.testing.assert_close(torch.stack(totals) / totals[0], torch.tensor([1, 0.5, 0, 0]))
 
 
@@ -341,7 +346,7 @@ def test_the_prior_leads_experts_to_parts_of_the_schedule(
     assert objective.teachers == ()
     it = comparison(timesteps=(0, 499, 500, 999))
     logits = torch.randn(4, 2)
-    _, terms = objective(it.batch, it.noising, [it.student, *[logits] * len(objective.pairs)], [it.teacher])
+    _, terms = objective(it.batch, it.noise_schedule, [it.student, *[logits] * len(objective.pairs)], [it.teacher])
     expected = -logits.log_softmax(1)[torch.arange(4), [0, 0, 1, 1]].mean()
     torch.testing.assert_close(terms[1], expected)
     with pytest.raises(errors.PathError, match=r"no experts(.|\n)*apply MECondConv"):
@@ -357,7 +362,9 @@ def test_a_loss_of_ones_own(student: sdgraph.GraphUNet, teaching: sdgraph.GraphU
             return (comparison.student - comparison.teacher).abs().max()
 
     it = comparison()
-    total, _ = Objective([Largest(weight=2.0)], student, teaching)(it.batch, it.noising, [it.student], [it.teacher])
+    total, _ = Objective([Largest(weight=2.0)], student, teaching)(
+        it.batch, it.noise_schedule, [it.student], [it.teacher]
+    )
     assert total == 2 * (it.student - it.teacher).abs().max()
 
 

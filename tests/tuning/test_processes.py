@@ -22,16 +22,16 @@ SETTINGS = {"losses": LOSSES, "train_batch_size": 8, "proportion_empty_prompts":
 SCRIPT = """
 import sys, torch, sdgraph
 from diffusers import DDPMScheduler
-from sdgraph.tuning import AttentionMaps, Denoising, Features, Output, Similarity, Tensors, Wavelet, shards
+from sdgraph.tuning import AttentionMaps, Denoising, Features, Output, Similarity, Tensors, Wavelet, fsdp
 folder, *stops = sys.argv[1:]
-shards.LARGE = 1000
+fsdp.LARGE = 1000
 
-def spread(model, unet, cut=shards.spread):
+def spread(model, unet, cut=fsdp.shard):
     whole = sum(p.numel() for p in unet.parameters())
     cut(model, unet)
     print("spread", sum(p.to_local().numel() for p in unet.parameters()) / whole)
 
-shards.spread = spread
+fsdp.shard = spread
 student, teacher = (sdgraph.GraphUNet.from_pretrained(f"{folder}/{name}") for name in ("student", "teacher"))
 kept = torch.load(f"{folder}/data.pt")
 data = Tensors(kept["latents"], {"encoder_hidden_states": kept["captions"]}, {"encoder_hidden_states": kept["empty"]})

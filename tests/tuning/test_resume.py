@@ -20,7 +20,7 @@ from diffusers import DDPMScheduler
 import sdgraph
 from sdgraph import errors
 from sdgraph.tuning import Denoising, Output, Tensors
-from sdgraph.tuning.state import read
+from sdgraph.tuning.train_state import read
 
 from ..models import CROSS, build
 from .conftest import Tune, equal, tensors

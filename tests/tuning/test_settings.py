@@ -27,9 +27,9 @@ from sdgraph.cli.configuration import Configuration, known, read
 from sdgraph.errors import ExtraError, SpecError, TuningError
 from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.schedules import Uniform
-from sdgraph.tuning import Batches, Denoising, Features, Guidance, Noising, Output, Samples, Settings, Tensors
-from sdgraph.tuning.noising import PREDICTIONS
-from sdgraph.tuning.state import State
+from sdgraph.tuning import Batches, Denoising, Features, Guidance, NoiseSchedule, Output, Samples, Settings, Tensors
+from sdgraph.tuning.noise_schedule import PREDICTIONS
+from sdgraph.tuning.train_state import TrainState
 
 from ..models import CROSS
 from .conftest import Tune, equal, tensors
@@ -323,14 +323,14 @@ def test_min_snr_weighs_timesteps_as_diffusers_scripts_do(prediction: str) -> No
     snr = compute_snr(scheduler, timesteps)
     limited = torch.stack([snr, 5.0 * torch.ones_like(timesteps)], dim=1).min(dim=1)[0]
     expected = limited / snr if prediction == "epsilon" else limited / (snr + 1)
-    torch.testing.assert_close(Noising.of(scheduler).min_snr(timesteps, 5.0), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(NoiseSchedule.of(scheduler).min_snr(timesteps, 5.0), expected, rtol=1e-4, atol=0)
 
 
 def test_min_snr_is_finite_where_there_is_no_signal() -> None:
     scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
     for prediction in PREDICTIONS:
-        noising = Noising(torch.cat([scheduler.alphas_cumprod[:-1], torch.zeros(1)]), prediction)
-        assert torch.isfinite(noising.min_snr(torch.arange(1000), 5.0)).all()
+        noise_schedule = NoiseSchedule(torch.cat([scheduler.alphas_cumprod[:-1], torch.zeros(1)]), prediction)
+        assert torch.isfinite(noise_schedule.min_snr(torch.arange(1000), 5.0)).all()
 
 
 def test_snr_gamma_is_that_of_all_losses_that_leave_it_out(tune: Tune, tmp_path: Path) -> None:
@@ -352,16 +352,16 @@ def test_snr_gamma_is_that_of_all_losses_that_leave_it_out(tune: Tune, tmp_path:
 
 
 def test_the_offset_of_the_noise_is_one_number_per_sample_and_channel(data: Tensors) -> None:
-    noising, rows = Noising.of(DDPMScheduler()), range(8)
-    plain, offset = (Batches(data, noising, 8, noise_offset=o).batch(3, rows) for o in (0.0, 0.1))
+    noise_schedule, rows = NoiseSchedule.of(DDPMScheduler()), range(8)
+    plain, offset = (Batches(data, noise_schedule, 8, noise_offset=o).batch(3, rows) for o in (0.0, 0.1))
     assert plain.noise is not None
     assert offset.noise is not None
     added = (offset.noise - plain.noise) / 0.1
     torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added), rtol=0, atol=1e-5)
     assert 0.5 < float(added[:, :, 0, 0].std()) < 1.5
     assert len(added[:, :, 0, 0].unique()) == 32
-    torch.testing.assert_close(offset.noisy, noising.noised(offset.clean, offset.noise, offset.timesteps))
-    assert torch.equal(Batches(data, noising, 8, noise_offset=0.1).batch(3, [5]).noisy[0], offset.noisy[5])
+    torch.testing.assert_close(offset.noisy, noise_schedule.noised(offset.clean, offset.noise, offset.timesteps))
+    assert torch.equal(Batches(data, noise_schedule, 8, noise_offset=0.1).batch(3, [5]).noisy[0], offset.noisy[5])
 
 
 def test_trajectories_have_no_noise_that_could_have_an_offset(tune: Tune, data: Tensors, tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ def test_the_learning_rate_waits_where_fp16_leaves_a_step_out() -> None:
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    state = State(torch.nn.Module(), torch.nn.Module(), optimizer, rate, None)  # type: ignore[arg-type]
+    state = TrainState(torch.nn.Module(), torch.nn.Module(), optimizer, rate, None)  # type: ignore[arg-type]
     for skipped, expected in ((False, 1 / 2), (True, 1 / 2), (False, 1 / 3)):
         optimizer.step_was_skipped = skipped  # type: ignore[attr-defined]  # as accelerate's optimizer says
         state.advance()

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from sdgraph.errors import TuningError
-from sdgraph.tuning import Batches, Images, MoreCaptions, Noising
-from sdgraph.tuning.counter import generator
+from sdgraph.tuning import Batches, Images, MoreCaptions, NoiseSchedule
+from sdgraph.tuning.random_numbers import generator
 from sdgraph.tuning.sources.image_folder import captioned
 from sdgraph.tuning.sources.images import _pool
 
@@ -104,9 +104,9 @@ def test_a_mirrored_row_is_what_is_seen_at_its_corner(tmp_path: Path) -> None:
 
 def test_sizes_are_those_of_the_image_whatever_its_caption(photos: Path) -> None:
     source = Images(photos, large_with_text(), resolution=16, center_crop=True)
-    noising = Noising.of(DDPMScheduler())
+    noise_schedule = NoiseSchedule.of(DDPMScheduler())
     for options in ({"guidance_pairs": True}, {"proportion_empty_prompts": 0.9}, {"random_conditioning": True}):
-        batches = Batches(source, noising, 10, **options)  # type: ignore[arg-type]
+        batches = Batches(source, noise_schedule, 10, **options)  # type: ignore[arg-type]
         told = batches.batch(0, range(10)).conditions["time_ids"]
         copies = 2 if "guidance_pairs" in options else 1
         rows = [batches._index(row // copies) for row in range(10)]

@@ -10,13 +10,13 @@ import torch
 from diffusers import DDPMScheduler
 
 from sdgraph.errors import TuningError
-from sdgraph.tuning import Batches, Images, MoreCaptions, Noising, Tensors
+from sdgraph.tuning import Batches, Images, MoreCaptions, NoiseSchedule, Tensors
 
 from ..photos import CAPTIONS, write_photos
 from ..pipelines import large_with_text
 
 MORE = ["a purple star", "a small white circle"]
-NOISING = Noising.of(DDPMScheduler())
+NOISING = NoiseSchedule.of(DDPMScheduler())
 
 
 @pytest.fixture(params=["SD", "SDXL"])

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sdgraph.errors import TuningError
 from sdgraph.tuning import Prompts
-from sdgraph.tuning.counter import generator
 from sdgraph.tuning.digest import as_number, hash_text
+from sdgraph.tuning.random_numbers import generator
 
 from ..photos import CAPTIONS
 from ..pipelines import large_with_text

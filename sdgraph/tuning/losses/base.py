@@ -13,8 +13,8 @@ from ...graph import Graph
 from ...options import Bounds, Positive
 from ...spec import Spec
 from ..batch import Batch
-from ..noising import Noising
-from ..observe import Tap
+from ..feature_extractor import Tap
+from ..noise_schedule import NoiseSchedule
 
 TapPairs = Sequence[tuple[Tap, Tap | None]]
 Values = Sequence[tuple[Tensor, Tensor]]
@@ -26,13 +26,13 @@ class Comparison:
 
     Args:
         batch: the inputs.
-        noising: the noise schedule.
+        noise_schedule: the noise schedule.
         student: the student's prediction, (B, C, H, W).
         teacher: the teacher's prediction, (B, C, H, W).
     """
 
     batch: Batch
-    noising: Noising
+    noise_schedule: NoiseSchedule
     student: Tensor
     teacher: Tensor
 

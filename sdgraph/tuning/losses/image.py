@@ -48,12 +48,12 @@ class ImageFeatures(Loss):
         return f"ImageFeatures({type(self.encoder).__name__}, weight={self.weight})"
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
-        batch, noising = comparison.batch, comparison.noising
-        mine = self._seen(noising.clean(batch.noisy, comparison.student, batch.timesteps))
+        batch, noise_schedule = comparison.batch, comparison.noise_schedule
+        mine = self._seen(noise_schedule.clean(batch.noisy, comparison.student, batch.timesteps))
         with torch.no_grad():
-            its = self._seen(noising.clean(batch.noisy, comparison.teacher, batch.timesteps))
+            its = self._seen(noise_schedule.clean(batch.noisy, comparison.teacher, batch.timesteps))
         errors = (mine - its).square().mean(1) / its.square().mean(1).clamp(min=1e-8)
-        return (errors * noising.alphas[batch.timesteps]).mean()
+        return (errors * noise_schedule.alphas[batch.timesteps]).mean()
 
     def _seen(self, latents: Tensor) -> Tensor:
         vae, encoder = self._copies
@@ -87,10 +87,10 @@ class Wavelet(Loss):
     below: Annotated[float, Bounds(gt=0, le=1)] = 0.3
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
-        batch, noising = comparison.batch, comparison.noising
-        counts = (batch.timesteps < self.below * len(noising)).float()
+        batch, noise_schedule = comparison.batch, comparison.noise_schedule
+        counts = (batch.timesteps < self.below * len(noise_schedule)).float()
         mine, its = (
-            noising.clean(batch.noisy, prediction.float(), batch.timesteps)
+            noise_schedule.clean(batch.noisy, prediction.float(), batch.timesteps)
             for prediction in (comparison.student, comparison.teacher)
         )
         if mine.shape[-1] % 2 or mine.shape[-2] % 2:

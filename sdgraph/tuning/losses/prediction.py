@@ -9,7 +9,7 @@ from torch import Tensor
 from ...errors import TuningError
 from ...options import Positive
 from ..batch import Batch
-from ..noising import Noising
+from ..noise_schedule import NoiseSchedule
 from .base import Comparison, Loss, Values
 
 
@@ -39,11 +39,11 @@ class Denoising(Loss):
         batch = comparison.batch
         self.check(batch)
         assert batch.noise is not None
-        target = comparison.noising.target(batch.clean, batch.noise, batch.timesteps)
+        target = comparison.noise_schedule.target(batch.clean, batch.noise, batch.timesteps)
         difference = comparison.student - target
         if batch.own is not None:
             difference = difference * batch.own[:, None, None, None]
-        return _mean(difference, comparison.noising, batch.timesteps, self.snr_gamma)
+        return _mean(difference, comparison.noise_schedule, batch.timesteps, self.snr_gamma)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Output(Loss):
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
         difference = comparison.student - comparison.teacher
-        return _mean(difference, comparison.noising, comparison.batch.timesteps, self.snr_gamma)
+        return _mean(difference, comparison.noise_schedule, comparison.batch.timesteps, self.snr_gamma)
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class Guidance(Loss):
         difference = comparison.student - comparison.teacher
         captioned, empty = difference[0::2], difference[1::2]
         guided = captioned - empty + empty / self.scale
-        return _mean(guided, comparison.noising, comparison.batch.timesteps[0::2], self.snr_gamma)
+        return _mean(guided, comparison.noise_schedule, comparison.batch.timesteps[0::2], self.snr_gamma)
 
 
-def _mean(difference: Tensor, noising: Noising, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
+def _mean(difference: Tensor, noise_schedule: NoiseSchedule, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
     errors = difference.float().square().mean((1, 2, 3))
-    return errors.mean() if snr_gamma is None else (errors * noising.min_snr(timesteps, snr_gamma)).mean()
+    return errors.mean() if snr_gamma is None else (errors * noise_schedule.min_snr(timesteps, snr_gamma)).mean()

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from ...errors import PathError
 from ...graph import Graph
 from ...options import Paths
-from ..observe import Tap
+from ..feature_extractor import Tap
 from .base import Comparison, Loss, TapPairs, Values
 
 
@@ -42,6 +42,6 @@ class RoutingPrior(Loss):
             ) from error
 
     def __call__(self, comparison: Comparison, values: Values) -> Tensor:
-        share = comparison.batch.timesteps / len(comparison.noising)
+        share = comparison.batch.timesteps / len(comparison.noise_schedule)
         terms = [cross_entropy(logits.float(), (share * logits.shape[1]).long()) for logits, _ in values]
         return torch.stack(terms).mean()

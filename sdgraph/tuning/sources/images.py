@@ -17,14 +17,14 @@ from torch import Tensor
 
 from ...errors import TuningError
 from ...options import Count, Index, Text, checked
-from ..counter import generator
 from ..digest import as_number, hash_files, hash_model, hash_text
 from ..processes import begin as begin_process
+from ..random_numbers import generator
 from .base import Contents, Samples
 from .captions import Captions, as_texts, time_ids, with_empty
 from .image_folder import Captioned, Crop, captioned, colour, pixels
-from .kept import FILES, GIGABYTE, Kept, begin
 from .latents import as_pipelines_run_it, encoded, scaled
+from .tensor_cache import FILES, GIGABYTE, TensorCache, begin
 
 BATCH = 16  # images that are encoded at a time
 
@@ -118,7 +118,7 @@ class Images:
         ]
         self.contents = Contents(recipe, keys, folders=(Path(folder),), cache=place)
         if place is not None:
-            self._kept = Kept(place, recipe, keys, BATCH, cache_limit)
+            self._kept = TensorCache(place, recipe, keys, BATCH, cache_limit)
             self._kept.fill(self._encoded, "encoding images")
             del self._vae, self._captions  # so that their memory can be freed
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from ...errors import TuningError
 from ...options import Count, Index, NotNegative, checked
 from ...runtime.pipelines import without_bar
-from ..counter import generator
 from ..digest import as_number, hash_model, hash_text
-from ..noising import Noising
+from ..noise_schedule import NoiseSchedule
+from ..random_numbers import generator
 from .base import Contents, Samples
 from .captions import Captions, as_texts, time_ids, with_empty
-from .kept import GIGABYTE, Kept
+from .tensor_cache import GIGABYTE, TensorCache
 
 
 class Prompts:
@@ -100,7 +100,7 @@ class Prompts:
             self._keys.append(hash_text(prompt, str(seen[prompt])))
             seen[prompt] += 1
         self.contents = Contents(recipe, self._keys, cache=Path(cache))
-        self._kept = Kept(Path(cache), recipe, self._keys, batch, cache_limit)
+        self._kept = TensorCache(Path(cache), recipe, self._keys, batch, cache_limit)
         self._kept.fill(self._generated, "the teacher's trajectories")
         del self._pipe, self._captions  # so that their memory can be freed
         if "text_embeds" in self._empty:
@@ -155,7 +155,7 @@ def _check_scheduler(scheduler: Any) -> None:
 
     Those with other units, such as Euler's, scale what the UNet is called with to this form.
     """
-    Noising.of(scheduler)
+    NoiseSchedule.of(scheduler)
     if scheduler.config.get("use_flow_sigmas"):
         raise TuningError(
             f"{type(scheduler).__name__} with use_flow_sigmas mixes latents and noise otherwise than in training",

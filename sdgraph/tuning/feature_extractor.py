@@ -16,7 +16,7 @@ from ..ir.sites import step
 from ..ir.specialize import copy_nodes
 from ..options import Text, check
 from ..runtime.unet import GraphUNet
-from .recompute import recomputed
+from .gradient_checkpointing import checkpoint_blocks
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Tap:
         return node
 
 
-class Observed(nn.Module):
+class FeatureExtractor(nn.Module):
     """A UNet that computes everything and returns further values, as straight-line code over the UNet's own weights.
 
     Further outputs instead of hooks, because hooks do not survive wrapping, compiling or checkpointing.
@@ -67,10 +67,12 @@ class Observed(nn.Module):
         unet: the UNet.
         taps: the values to return.
         given: the inputs of its calls, by name.
-        recompute: compute the blocks again on the way back, to save memory.
+        gradient_checkpointing: compute the blocks again on the way back, to save memory.
     """
 
-    def __init__(self, unet: GraphUNet, taps: Sequence[Tap], given: frozenset[str], recompute: bool = False) -> None:
+    def __init__(
+        self, unet: GraphUNet, taps: Sequence[Tap], given: frozenset[str], gradient_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         graph = unet.graph
         nodes = copy_nodes(graph.fx)
@@ -83,8 +85,8 @@ class Observed(nn.Module):
             output = call.nodes.output_node()
             output.args = (output.args[0][0],)  # type: ignore[index]
         self.order = tuple(i.name for i in graph.inputs if i.name in given)
-        module = fx.GraphModule(unet, call.nodes, class_name="Observed")
-        self.graph_module = recomputed(module) if recompute else module
+        module = fx.GraphModule(unet, call.nodes, class_name="FeatureExtractor")
+        self.graph_module = checkpoint_blocks(module) if gradient_checkpointing else module
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Return the prediction (B, C, H, W), and the values of the taps in order."""

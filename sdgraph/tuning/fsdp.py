@@ -24,7 +24,7 @@ LARGE = 2**20  # numbers in a layer that is gathered by itself
 
 
 @contextmanager
-def asked() -> Iterator[bool]:
+def enabled() -> Iterator[bool]:
     """Say whether accelerate was told to use FSDP, and keep it from doing so within this context.
 
     Raises:
@@ -45,7 +45,7 @@ def asked() -> Iterator[bool]:
         os.environ[SWITCH] = told
 
 
-def spread(model: nn.Module, unet: GraphUNet) -> None:
+def shard(model: nn.Module, unet: GraphUNet) -> None:
     """Spread the weights of a model over all processes. A call of the model gathers them while it needs them.
 
     Large layers are gathered one by one, all others together.
@@ -69,12 +69,12 @@ def spread(model: nn.Module, unet: GraphUNet) -> None:
     fully_shard(model)
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor as it is, or the whole one of which this process has a share. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+def gather(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """Return tensors whole, those that were spread on the CPU. All processes must call this.
 
     Args:
@@ -83,13 +83,13 @@ def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]
     """
     result = {}
     for name, tensor in tensors.items():
-        complete = gathered(tensor)
+        complete = full_tensor(tensor)
         if keep:
             result[name] = complete.cpu() if isinstance(tensor, DTensor) else tensor
     return result
 
 
-def as_spread(tensor: Tensor, like: Any) -> Tensor:
+def distribute(tensor: Tensor, like: Any) -> Tensor:
     """Return a whole tensor as it is, or the share of it that this process keeps of a tensor like it."""
     if not isinstance(like, DTensor):
         return tensor

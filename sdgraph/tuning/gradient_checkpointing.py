@@ -14,7 +14,7 @@ from ..ir.nodes import scope
 BLOCK = re.compile(r"down_blocks\.\d+|mid_block|up_blocks\.\d+")
 
 
-class Recomputed(nn.Module):
+class Checkpointed(nn.Module):
     """A part of a graph, of which only the inputs are kept for the way back."""
 
     def __init__(self, part: nn.Module) -> None:
@@ -25,7 +25,7 @@ class Recomputed(nn.Module):
         return checkpoint(self.part, *inputs, use_reentrant=False)
 
 
-def recomputed(module: fx.GraphModule) -> fx.GraphModule:
+def checkpoint_blocks(module: fx.GraphModule) -> fx.GraphModule:
     """Return a module over the same weights that computes its blocks again on the way back.
 
     Args:
@@ -45,5 +45,5 @@ def recomputed(module: fx.GraphModule) -> fx.GraphModule:
     split = split_module(module, module, lambda node: parts[node])
     for name, part in list(split.named_children()):
         if name.startswith("submod_") and int(name.removeprefix("submod_")) in blocks:
-            setattr(split, name, Recomputed(part))
+            setattr(split, name, Checkpointed(part))
     return split

@@ -14,7 +14,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
-class Noising:
+class NoiseSchedule:
     """A noise schedule with discrete timesteps: noised = sqrt(alpha) clean + sqrt(1 - alpha) noise.
 
     Args:
@@ -26,7 +26,7 @@ class Noising:
     prediction: str
 
     @classmethod
-    def of(cls, scheduler: Any) -> Noising:
+    def of(cls, scheduler: Any) -> NoiseSchedule:
         """Return the noise schedule of a diffusers scheduler.
 
         Raises:
@@ -43,9 +43,9 @@ class Noising:
             )
         return cls(torch.as_tensor(alphas, dtype=torch.float32), prediction)
 
-    def to(self, device: torch.device) -> Noising:
+    def to(self, device: torch.device) -> NoiseSchedule:
         """Return the schedule on a device."""
-        return Noising(self.alphas.to(device), self.prediction)
+        return NoiseSchedule(self.alphas.to(device), self.prediction)
 
     def __len__(self) -> int:
         return len(self.alphas)

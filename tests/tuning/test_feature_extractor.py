@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 import sdgraph
 from sdgraph.passes import InheritFeatures
-from sdgraph.tuning import Observed, Tap
+from sdgraph.tuning import FeatureExtractor, Tap
 
 from ..models import call_of
 
@@ -39,7 +39,7 @@ def test_outputs_are_those_of_the_modules(teacher: UNet2DConditionModel, teachin
     hooks = [teacher.get_submodule(path).register_forward_hook(keep(path)) for path in PATHS]
     with torch.no_grad():
         expected = teacher(**call()).sample
-        prediction, *values = Observed(teaching, [Tap(path) for path in PATHS], GIVEN)(call())
+        prediction, *values = FeatureExtractor(teaching, [Tap(path) for path in PATHS], GIVEN)(call())
     for hook in hooks:
         hook.remove()
 
@@ -53,7 +53,7 @@ def test_queries_and_keys_are_those_of_the_attention(
 ) -> None:
     path = "mid_block.attentions.0.transformer_blocks.0.attn2"
     with torch.no_grad():
-        _, query, key = Observed(teaching, [Tap(path, "query"), Tap(path, "key")], GIVEN)(call())
+        _, query, key = FeatureExtractor(teaching, [Tap(path, "query"), Tap(path, "key")], GIVEN)(call())
         text = call()["encoder_hidden_states"]
         keys = teacher.get_submodule(path).to_k(text).unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
     assert torch.equal(key, keys)
@@ -66,15 +66,15 @@ def test_sites_of_inheritance_are_computed(teacher: UNet2DConditionModel) -> Non
     path = next(iter(inheriting.graph.sites))
     assert path
     with torch.no_grad():
-        prediction, _ = Observed(inheriting, [Tap("up_blocks.1")], GIVEN)(call())
+        prediction, _ = FeatureExtractor(inheriting, [Tap("up_blocks.1")], GIVEN)(call())
         assert torch.equal(prediction, teacher(**call()).sample)
 
 
 def test_recomputing_keeps_gradients_and_frees_memory(teacher: UNet2DConditionModel) -> None:
     unet = sdgraph.apply(teacher, []).train()
     gradients, kept = [], []
-    for recompute in (False, True):
-        observed = Observed(unet, [Tap("mid_block")], GIVEN, recompute)
+    for gradient_checkpointing in (False, True):
+        observed = FeatureExtractor(unet, [Tap("mid_block")], GIVEN, gradient_checkpointing)
         size = 0
 
         def count(value: torch.Tensor) -> torch.Tensor:

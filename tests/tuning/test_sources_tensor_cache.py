@@ -20,13 +20,13 @@ from torch import Tensor
 
 from sdgraph.errors import TuningError
 from sdgraph.tuning.digest import hash_text
-from sdgraph.tuning.sources.kept import RECORD, Kept
+from sdgraph.tuning.sources.tensor_cache import RECORD, TensorCache
 
 COUNT, SIZE = 10, 4
 
 
-def kept(folder: Path, recipe: str = "this", limit: int = 10**6) -> Kept:
-    return Kept(folder, {"thing": recipe}, [f"row{row}" for row in range(COUNT)], SIZE, limit)
+def kept(folder: Path, recipe: str = "this", limit: int = 10**6) -> TensorCache:
+    return TensorCache(folder, {"thing": recipe}, [f"row{row}" for row in range(COUNT)], SIZE, limit)
 
 
 def numbers(rows: Sequence[int]) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ def test_every_row_is_computed_once_however_rows_come_and_go(states: list[list[i
     with tempfile.TemporaryDirectory() as folder:
         for state in states:
             keys, asked = [str(number) for number in state], list[str]()
-            rows = Kept(Path(folder), {"thing": "this"}, keys, SIZE, 10**6)
+            rows = TensorCache(Path(folder), {"thing": "this"}, keys, SIZE, 10**6)
             rows.fill(recorded(keys, asked), "test")
             assert sorted(asked) == sorted(set(keys) - known)
             known |= set(keys)
@@ -185,7 +185,7 @@ def test_every_row_is_computed_once_however_rows_come_and_go(states: list[list[i
 
 def test_rows_that_are_no_longer_read_count_for_the_limit(tmp_path: Path) -> None:
     kept(tmp_path, limit=120).fill(numbers, "test")
-    other = Kept(tmp_path, {"thing": "this"}, ["row0", "new"], SIZE, 131)
+    other = TensorCache(tmp_path, {"thing": "this"}, ["row0", "new"], SIZE, 131)
     with pytest.raises(TuningError, match=r"11 rows take(.|\n)*133 bytes(.|\n)*9 of them are of other data"):
         other.fill(numbers, "test")
 

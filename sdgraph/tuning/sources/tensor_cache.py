@@ -29,7 +29,7 @@ OPEN = 64  # chunks that are mapped into memory at a time
 GIGABYTE = 10**9
 
 
-class Kept:
+class TensorCache:
     """Rows of named tensors in a folder, found by their contents. Filling it again goes on where it stopped.
 
     A row is known by a key, which changes with all that it is computed from. So rows may be added, changed and taken

@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Batches
-from .counter import generator
-from .noising import Noising
+from .feature_extractor import FeatureExtractor
+from .fsdp import full_tensor
+from .noise_schedule import NoiseSchedule
 from .objective import Objective
-from .observe import Observed
+from .random_numbers import generator
 from .settings import Settings
-from .shards import gathered
 
 
 @dataclass(frozen=True)
-class Gradient:
+class TrainStep:
     """Computes the gradient of a step, a function of the weights and the number of the step.
 
     Args:
         accelerator: of accelerate.
         settings: of the run.
         batches: of the run.
-        noising: the noise schedule, on the device.
+        noise_schedule: the noise schedule, on the device.
         objective: the losses.
         teacher: returns the prediction and the features that the losses compare with.
         student: returns its own; as accelerate has prepared it.
@@ -38,9 +38,9 @@ class Gradient:
     accelerator: Any
     settings: Settings
     batches: Batches
-    noising: Noising
+    noise_schedule: NoiseSchedule
     objective: Objective
-    teacher: Observed
+    teacher: FeatureExtractor
     student: nn.Module
     trained: Sequence[nn.Parameter]
 
@@ -63,7 +63,7 @@ class Gradient:
                 self.accelerator.backward(loss / parts)
             terms += torch.cat([loss.detach().float().reshape(1), seen]) / parts
         largest = self.settings.max_grad_norm or math.inf
-        norm = gathered(torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained, largest)))
+        norm = full_tensor(torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained, largest)))
         figures = self.accelerator.reduce(torch.cat([norm.detach().reshape(1).to(terms), terms]), "mean")
         return dict(zip(("gradient_norm", "loss", *self.objective.names), figures.tolist(), strict=True))
 
@@ -72,4 +72,4 @@ class Gradient:
         with torch.no_grad(), self.accelerator.autocast():
             expected = [value.float() for value in self.teacher(batch.inputs)]
         progress = step / self.settings.steps
-        return self.objective(batch, self.noising, self.student(batch.inputs), expected, progress)
+        return self.objective(batch, self.noise_schedule, self.student(batch.inputs), expected, progress)

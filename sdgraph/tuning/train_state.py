@@ -27,7 +27,7 @@ from ..runtime.serialization import save
 from ..runtime.unet import GraphUNet
 from ..runtime.weight_files import read_weights
 from ..text import from_json, json_object, read_text
-from . import shards
+from . import fsdp
 from .identity import Identity, versions
 from .settings import Settings
 
@@ -44,7 +44,7 @@ RECORD: dict[str, type] = {  # what the record of a checkpoint has, beside numbe
 }
 
 
-class State:
+class TrainState:
     """The state of a training run.
 
     Args:
@@ -110,14 +110,14 @@ class State:
         return self.unet
 
     def _weights(self, keep: bool = True) -> dict[str, Tensor]:
-        return shards.whole(self.unet.tensors(), keep)
+        return fsdp.gather(self.unet.tensors(), keep)
 
     def _averages(self, weights: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
         """Return the averages of weights in their place."""
         if self.average is None:
             return dict(weights)
         names = [name for name, _ in self.unet.named_parameters()]
-        return {**weights, **shards.whole(dict(zip(names, self.average.shadow_params, strict=True)), keep)}
+        return {**weights, **fsdp.gather(dict(zip(names, self.average.shadow_params, strict=True)), keep)}
 
     def advance(self) -> None:
         """Take the step that the gradients in the parameters ask for."""
@@ -145,8 +145,8 @@ class State:
         weights = self._weights(kept)
         averages = self._averages(weights, kept)
         tensors, numbers = _flat(self.optimizer.state_dict()["state"])
-        moments = shards.whole(tensors, kept)
-        adapters = shards.whole(_contiguous(self.adapters.state_dict()), kept)
+        moments = fsdp.gather(tensors, kept)
+        adapters = fsdp.gather(_contiguous(self.adapters.state_dict()), kept)
         if out is None:
             return
         target = out / f"checkpoint-{self.step}"
@@ -194,7 +194,7 @@ class State:
         try:
             for module, file in ((self.unet, UNET), (self.adapters, ADAPTERS)):
                 there, kept = module.state_dict(), _read(folder / file)
-                module.load_state_dict({name: shards.as_spread(t, there.get(name)) for name, t in kept.items()})
+                module.load_state_dict({name: fsdp.distribute(t, there.get(name)) for name, t in kept.items()})
             tensors = safetensors.torch.load_file(folder / OPTIMIZER)
             self.optimizer.load_state_dict(
                 self.optimizer.state_dict() | {"state": _nested(tensors, record["optimizer"], self.optimizer)}
@@ -203,7 +203,7 @@ class State:
             if self.average is not None:
                 kept, named = _read(folder / AVERAGE), dict(self.unet.named_parameters())
                 for name, shadow in zip(named, self.average.shadow_params, strict=True):
-                    shadow.copy_(shards.as_spread(kept[name], shadow))
+                    shadow.copy_(fsdp.distribute(kept[name], shadow))
                 self.average.optimization_step = record["averaged_steps"]
             if self.scaler is not None and record["scaler"] is not None:
                 self.scaler.load_state_dict(record["scaler"])
@@ -302,6 +302,6 @@ def _nested(
         parameter = parameters[int(number)]
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             # In the layout of the parameter, or the kernels would go through memory in another order.
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(shards.as_spread(value, parameter))
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(fsdp.distribute(value, parameter))
         state.setdefault(int(number), {})[name] = value
     return state
