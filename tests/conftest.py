@@ -59,9 +59,11 @@ def small() -> sdgraph.Graph:
 
 
 @pytest.fixture(scope="session")
-def old_unet() -> Path:
-    """A folder that sdgraph 0.1.0 saved before its recipe had a schema."""
-    return SAVED_BEFORE / "unet"
+def reusing_folder(tmp_path_factory: pytest.TempPathFactory, small: sdgraph.Graph) -> Path:
+    """The folder of a saved UNet that reuses features. To be read only."""
+    folder = tmp_path_factory.mktemp("saved") / "unet"
+    sdgraph.apply(small, "CleanUp, InheritFeatures('up_blocks.-1.resnets.-1')", verify=False).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

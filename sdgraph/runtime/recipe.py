@@ -13,7 +13,7 @@ from ..errors import SavedError
 from ..ir.decisions import Applied, Decision
 from ..untrusted import Digest, FileName, Format, as_kind, check_format, read_json, require_inside
 
-FORMAT = 3  # 1: without decisions, shards and settings; 2: of a folder that plain diffusers does not read
+FORMAT = 1
 RECIPE, CONFIG = "sdgraph.json", "config.json"
 AGAIN = "save the UNet again"
 PASSES = "sdgraph_passes"  # the entry of a configuration that lists the passes
@@ -46,8 +46,8 @@ class Settings(TypedDict, total=False):
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The contents of `sdgraph.json`.
 
-    A field that is added needs a default, so that folders saved before still load. If a reader that does not know the
-    field would load the folder wrongly, `FORMAT` is raised too.
+    A new field needs a default, so that earlier folders still load. If a reader that does not know the field would load
+    the folder wrongly, `FORMAT` is raised as well.
 
     Args:
         format: version of this description.

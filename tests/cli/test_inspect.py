@@ -39,8 +39,8 @@ def test_folders_of_diffusers(folder: Path, wanted: list[str], capsys: pytest.Ca
     assert all(text in said for text in wanted), said
 
 
-def test_a_saved_unet_tells_what_its_calls_inherit(old_unet: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(old_unet), "--calls", "6"]) == 0
+def test_a_saved_unet_tells_what_its_calls_inherit(reusing_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(reusing_folder), "--calls", "6"]) == 0
     said = capsys.readouterr().out
     assert "a UNet, saved by sdgraph" in said
     assert "passes: CleanUp(), InheritFeatures" in said

@@ -25,10 +25,10 @@ def test_exports_are_refused_before_the_model_is_loaded(
 
 
 def test_the_command_loads_in_the_dtype_that_is_asked_for(
-    old_unet: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    reusing_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """diffusers' `to` warns of "modules that should be kept in float32: []"."""
     build("sd15").save_pretrained(tmp_path / "unet")
-    for folder in (tmp_path / "unet", old_unet):
+    for folder in (tmp_path / "unet", reusing_folder):
         assert load_unet(str(folder), "float16").dtype == torch.float16
     assert "float32" not in capfd.readouterr().err

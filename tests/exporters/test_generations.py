@@ -22,10 +22,8 @@ from diffusers import (
 from scenes.pipeline import load
 
 import sdgraph
-from sdgraph import GraphUNet
 from sdgraph.errors import CallError, ModeError
 from sdgraph.evaluation import metrics as similarity
-from sdgraph.exporters.bundle.inspect import contents
 from sdgraph.exporters.onnx import export
 from sdgraph.passes import InheritFeatures
 from sdgraph.schedules import Explicit
@@ -92,16 +90,6 @@ def test_in_other_pipelines(name: str, tmp_path: Path) -> None:
         with sdgraph.attach(pipe):
             images.append(make(pipe, call, steps=5))
     torch.testing.assert_close(images[1], images[0], rtol=1e-3, atol=1e-3)
-
-
-def test_bundles_of_earlier_versions_run(old_unet: Path, old_bundle: Path, provider: str) -> None:
-    """One of sdgraph 0.1.0, whose `model.onnx` had all outputs, beside the same UNet as it was saved then."""
-    running, unet = opened(old_bundle, provider), GraphUNet.from_pretrained(old_unet)
-    call = call_of(unet)
-    for step in range(4):
-        now = {**call, "sample": call_of(unet, seed=step)["sample"], "timestep": 900 - step}
-        torch.testing.assert_close(answer(running, now), answer(unet, now), rtol=1e-4, atol=1e-5)
-    assert "inherit_1.onnx" in contents(old_bundle)
 
 
 def test_nothing_comes_from_another_generation(exported: Callable[[str], Exported], provider: str) -> None:

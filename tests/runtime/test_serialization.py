@@ -97,17 +97,6 @@ def test_a_failed_save_leaves_the_old_folder(pruned: GraphUNet, folder: Path, mo
     assert [p.name for p in folder.parent.iterdir()] == ["unet"]
 
 
-@pytest.mark.slow
-def test_folders_of_earlier_versions_load(old_unet: Path, tmp_path: Path) -> None:
-    """One that sdgraph 0.1.0 saved before its recipe had a schema."""
-    unet = GraphUNet.from_pretrained(old_unet)
-    assert [str(one) for one in unet.graph.passes] == ["CleanUp()", "InheritFeatures('up_blocks.-1.resnets.-1')"]
-    call = call_of(unet)
-    again = tmp_path / "again"
-    unet.save_pretrained(again)
-    assert torch.equal(answer(GraphUNet.from_pretrained(again), call), answer(unet, call))
-
-
 def test_what_cannot_come_back_is_not_saved(tmp_path: Path) -> None:
     adapted = sdgraph.apply(load_ip_adapter(build("sd15"), "base"), [], verify=False)
     with pytest.raises(ModeError, match="save the source UNet"):
