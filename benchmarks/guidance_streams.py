@@ -47,7 +47,7 @@ import sdgraph  # noqa: E402
 from sdgraph.evaluation import metrics  # noqa: E402
 from sdgraph.forecasts import Polynomial, weighted  # noqa: E402
 from sdgraph.passes import InheritFeatures  # noqa: E402
-from sdgraph.schedules import Run  # noqa: E402
+from sdgraph.schedules import SamplingRun  # noqa: E402
 
 SCALES = (1.5, 3.0, 5.0, 7.5, 9.0)
 CONVERGED, PLAIN = 60, (10, 13, 15, 20)  # steps
@@ -72,7 +72,7 @@ def thinned(pipe: Any, steps: int, every: int, damping: float, prompts: list[str
     """Generate with the difference between predictions with and without the prompt computed at every n-th call."""
     scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
-    forecast, run, known = Polynomial(1, damping), Run.of(scheduler), list[tuple[int, Tensor]]()
+    forecast, run, known = Polynomial(1, damping), SamplingRun.of(scheduler), list[tuple[int, Tensor]]()
     text, empty = pipe.encode_prompt(prompts, "cpu", 1, True)
     size = (1, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
     noise = torch.cat([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

@@ -16,7 +16,7 @@ import sdgraph
 from sdgraph.forecasts import Forecast, Polynomial
 from sdgraph.passes import InheritFeatures
 from sdgraph.passes.gri_attention import self_attentions
-from sdgraph.schedules import Run, Schedule
+from sdgraph.schedules import SamplingRun, Schedule
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GrowingWindow(Schedule):
     window: float = 2.0
     growth: float = 0.75
 
-    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+    def refreshes(self, call: int, timestep: float, run: SamplingRun) -> bool:
         last, window = self.warm_up - 1, self.window
         while last < call:
             last, window = last + int(window), window + self.growth
@@ -62,7 +62,7 @@ class Chebyshev(Forecast):
     def memory(self) -> int:
         return 100
 
-    def weights(self, known: Any, call: int, run: Run) -> tuple[float, ...]:
+    def weights(self, known: Any, call: int, run: SamplingRun) -> tuple[float, ...]:
         if len(known) == 1:
             return (1.0,)
         scale = 2 / (self.calls or run.calls or 50)

@@ -47,6 +47,6 @@ class Bypass(Pass):
         edits = []
         for path in reversed(paths):  # the latest first, so that replacing values are those of the source
             names = graph.bypass(path, self.schedule)
-            left = graph.step_macs(names) / graph.step_macs()
+            left = graph.call_macs(names) / graph.call_macs()
             edits.append(f"{path} is bypassed: {left:.1%} of the multiply-accumulates are left without it")
         return Findings(edits=tuple(reversed(edits)))

@@ -74,13 +74,13 @@ class GRIAttention(Pass):
             if self.pool > 1 and self.window >= max(height, width):
                 misses.append(NearMiss(path, f"a window of {self.window} holds the whole map of {height}x{width}"))
                 continue
-            before = graph.step_macs()
+            before = graph.call_macs()
             shift = self.shift if len(edits) % 2 else 0
             module = GlobalRegional(attention, self.window, self.pool, shift, self.variant, device)
             output = graph.insert(module, *attention.args[:3], tokens, before=attention, path=f"{path}.interaction")
             graph.rewire(attention, output)
             graph.eliminate_dead_code()
-            edits.append(f"{path}: {graph.step_macs() / before:.1%} of the multiply-accumulates are left")
+            edits.append(f"{path}: {graph.call_macs() / before:.1%} of the multiply-accumulates are left")
         return Findings(edits=tuple(edits), near_misses=tuple(misses))
 
 

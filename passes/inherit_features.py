@@ -143,11 +143,11 @@ class InheritFeatures(Pass):
         for path in paths:
             values = self._values(graph, graph.region(path))
             names = [path if i == 0 else f"{path}[{i}]" for i in range(len(values))]
-            before = graph.step_macs()
+            before = graph.call_macs()
             for name, value in zip(names, values, strict=True):
                 # the entry is the layer's, though another one made it
                 graph.inherit(value, name, self.schedule, self.forecast, path if self.part == "entry" else "")
-            after = graph.step_macs(names)
+            after = graph.call_macs(names)
             if after == before:
                 raise EditError(
                     "inheriting this leaves nothing out: all that it is computed from serves something else as well",

@@ -15,7 +15,7 @@ import torch
 
 from .errors import ScheduleError, SdgraphError
 from .options import Bounds, Finite
-from .schedules import Run
+from .schedules import SamplingRun
 from .spec import Spec
 
 Order = Literal[0, 1, 2]
@@ -35,7 +35,7 @@ class Forecast(Spec):
         """The number of refreshes that the forecast looks back on."""
         raise NotImplementedError(f"{type(self).__name__}.memory")
 
-    def weights(self, known: Sequence[int], call: int, run: Run) -> tuple[float, ...]:
+    def weights(self, known: Sequence[int], call: int, run: SamplingRun) -> tuple[float, ...]:
         """Return the weights of earlier values at a call, one for each.
 
         Args:
@@ -45,7 +45,7 @@ class Forecast(Spec):
         """
         raise NotImplementedError(f"{type(self).__name__}.weights")
 
-    def doubt(self, run: Run) -> str:
+    def doubt(self, run: SamplingRun) -> str:
         """Return a sentence that says what replaces the forecast in a run, and why; empty if nothing does.
 
         Args:
@@ -85,7 +85,7 @@ class Polynomial(Forecast):
     def memory(self) -> int:
         return self.order + 1 if self.damping else 1
 
-    def weights(self, known: Sequence[int], call: int, run: Run) -> tuple[float, ...]:
+    def weights(self, known: Sequence[int], call: int, run: SamplingRun) -> tuple[float, ...]:
         last = (*[0.0] * (len(known) - 1), 1.0)
         if len(known) == 1 or self.memory == 1 or run.random:
             return last
@@ -93,13 +93,13 @@ class Polynomial(Forecast):
         line = [prod((now - other) / (mine - other) for other in at if other != mine) for mine in at]
         return tuple(end + self.damping * (weight - end) for weight, end in zip(line, last, strict=True))
 
-    def _coordinates(self, calls: Sequence[int], run: Run) -> list[float]:
+    def _coordinates(self, calls: Sequence[int], run: SamplingRun) -> list[float]:
         levels = [] if run.lambdas is None else [run.lambdas[call] for call in calls if call < len(run.lambdas)]
         if self.along == "call" or len(set(levels)) < len(calls):  # unknown, or the same twice as Heun has them
             return [float(call) for call in calls]
         return levels if self.along == "lambda" else [exp(-level) for level in levels]
 
-    def doubt(self, run: Run) -> str:
+    def doubt(self, run: SamplingRun) -> str:
         if self.along != "call" and run.lambdas is None and self.memory > 1:
             return (
                 f"the noise levels are not known, so forecasts go by the number of the call instead of {self.along}. "
@@ -131,7 +131,7 @@ class Fitted(Forecast):
     timesteps: tuple[Finite, ...] = ()
 
     @classmethod
-    def of(cls, table: Sequence[Sequence[float]], run: Run, otherwise: Forecast) -> Fitted:
+    def of(cls, table: Sequence[Sequence[float]], run: SamplingRun, otherwise: Forecast) -> Fitted:
         """Return a forecast whose numbers are rounded, to print short.
 
         Args:
@@ -151,14 +151,14 @@ class Fitted(Forecast):
     def memory(self) -> int:
         return max(self.otherwise.memory, *map(len, self.table))
 
-    def weights(self, known: Sequence[int], call: int, run: Run) -> tuple[float, ...]:
+    def weights(self, known: Sequence[int], call: int, run: SamplingRun) -> tuple[float, ...]:
         if not self.doubt(run) and call < len(self.table) and 0 < len(self.table[call]) <= len(known):
             fitted = self.table[call]
             return (*[0.0] * (len(known) - len(fitted)), *fitted)
         kept = known[-self.otherwise.memory :]
         return (*[0.0] * (len(known) - len(kept)), *self.otherwise.weights(kept, call, run))
 
-    def doubt(self, run: Run) -> str:
+    def doubt(self, run: SamplingRun) -> str:
         if (run.calls, run.solver) != (len(self.table), self.solver):
             return (
                 f"the weights are fitted for {len(self.table)} calls of {self.solver}, and this run has "

@@ -16,7 +16,7 @@ from .ir.editor import EditableGraph, first_operation, module_stack
 from .ir.nodes import scope
 from .ir.sites import Site, inherit, sites
 from .options import checked
-from .schedules import Run, Schedule
+from .schedules import SamplingRun, Schedule
 from .views.diagram import picture
 from .views.text import text
 
@@ -113,7 +113,7 @@ class Graph(EditableGraph):
         Example:
             `pipe.scheduler.set_timesteps(25)`, then `print(unet.graph.timetable(pipe.scheduler, B=2))`
         """
-        return timetable(self.at(**sizes) if sizes else self, Run.of(calls))
+        return timetable(self.at(**sizes) if sizes else self, SamplingRun.of(calls))
 
     def decide(self, about: str, code: Callable[..., Any], *args: Any) -> Any:
         """Return the result of `code(*args)` and record it with the pass.

@@ -13,7 +13,7 @@ from .graph import Graph
 from .inheritance.attach import attach
 from .ir.regions import Region
 from .ir.sites import Site, inherit
-from .ir.specialize import per_call
+from .ir.variants import per_call
 from .plan_search.fit_forecast import Fit, fit_forecast
 from .plan_search.search import search
 from .runtime.apply import apply

@@ -24,7 +24,7 @@ Steps = Annotated[int, Bounds(ge=1, le=MOST)]
 
 
 @dataclass(frozen=True)
-class Run:
+class SamplingRun:
     """The facts about a generation that are known before it ends.
 
     Args:
@@ -42,7 +42,7 @@ class Run:
     random: bool = False
 
     @classmethod
-    def of(cls, calls: Any, part: slice = slice(None)) -> Run:
+    def of(cls, calls: Any, part: slice = slice(None)) -> SamplingRun:
         """Return the run of a number of calls, of their timesteps, or of a diffusers scheduler.
 
         Args:
@@ -71,7 +71,7 @@ class Run:
         timesteps = timesteps[part]
         return cls(len(timesteps), timesteps, lambdas_of(calls, timesteps, part), name_of(calls), is_random(calls))
 
-    def supposed(self) -> Run:
+    def supposed(self) -> SamplingRun:
         """Return the run with supposed timesteps where they are unknown.
 
         They are those of the schedulers that Stable Diffusion is published with: evenly spaced over the training
@@ -94,7 +94,7 @@ class Schedule(Spec):
 
     refusal: ClassVar[type[SdgraphError]] = ScheduleError
 
-    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+    def refreshes(self, call: int, timestep: float, run: SamplingRun) -> bool:
         """Return whether the site is computed at a call.
 
         Args:
@@ -107,7 +107,7 @@ class Schedule(Spec):
         raise NotImplementedError(f"{type(self).__name__}.refreshes")
 
     @checked(ScheduleError)
-    def calls(self, run: Run) -> tuple[int, ...]:
+    def calls(self, run: SamplingRun) -> tuple[int, ...]:
         """Return the numbers of all calls of a run that compute the site; unknown timesteps are supposed.
 
         Args:
@@ -143,7 +143,7 @@ class Uniform(Schedule):
 
     interval: Count
 
-    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+    def refreshes(self, call: int, timestep: float, run: SamplingRun) -> bool:
         return call % self.interval == 0
 
 
@@ -176,7 +176,7 @@ class Explicit(Schedule):
             raise ScheduleError(f"call {steps[-1]} is not one of {self.of}", where=str(self), hint="count from 0")
         object.__setattr__(self, "steps", steps)
 
-    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+    def refreshes(self, call: int, timestep: float, run: SamplingRun) -> bool:
         if self.of is not None and run.calls is not None and run.calls != self.of:
             raise ScheduleError(
                 f"made for {self.of} calls, this generation has {run.calls}",
@@ -196,7 +196,7 @@ class _Dense(Schedule):
     interval: Count
     power: Annotated[float, Bounds(gt=1, le=100)] = 1.4  # lowered in small steps, which from 1e17 on would never end
 
-    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+    def refreshes(self, call: int, timestep: float, run: SamplingRun) -> bool:
         return call in self._chosen(_known(run.calls, self))
 
     def _chosen(self, calls: int) -> tuple[int, ...]:
@@ -295,7 +295,7 @@ class Gate(Schedule):
     before: Schedule = Uniform(1)
     after: Schedule | None = None
 
-    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+    def refreshes(self, call: int, timestep: float, run: SamplingRun) -> bool:
         if call < self.call:
             return self.before.refreshes(call, timestep, run)
         return call == self.call or (self.after is not None and self.after.refreshes(call, timestep, run))
@@ -327,7 +327,7 @@ class Range(Schedule):
                 f"no timestep lies between {self.low} and {self.high}", where="Range", hint="the smaller one first"
             )
 
-    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+    def refreshes(self, call: int, timestep: float, run: SamplingRun) -> bool:
         return not self.low < timestep < self.high or self.within.refreshes(call, timestep, run)
 
 
@@ -335,7 +335,7 @@ class Range(Schedule):
 class Once(Schedule):
     """Refresh at the first call only, for values that do not change during a generation."""
 
-    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+    def refreshes(self, call: int, timestep: float, run: SamplingRun) -> bool:
         return False
 
 
@@ -355,7 +355,7 @@ class Warm(Schedule):
     first: Index = 1
     last: Index = 0
 
-    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+    def refreshes(self, call: int, timestep: float, run: SamplingRun) -> bool:
         if call < self.first or (self.last and call >= _known(run.calls, self) - self.last):
             return True
         return self.then.refreshes(call, timestep, run)
@@ -400,5 +400,5 @@ class Drift(Schedule):
             return max(gap - 1, self.least)
         return min(gap + 1, self.most) if error < self.bound / 2 else gap
 
-    def refreshes(self, call: int, timestep: float, run: Run) -> bool:
+    def refreshes(self, call: int, timestep: float, run: SamplingRun) -> bool:
         return call % self.least == 0  # where nothing is measured, such as in a timetable

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,11 +66,15 @@ def reusing_folder(tmp_path_factory: pytest.TempPathFactory, small: sdgraph.Grap
 
 
 @pytest.fixture(scope="session")
-def old_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same UNet as sdgraph 0.1.0 exported it, when `model.onnx` had all outputs. To be read only."""
-    folder = tmp_path_factory.mktemp("saved_before")
-    shutil.unpack_archive(SAVED_BEFORE / "bundle.zip", folder)
-    return folder / "bundle"
+def bundle(tmp_path_factory: pytest.TempPathFactory, small: sdgraph.Graph) -> Path:
+    """A bundle of a UNet that reuses features. To be read only."""
+    pytest.importorskip("onnxruntime")
+    from sdgraph.exporters import onnx
+
+    folder = tmp_path_factory.mktemp("exported") / "bundle"
+    passes = "InheritFeatures('up_blocks.-1.resnets.-1', Uniform(3), part='entry')"
+    onnx.export(sdgraph.apply(small, passes, verify=False), folder, calls=4, progress=False)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -20,26 +20,26 @@ from diffusers import (
 
 from sdgraph.errors import ScheduleError, SpecError
 from sdgraph.forecasts import REPEAT, Fitted, Forecast, Polynomial, as_forecast, weighted
-from sdgraph.schedules import Run
+from sdgraph.schedules import SamplingRun
 from sdgraph.spec import read
 
 LINE = Polynomial(1)
-RUN = Run(6, lambdas=(-3.0, -1.0, 0.0, 0.5, 2.0, 3.0), solver="Solver()")
+RUN = SamplingRun(6, lambdas=(-3.0, -1.0, 0.0, 0.5, 2.0, 3.0), solver="Solver()")
 
 
 def test_a_line_a_parabola_and_the_last_value() -> None:
-    assert REPEAT.weights((0, 2), 3, Run()) == (0, 1)
-    assert LINE.weights((0, 2), 3, Run()) == pytest.approx((-0.5, 1.5))
-    assert Polynomial(2).weights((0, 1, 2), 3, Run()) == pytest.approx((1, -3, 3))
-    assert LINE.weights((4,), 5, Run()) == (1,)  # no line goes through one refresh
+    assert REPEAT.weights((0, 2), 3, SamplingRun()) == (0, 1)
+    assert LINE.weights((0, 2), 3, SamplingRun()) == pytest.approx((-0.5, 1.5))
+    assert Polynomial(2).weights((0, 1, 2), 3, SamplingRun()) == pytest.approx((1, -3, 3))
+    assert LINE.weights((4,), 5, SamplingRun()) == (1,)  # no line goes through one refresh
 
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_damping_lies_between_the_last_value_and_the_polynomial(order: int) -> None:
     known = tuple(range(0, 2 * order + 1, 2))
-    last, whole = np.eye(len(known))[-1], np.array(Polynomial(order).weights(known, 6, Run()))
+    last, whole = np.eye(len(known))[-1], np.array(Polynomial(order).weights(known, 6, SamplingRun()))
     for damping in (0.25, 0.5, 1.0):
-        damped = Polynomial(order, damping).weights(known, 6, Run())
+        damped = Polynomial(order, damping).weights(known, 6, SamplingRun())
         np.testing.assert_allclose(damped, last + damping * (whole - last))
         assert sum(damped) == pytest.approx(1)  # so that a feature that stays the same is forecast to
     assert Polynomial(order, 0).memory == 1  # it keeps no values for nothing
@@ -54,19 +54,19 @@ def test_noise_levels_take_the_place_of_the_calls_numbers() -> None:
 
 def test_where_nobody_tells_the_noise_levels_calls_are_counted_and_that_is_said() -> None:
     forecast = Polynomial(1, along="lambda")
-    assert forecast.weights((0, 2), 3, Run()) == LINE.weights((0, 2), 3, Run())
-    assert "sdgraph.attach(pipe)" in forecast.doubt(Run())
+    assert forecast.weights((0, 2), 3, SamplingRun()) == LINE.weights((0, 2), 3, SamplingRun())
+    assert "sdgraph.attach(pipe)" in forecast.doubt(SamplingRun())
     assert not forecast.doubt(RUN)
 
 
 def test_calls_at_the_same_noise_level_are_counted() -> None:
     """As Heun's second order has them."""
-    twice = Run(4, lambdas=(0.0, 1.0, 1.0, 2.0))
+    twice = SamplingRun(4, lambdas=(0.0, 1.0, 1.0, 2.0))
     assert Polynomial(1, along="lambda").weights((1, 2), 3, twice) == LINE.weights((1, 2), 3, twice)
 
 
 def test_random_steps_are_not_forecast_and_that_is_said() -> None:
-    random = Run(6, random=True)
+    random = SamplingRun(6, random=True)
     assert LINE.weights((0, 2), 3, random) == (0, 1)
     assert "random" in LINE.doubt(random)
     assert not REPEAT.doubt(random)
@@ -76,7 +76,7 @@ def test_fitted_weights_are_those_of_their_solver() -> None:
     fitted = Fitted(((), (1.0,), (), (-0.2, 1.2), (-0.4, 1.4), ()), "Solver()", LINE)
     assert fitted.weights((0, 2), 4, RUN) == (-0.4, 1.4)
     assert not fitted.doubt(RUN)
-    for other in (Run(7, solver="Solver()"), Run(6, solver="Other()"), Run()):
+    for other in (SamplingRun(7, solver="Solver()"), SamplingRun(6, solver="Other()"), SamplingRun()):
         assert fitted.weights((0, 2), 4, other) == LINE.weights((0, 2), 4, other)
         assert "fitted for 6 calls of Solver()" in fitted.doubt(other)
 
@@ -121,7 +121,7 @@ def test_a_weighted_sum() -> None:
 def test_noise_levels_are_the_schedulers(scheduler: Any, karras: bool) -> None:
     made = scheduler() if scheduler is DDIMScheduler else scheduler(use_karras_sigmas=karras)
     made.set_timesteps(12)
-    run = Run.of(made)
+    run = SamplingRun.of(made)
     assert run.calls == 12
     assert run.lambdas is not None
     assert not run.random
@@ -137,7 +137,7 @@ def test_a_part_of_a_run() -> None:
     """As image-to-image begins in the middle."""
     made = DPMSolverMultistepScheduler()
     made.set_timesteps(10)
-    whole, part = Run.of(made), Run.of(made, slice(4, 10))
+    whole, part = SamplingRun.of(made), SamplingRun.of(made, slice(4, 10))
     assert whole.lambdas is not None
     assert part.calls == 6
     assert part.lambdas == whole.lambdas[4:]
@@ -146,15 +146,15 @@ def test_a_part_of_a_run() -> None:
 def test_other_kinds_of_schedulers() -> None:
     for random in (EulerAncestralDiscreteScheduler(), LCMScheduler()):
         random.set_timesteps(4)
-        assert Run.of(random).random
+        assert SamplingRun.of(random).random
     sde = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
     sde.set_timesteps(4)
-    assert Run.of(sde).random
+    assert SamplingRun.of(sde).random
     heun = HeunDiscreteScheduler()
     heun.set_timesteps(4)
-    assert Run.of(heun).calls == len(heun.timesteps) == 7
+    assert SamplingRun.of(heun).calls == len(heun.timesteps) == 7
     edm = EDMEulerScheduler()  # without alphas_cumprod
     edm.set_timesteps(4)
-    levels = Run.of(edm).lambdas
+    levels = SamplingRun.of(edm).lambdas
     assert levels is not None
     assert levels == pytest.approx([-float(torch.log(sigma)) for sigma in edm.sigmas[:4]])

@@ -59,7 +59,7 @@ READERS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     ),
     "costs": (
         "times.json",
-        json.dumps({"stale": {NAME: []}, "models": {NAME: 2.0}}, ensure_ascii=False),
+        json.dumps({"reused": {NAME: []}, "variants": {NAME: 2.0}}, ensure_ascii=False),
         lambda path: NAME * int(seconds_of(path)(frozenset()) == 2),
     ),
     "measurements": ("known", json.dumps({NAME: [1.0]}, ensure_ascii=False), _measured),

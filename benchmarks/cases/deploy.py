@@ -25,7 +25,7 @@ QUICK: tuple[str, ...] = ("tiny/16",)
 
 
 def run(settings: Settings, model: str, size: str) -> dict[str, Any]:
-    """ONNX Runtime on the CPU against eager: each kind of call, and whole generations."""
+    """ONNX Runtime on the CPU against eager: each variant, and whole generations."""
     unet = models.build(model, "cpu", torch.float32, sample_size=int(size))
     call = models.call(unet, settings.batch, int(size), int(size))
     inheriting = sdgraph.apply(unet, INHERIT, verify=False)
@@ -46,13 +46,13 @@ def run(settings: Settings, model: str, size: str) -> dict[str, Any]:
         ways |= {"ONNX Runtime, inherit": partial(generation, running)}
         flat = {"sample": call["sample"], "timestep": torch.tensor([500.0]), "encoder_hidden_states": prompt}
         sizes = running.manifest.check(flat)
-        first = running.manifest.models[0]
-        known = dict(zip(first.gives, running.models.run(first, flat, sizes)[1:], strict=True))
-        for one in running.manifest.models:
-            given = {**flat, **{f"inherited.{site}": known[site] for site in one.takes}}
-            module = inheriting.variant(frozenset(flat), frozenset(one.takes))
+        first = running.manifest.variants[0]
+        known = dict(zip(first.writes, running.sessions.run(first, flat, sizes)[1:], strict=True))
+        for one in running.manifest.variants:
+            given = {**flat, **{f"reused.{site}": known[site] for site in one.reads}}
+            module = inheriting.variant(frozenset(flat), frozenset(one.reads))
             ways[f"{one.file}, torch"] = partial(module, *given.values())
-            ways[f"{one.file}, ONNX Runtime"] = partial(running.models.run, one, given, sizes)
+            ways[f"{one.file}, ONNX Runtime"] = partial(running.sessions.run, one, given, sizes)
         largest = float((ways["inherit"]() - ways["ONNX Runtime, inherit"]()).abs().max())
         samples = measure.in_turns(ways, "cpu", settings.seconds, settings.at_least)
     return {"samples": samples, "largest_difference": largest}

@@ -13,20 +13,20 @@ from sdgraph.errors import ExportError
 from sdgraph.forecasts import Order, Polynomial
 from sdgraph.ir.sites import Site
 from sdgraph.ir.sites import sites as site_nodes
-from sdgraph.ir.specialize import per_call
+from sdgraph.ir.variants import per_call
 
-from .manifest import MODEL, REFRESH, Dtype, Layout, Manifest, Model, Target, Value
+from .manifest import MODEL, Dtype, Layout, Manifest, Target, Value, Variant
 
 
 def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, opset: int, calls: Any) -> Manifest:
     """Return the manifest, still without files, of a UNet.
 
     Args:
-        given: names of the optional inputs that the models are to have.
+        given: the names of the optional inputs that the variants are to have.
         target: "portable" or "cuda", see `Manifest`.
-        layout: "variants" or "single", see `Manifest`; a UNet with one model has "variants".
+        layout: "variants" or "single", see `Manifest`; a UNet with one variant has "variants".
         opset: version of the ONNX operators.
-        calls: the generations to serve, which decide the models, see `sdgraph.Graph.timetable`.
+        calls: the generations to serve, which decide the variants, see `sdgraph.Graph.timetable`.
     Raises:
         ExportError: a size or an inherited value cannot be described.
         ScheduleError: a schedule does not fit `calls`.
@@ -40,16 +40,16 @@ def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, o
         if "?" in (spec.shape or ()):
             what = f"a size of {spec.name} is no known expression of the call's sizes"
             raise ExportError(what, where=f"input {spec.name}", hint="a pass has made it so; please report it")
-    models = _models(graph, calls)
+    variants = _variants(graph, calls)
     return Manifest(
         target=cast(Target, target),
-        layout=cast(Layout, layout if len(models) > 1 else "variants"),
+        layout=cast(Layout, layout if len(variants) > 1 else "variants"),
         dtype=cast(Dtype, str(unet.dtype).removeprefix("torch.")),
         opset=opset,
         inputs=inputs,
         given=tuple(i.name for i in inputs if i.shape is not None and (not i.optional or i.name in given)),
         output=graph.dims.expressions(graph.output.meta["val"], graph.output.meta["probe"]),
-        models=models,
+        variants=variants,
         values=tuple(_value(graph, name, site, unet.dtype) for name, site in graph.sites.items()),
         guards=graph.guards,
         recipe=tuple(map(str, graph.passes)),
@@ -67,18 +67,18 @@ def _require_one_timestep(graph: Graph) -> None:
     graph.propagate(anew=True)
 
 
-def _models(graph: Graph, calls: Any) -> tuple[Model, ...]:
-    """Return a model for each kind of call. The first refreshes all sites, as the first call of a generation does."""
+def _variants(graph: Graph, calls: Any) -> tuple[Variant, ...]:
+    """Return the variants that the calls need. The first computes all sites, as the first call of a generation does."""
     if not graph.sites:
-        return (Model(MODEL, macs=graph.macs),)
-    models = []
+        return (Variant(MODEL, macs=graph.macs),)
+    variants = []
     may_go = {name for name, site in graph.sites.items() if site.bypassed}
-    for number, kind in enumerate(graph.timetable(calls).variants):
-        name = f"inherit_{number}.onnx" if number else REFRESH
-        kept = tuple(site for site in kind.refreshed if site not in may_go)
-        computed = tuple(site for site in kind.refreshed if site in may_go)
-        models.append(Model(name, kind.inherited, kept, kind.macs, kind.bypassed, computed))
-    return tuple(models)
+    for number, planned in enumerate(graph.timetable(calls).variants):
+        name = f"variant_{number}.onnx"
+        kept = tuple(site for site in planned.computed if site not in may_go)
+        computed = tuple(site for site in planned.computed if site in may_go)
+        variants.append(Variant(name, planned.reads, kept, planned.macs, planned.bypassed, computed))
+    return tuple(variants)
 
 
 def _value(graph: Graph, name: str, site: Site, dtype: torch.dtype) -> Value:

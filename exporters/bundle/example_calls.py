@@ -12,7 +12,7 @@ from sdgraph.errors import ExportError
 from sdgraph.ir.dims import evaluate
 from sdgraph.ir.inputs import random_value
 
-from .manifest import Manifest, Model
+from .manifest import Manifest, Variant
 
 
 def example_call(unet: GraphUNet, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -51,15 +51,15 @@ def random_call(unet: Any, manifest: Manifest, sizes: Mapping[str, int], seed: i
 
 
 def with_values(
-    unet: GraphUNet, manifest: Manifest, model: Model, call: Mapping[str, torch.Tensor]
+    unet: GraphUNet, manifest: Manifest, variant: Variant, call: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """A call with the values that a model takes: those that the same call refreshes, computed by eager."""
-    if not model.takes:
+    if not variant.reads:
         return dict(call)
     with torch.no_grad():
         _, *values = unet.variant(frozenset(manifest.given))(*call.values())
-    known = dict(zip(manifest.models[0].gives, values, strict=True))
-    return {**call, **{f"inherited.{site}": known[site] for site in model.takes}}
+    known = dict(zip(manifest.variants[0].writes, values, strict=True))
+    return {**call, **{f"reused.{site}": known[site] for site in variant.reads}}
 
 
 def unit_of(unet: GraphUNet) -> int:

@@ -9,11 +9,11 @@ import onnx
 import torch
 
 from sdgraph.inheritance.timetable import Course, foreseen, ranges, supposition
-from sdgraph.schedules import Run
+from sdgraph.schedules import SamplingRun
 from sdgraph.untrusted import read_config, require_folder
 from sdgraph.views.format import columns, cost, count, several
 
-from .manifest import AGAIN, CONFIG, DATA, MODEL, REFRESH, REPORT, Manifest, Model
+from .manifest import AGAIN, CONFIG, DATA, FIRST, MODEL, REPORT, Manifest, Variant
 from .manifest_file import check_files, read_manifest
 from .untrusted import check_model
 
@@ -33,26 +33,31 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
     manifest = read_manifest(directory)
     if verify:
         check_files(manifest, directory, manifest.files)
-    first = manifest.models[0]
+    first = manifest.variants[0]
     lines = [
         f"{directory}: {manifest.dtype}, opset {manifest.opset}, written by sdgraph {manifest.version}",
         f"passes: {', '.join(manifest.recipe) or 'none'}",
         f"{manifest.target}, {manifest.layout}; " + ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
         "",
     ]
-    run = Run.of(calls)
+    run = SamplingRun.of(calls)
     foretold = course(manifest, run)
-    served: dict[Model, list[int]] = {}
+    served: dict[Variant, list[int]] = {}
     for number, doings in enumerate(foretold.calls):
-        for model in dict.fromkeys(manifest.model_for(stale)[0] for stale in doings):
-            served.setdefault(model, []).append(number)
+        for variant in dict.fromkeys(manifest.variant_for(reused)[0] for reused in doings):
+            served.setdefault(variant, []).append(number)
     last = f"of {len(foretold.calls)} calls"
-    rows: list[tuple[str, ...]] = [("graph", "nodes", "MACs", "share", "takes", "gives", last)]
-    for model in manifest.models:
-        check_model(directory / model.file, manifest.files)
-        nodes = len(onnx.load(directory / model.file, load_external_data=False).graph.node)
-        figures = (cost(model.macs), f"{model.macs / first.macs:.1%}", str(len(model.takes)), str(len(model.gives)))
-        rows.append((model.file, str(nodes), *figures, ranges(served.get(model, [])) or "-"))
+    rows: list[tuple[str, ...]] = [("graph", "nodes", "MACs", "share", "reads", "writes", last)]
+    for variant in manifest.variants:
+        check_model(directory / variant.file, manifest.files)
+        nodes = len(onnx.load(directory / variant.file, load_external_data=False).graph.node)
+        figures = (
+            cost(variant.macs),
+            f"{variant.macs / first.macs:.1%}",
+            str(len(variant.reads)),
+            str(len(variant.writes)),
+        )
+        rows.append((variant.file, str(nodes), *figures, ranges(served.get(variant, [])) or "-"))
     lines.append(columns(rows))
     if foretold.least:
         fastest, slowest = (len(foretold.calls) * first.macs / total for total in (foretold.least, foretold.most))
@@ -60,8 +65,8 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
         drift = "" if fastest == slowest else ", as features drift"
         lines.append(f"{span} times as fast as computing everything{drift}")
         lines.append(f"supposed: {supposition(run.supposed(), run.timesteps is None)}")
-    if first.file == REFRESH:
-        lines.append(f"{MODEL} is {REFRESH} with one output, for other tools")
+    if first.file == FIRST:
+        lines.append(f"{MODEL} is {FIRST} with one output, for other tools")
     schedules: dict[tuple[str, str], list[str]] = {}
     for value in manifest.values:
         otherwise = (
@@ -82,10 +87,10 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
     return "\n".join(lines)
 
 
-def course(manifest: Manifest, run: Run) -> Course:
+def course(manifest: Manifest, run: SamplingRun) -> Course:
     """Return the possible courses of the calls of a run, and their multiply-accumulates."""
 
-    def computed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
-        return dict.fromkeys(manifest.model_for(stale)[0].gives, torch.empty(0, device="meta"))
+    def computed(reused: frozenset[str]) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(manifest.variant_for(reused)[0].writes, torch.empty(0, device="meta"))
 
-    return foreseen(run, manifest.sites, computed, lambda stale: manifest.model_for(stale)[0].macs)
+    return foreseen(run, manifest.sites, computed, lambda reused: manifest.variant_for(reused)[0].macs)

@@ -20,10 +20,10 @@ from sdgraph.schedules import Schedule
 from sdgraph.spec import read
 from sdgraph.untrusted import Digest, FileName, Format
 
-FORMAT = 3  # 2 called the target `artefact`
+FORMAT = 1
 CONFIG, MODEL, DATA, REPORT, MANIFEST = "config.json", "model.onnx", "model.onnx.data", "export.json", "sdgraph.json"
-REFRESH = "refresh.onnx"  # where features are inherited: `model.onnx`, and outputs for the values of the sites
-OUTPUT, CHOICE = "out_sample", "model"  # names of an output and an input of the models
+FIRST = "variant_0.onnx"  # of a UNet with sites: `model.onnx` with further outputs, the values of the sites
+OUTPUT, CHOICE = "out_sample", "variant"  # names of an output and an input of the models
 NAMES = {"B": "batch", "H": "height", "W": "width", "L": "sequence"}  # of sizes, in the models
 Target = Literal["portable", "cuda"]
 Layout = Literal["variants", "single"]
@@ -60,29 +60,29 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Model:
-    """The ONNX model of one kind of call.
+class Variant:
+    """The ONNX model of one variant of the graph, see `sdgraph.ir.variants.Variant`.
 
     Args:
-        file: name of its file.
-        takes: sites whose values are inputs, `inherited.SITE`, after the inputs of the call.
-        gives: sites whose values are outputs, `refreshed.SITE`, after the noise prediction.
-        macs: multiply-accumulates of a call at the nominal sizes.
-        bypassed: sites whose place another value takes.
-        computed: sites that other models bypass and this one computes.
+        file: the name of its file.
+        reads: the sites whose values are inputs, `reused.SITE`, after the inputs of the call.
+        writes: the sites whose values are outputs, `computed.SITE`, after the noise prediction.
+        macs: the multiply-accumulates of a call at the nominal sizes.
+        bypassed: the sites whose place another value takes.
+        computed: the sites that other variants bypass and this one computes.
     """
 
     file: FileName
-    takes: tuple[str, ...] = ()
-    gives: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
     macs: Count = 0
     bypassed: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
 
     @property
-    def stale(self) -> frozenset[str]:
-        """The sites that the model does not compute."""
-        return frozenset((*self.takes, *self.bypassed))
+    def reused(self) -> frozenset[str]:
+        """The sites that the variant does not compute."""
+        return frozenset((*self.reads, *self.bypassed))
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ class Manifest:
 
     Args:
         target: "portable", or "cuda" with ONNX Runtime's own operators, which have kernels in its CUDA provider.
-        layout: "variants" has a file for each model; "single" has all in one, whose input `model` selects the model.
+        layout: "variants" has a file for each variant; "single" has all in one, whose input `variant` selects one.
         dtype: "float32" or "float16".
         opset: version of the ONNX operators.
         inputs: every input of the traced UNet; a dimension is a number or an expression in the call's sizes.
-        given: names of the inputs that the models have; a call must give exactly these.
+        given: the names of the inputs that the variants have; a call must give exactly these.
         output: shape of the noise prediction, in the same form.
-        models: the models; the first computes everything.
+        variants: the variants; the first computes everything.
         values: the values that calls may inherit.
         guards: conditions on the sizes of a call.
         recipe: the passes that were applied, as text.
@@ -114,7 +114,7 @@ class Manifest:
     inputs: tuple[Input, ...]
     given: tuple[str, ...]
     output: tuple[int | str, ...]
-    models: tuple[Model, ...]
+    variants: tuple[Variant, ...]
     values: tuple[Value, ...] = ()
     guards: tuple[Guard, ...] = ()
     recipe: tuple[str, ...] = ()
@@ -152,38 +152,38 @@ class Manifest:
         """The shapes of the values, by site."""
         return {value.site: value.shape for value in self.values}
 
-    def model_for(self, stale: frozenset[str]) -> tuple[Model, bool]:
-        """Return the model for calls that inherit the sites `stale`, and whether it was exported for such calls.
+    def variant_for(self, reused: frozenset[str]) -> tuple[Variant, bool]:
+        """Return the variant for the calls that reuse some sites, and whether it was exported for such calls.
 
-        The model for such calls inherits no other site and computes none of these; at most one model does so. Without
-        it, the choice is the model that computes the least among those that inherit no other site.
+        The variant for such calls reuses no other site and computes none of these; at most one variant does so. Without
+        it, the choice is the variant that computes the least among those that reuse no other site.
         """
-        candidates = [model for model in self.models if stale >= model.stale]
-        for model in candidates:
-            if stale.isdisjoint((*model.gives, *model.computed)):
-                return model, True
-        return min(candidates, key=lambda model: model.macs), False
+        candidates = [variant for variant in self.variants if reused >= variant.reused]
+        for variant in candidates:
+            if reused.isdisjoint((*variant.writes, *variant.computed)):
+                return variant, True
+        return min(candidates, key=lambda variant: variant.macs), False
 
-    def session_inputs(self, model: Model) -> tuple[Input, ...]:
+    def session_inputs(self, variant: Variant) -> tuple[Input, ...]:
         """Return all inputs of the file of a model, in the file's order."""
         if self.layout == "variants":
-            return self.inputs_of(model)
-        values = (self._port("inherited", value.site) for value in self.kept)
+            return self.inputs_of(variant)
+        values = (self._port("reused", value.site) for value in self.kept)
         return (*self.model_inputs, Input(CHOICE, (), (), "index"), *values)
 
-    def session_outputs(self, model: Model) -> tuple[Input, ...]:
+    def session_outputs(self, variant: Variant) -> tuple[Input, ...]:
         """Return all outputs of the file of a model, in the file's order."""
         if self.layout == "variants":
-            return self.outputs_of(model)
-        return (Input(OUTPUT, (), self.output), *(self._port("refreshed", value.site) for value in self.kept))
+            return self.outputs_of(variant)
+        return (Input(OUTPUT, (), self.output), *(self._port("computed", value.site) for value in self.kept))
 
-    def inputs_of(self, model: Model) -> tuple[Input, ...]:
+    def inputs_of(self, variant: Variant) -> tuple[Input, ...]:
         """Return all inputs of a model, in its order."""
-        return (*self.model_inputs, *(self._port("inherited", site) for site in model.takes))
+        return (*self.model_inputs, *(self._port("reused", site) for site in variant.reads))
 
-    def outputs_of(self, model: Model) -> tuple[Input, ...]:
+    def outputs_of(self, variant: Variant) -> tuple[Input, ...]:
         """Return all outputs of a model, in its order."""
-        return (Input(OUTPUT, (), self.output), *(self._port("refreshed", site) for site in model.gives))
+        return (Input(OUTPUT, (), self.output), *(self._port("computed", site) for site in variant.writes))
 
     def _port(self, kind: str, site: str) -> Input:
         return Input(f"{kind}.{site}", (site,), self.shapes[site])

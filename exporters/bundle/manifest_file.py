@@ -38,14 +38,12 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     plain = read_json(path, AGAIN)
-    if "models" not in plain or "format" not in plain:
+    if "variants" not in plain or "format" not in plain:
         hint = "sdgraph.GraphUNet.from_pretrained reads what save_pretrained wrote"
         raise SavedError(f"{MANIFEST} is not that of an export", where=str(path), hint=hint)
     check_format(plain, FORMAT, path, AGAIN)
     if plain.pop("sha256", None) != digest(plain):
-        raise SavedError(f"{MANIFEST} was edited", where=str(path), hint=f"{AGAIN}: it says what the models are")
-    if plain["format"] == 2 and "artefact" in plain:
-        plain["target"] = plain.pop("artefact")
+        raise SavedError(f"{MANIFEST} was edited", where=str(path), hint=f"{AGAIN}: it says what the variants are")
     manifest = as_kind(plain, Manifest, path, AGAIN)
     try:
         _check(manifest)
@@ -82,20 +80,20 @@ def _check(manifest: Manifest) -> None:
     Raises:
         ValueError, SdgraphError: they do not.
     """
-    models = manifest.models
-    if not models or models[0].stale:
-        raise ValueError("models: the first does not compute everything")
+    variants = manifest.variants
+    if not variants or variants[0].reused:
+        raise ValueError("variants: the first does not compute everything")
     sites = manifest.sites  # this reads their schedules, which may fail
     if len(sites) < len(manifest.values):
         raise ValueError("values: a site is there twice")
-    for i, model in enumerate(models):
-        for site in (*model.takes, *model.gives, *model.bypassed, *model.computed):
-            _require_known(site, sites, f"models[{i}]")
-        for site in model.takes:
-            _require_known(site, models[0].gives, f"models[{i}].takes")
-        if not _MODEL_FILE.fullmatch(model.file):
-            raise ValueError(f"models[{i}].file: {model.file[:100]!r} is no file name of a model")
-    for name in (CONFIG, DATA, *(model.file for model in models)):
+    for i, variant in enumerate(variants):
+        for site in (*variant.reads, *variant.writes, *variant.bypassed, *variant.computed):
+            _require_known(site, sites, f"variants[{i}]")
+        for site in variant.reads:
+            _require_known(site, variants[0].writes, f"variants[{i}].reads")
+        if not _MODEL_FILE.fullmatch(variant.file):
+            raise ValueError(f"variants[{i}].file: {variant.file[:100]!r} is no file name of a model")
+    for name in (CONFIG, DATA, *(variant.file for variant in variants)):
         if name not in manifest.files:
             raise ValueError(f"files: there is no hash of {name}")
     for i, spec in enumerate(manifest.inputs):

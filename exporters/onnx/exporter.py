@@ -63,14 +63,13 @@ def export(
     rtol: NotNegative | None = None,
     progress: bool = True,
 ) -> ExportReport:
-    """Write a UNet as ONNX models with dynamic batch, height, width and sequence length: one for each kind of call, all
-    over one file of weights.
+    """Write a UNet as ONNX models with dynamic batch, height, width and sequence length: one for each variant, all over
+    one file of weights.
 
     The models take `sample` `(batch, channels, height, width)`, `timestep` `(1 or batch,)` in float32,
     `encoder_hidden_states` `(batch, sequence, features)` and what else the configuration requires, and give
     `out_sample`. `model.onnx` computes everything, and other tools run it alone. A UNet that inherits features has
-    `refresh.onnx` and `inherit_N.onnx` besides: they also take `inherited.SITE` and give `refreshed.SITE`, which is for
-    `ORTUNet` to see to.
+    `variant_N.onnx` besides, with further inputs `reused.SITE` and outputs `computed.SITE`, which `ORTUNet` passes.
 
     The directory holds `config.json`, the models, their weights in `model.onnx.data`, `sdgraph.json`, which says what
     they are, and the report in `export.json`. It appears complete and checked, or not at all.
@@ -81,14 +80,14 @@ def export(
         target: "portable" has standard operators only, for any provider. "cuda" has ONNX Runtime's own operators for
             normalisation, attention and feed-forward in their place (`sdgraph.exporters.lowering`), which have kernels
             in its CUDA provider; elsewhere they are computed by their definitions, which is slow.
-        layout: "variants" writes one file per kind of call. "single" is one file that branches on its input `model`;
+        layout: "variants" writes one file per variant. "single" is one file that branches on its input `variant`;
             CUDA graphs cannot hold it, and other tools must choose the branch themselves.
         dtype: float32 or float16; by default the UNet's, which stays as it is.
         inputs: optional inputs to include: names of arguments such as "mid_block_additional_residual". A call of the
             exported model must then give them.
         calls: the generations to serve, of a UNet that inherits features: a scheduler, timesteps, or a number of calls,
-            see `sdgraph.Graph.timetable`. There is a model for each kind of call among them; one of another kind
-            computes more than it need.
+            see `sdgraph.Graph.timetable`. They decide which variants are exported; other calls
+            compute more than they need.
         opset: version of the ONNX operators, 18 to 20.
         provider: a provider of ONNX Runtime on which the models are compared as well, beside the CPU's; see
             `ORTUNet.from_pretrained`.
@@ -156,7 +155,7 @@ def _export(
     nodes: dict[str, int] = {}
     choosing = 0
     checks = 1 if also is None else 2
-    stages = (4 + 2 * checks) * len(manifest.models) + checks  # four to make each, two to check it; and opening them
+    stages = (4 + 2 * checks) * len(manifest.variants) + checks  # four to make each, two to check it; and opening them
     with Bar(total=stages, desc="export", unit="stage", disable=not progress) as bar, _ticking(bar):
 
         @contextmanager
@@ -169,28 +168,28 @@ def _export(
 
         weights = Weights(folder / DATA)
         example = example_call(unet, manifest)
-        for model in manifest.models:
-            module = lowered.variant(frozenset(manifest.given), model.stale)
-            inputs, outputs = manifest.inputs_of(model), manifest.outputs_of(model)
-            with stage("capture", model.file):
-                program = translate.capture(module, with_values(unet, manifest, model, example), inputs)
-            with stage("translate", model.file):
+        for variant in manifest.variants:
+            module = lowered.variant(frozenset(manifest.given), variant.reused)
+            inputs, outputs = manifest.inputs_of(variant), manifest.outputs_of(variant)
+            with stage("capture", variant.file):
+                program = translate.capture(module, with_values(unet, manifest, variant, example), inputs)
+            with stage("translate", variant.file):
                 onnx_model = translate.translate(program, manifest.opset)
-            with stage("compact", model.file):
+            with stage("compact", variant.file):
                 translate.compact(onnx_model, inputs, outputs)
-                nodes[model.file] = len(onnx_model.graph)
+                nodes[variant.file] = len(onnx_model.graph)
                 choosing += sum(node.op_type in CHOOSING for node in onnx_model.graph)
-            with stage("write", model.file), _written(folder):
+            with stage("write", variant.file), _written(folder):
                 weights.take(onnx_model)
                 onnx_model.producer_name, onnx_model.producer_version = "sdgraph", sdgraph.__version__
                 onnx_model.metadata_props["sdgraph.recipe"] = ", ".join(manifest.recipe)
-                onnx_ir.save(onnx_model, folder / model.file)
+                onnx_ir.save(onnx_model, folder / variant.file)
             del onnx_model, program
         with _written(folder):
             if manifest.layout == "single":
                 manifest = _joined(folder, manifest)
-            elif manifest.models[0].file != MODEL:
-                _write_plain(folder, manifest.models[0].file)
+            elif manifest.variants[0].file != MODEL:
+                _write_plain(folder, manifest.variants[0].file)
             (folder / CONFIG).write_bytes(config_text(unet))
             write_manifest(manifest, folder)
         comparisons: tuple[Comparison, ...] = ()
@@ -230,12 +229,12 @@ def _joined(folder: Path, manifest: Manifest) -> Manifest:
 
     from .merge import merge
 
-    files = [folder / model.file for model in manifest.models]
+    files = [folder / variant.file for variant in manifest.variants]
     models = [onnx.load(file, load_external_data=False) for file in files]
     for file in files:
         file.unlink()
     onnx.save(merge(models, manifest), folder / MODEL)
-    return replace(manifest, models=tuple(replace(model, file=MODEL) for model in manifest.models))
+    return replace(manifest, variants=tuple(replace(variant, file=MODEL) for variant in manifest.variants))
 
 
 def _write_plain(folder: Path, file: str) -> None:
@@ -271,18 +270,18 @@ def _compare(
 ) -> tuple[Comparison, ...]:
     """Every output of every model, at two shapes."""
     comparisons = []
-    manifest, on = loaded.manifest, (loaded.models.provider, loaded.models.precision)
+    manifest, on = loaded.manifest, (loaded.sessions.provider, loaded.sessions.precision)
     usual = parity.BOUNDS[getattr(torch, max(manifest.dtype, on[1], key=_coarseness))]
     atol, rtol = (own if given is None else given for given, own in zip(bounds, usual, strict=True))
-    for name, model in zip(names, manifest.models, strict=True):
-        module = unet.variant(frozenset(manifest.given), model.stale)
+    for name, variant in zip(names, manifest.variants, strict=True):
+        module = unet.variant(frozenset(manifest.given), variant.reused)
         for call in parity.calls(unet, manifest):
             with stage("check", name):
-                given = with_values(unet, manifest, model, call)
+                given = with_values(unet, manifest, variant, call)
                 eager = module(*given.values())
                 eager = eager if isinstance(eager, tuple) else (eager,)
                 try:
-                    exported = loaded.models.run(model, given, manifest.check(call))
+                    exported = loaded.sessions.run(variant, given, manifest.check(call))
                 except SdgraphError:
                     raise
                 except Exception as error:  # ONNX Runtime's errors have no base of their own
@@ -292,7 +291,7 @@ def _compare(
                         hint="an operator that a pass inserted may have no kernel for its dtype; try float32",
                     ) from error
                 comparisons.append(parity.compare(name, eager, exported, call, atol, rtol, on))
-        loaded.models.close(model)
+        loaded.sessions.close(variant)
     return tuple(comparisons)
 
 

@@ -1,4 +1,4 @@
-"""All kinds of calls in one ONNX file: each graph is a branch of an `If`, chosen by the input `model`."""
+"""All variants in one ONNX file: each is a branch of an `If`, chosen by the input `variant`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ INT64 = onnx.TensorProto.INT64
 def merge(models: Sequence[onnx.ModelProto], manifest: Manifest) -> onnx.ModelProto:
     """One model out of those of a manifest, in its order.
 
-    Its inputs are those of a call, `model`, which is the number of the graph to run, and `inherited.SITE` of all sites;
-    its outputs the noise prediction and `refreshed.SITE` of all sites, which is what was inherited where a graph does
-    not compute it.
+    Its inputs are those of a call, `variant`, the number of the variant to run, and `reused.SITE` of all sites; its
+    outputs are the noise prediction and `computed.SITE` of all sites. Where a variant does not compute a site, its
+    output is the value that was read.
     """
     kind = models[0].graph.output[0].type.tensor_type.elem_type
     weights: dict[str, onnx.TensorProto] = {}
@@ -39,10 +39,10 @@ def merge(models: Sequence[onnx.ModelProto], manifest: Manifest) -> onnx.ModelPr
             chosen = helper.make_graph(steps, f"else{i}", [], results)
     first = models[0].graph
     values = [
-        helper.make_tensor_value_info(f"inherited.{value.site}", kind, [_dim(d) for d in value.shape])
+        helper.make_tensor_value_info(f"reused.{value.site}", kind, [_dim(d) for d in value.shape])
         for value in manifest.kept
     ]
-    results = [first.output[0], *(_renamed(value, "refreshed") for value in values)]
+    results = [first.output[0], *(_renamed(value, "computed") for value in values)]
     choice = helper.make_tensor_value_info(CHOICE, INT64, [])
     graph = helper.make_graph(nodes, "unet", [*first.input, choice, *values], results, list(weights.values()))
     merged = helper.make_model(graph, opset_imports=models[0].opset_import, ir_version=models[0].ir_version)
@@ -75,12 +75,12 @@ def _branch(
         copied.input[:] = [name if name in given else names[name] for name in node.input]
         copied.output[:] = [names[name] for name in node.output]
         nodes.append(copied)
-    model = manifest.models[number]
+    variant = manifest.variants[number]
     for value in manifest.kept:
-        if value.site not in model.gives:
-            passed = f"{number}/refreshed.{value.site}"
-            nodes.append(helper.make_node("Identity", [f"inherited.{value.site}"], [passed]))
-    outputs = [graph.output[0].name, *(f"refreshed.{value.site}" for value in manifest.kept)]
+        if value.site not in variant.writes:
+            passed = f"{number}/computed.{value.site}"
+            nodes.append(helper.make_node("Identity", [f"reused.{value.site}"], [passed]))
+    outputs = [graph.output[0].name, *(f"computed.{value.site}" for value in manifest.kept)]
     kind = graph.output[0].type.tensor_type.elem_type
     results = [helper.make_tensor_value_info(f"{number}/{name}", kind, None) for name in outputs]
     return helper.make_graph(nodes, f"model{number}", [], results)

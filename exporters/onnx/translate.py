@@ -225,7 +225,7 @@ def strip(model: ir.Model) -> None:
         value.metadata_props.clear()
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
-        value.shape = value.type = None  # the tensor has them; a second account is stale once a tool changes the tensor
+        value.shape = value.type = None  # a copy of what the tensor says, which a tool may change
     common.NameFixPass()(model)
     for node in model.graph:
         if node.op_type == "SkipLayerNormalization":

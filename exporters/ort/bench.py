@@ -15,7 +15,7 @@ import torch
 from sdgraph.errors import SpecError
 from sdgraph.options import Count, checked
 from sdgraph.progress import Bar
-from sdgraph.schedules import Run, Steps
+from sdgraph.schedules import SamplingRun, Steps
 from sdgraph.views.format import columns
 
 from .unet import ORTUNet
@@ -26,16 +26,16 @@ class Figures:
     """Times of one run; medians, in seconds. Prints as a table.
 
     Args:
-        models: of one call, by graph.
-        stale: the sites that each graph does not compute; `sdgraph.search` finds the time of a call by them.
+        variants: the time of one call, by variant.
+        reused: the sites that each variant does not compute; `sdgraph.search` finds the time of a call by them.
         generation: of all calls as they are scheduled.
         everything: of as many calls that compute everything.
         calls, batch, size: what was run.
         on: provider, versions and device.
     """
 
-    models: dict[str, float]
-    stale: dict[str, list[str]]
+    variants: dict[str, float]
+    reused: dict[str, list[str]]
     generation: float
     everything: float
     calls: int
@@ -44,8 +44,8 @@ class Figures:
     on: dict[str, str]
 
     def __str__(self) -> str:
-        first = next(iter(self.models.values()))
-        rows = [(name, f"{1000 * seconds:.4g} ms", f"{seconds / first:.3f}") for name, seconds in self.models.items()]
+        first = next(iter(self.variants.values()))
+        rows = [(name, f"{1000 * seconds:.4g} ms", f"{seconds / first:.3f}") for name, seconds in self.variants.items()]
         rows.append((f"{self.calls} calls", f"{self.generation:.4g} s", f"{self.generation / self.everything:.3f}"))
         head = f"latents {self.size[0]}x{self.size[1]}, batch {self.batch}; " + ", ".join(self.on.values())
         told = "the last column is relative to computing everything, measured in turns"
@@ -75,10 +75,10 @@ def bench(
     size = size or _side(unet)
     height, width = size
     flat = unet._random({"B": batch, "H": height, "W": width, "L": 77})
-    timesteps = [torch.tensor([t]) for t in Run.of(calls).supposed().timesteps or ()]
+    timesteps = [torch.tensor([t]) for t in SamplingRun.of(calls).supposed().timesteps or ()]
     sizes = unet.manifest.check(flat)
-    outputs = unet.models.run(unet.manifest.models[0], flat, sizes)
-    values = dict(zip(unet.manifest.models[0].gives, outputs[1:], strict=True))
+    outputs = unet.sessions.run(unet.manifest.variants[0], flat, sizes)
+    values = dict(zip(unet.manifest.variants[0].writes, outputs[1:], strict=True))
 
     def generation() -> None:
         conditioning = {i.name: flat[i.name].clone() for i in unet.manifest.model_inputs if i.conditioning}
@@ -88,14 +88,14 @@ def bench(
 
     def everything() -> None:
         for timestep in timesteps:
-            unet.models.run(unet.manifest.models[0], {**flat, "timestep": timestep}, sizes)
+            unet.sessions.run(unet.manifest.variants[0], {**flat, "timestep": timestep}, sizes)
 
     ways: dict[str, Callable[[], Any]] = {"generation": generation, "everything": everything}
     single = unet.manifest.layout == "single"  # then all graphs are branches of one file
-    names = [f"{m.file}, branch {i}" if single else m.file for i, m in enumerate(unet.manifest.models)]
-    for name, model in zip(names, unet.manifest.models, strict=True):
-        given = {**flat, **{f"inherited.{site}": values[site] for site in model.takes}}
-        ways[name] = lambda model=model, given=given: unet.models.run(model, given, sizes)  # type: ignore[misc]
+    names = [f"{m.file}, branch {i}" if single else m.file for i, m in enumerate(unet.manifest.variants)]
+    for name, variant in zip(names, unet.manifest.variants, strict=True):
+        given = {**flat, **{f"reused.{site}": values[site] for site in variant.reads}}
+        ways[name] = lambda variant=variant, given=given: unet.sessions.run(variant, given, sizes)  # type: ignore[misc]
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for turn in Bar(range(repeats + 1), desc="bench", unit="turn"):
         for name, way in ways.items():
@@ -105,15 +105,15 @@ def bench(
                 samples[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times) for name, times in samples.items()}
     on = {
-        "provider": f"{unet.models.provider} in {unet.models.precision}",
-        "threads": f"{unet.models.threads} threads",
+        "provider": f"{unet.sessions.provider} in {unet.sessions.precision}",
+        "threads": f"{unet.sessions.threads} threads",
         "onnxruntime": f"onnxruntime {onnxruntime.__version__}",
         "torch": f"torch {torch.__version__}",
         "device": torch.cuda.get_device_name(unet.device) if unet.device.type == "cuda" else platform.machine(),
     }
-    models = {name: medians[name] for name in names}
-    stale = {name: sorted(model.stale) for name, model in zip(names, unet.manifest.models, strict=True)}
-    return Figures(models, stale, medians["generation"], medians["everything"], calls, batch, (height, width), on)
+    variants = {name: medians[name] for name in names}
+    reused = {name: sorted(variant.reused) for name, variant in zip(names, unet.manifest.variants, strict=True)}
+    return Figures(variants, reused, medians["generation"], medians["everything"], calls, batch, (height, width), on)
 
 
 def _side(unet: ORTUNet) -> tuple[int, int]:

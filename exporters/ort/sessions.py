@@ -15,7 +15,7 @@ from sdgraph.ir.dims import evaluate
 from sdgraph.ir.inputs import Input
 
 from ..bundle.external_data import SharedWeights
-from ..bundle.manifest import AGAIN, CHOICE, NAMES, Manifest, Model
+from ..bundle.manifest import AGAIN, CHOICE, NAMES, Manifest, Variant
 from . import session_options as options
 from .io_binding import Captured, run
 from .providers import CPU, CUDA, Provider, choose
@@ -24,7 +24,7 @@ log = logging.getLogger("sdgraph")
 _ORT = {torch.float32: "tensor(float)", torch.float16: "tensor(float16)", torch.int64: "tensor(int64)"}
 
 
-class Models:
+class Sessions:
     """The graphs of a directory, each opened when it is first run.
 
     Args:
@@ -69,22 +69,22 @@ class Models:
             self._without_graphs(f"{self.provider} has none, or PyTorch has no CUDA")
         elif cuda_graph:
             self._provider = replace(self._provider, options={**self._provider.options, "enable_cuda_graph": "1"})
-        self._chosen: dict[frozenset[str], Model] = {}
+        self._chosen: dict[frozenset[str], Variant] = {}
 
-    def of(self, stale: frozenset[str]) -> Model:
-        """The model for calls at which the sites `stale` are inherited, or one that computes more."""
-        if stale not in self._chosen:
-            model, exact = self.manifest.model_for(stale)
+    def of(self, reused: frozenset[str]) -> Variant:
+        """Return the variant for the calls that reuse some sites, or one that computes more."""
+        if reused not in self._chosen:
+            variant, exact = self.manifest.variant_for(reused)
             if not exact:
                 log.warning(
-                    "no model was exported for calls that inherit %s: %s computes more; export with calls= the "
-                    "generations that are run", sorted(stale), model.file,
+                    "no variant was exported for calls that reuse %s: %s computes more; export with calls= the "
+                    "generations that are run", sorted(reused), variant.file,
                 )  # fmt: skip
-            self._chosen[stale] = model
-        return self._chosen[stale]
+            self._chosen[reused] = variant
+        return self._chosen[reused]
 
     def run(
-        self, model: Model, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+        self, variant: Variant, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of a model, on the session's device.
 
@@ -101,37 +101,37 @@ class Models:
                     where="free_dims",
                     hint="load it without free_dims, or once more for these sizes",
                 )
-        inputs = {spec.name: self._input(spec, model, given, sizes) for spec in self.manifest.session_inputs(model)}
-        outputs = {spec.name: self._empty(spec, sizes) for spec in self.manifest.session_outputs(model)}
+        inputs = {spec.name: self._input(spec, variant, given, sizes) for spec in self.manifest.session_inputs(variant)}
+        outputs = {spec.name: self._empty(spec, sizes) for spec in self.manifest.session_outputs(variant)}
         if self.cuda_graph:
-            outputs = self._captured(model, inputs, outputs)
+            outputs = self._captured(variant, inputs, outputs)
         else:
-            run(self.session(model), inputs, outputs)
-        return tuple(outputs[spec.name] for spec in self.manifest.outputs_of(model))
+            run(self.session(variant), inputs, outputs)
+        return tuple(outputs[spec.name] for spec in self.manifest.outputs_of(variant))
 
     def _input(
-        self, spec: Input, model: Model, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+        self, spec: Input, variant: Variant, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
     ) -> torch.Tensor:
         if spec.name == CHOICE:
-            return torch.tensor(self.manifest.models.index(model))  # on the CPU, where branches are taken
+            return torch.tensor(self.manifest.variants.index(variant))  # on the CPU, where branches are taken
         if spec.name in given:
             return given[spec.name].detach().to(self.device, self.manifest.dtype_of(spec)).contiguous()
         return self._empty(spec, sizes).zero_()  # in a single file all sites are inputs, taken or not
 
     def _captured(
-        self, model: Model, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+        self, variant: Variant, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """The outputs by a CUDA graph; where that fails it is said why, once, and there are none from then on."""
-        key = model.file, *(tuple(value.shape) for value in inputs.values())
+        key = variant.file, *(tuple(value.shape) for value in inputs.values())
         try:
             if key not in self._graphs:
-                self._graphs[key] = Captured(self.session(model), inputs, outputs, len(self._graphs) + 1)
+                self._graphs[key] = Captured(self.session(variant), inputs, outputs, len(self._graphs) + 1)
             return self._graphs[key].run(inputs)
         except SdgraphError:
             raise
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             self._without_graphs(str(error))
-        run(self.session(model), inputs, outputs)
+        run(self.session(variant), inputs, outputs)
         return outputs
 
     def _without_graphs(self, reason: str) -> None:
@@ -163,22 +163,22 @@ class Models:
             return torch.device("cuda", int(self._provider.options.get("device_id", 0)))
         return torch.device("cpu")
 
-    def session(self, model: Model) -> Any:
+    def session(self, variant: Variant) -> Any:
         """The session of a model, opened when first asked for.
 
         Raises:
             SavedError: ONNX Runtime refuses it, or it is not what the manifest says.
             ExtraError: the provider does not start.
         """
-        if model.file not in self._sessions:
-            self._sessions[model.file] = self._open(model)
-        return self._sessions[model.file]
+        if variant.file not in self._sessions:
+            self._sessions[variant.file] = self._open(variant)
+        return self._sessions[variant.file]
 
-    def close(self, model: Model) -> None:
-        self._sessions.pop(model.file, None)
+    def close(self, variant: Variant) -> None:
+        self._sessions.pop(variant.file, None)
 
-    def _open(self, model: Model) -> Any:
-        path = self.folder / model.file
+    def _open(self, variant: Variant) -> Any:
+        path = self.folder / variant.file
         what: str | bytes = str(path)
         settings = self._session_options
         if _by_definition(self.manifest, self.provider):
@@ -205,9 +205,11 @@ class Models:
                 hint=f"check the device, its driver and libraries, or pass provider={CPU!r}",
             )
         inputs = {port.name: (port.type, port.shape) for port in session.get_inputs()}
-        wanted = {spec.name: (_ORT[self.manifest.dtype_of(spec)], spec) for spec in self.manifest.session_inputs(model)}
+        wanted = {
+            spec.name: (_ORT[self.manifest.dtype_of(spec)], spec) for spec in self.manifest.session_inputs(variant)
+        }
         outputs = {port.name: port.shape for port in session.get_outputs()}
-        given = {spec.name: spec for spec in self.manifest.session_outputs(model)}
+        given = {spec.name: spec for spec in self.manifest.session_outputs(variant)}
         if (
             {name: kind for name, (kind, _) in inputs.items()} != {name: kind for name, (kind, _) in wanted.items()}
             or list(outputs) != list(given)

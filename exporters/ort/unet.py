@@ -28,7 +28,7 @@ from ..bundle.manifest import AGAIN, CONFIG, DATA
 from ..bundle.manifest_file import check_files, read_manifest
 from ..bundle.untrusted import check_model
 from .providers import CPU, CUDA
-from .sessions import Models
+from .sessions import Sessions
 
 log = logging.getLogger("sdgraph")
 Size = Annotated[int, Bounds(ge=1, lt=2**31)]
@@ -41,12 +41,12 @@ class ORTUNet(UNetCall):
     `reset` and `cache_bytes` do the same here.
     """
 
-    def __init__(self, models: Models, config: Mapping[str, Any]) -> None:
-        self.models = models
-        self.manifest = models.manifest
+    def __init__(self, sessions: Sessions, config: Mapping[str, Any]) -> None:
+        self.sessions = sessions
+        self.manifest = sessions.manifest
         self.config = FrozenDict(config)
         self.dtype = self.manifest.torch_dtype
-        self.device = models.device
+        self.device = sessions.device
         self.generations = Generations()
         self._conditioning = tuple(i.name for i in self.manifest.inputs if i.conditioning)
         if config.get("addition_embed_type") == "text_time":  # SDXL's pipelines read this size from the module
@@ -97,12 +97,14 @@ class ORTUNet(UNetCall):
         require_folder(folder, exported=True)
         config, manifest = read_config(folder / CONFIG, AGAIN), read_manifest(folder)
         check_files(manifest, folder, manifest.files if verify else (n for n in manifest.files if n != DATA))
-        for model in manifest.models:
-            check_model(folder / model.file, manifest.files)
-        models = Models(folder, manifest, provider, precision, provider_options, session_options, free_dims, cuda_graph)
-        models.session(manifest.models[0])
-        log.info("on %s in %s, %s threads", models.provider, models.precision, models.threads)
-        return cls(models, config)
+        for variant in manifest.variants:
+            check_model(folder / variant.file, manifest.files)
+        sessions = Sessions(
+            folder, manifest, provider, precision, provider_options, session_options, free_dims, cuda_graph
+        )
+        sessions.session(manifest.variants[0])
+        log.info("on %s in %s, %s threads", sessions.provider, sessions.precision, sessions.threads)
+        return cls(sessions, config)
 
     # -- the call ------------------------------------------------------------------------------------------------
 
@@ -130,17 +132,17 @@ class ORTUNet(UNetCall):
     def _step(
         self,
         flat: Mapping[str, torch.Tensor],
-        stale: frozenset[str],
+        reused: frozenset[str],
         value: Callable[[str], torch.Tensor],
         sizes: Mapping[str, int] | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        sizes, model = sizes or self.manifest.check(flat), self.models.of(stale)
-        given = {**flat, **{f"inherited.{site}": value(site) for site in model.takes}}
-        output, *refreshed = self.models.run(model, given, sizes)
-        return output, dict(zip(model.gives, refreshed, strict=True))
+        sizes, variant = sizes or self.manifest.check(flat), self.sessions.of(reused)
+        given = {**flat, **{f"reused.{site}": value(site) for site in variant.reads}}
+        output, *refreshed = self.sessions.run(variant, given, sizes)
+        return output, dict(zip(variant.writes, refreshed, strict=True))
 
-    def _stale(self, calls: Any) -> Iterable[frozenset[str]]:
-        return {frozenset(model.stale) for model in self.manifest.models}
+    def _reused_sets(self, calls: Any) -> Iterable[frozenset[str]]:
+        return {frozenset(variant.reused) for variant in self.manifest.variants}
 
     def _random(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
         symbols = {d for i in self.manifest.model_inputs for d in i.shape or () if isinstance(d, str)}
@@ -192,7 +194,7 @@ class ORTUNet(UNetCall):
 
     def __repr__(self) -> str:
         recipe = ", ".join(self.manifest.recipe) or "no passes"
-        return f"ORTUNet({self.models.provider} in {self.models.precision}, {recipe})"
+        return f"ORTUNet({self.sessions.provider} in {self.sessions.precision}, {recipe})"
 
 
 @checked(SpecError)

@@ -3,7 +3,7 @@
   sdgraph export stable-diffusion-v1-5/stable-diffusion-v1-5 --passes "CleanUp, InheritFeatures.deep_cache(3)" \\
       --out unet-ort
 
-The directory has one graph for each kind of call, and one file with the weights of all graphs. It appears only if every
+The directory has one graph for each variant, and one file with the weights of all graphs. It appears only if every
 graph agrees with PyTorch.
 """
 

@@ -18,7 +18,7 @@ from ..ir.dims import evaluate
 from ..ir.guards import raised
 from ..ir.inputs import random_value
 from ..ir.nodes import scope
-from ..ir.sites import Step, step
+from ..ir.variants import Variant
 
 Call = dict[str, torch.Tensor]
 
@@ -82,37 +82,37 @@ def run(graph: Graph, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return play(graph, [flat])[0]
 
 
-def play(graph: Graph, calls: Sequence[Mapping[str, torch.Tensor]], stale: Collection[str] = ()) -> list[torch.Tensor]:
+def play(graph: Graph, calls: Sequence[Mapping[str, torch.Tensor]], reused: Collection[str] = ()) -> list[torch.Tensor]:
     """Return the outputs of the calls of a generation, without gradients.
 
     Args:
         calls: the flat inputs of every call. The first call refreshes all sites.
-        stale: the sites that the other calls inherit from it.
+        reused: the sites that the other calls inherit from it.
     """
     outputs, values = [], dict[str, torch.Tensor]()
-    steps: dict[tuple[frozenset[str], bool], Step] = {}
+    steps: dict[tuple[frozenset[str], bool], Variant] = {}
     with torch.no_grad():
         for number, flat in enumerate(calls):
-            kind = frozenset(flat), bool(number and stale)
+            kind = frozenset(flat), bool(number and reused)
             if kind not in steps:
-                steps[kind] = _step(graph, flat, stale if number else ())
+                steps[kind] = _step(graph, flat, reused if number else ())
             variant = steps[kind]
             # Interpreted: generating code takes longer than running it once.
             result = fx.Interpreter(graph.weights, graph=variant.nodes).run(*_arguments(graph, flat, variant, values))
             output, *refreshed = result if variant.returns_tuple else (result,)
-            values |= zip(variant.gives, refreshed, strict=True)
+            values |= zip(variant.writes, refreshed, strict=True)
             outputs.append(output)
     return outputs
 
 
-def _step(graph: Graph, flat: Mapping[str, torch.Tensor], stale: Collection[str]) -> Step:
-    return step(graph.fx, {i.name for i in graph.inputs if i.name not in flat}, stale)
+def _step(graph: Graph, flat: Mapping[str, torch.Tensor], reused: Collection[str]) -> Variant:
+    return Variant.split(graph.fx, reused, {i.name for i in graph.inputs if i.name not in flat})
 
 
 def _arguments(
-    graph: Graph, flat: Mapping[str, torch.Tensor], variant: Step, values: Mapping[str, torch.Tensor]
+    graph: Graph, flat: Mapping[str, torch.Tensor], variant: Variant, values: Mapping[str, torch.Tensor]
 ) -> list[torch.Tensor]:
-    return [*(flat[i.name] for i in graph.inputs if i.name in flat), *(values[site] for site in variant.takes)]
+    return [*(flat[i.name] for i in graph.inputs if i.name in flat), *(values[site] for site in variant.reads)]
 
 
 def largest_difference(before: torch.Tensor, after: torch.Tensor) -> float:

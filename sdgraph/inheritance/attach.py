@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 
 from ..errors import ModeError
-from ..schedules import Run
-from .generation import Generations, Moment
+from ..schedules import SamplingRun
+from .generation import CallPosition, Generations
 
 # Pipelines of diffusers that exchange processors or hook blocks while they run, and what for. Those of perturbed
 # attention are known by an attribute.
@@ -74,7 +74,7 @@ def _is_one_element(timestep: torch.Tensor) -> bool:
 
 
 class Attachment:
-    """A pipeline's scheduler as the clock of its UNet's generations.
+    """A pipeline's scheduler as the source of its UNet's generations.
 
     Pipelines call the UNet with views of `scheduler.timesteps`, so the place of a timestep in memory says which call
     this is, without its value being read.
@@ -85,10 +85,10 @@ class Attachment:
         self._timesteps = torch.empty(0)  # kept, so that no other tensor gets its memory
         self._values: list[float] = []
         self._first = self._end = 0
-        self.run = Run()
-        generations.clocks.append(self)
+        self.run = SamplingRun()
+        generations.position_sources.append(self)
 
-    def read(self, timestep: torch.Tensor) -> Moment | None:
+    def read(self, timestep: torch.Tensor) -> CallPosition | None:
         timesteps = self._scheduler_timesteps
         if not isinstance(timesteps, torch.Tensor) or not _is_one_element(timestep) or timesteps.numel() == 0:
             return None
@@ -102,7 +102,7 @@ class Attachment:
             self._begin(index, self._calls())
         elif index < self._first or index >= self._end:  # not the calls that were foreseen
             self._begin(index, None)
-        return Moment(self._values[index], index - self._first, self.run, timesteps)
+        return CallPosition(self._values[index], index - self._first, self.run, timesteps)
 
     @property
     def _scheduler_timesteps(self) -> object:
@@ -115,11 +115,11 @@ class Attachment:
         last run only. So the number counts where it is needed (SDXL's `denoising_end`), and if all pipelines agree.
         """
         sharing = {
-            getattr(clock._pipe(), "_num_timesteps", None)
-            if getattr(clock._pipe(), "_denoising_end", None) is not None
+            getattr(source._pipe(), "_num_timesteps", None)
+            if getattr(source._pipe(), "_denoising_end", None) is not None
             else None
-            for clock in self._generations.clocks
-            if isinstance(clock, Attachment) and clock._scheduler_timesteps is self._timesteps
+            for source in self._generations.position_sources
+            if isinstance(source, Attachment) and source._scheduler_timesteps is self._timesteps
         }
         return sharing.pop() if len(sharing) == 1 else None
 
@@ -127,15 +127,15 @@ class Attachment:
         """A run begins at the timestep `first`; image-to-image leaves out some, and SDXL's `denoising_end` others."""
         all_of_them = len(self._values)
         self._first, self._end = first, all_of_them if count is None else min(first + count, all_of_them)
-        self.run = Run.of(self._pipe().scheduler, slice(first, self._end))  # type: ignore[union-attr]
+        self.run = SamplingRun.of(self._pipe().scheduler, slice(first, self._end))  # type: ignore[union-attr]
 
     def detach(self) -> None:
         """Calls are counted as they come again."""
         self._forget(None)
 
     def _forget(self, _: object) -> None:
-        if self in self._generations.clocks:
-            self._generations.clocks.remove(self)
+        if self in self._generations.position_sources:
+            self._generations.position_sources.remove(self)
             self._generations.end(self._timesteps)
 
     def __enter__(self) -> Self:

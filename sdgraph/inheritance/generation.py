@@ -22,7 +22,7 @@ import torch
 from ..forecasts import Forecast, weighted
 from ..ir.guards import autocast_dtype
 from ..ir.sites import Site
-from ..schedules import Drift, Run, Schedule
+from ..schedules import Drift, SamplingRun, Schedule
 from .constant import Constant
 from .lineage import Lineage
 
@@ -38,7 +38,7 @@ SHARED = (
 
 
 @dataclass(frozen=True)
-class Moment:
+class CallPosition:
     """Where in a run a call stands.
 
     Args:
@@ -51,24 +51,24 @@ class Moment:
 
     timestep: float
     number: int | None
-    run: Run
+    run: SamplingRun
     loop: object | None = None
 
 
-class Step(Protocol):
+class Backend(Protocol):
     """What computes a call: the backend."""
 
     def __call__(
-        self, flat: Mapping[str, torch.Tensor], stale: frozenset[str], value: Callable[[str], torch.Tensor], /
+        self, flat: Mapping[str, torch.Tensor], reused: frozenset[str], value: Callable[[str], torch.Tensor], /
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The output of a call at which the sites `stale` have the values that `value` says, and what it refreshed."""
+        """The output of a call at which the sites `reused` have the values that `value` says, and what it refreshed."""
 
 
-class Clock(Protocol):
+class PositionSource(Protocol):
     """What knows at which timestep of which run a pipeline is."""
 
-    def read(self, timestep: torch.Tensor) -> Moment | None:
-        """The moment of a call with this timestep; None if it is not a call of that pipeline."""
+    def read(self, timestep: torch.Tensor) -> CallPosition | None:
+        """The position of a call with this timestep; None if it is not a call of that pipeline."""
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Generation:
     signature: tuple[object, ...]
     conditioning: tuple[Constant, ...]
     loop: object | None
-    run: Run
+    run: SamplingRun
     number: int
     timestep: float
     shared: bool = False
@@ -111,20 +111,20 @@ class Generation:
         self,
         signature: tuple[object, ...],
         conditioning: Collection[torch.Tensor],
-        moment: Moment,
+        position: CallPosition,
         sample: torch.Tensor,
     ) -> bool:
         """Whether a call can be the next one."""
-        if moment.loop is not self.loop or self.over or not self.has(signature, conditioning):
+        if position.loop is not self.loop or self.over or not self.has(signature, conditioning):
             return False
-        if moment.number is not None:
-            return moment.run is self.run and moment.number == self.number
+        if position.number is not None:
+            return position.run is self.run and position.number == self.number
         timesteps = self.run.timesteps if self.loop is not None else None
-        if timesteps is not None and timesteps[self.number] == moment.timestep:
+        if timesteps is not None and timesteps[self.number] == position.timestep:
             return True
-        if self._is_back(moment.timestep):
+        if self._is_back(position.timestep):
             return False
-        again = moment.timestep == self.timestep  # as PNDM, Heun and DPM2 have it
+        again = position.timestep == self.timestep  # as PNDM, Heun and DPM2 have it
         if self.loop is None:
             return self.lineage.leads_to(sample) and not (again and self.lineage.repeats(sample))
         return not again or (self.calls > 1 and timesteps is None)
@@ -156,27 +156,27 @@ class Generation:
             then.still_is(now) for then, now in zip(self.conditioning, conditioning, strict=True)
         )
 
-    def restarts(self, moment: Moment) -> bool:
+    def restarts(self, position: CallPosition) -> bool:
         """Whether a call that does not continue this generation starts another one in the same loop, before the end of
         this one: then this one may be taken up again."""
-        if self.loop is None or moment.loop is not self.loop:
+        if self.loop is None or position.loop is not self.loop:
             return False
         back = (
-            moment.timestep == self.timestep or self._is_back(moment.timestep)
-            if moment.number is None
-            else moment.number < self.number
+            position.timestep == self.timestep or self._is_back(position.timestep)
+            if position.number is None
+            else position.number < self.number
         )
         return self.shared or (back and not self.over)
 
-    def might_go_on(self, moment: Moment) -> bool:
+    def might_go_on(self, position: CallPosition) -> bool:
         """Whether the timestep of a call is one that could follow, as that of another image is not."""
-        return moment.timestep < self.timestep or (self.calls == 1 and moment.timestep != self.timestep)
+        return position.timestep < self.timestep or (self.calls == 1 and position.timestep != self.timestep)
 
     @property
     def over(self) -> bool:
         return self.run.calls is not None and self.number >= self.run.calls
 
-    def stale(self, sites: Mapping[str, Site]) -> frozenset[str]:
+    def reused(self, sites: Mapping[str, Site]) -> frozenset[str]:
         """The sites that the call under way inherits."""
         return frozenset(
             name
@@ -191,19 +191,19 @@ class Generation:
         return schedule.refreshes(self.number, self.timestep, self.run)
 
     def inherited(self, name: str, forecast: Forecast) -> torch.Tensor:
-        """The value of a stale site at the call under way."""
+        """The value of a reused site at the call under way."""
         known = self.values[name]
         weights = forecast.weights([number for number, _ in known], self.number, self.run)
         return weighted([value for _, value in known], weights)
 
-    def keep(self, refreshed: Mapping[str, torch.Tensor], sites: Mapping[str, Site], stale: Collection[str]) -> None:
+    def keep(self, refreshed: Mapping[str, torch.Tensor], sites: Mapping[str, Site], reused: Collection[str]) -> None:
         """Take note of what the call under way refreshed."""
         self._adapt(refreshed, sites)
         for name, value in refreshed.items():
             if self.shared and not sites[name].invariant:
                 continue
             self.values[name] = [*self.values.get(name, ()), (self.number, value)][-sites[name].forecast.memory :]
-        self.missed = {n for n, site in sites.items() if n not in refreshed and n not in stale and not site.bypassed}
+        self.missed = {n for n, site in sites.items() if n not in refreshed and n not in reused and not site.bypassed}
 
     def _adapt(self, refreshed: Mapping[str, torch.Tensor], sites: Mapping[str, Site]) -> None:
         """Widen or narrow the gaps of drift schedules, by the errors of forecasts at the call under way."""
@@ -249,14 +249,14 @@ class Generations:
         self._numbers = itertools.count()
         self._expected = threading.local()
         self._said: set[str] = set()
-        self.clocks: list[Clock] = []
+        self.position_sources: list[PositionSource] = []
 
     def run(
         self,
         flat: Mapping[str, torch.Tensor],
         constant: Collection[str],
         sites: Mapping[str, Site],
-        step: Step,
+        step: Backend,
         weights: Callable[[bool], object] = lambda waits: None,
     ) -> torch.Tensor:
         """The output of the next call of the generation that it belongs to.
@@ -270,9 +270,9 @@ class Generations:
                 says whether the host may wait for an accelerator.
         """
         with self.call(flat, constant, sites, weights) as generation:
-            stale = generation.stale(sites)
-            output, refreshed = step(flat, stale, lambda name: generation.inherited(name, sites[name].forecast))
-            generation.keep(apart(refreshed, (*flat.values(), output)), sites, stale)
+            reused = generation.reused(sites)
+            output, refreshed = step(flat, reused, lambda name: generation.inherited(name, sites[name].forecast))
+            generation.keep(apart(refreshed, (*flat.values(), output)), sites, reused)
             if generation.loop is None and not generation.shared:
                 generation.lineage.add(flat["sample"], output)
             kept = (value for values in generation.values.values() for _, value in values)
@@ -296,47 +296,49 @@ class Generations:
             sites: that calls may inherit.
             weights: see `run`.
         """
-        prompt, moment = flat[PROMPT], self._moment(flat["timestep"])
+        prompt, position = flat[PROMPT], self._position(flat["timestep"])
         conditioning = [prompt, *(flat[name] for name in constant if name in flat and name != PROMPT)]
         signature = tuple((name, v.shape, v.dtype, v.device) for name, v in flat.items())
-        key, generation = self._find(signature, conditioning, moment)
-        if moment is None:
+        key, generation = self._find(signature, conditioning, position)
+        if position is None:
             self._known.pop(key, None)
             self.say("the samples of a batch have different timesteps: such calls inherit nothing")
-            yield Generation(signature, (), None, Run(), 0, 0.0, shared=True)
+            yield Generation(signature, (), None, SamplingRun(), 0, 0.0, shared=True)
             return
-        waits = moment.loop is None
+        waits = position.loop is None
         means = weights(waits), arithmetic(prompt.device.type)
-        if generation is None or not generation.continues(signature, conditioning, moment, flat["sample"]):
-            shared = generation is not None and generation.restarts(moment)
+        if generation is None or not generation.continues(signature, conditioning, position, flat["sample"]):
+            shared = generation is not None and generation.restarts(position)
             if shared:
                 self.say(SHARED)
-            elif generation is not None and moment.loop is None and generation.might_go_on(moment):
+            elif generation is not None and position.loop is None and generation.might_go_on(position):
                 self.say(
                     "the latents of a call do not follow from the calls before (a sampler with random steps, rising "
                     "timesteps, another image, or edited latents), so it inherits nothing. Tell the UNet how calls are "
                     "made: sdgraph.attach(pipe), or `with unet.expecting(timesteps)` in a loop of your own"
                 )
-            constants = tuple(Constant(tensor, waits=moment.loop is None) for tensor in conditioning)
+            constants = tuple(Constant(tensor, waits=position.loop is None) for tensor in conditioning)
             before, generation = (
                 generation,
-                Generation(signature, constants, moment.loop, moment.run, moment.number or 0, moment.timestep, shared),
+                Generation(
+                    signature, constants, position.loop, position.run, position.number or 0, position.timestep, shared
+                ),
             )
             for forecast in {site.forecast for site in sites.values()}:
-                if doubt := forecast.doubt(moment.run):
+                if doubt := forecast.doubt(position.run):
                     self.say(doubt)
             # Where contents of weights were not looked at, nothing is known of edits that PyTorch does not count.
             certain = waits or prompt.device.type == "cpu"
             if before is not None and certain and before.has(signature, conditioning):
                 generation.take_over(before, sites)
-            self._forget_orphans(moment.loop)
+            self._forget_orphans(position.loop)
             self._known[key] = generation
             weakref.finalize(prompt, self._orphaned, key)
         elif not generation.conditioning[0].is_very(prompt):
             weakref.finalize(prompt, self._orphaned, key)
         generation.follow(conditioning)
         generation.compute_with(means)
-        generation.timestep = moment.timestep
+        generation.timestep = position.timestep
         try:
             yield generation
         except BaseException:
@@ -345,7 +347,7 @@ class Generations:
         generation.advance()
 
     def _find(
-        self, signature: tuple[object, ...], conditioning: Sequence[torch.Tensor], moment: Moment | None
+        self, signature: tuple[object, ...], conditioning: Sequence[torch.Tensor], position: CallPosition | None
     ) -> tuple[int, Generation | None]:
         """The generation with the prompt of a call, and its number.
 
@@ -359,8 +361,8 @@ class Generations:
         equal = [
             (number, generation)
             for number, generation in mine
-            if moment is not None
-            and generation.loop is moment.loop
+            if position is not None
+            and generation.loop is position.loop
             and not generation.over
             and generation.has(signature, conditioning)
         ]
@@ -371,7 +373,7 @@ class Generations:
                     generation.share()
                 self.say(SHARED)
             return orphaned[0]
-        if any(g.calls == 1 and moment is not None and g.timestep != moment.timestep for _, g in equal):
+        if any(g.calls == 1 and position is not None and g.timestep != position.timestep for _, g in equal):
             self.say(
                 "the tensor of the prompt is made anew at every call, so calls inherit nothing. Pass the same tensor "
                 "to all calls of a generation; or tell the UNet which calls belong together, and keep no such tensors: "
@@ -393,22 +395,22 @@ class Generations:
             if generation.thread == threading.get_ident() and generation.orphaned and not continued:
                 self._known.pop(number, None)
 
-    def _moment(self, timestep: torch.Tensor) -> Moment | None:
+    def _position(self, timestep: torch.Tensor) -> CallPosition | None:
         """Where a call stands; None if its samples stand at different places."""
-        for clock in self.clocks:
-            moment = clock.read(timestep)
-            if moment is not None:
-                return moment
+        for source in self.position_sources:
+            position = source.read(timestep)
+            if position is not None:
+                return position
         first, *others = timestep.reshape(-1).tolist()
         if any(other != first for other in others):
             return None
         run, loop = self._expectation
-        return Moment(float(first), None, run, loop)
+        return CallPosition(float(first), None, run, loop)
 
     @property
-    def _expectation(self) -> tuple[Run, object | None]:
+    def _expectation(self) -> tuple[SamplingRun, object | None]:
         """The run that this thread expects, and the block that says so."""
-        return getattr(self._expected, "run", (Run(), None))
+        return getattr(self._expected, "run", (SamplingRun(), None))
 
     def say(self, warning: str) -> None:
         """Log a warning, once for each of its kind."""
@@ -417,7 +419,7 @@ class Generations:
             log.warning("%s", warning)
 
     @contextmanager
-    def expecting(self, run: Run) -> Iterator[None]:
+    def expecting(self, run: SamplingRun) -> Iterator[None]:
         """Generations that begin inside, in this thread, make the calls of `run`."""
         before = self._expectation
         self._expected.run = run, object()

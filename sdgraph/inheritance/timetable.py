@@ -15,36 +15,36 @@ from ..errors import PathError, ScheduleError, SpecError, did_you_mean
 from ..ir.sites import Site, live_nodes
 from ..ir.sites import sites as nodes_of_sites
 from ..ir.state import GraphState
-from ..schedules import Drift, Run
+from ..schedules import Drift, SamplingRun
 from ..views.figure import paper
 from ..views.format import cost, count, several
 from .generation import Generation
 
 NAMED = ("B", "H", "W", "L")  # sizes that a table names
-REFRESHED, INHERITED, FORECAST, BYPASSED, UNNEEDED, DRIFTING = "■", "□", "◪", "○", "·", "◇"
-WORDS = {REFRESHED: "computed", INHERITED: "inherited", FORECAST: "forecast", BYPASSED: "bypassed",
+COMPUTED, REUSED, FORECAST, BYPASSED, UNNEEDED, DRIFTING = "■", "□", "◪", "○", "·", "◇"
+WORDS = {COMPUTED: "computed", REUSED: "reused", FORECAST: "forecast", BYPASSED: "bypassed",
          UNNEEDED: "not needed", DRIFTING: "as features drift"}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One kind of call.
+class PlannedVariant:
+    """The calls that run one variant.
 
     Args:
-        calls: which calls are of it; where the drift of features decides, those that may be.
-        macs: multiply-accumulates of one of them.
-        refreshed: the sites it computes, in graph order.
-        inherited: the sites it takes over.
+        calls: the calls; where the drift of features decides, those that may be.
+        macs: the multiply-accumulates of one of them.
+        computed: the sites it computes, in graph order.
+        reads: the sites whose values it reads from the cache.
         bypassed: the sites whose place another value takes.
-        stale: the sets of sites that such calls do not compute. They differ in sites that none of these calls needs.
+        reused: the sets of sites that such calls do not compute. They differ in sites that none of these calls needs.
     """
 
     calls: tuple[int, ...]
     macs: int
-    refreshed: tuple[str, ...]
-    inherited: tuple[str, ...]
+    computed: tuple[str, ...]
+    reads: tuple[str, ...]
     bypassed: tuple[str, ...] = ()
-    stale: frozenset[frozenset[str]] = frozenset()
+    reused: frozenset[frozenset[str]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,19 @@ class Timetable:
     Args:
         run: the calls, with their timesteps.
         sites: by name, in graph order.
-        variants: the kinds of calls, in the order they come.
+        variants: the variants of the graph that the calls run, in the order they come.
         signs: what the calls do with each site: a sign for every call, see `row`.
         full_macs: multiply-accumulates of a call that computes everything.
         macs: multiply-accumulates of all calls; the most that they may be, where the drift of features decides.
         least_macs: the least that they may be.
         cache_bytes: bytes kept between calls, at most.
         at: the sizes of a call for which costs are quoted, by symbol.
-        supposed: nobody gave the timesteps, see `Run.supposed`.
+        supposed: nobody gave the timesteps, see `SamplingRun.supposed`.
     """
 
-    run: Run
+    run: SamplingRun
     sites: Mapping[str, Site]
-    variants: tuple[Variant, ...]
+    variants: tuple[PlannedVariant, ...]
     signs: Mapping[str, str]
     full_macs: int
     macs: int
@@ -81,7 +81,7 @@ class Timetable:
         return (self.run.calls or 0) * self.full_macs / self.least_macs
 
     def row(self, site: str) -> str:
-        """One sign for each call: ■ computed, □ inherited, ◪ forecast, ○ bypassed, · not needed, ◇ as features drift.
+        """One sign for each call: ■ computed, □ reused, ◪ forecast, ○ bypassed, · not needed, ◇ as features drift.
 
         Raises:
             PathError: there is no such site.
@@ -93,7 +93,7 @@ class Timetable:
 
     def refreshes(self, site: str) -> tuple[int, ...]:
         """The calls that compute a site, whatever drifts."""
-        return tuple(i for i, sign in enumerate(self.row(site)) if sign == REFRESHED)
+        return tuple(i for i, sign in enumerate(self.row(site)) if sign == COMPUTED)
 
     def __str__(self) -> str:
         rows: dict[str, list[str]] = {}
@@ -106,7 +106,7 @@ class Timetable:
         drifting = DRIFTING in seen
         lines += [
             f"  {'up to ' * drifting}{len(v.calls)} × {cost(v.macs)} ({v.macs / self.full_macs:.1%}): "
-            f"calls {ranges(v.calls)}; {len(v.refreshed)} computed, {len(v.inherited)} inherited"
+            f"calls {ranges(v.calls)}; {len(v.computed)} computed, {len(v.reads)} reused"
             f"{f', {len(v.bypassed)} bypassed' * bool(v.bypassed)}"
             for v in self.variants
         ]
@@ -136,8 +136,8 @@ class Timetable:
                 {
                     "calls": list(v.calls),
                     "macs": v.macs,
-                    "refreshed": len(v.refreshed),
-                    "inherited": len(v.inherited),
+                    "computed": len(v.computed),
+                    "reused": len(v.reads),
                     "bypassed": len(v.bypassed),
                 }
                 for v in self.variants
@@ -155,8 +155,8 @@ class Timetable:
             ExtraError, SpecError: see `Graph.picture`.
         """
         shades = {
-            REFRESHED: (0.20, 0.36, 0.58),
-            INHERITED: (0.80, 0.87, 0.95),
+            COMPUTED: (0.20, 0.36, 0.58),
+            REUSED: (0.80, 0.87, 0.95),
             FORECAST: (0.62, 0.84, 0.72),
             BYPASSED: (0.96, 0.85, 0.70),
             UNNEEDED: (1.0, 1.0, 1.0),
@@ -171,52 +171,54 @@ class Timetable:
             axes.imshow(rows, aspect="auto", interpolation="nearest")
             axes.set_yticks(range(len(rows)), list(self.sites), fontsize=7)
             axes.set_xlabel("call")
-            legend = "dark: computed, light: inherited, green: forecast, orange: bypassed, white: not needed"
+            legend = "dark: computed, light: reused, green: forecast, orange: bypassed, white: not needed"
             legend += ", violet: as features drift" * any(DRIFTING in row for row in self.signs.values())
             axes.set_title(f"{legend}; at most {self.bound:.2f} times as fast", fontsize=8)
             figure.tight_layout()
 
 
-def timetable(graph: GraphState, run: Run) -> Timetable:
+def timetable(graph: GraphState, run: SamplingRun) -> Timetable:
     """What the calls of `run` do; the driver's own rules, on the sizes of values instead of values.
 
     Raises:
         ScheduleError: a schedule does not fit the run, or the run has no calls.
     """
     sites, nodes = graph.sites, nodes_of_sites(graph.fx)
-    kinds: dict[tuple[tuple[str, ...], ...], Variant] = {}
+    variants: dict[tuple[tuple[str, ...], ...], PlannedVariant] = {}
     of: dict[frozenset[str], tuple[tuple[str, ...], ...]] = {}
 
-    def computed(stale: frozenset[str]) -> dict[str, torch.Tensor]:
-        if stale not in of:
-            seen = live_nodes(graph.fx, stale)
+    def computed(reused: frozenset[str]) -> dict[str, torch.Tensor]:
+        if reused not in of:
+            seen = live_nodes(graph.fx, reused)
             live = [name for name, node in nodes.items() if node in seen]
-            of[stale] = kind = (
-                tuple(name for name in live if name not in stale),
-                tuple(name for name in live if name in stale and not sites[name].bypassed),
-                tuple(name for name in live if name in stale and sites[name].bypassed),
+            of[reused] = kind = (
+                tuple(name for name in live if name not in reused),
+                tuple(name for name in live if name in reused and not sites[name].bypassed),
+                tuple(name for name in live if name in reused and sites[name].bypassed),
             )
-            if kind not in kinds:  # two may differ only in sites that neither needs
-                kinds[kind] = Variant((), graph.step_macs(stale), *kind)
-        return {name: nodes[name].meta["val"] for name in of[stale][0] if not sites[name].bypassed}
+            if kind not in variants:  # two may differ only in sites that neither needs
+                variants[kind] = PlannedVariant((), graph.call_macs(reused), *kind)
+        return {name: nodes[name].meta["val"] for name in of[reused][0] if not sites[name].bypassed}
 
-    course = foreseen(run, sites, computed, lambda stale: kinds[of[stale]].macs)
+    course = foreseen(run, sites, computed, lambda reused: variants[of[reused]].macs)
     signs = dict.fromkeys(sites, "")
     for number, doings in enumerate(course.calls):
-        for stale in doings:
-            variant = kinds[of[stale]]
+        for reused in doings:
+            variant = variants[of[reused]]
             if number not in variant.calls:
                 variant = replace(variant, calls=(*variant.calls, number))
-            kinds[of[stale]] = replace(variant, stale=variant.stale | {stale})
+            variants[of[reused]] = replace(variant, reused=variant.reused | {reused})
         for name in sites:
-            ways = {_sign(kinds[of[stale]], name, name in forecast) for stale, fs in doings.items() for forecast in fs}
+            ways = {
+                _sign(variants[of[reused]], name, name in forecast) for reused, fs in doings.items() for forecast in fs
+            }
             signs[name] += ways.pop() if len(ways) == 1 else DRIFTING
     return Timetable(
         run.supposed(),
         sites,
-        tuple(kinds.values()),
+        tuple(variants.values()),
         signs,
-        graph.step_macs(),
+        graph.call_macs(),
         int(course.most),
         int(course.least),
         course.kept,
@@ -225,11 +227,11 @@ def timetable(graph: GraphState, run: Run) -> Timetable:
     )
 
 
-def _sign(variant: Variant, site: str, forecast: bool) -> str:
-    """Return the sign of a site in a kind of call."""
-    if site in variant.inherited:
-        return FORECAST if forecast else INHERITED
-    return REFRESHED if site in variant.refreshed else BYPASSED if site in variant.bypassed else UNNEEDED
+def _sign(variant: PlannedVariant, site: str, forecast: bool) -> str:
+    """Return the sign of a site at the calls of a variant."""
+    if site in variant.reads:
+        return FORECAST if forecast else REUSED
+    return COMPUTED if site in variant.computed else BYPASSED if site in variant.bypassed else UNNEEDED
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ class _Way:
 
 
 def foreseen(
-    run: Run,
+    run: SamplingRun,
     sites: Mapping[str, Site],
     computed: Callable[[frozenset[str]], Mapping[str, torch.Tensor]],
     cost: Callable[[frozenset[str]], float],
@@ -290,7 +292,7 @@ def foreseen(
     schedule follows the drift of features, every gap that the drift may lead to is followed up.
 
     Args:
-        run: the calls, see `Run.supposed`.
+        run: the calls, see `SamplingRun.supposed`.
         sites: the sites of the graph.
         computed: what a call computes that does not compute these sites; tensors on the meta device.
         cost: what such a call costs.
@@ -311,14 +313,14 @@ def foreseen(
             for gaps in _decided(way, sites):
                 generation = replace(way.generation, timestep=timestep, values=dict(way.generation.values))
                 generation.gaps = {drift: least for drift, (least, _) in gaps.items()}
-                stale = generation.stale(sites)
-                values, price = computed(stale), cost(stale)
-                forecast = frozenset(n for n in stale & generation.values.keys() if _combines(generation, sites[n], n))
-                doings[stale] = doings.get(stale, frozenset()) | {forecast}
+                reused = generation.reused(sites)
+                values, price = computed(reused), cost(reused)
+                forecast = frozenset(n for n in reused & generation.values.keys() if _combines(generation, sites[n], n))
+                doings[reused] = doings.get(reused, frozenset()) | {forecast}
                 for drift in {sites[name].schedule for name in values.keys() & generation.values.keys()}:
                     if isinstance(drift, Drift):  # a refresh measures it
                         gaps[drift] = drift.next_gap(gaps[drift][0], inf), drift.next_gap(gaps[drift][1], 0.0)
-                generation.keep(values, sites, stale)
+                generation.keep(values, sites, reused)
                 kept = max(kept, sum(v.nbytes for each in generation.values.values() for _, v in each))
                 generation.advance()
                 later = _Way(generation, gaps, way.least + price, way.most + price)
@@ -366,7 +368,7 @@ def _state(generation: Generation, sites: Mapping[str, Site]) -> object:
     return refreshed, frozenset(generation.missed)
 
 
-def supposition(run: Run, supposed: bool) -> str:
+def supposition(run: SamplingRun, supposed: bool) -> str:
     """A phrase about the timesteps of a run.
 
     Args:

@@ -20,9 +20,9 @@ from .nodes import called, eliminate_dead_code, scope, values, weights_read
 from .read_only import also_read_only
 from .regions import Region, above, matching, region_at, regions_of
 from .sites import Site, bypass, sites
-from .specialize import copy_nodes
 from .state import GraphState
 from .tracer import Tracer, tracing
+from .variants import copy_nodes
 from .weights import Scale, Shares, alteration, described, kind
 
 

@@ -3,7 +3,7 @@
 `inherit(value, site)` marks a value that a call may take over from an earlier one. At a call that refreshes the site
 the value is computed and kept; at any other, what was kept takes its place. `bypass(value, instead, site)` marks a
 value whose place another value of the same call takes, at calls that do not refresh the site. Whatever only fed a value
-that is not used is not computed at all. That is decided before anything runs: each set of stale sites, those that are
+that is not used is not computed at all. That is decided before anything runs: each set of reused sites, those that are
 not refreshed, gives one graph without branches.
 """
 
@@ -21,8 +21,7 @@ from ..forecasts import REPEAT, Forecast, as_forecast
 from ..options import check
 from ..schedules import Drift, Schedule
 from .inputs import Input
-from .nodes import ancestors, eliminate_dead_code
-from .specialize import drop_inputs
+from .nodes import ancestors
 
 
 def inherit(value: torch.Tensor, site: str) -> torch.Tensor:
@@ -31,7 +30,7 @@ def inherit(value: torch.Tensor, site: str) -> torch.Tensor:
 
 
 def bypass(value: torch.Tensor, instead: torch.Tensor, site: str) -> torch.Tensor:
-    """Return `value`; at calls at which `site` is stale `instead`, a tensor of the same shape, takes its place."""
+    """Return `value`; at calls at which `site` is reused `instead`, a tensor of the same shape, takes its place."""
     return value
 
 
@@ -88,67 +87,13 @@ def _holds_tensors(node: fx.Node) -> bool:
     return any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, tuple | list) else (value,)))
 
 
-def live_nodes(nodes: fx.Graph, stale: Collection[str] = ()) -> set[fx.Node]:
-    """What a call at which the sites `stale` are inherited comes by on its way from the output back to the inputs: the
-    nodes it computes, and the stale sites at which it stops."""
+def live_nodes(nodes: fx.Graph, reused: Collection[str] = ()) -> set[fx.Node]:
+    """What a call at which the sites `reused` are inherited comes by on its way from the output back to the inputs: the
+    nodes it computes, and the reused sites at which it stops."""
 
     def inputs(node: fx.Node) -> list[fx.Node]:
         if node.target is bypass:
-            return [node.all_input_nodes[node.args[-1] in stale]]
-        return [] if node.target is inherit and node.args[-1] in stale else node.all_input_nodes
+            return [node.all_input_nodes[node.args[-1] in reused]]
+        return [] if node.target is inherit and node.args[-1] in reused else node.all_input_nodes
 
     return set(ancestors(nodes.output_node(), inputs))
-
-
-@dataclass(frozen=True)
-class Step:
-    """The graph of one kind of call.
-
-    Args:
-        nodes: its arguments are the call's inputs, then the inherited values; it returns the output, then the refreshed
-            values, as one tuple (the output alone if the graph has no sites).
-        takes: sites whose values are arguments, in order.
-        gives: sites whose values are returned, in order.
-    """
-
-    nodes: fx.Graph
-    takes: tuple[str, ...]
-    gives: tuple[str, ...]
-    returns_tuple: bool = True
-
-
-def step(nodes: fx.Graph, absent: Collection[str] = (), stale: Collection[str] = ()) -> Step:
-    """Return the graph for a call that leaves out the optional inputs `absent`, and at which the sites in `stale` are
-    inherited or bypassed.
-
-    Every other site that the output depends on is computed, and its value is returned; nodes that only feed values that
-    are not used are removed. A graph without sites returns its output as it is.
-
-    Raises:
-        EditError: the output cannot be computed without the absent inputs.
-    """
-    variant = drop_inputs(nodes, absent)
-    if not sites(variant):
-        return Step(variant, (), (), returns_tuple=False)
-    given = [node for node in variant.nodes if node.op == "placeholder"]
-    arguments: dict[str, fx.Node] = {}
-    for site, node in sites(variant).items():
-        if node.target is bypass:
-            node.replace_all_uses_with(node.args[site in stale])  # type: ignore[arg-type]
-            variant.erase_node(node)
-        elif site in stale:
-            with variant.inserting_after([*given, *arguments.values()][-1]):
-                arguments[site] = value = variant.placeholder(f"inherited_{len(arguments)}")
-            value.meta = {key: node.meta[key] for key in ("val", "probe", "nn_module_stack") if key in node.meta}
-            node.replace_all_uses_with(value)
-            variant.erase_node(node)
-    eliminate_dead_code(variant, unneeded=arguments.values())
-    results: dict[str, fx.Node] = {}
-    for site, node in sites(variant).items():
-        results[site] = value = node.all_input_nodes[0]
-        node.replace_all_uses_with(value)
-        variant.erase_node(node)
-    output = variant.output_node()
-    output.args = ((output.args[0], *results.values()),)
-    takes = tuple(site for site, node in arguments.items() if not node._erased)
-    return Step(variant, takes, tuple(results))

@@ -250,9 +250,9 @@ class GraphState:
         return {n: replace(self._sites[n], invariant=node not in changing) for n, node in sites(self.fx).items()}
 
     @checked(EditError)
-    def step_macs(self, stale: Collection[str] = ()) -> int:
-        """Return the multiply-accumulates of a call that inherits the sites in `stale`, at the nominal sizes."""
-        return sum(self.macs_of(node) for node in live_nodes(self.fx, stale))
+    def call_macs(self, reused: Collection[str] = ()) -> int:
+        """Return the multiply-accumulates of a call that reuses some sites, at the nominal sizes."""
+        return sum(self.macs_of(node) for node in live_nodes(self.fx, reused))
 
     @checked(EditError)
     def allowed(self, **sizes: int) -> dict[str, int]:

@@ -454,8 +454,8 @@ class Tracer(fx.proxy.TracerBase):
             for created in self._created[len(known) :]:
                 inputs = [self._at(scale, known, arg) for arg in created.all_input_nodes]
                 there = dict(zip(created.all_input_nodes, inputs, strict=True))
-                absent = any(value is None for value in inputs)
-                known[created] = None if absent else elsewhere(self.owner, created, there.__getitem__)
+                missing = any(value is None for value in inputs)
+                known[created] = None if missing else elsewhere(self.owner, created, there.__getitem__)
             value = known.get(node)
             if value is not None and read(value) != read(node.meta["val"]):
                 return False

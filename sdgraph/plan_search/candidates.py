@@ -18,7 +18,7 @@ from ..ir.sites import live_nodes
 from ..ir.sites import sites as nodes_of_sites
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
-from ..schedules import Explicit, Run, Schedule, Uniform
+from ..schedules import Explicit, SamplingRun, Schedule, Uniform
 from .costs import Cost
 
 STEP = 0.25  # by which a damping is moved
@@ -36,15 +36,15 @@ class Call:
     """One call of a plan.
 
     Args:
-        stale: the numbers of the candidates that it inherits or bypasses; without any, everything is computed.
+        reused: the numbers of the candidates that it inherits or bypasses; without any, everything is computed.
         damping: of the line through the last two refreshes, for what it inherits.
     """
 
-    stale: frozenset[int] = frozenset()
+    reused: frozenset[int] = frozenset()
     damping: float = 0.0
 
     def __str__(self) -> str:
-        return f"{'+'.join(map(str, sorted(self.stale)))}:{self.damping:g}" if self.stale else "*"
+        return f"{'+'.join(map(str, sorted(self.reused)))}:{self.damping:g}" if self.reused else "*"
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Plan:
         """Return the plan of a text."""
         calls = []
         for word in text.split():
-            stale, _, damping = word.partition(":")
-            calls.append(Call() if word == "*" else Call(frozenset(map(int, stale.split("+"))), float(damping)))
+            reused, _, damping = word.partition(":")
+            calls.append(Call() if word == "*" else Call(frozenset(map(int, reused.split("+"))), float(damping)))
         return cls(tuple(calls))
 
     @classmethod
-    def spaced(cls, calls: int, refreshes: int, stale: frozenset[int], damping: float, shape: str = "even") -> Plan:
+    def spaced(cls, calls: int, refreshes: int, reused: frozenset[int], damping: float, shape: str = "even") -> Plan:
         """Return a plan with some calls that compute everything, spaced by one of `SHAPES`.
 
         An even spacing is that of `Uniform(n)` if that has as many.
@@ -75,7 +75,7 @@ class Plan:
         uniform = set(range(0, calls, -(-calls // refreshes)))
         if shape == "even" and len(uniform) == refreshes:
             at = uniform
-        return cls(tuple(Call() if n in at else Call(stale, damping) for n in range(calls)))
+        return cls(tuple(Call() if n in at else Call(reused, damping) for n in range(calls)))
 
     def changed(self, number: int, call: Call) -> Plan:
         """Return the plan with another call in the place of one."""
@@ -88,16 +88,16 @@ class Plan:
         Args:
             kinds: what a call may leave out.
         """
-        dampings = [call.damping for call in self.calls if call.stale]
+        dampings = [call.damping for call in self.calls if call.reused]
         usual = sorted(dampings)[len(dampings) // 2] if dampings else 0.0
         for number, call in enumerate(self.calls[1:], 1):
             before = self.calls[number - 1]
-            if number > 1 and before.stale != call.stale:
+            if number > 1 and before.reused != call.reused:
                 yield self.changed(number - 1, call).changed(number, before)
             for kind in kinds:
-                if kind != call.stale:
-                    yield self.changed(number, Call(kind, call.damping if call.stale else usual) if kind else Call())
-            if call.stale:
+                if kind != call.reused:
+                    yield self.changed(number, Call(kind, call.damping if call.reused else usual) if kind else Call())
+            if call.reused:
                 for damping in (call.damping - STEP, call.damping + STEP):
                     if damping in DAMPING:
                         yield self.changed(number, replace(call, damping=round(damping, 4)))
@@ -132,24 +132,24 @@ class Candidates:
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
-    def given(self, run: Run) -> Plan:
+    def given(self, run: SamplingRun) -> Plan:
         """Return the plan of the candidates' own schedules, with the largest damping of their forecasts."""
         refreshes = [one.schedule.calls(run) for one in self.passes]  # type: ignore[attr-defined]
         forecasts = [as_forecast(getattr(one, "forecast", 0)) for one in self.passes]
         damping = max(float(f.damping) if isinstance(f, Polynomial) and f.order else 0.0 for f in forecasts)
-        stale = (frozenset(c for c, at in enumerate(refreshes) if n not in at) for n in range(run.calls or 0))
-        return self.plain(Plan(tuple(Call(kind, damping) for kind in stale)))
+        reused = (frozenset(c for c, at in enumerate(refreshes) if n not in at) for n in range(run.calls or 0))
+        return self.plain(Plan(tuple(Call(kind, damping) for kind in reused)))
 
     def kinds(self) -> list[frozenset[int]]:
-        """Return what a call may leave out: nothing, one candidate, two, or all; each kind of call once."""
+        """Return what a call may leave out: nothing, one candidate, two, or all; each once."""
         number = len(self.passes)
         chosen = [frozenset(some) for size in (0, 1, 2, number) for some in combinations(range(number), size)]
         return list(dict.fromkeys(kind & self._reached(kind) for kind in chosen))
 
     def plain(self, plan: Plan) -> Plan:
         """Return the plan without what makes no difference, so that plans that do the same are equal."""
-        stale = [call.stale & self._reached(call.stale) for call in plan.calls]
-        plan = Plan(tuple(replace(call, stale=kind) for call, kind in zip(plan.calls, stale, strict=True)))
+        reused = [call.reused & self._reached(call.reused) for call in plan.calls]
+        plan = Plan(tuple(replace(call, reused=kind) for call, kind in zip(plan.calls, reused, strict=True)))
         free = set(self.free(plan))
         return Plan(tuple(c if n in free else replace(c, damping=0.0) for n, c in enumerate(plan.calls)))
 
@@ -158,11 +158,11 @@ class Candidates:
         inheriting = (number for number in range(len(self.passes)) if self._forecasts(number))
         return tuple(sorted({n for c in inheriting for n, known in self._known(plan, c).items() if len(known) == 2}))
 
-    def chain(self, plan: Plan, run: Run) -> Chain:
+    def chain(self, plan: Plan, run: SamplingRun) -> Chain:
         """Return the candidates that a plan uses, with their schedules and forecasts."""
         chosen = []
         for number, one in enumerate(self.passes):
-            if any(number in call.stale for call in plan.calls):
+            if any(number in call.reused for call in plan.calls):
                 options: dict[str, Any] = {"schedule": self._schedule(plan, number)}
                 if self._forecasts(number):
                     forecast = self._forecast(plan, number, run)
@@ -170,7 +170,7 @@ class Candidates:
                 chosen.append(replace(one, **options))
         return Chain(tuple(chosen))
 
-    def play(self, plan: Plan, run: Run) -> GraphUNet:
+    def play(self, plan: Plan, run: SamplingRun) -> GraphUNet:
         """Return the UNet, whose sites now have the schedules and forecasts of a plan."""
         for number, names in enumerate(self._sites):
             schedule, forecast = self._schedule(plan, number), self._forecast(plan, number, run)
@@ -178,40 +178,42 @@ class Candidates:
                 self.unet._sites[name] = replace(self.unet._sites[name], schedule=schedule, forecast=forecast)
         return self.unet
 
-    def cost(self, plan: Plan, run: Run, of_call: Cost) -> float:
+    def cost(self, plan: Plan, run: SamplingRun, of_call: Cost) -> float:
         """Return what the calls of a plan cost together; the most that they may, where the drift of features decides
         about sites that the source has already."""
         sites = self.play(plan, run)._sites
 
-        def computed(stale: frozenset[str]) -> dict[str, Tensor]:
-            fresh = self._live_sites(stale) - stale
+        def computed(reused: frozenset[str]) -> dict[str, Tensor]:
+            fresh = self._live_sites(reused) - reused
             return {name: self._nodes[name].meta["val"] for name in fresh if not sites[name].bypassed}
 
-        return foreseen(run, sites, computed, lambda stale: of_call(stale & self._live_sites(stale))).most
+        return foreseen(run, sites, computed, lambda reused: of_call(reused & self._live_sites(reused))).most
 
     # -- one candidate -------------------------------------------------------------------------------------------
 
     def _forecasts(self, number: int) -> bool:
         return "forecast" in {field.name for field in fields(self.passes[number])}
 
-    def _live_sites(self, stale: frozenset[str]) -> frozenset[str]:
-        """The sites that a call comes by at which some are stale; others only serve to compute those."""
-        if stale not in self._live:
-            live = live_nodes(self.unet.graph.fx, stale)
-            self._live[stale] = frozenset(name for name, node in self._nodes.items() if node in live)
-        return self._live[stale]
+    def _live_sites(self, reused: frozenset[str]) -> frozenset[str]:
+        """The sites that a call comes by at which some are reused; others only serve to compute those."""
+        if reused not in self._live:
+            live = live_nodes(self.unet.graph.fx, reused)
+            self._live[reused] = frozenset(name for name, node in self._nodes.items() if node in live)
+        return self._live[reused]
 
-    def _reached(self, stale: frozenset[int]) -> frozenset[int]:
-        live = self._live_sites(frozenset().union(*(self._sites[number] for number in stale)))
+    def _reached(self, reused: frozenset[int]) -> frozenset[int]:
+        live = self._live_sites(frozenset().union(*(self._sites[number] for number in reused)))
         return frozenset(number for number, sites in enumerate(self._sites) if not live.isdisjoint(sites))
 
     def _refreshes(self, plan: Plan, number: int) -> tuple[int, ...]:
-        return tuple(n for n, c in enumerate(plan.calls) if number not in c.stale and number in self._reached(c.stale))
+        return tuple(
+            n for n, c in enumerate(plan.calls) if number not in c.reused and number in self._reached(c.reused)
+        )
 
     def _known(self, plan: Plan, number: int) -> dict[int, list[int]]:
         """The last two refreshes, or the only one, before each call that leaves a candidate out."""
         refreshes = self._refreshes(plan, number)
-        left_out = (n for n, call in enumerate(plan.calls) if number in call.stale)
+        left_out = (n for n, call in enumerate(plan.calls) if number in call.reused)
         return {n: [at for at in refreshes if at < n][-2:] for n in left_out}
 
     def _schedule(self, plan: Plan, number: int) -> Schedule:
@@ -221,7 +223,7 @@ class Candidates:
                 return Uniform(interval)
         return Explicit(refreshes, calls)
 
-    def _forecast(self, plan: Plan, number: int, run: Run) -> Forecast:
+    def _forecast(self, plan: Plan, number: int, run: SamplingRun) -> Forecast:
         own = as_forecast(getattr(self.passes[number], "forecast", 0))
         along = own.along if isinstance(own, Polynomial) else "call"
         known = self._known(plan, number)

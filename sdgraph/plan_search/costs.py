@@ -16,7 +16,7 @@ from ..runtime.diffusers_api import no_value
 from ..runtime.unet import GraphUNet
 from ..text import from_json, read_text
 
-Cost = Callable[[frozenset[str]], float]  # of a call, by the sites that are stale and that it comes by
+Cost = Callable[[frozenset[str]], float]  # of a call, by the sites that are reused and that it comes by
 TURNS = 7  # of which the first two are not counted
 
 
@@ -29,10 +29,10 @@ def seconds_here(unet: GraphUNet, flat: Mapping[str, Tensor]) -> Cost:
     """
 
     @torch.no_grad()
-    def timed(stale: frozenset[str], values: Mapping[str, Tensor]) -> float:
+    def timed(reused: frozenset[str], values: Mapping[str, Tensor]) -> float:
         _wait(flat["sample"])
         start = time.perf_counter()
-        unet._step(flat, stale, values.__getitem__)
+        unet._step(flat, reused, values.__getitem__)
         _wait(flat["sample"])
         return time.perf_counter() - start
 
@@ -40,8 +40,8 @@ def seconds_here(unet: GraphUNet, flat: Mapping[str, Tensor]) -> Cost:
         _, values = unet._step(flat, frozenset(), no_value)
     whole = statistics.median(timed(frozenset(), values) for _ in range(TURNS))
 
-    def cost(stale: frozenset[str]) -> float:
-        ratios = [timed(stale, values) / timed(frozenset(), values) for _ in range(TURNS)] if stale else [1.0]
+    def cost(reused: frozenset[str]) -> float:
+        ratios = [timed(reused, values) / timed(frozenset(), values) for _ in range(TURNS)] if reused else [1.0]
         return whole * statistics.median(ratios[2:] or ratios)  # the speed of the machine may have changed since
 
     return cost
@@ -56,18 +56,18 @@ def seconds_of(path: Path) -> Cost:
     """Return a cost in seconds, as `sdgraph bench --out` measured it on the machine of a bundle.
 
     Args:
-        path: a JSON file with the seconds of graphs under "models", and under "stale" the sites that each does not
+        path: a JSON file with the seconds of graphs under "variants", and under "reused" the sites that each does not
             compute.
     Raises:
         SpecError: the file cannot be read, or says something else.
-        ScheduleError: a kind of call is not among those that were measured; raised where its cost is asked for.
+        ScheduleError: a variant is not among those that were measured; raised where its cost is asked for.
     """
     hint = "'time', 'macs', or the JSON file of `sdgraph bench BUNDLE --out FILE`"
     text = read_text(path, SpecError, where="cost", hint=hint)
     try:
         figures: Any = from_json(text)
-        stale = {name: frozenset(map(str, sites)) for name, sites in figures["stale"].items()}
-        seconds = {stale[name]: float(took) for name, took in figures["models"].items()}
+        reused = {name: frozenset(map(str, sites)) for name, sites in figures["reused"].items()}
+        seconds = {reused[name]: float(took) for name, took in figures["variants"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(
             f"{path} has no times of calls ({type(error).__name__}: {error})",
@@ -75,13 +75,13 @@ def seconds_of(path: Path) -> Cost:
             hint=hint,
         ) from error
 
-    def cost(stale: frozenset[str]) -> float:
-        if stale not in seconds:
+    def cost(reused: frozenset[str]) -> float:
+        if reused not in seconds:
             raise ScheduleError(
-                f"{path} has no time of a call without {', '.join(sorted(stale)) or 'anything left out'}",
+                f"{path} has no time of a call without {', '.join(sorted(reused)) or 'anything left out'}",
                 where="cost",
                 hint="export the candidates, each with its own schedule, and measure that bundle",
             )
-        return seconds[stale]
+        return seconds[reused]
 
     return cost

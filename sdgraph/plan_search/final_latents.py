@@ -13,7 +13,7 @@ from ..inheritance.attach import attach
 from ..options import Bounds, Misfit, described, fitted
 from ..runtime.pipelines import generate, with_unet
 from ..runtime.unet import GraphUNet
-from ..schedules import Run
+from ..schedules import SamplingRun
 from ..solvers import is_random, name_of
 
 Images = Annotated[int, Bounds(ge=1, le=10_000)]
@@ -54,7 +54,7 @@ def check_request(where: str, pipe: Any, prompts: Sequence[str], call: Mapping[s
 
 def final_latents(
     pipe: Any, unet: GraphUNet, prompts: Sequence[str], seed: int, call: Mapping[str, Any]
-) -> tuple[Tensor, Run]:
+) -> tuple[Tensor, SamplingRun]:
     """Generate with a UNet in the place of the pipeline's, attached to the scheduler.
 
     Args:

@@ -21,7 +21,7 @@ from ..inheritance.timetable import timetable
 from ..options import Index, Seed, checked
 from ..progress import Bar
 from ..runtime.apply import apply
-from ..schedules import Run, Steps
+from ..schedules import SamplingRun, Steps
 from .final_latents import Array, check_request, final_latents, typical
 
 STEP = 0.25  # of a damping, to see what it does
@@ -105,7 +105,7 @@ def fit_forecast(
     groups = [group for group in (tuple(prompts), tuple(held_out)) if group]
     references = {group: final_latents(pipe, source, group, seed, {**call, **aim})[0] for group in groups}
 
-    def residual(forecast: Forecast, group: tuple[str, ...]) -> tuple[Array, Run]:
+    def residual(forecast: Forecast, group: tuple[str, ...]) -> tuple[Array, SamplingRun]:
         """What the final latents are off by, (prompts, numbers), if the sites have a forecast."""
         trial._sites = {n: replace(s, forecast=forecast) if n in names else s for n, s in trial._sites.items()}
         latents, run = final_latents(pipe, trial, group, seed, call)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ScheduleError
 from ..forecasts import DAMPINGS
 from ..runtime.unet import GraphUNet
-from ..schedules import Run
+from ..schedules import SamplingRun
 from .candidates import Candidates, Plan
 from .final_latents import Array, final_latents
 from .fit_forecast import gauss_newton
@@ -47,7 +47,7 @@ class Rehearsal:
             self._seeds[name], seed = seed, seed + len(prompts) * images
         whole = {name: self._generate(candidates.unet, name, call) for name in groups}
         self.whole = {name: latents for name, (latents, _) in whole.items()}  # of the pipeline as it is
-        self.run: Run = next(run for _, run in whole.values())
+        self.run: SamplingRun = next(run for _, run in whole.values())
         if self.run.calls is None:
             hint = "pass a pipeline of diffusers"
             raise ScheduleError("its calls do not go by its scheduler", where=type(pipe).__name__, hint=hint)
@@ -81,7 +81,7 @@ class Rehearsal:
             return call.flat
         raise ScheduleError("the pipeline makes no call", where=type(self._pipe).__name__, hint="more steps")
 
-    def _generate(self, unet: GraphUNet, group: str, call: Mapping[str, Any]) -> tuple[Tensor, Run]:
+    def _generate(self, unet: GraphUNet, group: str, call: Mapping[str, Any]) -> tuple[Tensor, SamplingRun]:
         return final_latents(self._pipe, unet, self._groups[group], self._seeds[group], call)
 
 

@@ -69,7 +69,7 @@ def search(
         prompts: the prompts to tune and to validate on, by turns; pass 16 or more.
         budget: time of a generation, as a share of that which computes everything.
         held_out: prompts on which the result is measured only. By default every third of `prompts`.
-        cost: "time" measures the kinds of calls on this machine, "macs" counts multiply-accumulates, and anything else
+        cost: "time" measures the variants on this machine, "macs" counts multiply-accumulates, and anything else
             is the JSON file of `sdgraph bench --out` for a bundle with these candidates, on the machine it is for.
         reference_steps: the number of steps of the generation whose final latents are aimed at, all computed. By
             default 100, or twice the number of steps if that is more.
@@ -201,22 +201,22 @@ class _Judge:
 
         return self.kept.numbers(group, name, measure)
 
-    def _of_call(self, stale: frozenset[str]) -> float:
-        if stale not in self._costs:
+    def _of_call(self, reused: frozenset[str]) -> float:
+        if reused not in self._costs:
             if self._cost == "macs":
-                self._costs[stale] = self.options.unet.graph.step_macs(stale)
+                self._costs[reused] = self.options.unet.graph.call_macs(reused)
             elif self._cost == "time":
-                name = ", ".join(sorted(stale))
-                self._costs[stale] = float(self.kept.numbers("seconds", name, lambda: self._seconds(stale))[0])
+                name = ", ".join(sorted(reused))
+                self._costs[reused] = float(self.kept.numbers("seconds", name, lambda: self._seconds(reused))[0])
             else:
                 self._measure = self._measure or seconds_of(Path(self._cost))
-                self._costs[stale] = self._measure(stale)
-        return self._costs[stale]
+                self._costs[reused] = self._measure(reused)
+        return self._costs[reused]
 
-    def _seconds(self, stale: frozenset[str]) -> Array:
+    def _seconds(self, reused: frozenset[str]) -> Array:
         if self._measure is None:
             self._measure = seconds_here(self.options.unet, self.rehearsal.first_call(TUNING))
-        return np.array([self._measure(stale)])
+        return np.array([self._measure(reused)])
 
 
 def _starts(judge: _Judge) -> tuple[Plan, Plan]:

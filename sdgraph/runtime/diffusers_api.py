@@ -14,7 +14,7 @@ from ..frontend.call import flatten
 from ..inheritance.generation import Generations
 from ..ir.inputs import Input
 from ..options import Count, checked
-from ..schedules import Run
+from ..schedules import SamplingRun
 
 LARGEST = 2**24  # latents and tokens of a call to prepare
 _FUSED = "leave it off: the graph calls PyTorch's fused attention, whatever the backend"
@@ -67,16 +67,16 @@ class UNetCall:
         raise NotImplementedError
 
     def _step(
-        self, flat: Mapping[str, torch.Tensor], stale: frozenset[str], value: Callable[[str], torch.Tensor]
+        self, flat: Mapping[str, torch.Tensor], reused: frozenset[str], value: Callable[[str], torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the output of a call that inherits the sites `stale`, and the values of the sites that it refreshed.
+        """Return the output of a call that reuses some sites, and the values of the sites that it computed.
 
         Args:
-            value: returns the value of a stale site.
+            value: returns the value of a reused site.
         """
         raise NotImplementedError
 
-    def _stale(self, calls: Any) -> Iterable[frozenset[str]]:
+    def _reused_sets(self, calls: Any) -> Iterable[frozenset[str]]:
         """Return the sets of sites that the calls of a generation inherit or bypass."""
         raise NotImplementedError
 
@@ -148,7 +148,7 @@ class UNetCall:
         Example:
             `scheduler.set_timesteps(20)`, then `with unet.expecting(scheduler): ...`
         """
-        return self.generations.expecting(Run.of(calls))
+        return self.generations.expecting(SamplingRun.of(calls))
 
     def reset(self) -> None:
         """Forget what was kept between calls: whatever comes next is computed anew."""
@@ -186,9 +186,9 @@ class UNetCall:
             )
         with torch.no_grad():
             _, values = self._step(flat, frozenset(), no_value)
-            for stale in self._stale(calls):
-                if stale:
-                    self._step(flat, stale, values.__getitem__)
+            for reused in self._reused_sets(calls):
+                if reused:
+                    self._step(flat, reused, values.__getitem__)
 
     def cache_bytes(self) -> int:
         """Bytes kept between calls, of all generations that are under way."""

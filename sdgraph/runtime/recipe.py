@@ -87,7 +87,7 @@ def read_recipe(folder: Path) -> Recipe:
     """
     path = folder / RECIPE
     plain = read_json(path, "pass a folder of save_pretrained")
-    if "models" in plain and "passes" not in plain:
+    if "variants" in plain and "passes" not in plain:
         raise SavedError(
             "this is an exported directory, not a saved UNet",
             where=str(folder),

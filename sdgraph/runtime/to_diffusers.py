@@ -20,7 +20,7 @@ from ..errors import ModeError, SdgraphError
 from ..frontend.capture import capture
 from ..graph import Graph
 from ..ir.nodes import scope
-from ..ir.specialize import drop_inputs
+from ..ir.variants import drop_inputs
 from ..ir.weights import kind
 
 PER_LEVEL = (

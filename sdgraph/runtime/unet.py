@@ -20,7 +20,7 @@ from ..inheritance.generation import Generations, apart, arithmetic
 from ..ir.guards import check_call
 from ..ir.inputs import Input
 from ..ir.sites import sites
-from ..ir.specialize import per_call
+from ..ir.variants import per_call
 from ..ir.weights import HOOKS, TREE, alteration
 from ..options import checked
 from .diffusers_api import no_value
@@ -166,77 +166,77 @@ class GraphUNet(SourceSettings, LoraLayers):
             )
 
     @checked(CallError)
-    def step(
-        self, values: Mapping[str, torch.Tensor], inherited: Collection[str] | None = None, **call: Any
+    def compute(
+        self, values: Mapping[str, torch.Tensor], reused: Collection[str] | None = None, **call: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute one call as a function: inherited values are arguments, refreshed values are returned, and nothing is
+        """Compute one call as a function: values to reuse are arguments, computed values are returned, and nothing is
         kept between calls.
 
-        It serves loops that decide themselves what each call inherits.
+        It serves loops that decide themselves what each call reuses.
 
         Args:
-            values: values of sites, as earlier calls returned them.
-            inherited: the sites to inherit from `values`, and those to bypass; by default all that have values.
+            values: the values of sites, as earlier calls returned them.
+            reused: the sites to reuse from `values`, and those to bypass; by default all that have values.
             call: diffusers' arguments.
         Returns:
-            the noise prediction, and the values of the refreshed sites that it depends on.
+            the noise prediction, and the values of the computed sites that it depends on.
         Raises:
-            PathError: `inherited` names something that is not a site, or has no value.
+            PathError: `reused` names something that is not a site, or has no value.
             CallError: the graph does not cover the call, or a value is not one of a call of these sizes.
         Example:
-            `output, fresh = unet.step(values, inherited, sample=..., timestep=..., ...); values |= fresh`
+            `output, computed = unet.compute(values, reused, sample=..., timestep=..., ...); values |= computed`
         """
-        stale = frozenset(values if inherited is None else inherited)
-        for site in stale:
+        chosen = frozenset(values if reused is None else reused)
+        for site in chosen:
             if site not in self._sites or not (site in values or self._sites[site].bypassed):
                 known = [name for name in self._sites if name in values]
                 raise PathError(
                     f"there is no value of a site {site!r}",
-                    where="inherited",
+                    where="reused",
                     hint=did_you_mean(site, known) or f"values are given of {', '.join(known) or 'none'}",
                 )
         flat = flatten(call, self.call_inputs())
         self._accept(flat)
-        self._accept_values(flat, {site: values[site] for site in stale if site in values})
-        output, fresh = self._step(flat, stale, values.__getitem__)
-        fresh = apart(fresh, (*flat.values(), output))
-        return apart({"output": output}, values.values())["output"], fresh
+        self._accept_values(flat, {site: values[site] for site in chosen if site in values})
+        output, computed = self._step(flat, chosen, values.__getitem__)
+        computed = apart(computed, (*flat.values(), output))
+        return apart({"output": output}, values.values())["output"], computed
 
     def _step(
-        self, flat: Mapping[str, torch.Tensor], stale: frozenset[str], value: Callable[[str], torch.Tensor]
+        self, flat: Mapping[str, torch.Tensor], reused: frozenset[str], value: Callable[[str], torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the output of a call that inherits the sites `stale`, and the values of the sites that it refreshed.
+        """Return the output of a call that reuses some sites, and the values of the sites that it computed.
 
         Args:
-            value: returns the value of a stale site.
+            value: returns the value of a reused site.
         """
-        variant = self.variant(frozenset(flat), stale)
-        result = variant(*flat.values(), *map(value, variant.meta["takes"]))
+        variant = self.variant(frozenset(flat), reused)
+        result = variant(*flat.values(), *map(value, variant.meta["reads"]))
         if not self._sites:
             return result, {}
-        output, *refreshed = result
-        return output, dict(zip(variant.meta["gives"], refreshed, strict=True))
+        output, *computed = result
+        return output, dict(zip(variant.meta["writes"], computed, strict=True))
 
-    def _stale(self, calls: Any) -> Iterable[frozenset[str]]:
-        return frozenset().union(*(variant.stale for variant in self.graph.timetable(calls).variants))
+    def _reused_sets(self, calls: Any) -> Iterable[frozenset[str]]:
+        return frozenset().union(*(variant.reused for variant in self.graph.timetable(calls).variants))
 
     def _random(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
         flat = example(self.graph, 0, False, **sizes)
         self._accept(flat)
         return flat
 
-    def variant(self, given: frozenset[str], inherited: frozenset[str] = frozenset()) -> fx.GraphModule:
-        """Return the straight-line module for one kind of call, over this module's weights. It is built once.
+    def variant(self, given: frozenset[str], reused: frozenset[str] = frozenset()) -> fx.GraphModule:
+        """Return the straight-line module for the calls that reuse some sites. It is built once.
 
         Args:
             given: the inputs of the call.
-            inherited: the sites that are not refreshed.
+            reused: the sites that are not computed.
         Returns:
-            a module whose arguments are those inputs, in graph order, and the values of the sites in
-            `meta["takes"]`; it returns the output and the values of the sites in `meta["gives"]`, as one tuple. If the
-            graph has no sites it returns the output.
+            a module over this module's weights. Its arguments are those inputs, in graph order, and the values of the
+            sites in `meta["reads"]`; it returns the output and the values of the sites in `meta["writes"]`, as one
+            tuple. If the graph has no sites it returns the output.
         """
-        return self._variants.of(self, self._graph, given, inherited)
+        return self._variants.of(self, self._graph, given, reused)
 
     def compile(self, **options: Any) -> None:
         """Let `torch.compile` compile each variant when it is first run.
@@ -251,7 +251,7 @@ class GraphUNet(SourceSettings, LoraLayers):
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """The `torch.fx.GraphModule` for a call without optional inputs that refreshes all sites, see `variant`."""
+        """The `torch.fx.GraphModule` for a call without optional inputs that computes all sites, see `variant`."""
         return self.variant(frozenset(i.name for i in self.graph.inputs if not i.optional))
 
     # -- weights, modes, moves -----------------------------------------------------------------------------------
@@ -378,9 +378,9 @@ class GraphUNet(SourceSettings, LoraLayers):
             raise ModeError(
                 f"the UNet was given {altered}, which would be lost", where="GraphUNet", hint="remove it first"
             )
-        absent = next((name for name, tensor in self.tensors().items() if tensor.is_meta), None)
-        if absent is not None and any(hasattr(module, "_hf_hook") for module in self.modules()):
-            raise ModeError("the weight is offloaded", where=absent, hint="pipe.remove_all_hooks() first")
+        offloaded = next((name for name, tensor in self.tensors().items() if tensor.is_meta), None)
+        if offloaded is not None and any(hasattr(module, "_hf_hook") for module in self.modules()):
+            raise ModeError("the weight is offloaded", where=offloaded, hint="pipe.remove_all_hooks() first")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphUNet:
         altered = alteration(self)

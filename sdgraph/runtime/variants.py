@@ -1,4 +1,4 @@
-"""Variants: the straight-line modules that run a graph, one for each kind of call, over the weights of one module."""
+"""Variants: the straight-line modules that run a graph, one for each set of reused sites, over one module's weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from ..errors import ModeError
 from ..graph import Graph
-from ..ir.sites import step
+from ..ir.variants import Variant
 from ..ir.weights import TREE
 
 
@@ -22,26 +22,26 @@ class Variants:
     def __len__(self) -> int:
         return len(self._modules)
 
-    def of(self, module: nn.Module, graph: Graph, given: frozenset[str], inherited: frozenset[str]) -> fx.GraphModule:
-        """Return the variant for one kind of call, see `GraphUNet.variant`.
+    def of(self, module: nn.Module, graph: Graph, given: frozenset[str], reused: frozenset[str]) -> fx.GraphModule:
+        """Return the module of one variant, see `GraphUNet.variant`.
 
         Args:
             module: holds the weights, under the names that the graph has for them.
             graph: the graph.
             given: the inputs of the call.
-            inherited: the sites that are not refreshed.
+            reused: the sites that are not computed.
         Raises:
             ModeError: the module is offloaded in a way that a graph does not serve.
         """
-        key = given, inherited
+        key = given, reused
         if key not in self._modules:
             _check_offload(module, graph)
-            absent = {i.name for i in graph.inputs} - given
-            call = step(graph.fx, absent, inherited)
+            missing = {i.name for i in graph.inputs} - given
+            call = Variant.split(graph.fx, reused, missing)
             variant = fx.GraphModule(module, call.nodes, class_name="UNet")
             for kind in TREE:  # not what is there now, but whatever will be there when it is called
                 vars(variant)[kind] = vars(module)[kind]
-            variant.meta |= {"takes": call.takes, "gives": call.gives}
+            variant.meta |= {"reads": call.reads, "writes": call.writes}
             if self._compile is not None:
                 variant.compile(**self._compile)
             self._modules[key] = variant

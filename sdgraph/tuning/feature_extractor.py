@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 from ..errors import SpecError, TuningError
 from ..graph import Graph
 from ..ir.regions import region_at
-from ..ir.sites import step
-from ..ir.specialize import copy_nodes
+from ..ir.variants import Variant, copy_nodes
 from ..options import Text, check
 from ..runtime.unet import GraphUNet
 from .gradient_checkpointing import checkpoint_blocks
@@ -80,7 +79,7 @@ class FeatureExtractor(nn.Module):
         output = nodes.output_node()
         output.args = ((output.args[0], *(copies[tap.node(graph).name] for tap in taps)),)
         # Specialized with the further outputs in place, so that they follow where a node is replaced by another.
-        call = step(nodes, absent={i.name for i in graph.inputs} - given)
+        call = Variant.split(nodes, missing={i.name for i in graph.inputs} - given)
         if call.returns_tuple:
             output = call.nodes.output_node()
             output.args = (output.args[0][0],)  # type: ignore[index]

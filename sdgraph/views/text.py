@@ -83,7 +83,7 @@ def _inherited(graph: GraphState) -> list[str]:
         forecast = f", forecast {site.forecast}" if site.forecast != REPEAT else ""
         groups.setdefault(f"{site.schedule}{forecast}{', bypassed' * site.bypassed}", []).append(name)
     return [
-        f"  {schedule}: {several(names)}; without: {graph.step_macs(names) / graph.macs:.1%} of the MACs"
+        f"  {schedule}: {several(names)}; without: {graph.call_macs(names) / graph.macs:.1%} of the MACs"
         for schedule, names in groups.items()
     ]
 

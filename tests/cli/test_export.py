@@ -25,7 +25,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog
     passes = "InheritFeatures.deep_cache(3)"
     assert main(["export", str(unet), "--passes", passes, "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "inherit_1.onnx" in said
+    assert "variant_1.onnx" in said
     assert "OUT OF BOUNDS" not in said
     assert main(["inspect", str(out), "--calls", "10"]) == 0
     said = capsys.readouterr().out
@@ -55,7 +55,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog
     for option in (["--provider", "OpenVINO"], ["--provider", "CPUExecutionProvider", "--precision", "bfloat16"]):
         assert main([*arguments, "--overwrite", *option]) == 2
         assert "OpenVINOExecutionProvider" in capsys.readouterr().err
-    assert set(json.loads(figures.read_text())["models"]) == {"refresh.onnx", "inherit_1.onnx"}
+    assert set(json.loads(figures.read_text())["variants"]) == {"variant_0.onnx", "variant_1.onnx"}
     config = json.loads((unet / "config.json").read_text())  # of an export that names no size
     running = opened(out)
     running.config = {**config, "sample_size": None}

@@ -44,7 +44,7 @@ def test_a_saved_unet_tells_what_its_calls_inherit(reusing_folder: Path, capsys:
     said = capsys.readouterr().out
     assert "a UNet, saved by sdgraph" in said
     assert "passes: CleanUp(), InheritFeatures" in said
-    assert "6 calls: ■ computed □ inherited" in said
+    assert "6 calls: ■ computed □ reused" in said
 
 
 def test_a_training_run_and_its_checkpoint(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,11 @@ from ..models import build
 
 
 def test_exports_are_refused_before_the_model_is_loaded(
-    old_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", "no/such/model", "--out", str(old_bundle)]) == 2
+    assert main(["export", "no/such/model", "--out", str(bundle)]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert main(["export", str(old_bundle), "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", str(bundle), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "is exported already" in said
     assert "sdgraph inspect" in said

@@ -17,7 +17,7 @@ from sdgraph import errors
 from sdgraph.exporters.bundle import inspect
 from sdgraph.exporters.bundle.describe import describe
 from sdgraph.exporters.onnx import export, exporter
-from sdgraph.schedules import Run
+from sdgraph.schedules import SamplingRun
 
 from ..models import CROSS
 from .exports import Exported, inheriting
@@ -50,10 +50,10 @@ def test_manifest_and_report(exported: Callable[..., Exported]) -> None:
     assert said["recipe"] == [str(p) for p in made.unet.graph.passes] != []
     assert (said["opset"], said["dtype"], said["format"]) == (20, "float32", 3)
     assert said["given"] == ["sample", "timestep", "encoder_hidden_states"]
-    assert [each["file"] for each in said["models"]] == ["model.onnx"]
+    assert [each["file"] for each in said["variants"]] == ["model.onnx"]
     for name in ("config.json", "model.onnx", "model.onnx.data"):
         assert said["files"][name] == hashlib.sha256((made.directory / name).read_bytes()).hexdigest()
-    session = loaded.models.session(loaded.manifest.models[0])
+    session = loaded.sessions.session(loaded.manifest.variants[0])
     assert [each.shape for each in session.get_inputs()] == [
         ["batch", 4, "height", "width"],
         ["timestep_batch"],
@@ -106,8 +106,8 @@ def test_a_description_tells_of_calls_what_a_timetable_does(name: str) -> None:
     """Of exported graphs, `sdgraph inspect` says which serve which calls, without the UNet."""
     unet = inheriting(name)
     manifest = describe(unet, frozenset(), "portable", "variants", 20, 9)
-    table, course = unet.graph.timetable(9), inspect.course(manifest, Run(9))
+    table, course = unet.graph.timetable(9), inspect.course(manifest, SamplingRun(9))
     for call, doings in enumerate(course.calls):
-        served = {manifest.model_for(stale)[0].macs for stale in doings}
+        served = {manifest.variant_for(reused)[0].macs for reused in doings}
         assert served == {v.macs for v in table.variants if call in v.calls}
     assert (course.least, course.most) == (table.least_macs, table.macs)

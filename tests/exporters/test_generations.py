@@ -116,13 +116,13 @@ def test_a_kind_of_call_that_was_not_exported_computes_more(
     unet = sdgraph.apply(build(**ONE_LEVEL), passes, verify=False)
     export(unet, tmp_path / "short", calls=3, progress=False)  # so that there is no call that inherits both
     running = opened(tmp_path / "short")
-    assert [set(model.takes) for model in running.manifest.models] == [set(), {first}]
+    assert [set(model.reads) for model in running.manifest.variants] == [set(), {first}]
     call = call_of(unet)
     for step in range(5):
         mine, theirs = (answer(each, {**call, "timestep": 900 - step}) for each in (running, unet))
         if step < 3:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-    assert "inherit_1.onnx computes more" in caplog.text
+    assert "variant_1.onnx computes more" in caplog.text
     once = sdgraph.apply(build(**ONE_LEVEL), passes[0], verify=False)
     for step in range(5):
         expected = answer(once, {**call, "timestep": 900 - step})

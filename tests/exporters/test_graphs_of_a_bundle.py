@@ -39,14 +39,14 @@ def test_other_tools_run_the_graph_that_computes_everything(pipe: Any, exported:
 def test_the_weights_are_there_once(exported: Callable[[str], Exported]) -> None:
     unet, directory, _ = exported("deep cache")
     said = json.loads((directory / "sdgraph.json").read_text())
-    assert [each["file"] for each in said["models"]] == ["refresh.onnx", "inherit_1.onnx", "inherit_2.onnx"]
+    assert [each["file"] for each in said["variants"]] == ["variant_0.onnx", "variant_1.onnx", "variant_2.onnx"]
     size = sum(p.numel() * p.element_size() for p in unet.parameters())
     assert (directory / "model.onnx.data").stat().st_size <= 1.02 * size
     places = []
-    for model in said["models"]:
+    for model in said["variants"]:
         graph = onnx.load(directory / model["file"], load_external_data=False).graph
-        assert {each.name for each in graph.input} >= {f"inherited.{site}" for site in model["takes"]}
-        assert [each.name for each in graph.output] == ["out_sample", *(f"refreshed.{s}" for s in model["gives"])]
+        assert {each.name for each in graph.input} >= {f"reused.{site}" for site in model["reads"]}
+        assert [each.name for each in graph.output] == ["out_sample", *(f"computed.{s}" for s in model["writes"])]
         places.append({t.name: {e.key: e.value for e in t.external_data}.get("offset") for t in graph.initializer})
     whole, inherit, hoisted = places
     shared = {name for name in inherit if inherit[name] is not None and name in whole}

@@ -32,10 +32,10 @@ def test_sizes_that_are_fixed_on_loading(exported: Callable[[str], Exported], pr
 def test_sessions_share_the_kernels_of_convolutions_and_products(exported: Callable[[str], Exported]) -> None:
     _, directory, _ = exported("deep cache")
     shared = SharedWeights(directory, torch.device("cpu"))
-    whole, inherit = (shared.of(directory / name) for name in ("refresh.onnx", "inherit_1.onnx"))
+    whole, inherit = (shared.of(directory / name) for name in ("variant_0.onnx", "variant_1.onnx"))
     assert {name for name in inherit if name in whole}
     assert all(inherit[name].data_ptr() == whole[name].data_ptr() for name in inherit if name in whole)
-    graph = onnx.load(directory / "refresh.onnx").graph
+    graph = onnx.load(directory / "variant_0.onnx").graph
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     assert all((value.numpy() == stored[name]).all() for name, value in whole.items())
     assert sum(stored[name].nbytes for name in whole) > 0.9 * sum(each.nbytes for each in stored.values())

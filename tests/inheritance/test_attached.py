@@ -24,7 +24,7 @@ from sdgraph import Graph, GraphUNet
 from sdgraph.errors import ModeError, ScheduleError
 from sdgraph.inheritance.attach import EXCHANGING
 from sdgraph.passes import InheritFeatures
-from sdgraph.schedules import DenseLate, Run
+from sdgraph.schedules import DenseLate, SamplingRun
 
 from ..loops import calls_that_compute
 
@@ -41,7 +41,7 @@ def test_a_schedule_that_depends_on_the_run_is_told_it(
     timesteps = pipe.scheduler.timesteps
     with unet.expecting(timesteps):
         run(unet, steps=8)
-    assert [i for i, full in enumerate(counted) if full] == list(DenseLate(3).calls(Run(8)))
+    assert [i for i, full in enumerate(counted) if full] == list(DenseLate(3).calls(SamplingRun(8)))
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_an_attached_pipeline_tells_the_run(
             pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
             counted.clear()
             run(unet, None, steps=8, prompt_embeds=prompt, guidance_scale=1.0)
-            known = Run.of(pipe.scheduler.timesteps)
+            known = SamplingRun.of(pipe.scheduler.timesteps)
             assert [i for i, full in enumerate(counted) if full] == list(DenseLate(3).calls(known))
             assert unet.cache_bytes() == 0
     with pytest.raises(ScheduleError, match="needs to know the calls"):
@@ -118,7 +118,7 @@ def test_two_pipelines_on_one_unet(
     pipe.unet = caching
     with sdgraph.attach(pipe), sdgraph.attach(second):
         assert torch.equal(run(caching, callback_on_step_end=between), fresh)
-    assert caching.generations.clocks == []
+    assert caching.generations.position_sources == []
 
 
 def test_what_cannot_be_attached(pipe: StableDiffusionPipeline) -> None:
@@ -140,7 +140,7 @@ def test_pipelines_that_exchange_processors_are_refused(name: str, caching: Grap
 def test_an_attached_pipeline_is_not_kept(pipe: StableDiffusionPipeline, caching: GraphUNet) -> None:
     other = StableDiffusionPipeline(**{**pipe.components, "unet": caching}, requires_safety_checker=False)
     sdgraph.attach(other)
-    assert len(caching.generations.clocks) == 1
+    assert len(caching.generations.position_sources) == 1
     del other
     gc.collect()
-    assert caching.generations.clocks == []
+    assert caching.generations.position_sources == []

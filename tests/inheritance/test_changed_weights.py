@@ -224,9 +224,9 @@ def test_autocast_and_its_dtype(made: dict[str, GraphUNet], first: Any, then: An
 def test_what_did_not_change_is_inherited(made: dict[str, GraphUNet]) -> None:
     """A move to where it is, a mark on a module, a hook elsewhere: nothing is computed anew."""
     unet, text = copy.deepcopy(made["inherit"]), torch.randn(2, 5, CROSS)
-    stale: list[frozenset[str]] = []
+    reused: list[frozenset[str]] = []
     step = unet._step
-    unet._step = lambda flat, sites, value: stale.append(sites) or step(flat, sites, value)  # type: ignore[method-assign]
+    unet._step = lambda flat, sites, value: reused.append(sites) or step(flat, sites, value)  # type: ignore[method-assign]
     with unet.expecting((900, 800, 700)):
         call(unet, 900, text)
         unet.to("cpu", torch.float32)
@@ -234,7 +234,7 @@ def test_what_did_not_change_is_inherited(made: dict[str, GraphUNet]) -> None:
         call(unet, 800, text)
         vars(unet.conv_in)
         call(unet, 700, text)
-    assert [len(sites) for sites in stale] == [0, 1, 1]
+    assert [len(sites) for sites in reused] == [0, 1, 1]
 
 
 def test_weights_of_a_functional_call_are_all_used(made: dict[str, GraphUNet]) -> None:

@@ -76,9 +76,9 @@ def test_an_edited_prompt_is_noticed_in_an_attached_pipeline(pipe: StableDiffusi
 def test_invariants_serve_all_samples_with_one_prompt(hoisting: GraphUNet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values depend on the prompt alone: they are computed once, whoever comes with it."""
     prompt, hoisted = torch.randn(1, 5, CROSS), frozenset(hoisting.graph.sites)
-    stale: list[frozenset[str]] = []
+    reused: list[frozenset[str]] = []
     variant = hoisting.variant
-    monkeypatch.setattr(hoisting, "variant", lambda given, sites: stale.append(sites) or variant(given, sites))
+    monkeypatch.setattr(hoisting, "variant", lambda given, sites: reused.append(sites) or variant(given, sites))
     for loop, timestep in itertools.product((Loop(hoisting, 0, prompt), Loop(hoisting, 1, prompt)), (900, 800)):
         loop(timestep)
-    assert stale == [frozenset(), *[hoisted] * 3]
+    assert reused == [frozenset(), *[hoisted] * 3]

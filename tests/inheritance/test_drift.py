@@ -63,7 +63,7 @@ def test_a_timetable_holds_every_graph_that_drift_may_need(pipe: StableDiffusion
     assert table.row(site) == "■■◇◇◇◇◇◇"  # the first gap is one call, and the first refresh measures nothing
     assert [variant.calls for variant in table.variants] == [tuple(range(8)), tuple(range(2, 8))]
     assert table.macs == 8 * unet.graph.macs
-    assert table.least_macs == 4 * unet.graph.macs + 4 * unet.graph.step_macs([site])  # at 0, 1, 3 and 6: gaps grow
+    assert table.least_macs == 4 * unet.graph.macs + 4 * unet.graph.call_macs([site])  # at 0, 1, 3 and 6: gaps grow
     assert "as features drift" in str(table)
 
 

@@ -252,12 +252,12 @@ def test_the_functional_form(pipe: StableDiffusionPipeline, caching: GraphUNet) 
         values: dict[str, torch.Tensor] = {}
         for number, timestep in enumerate((900, 800, 700, 600)):
             given = {k: v for k, v in call(number, timestep, prompt).items() if k != "return_dict"}
-            output, fresh = caching.step(values if number % 3 else {}, **given)
+            output, fresh = caching.compute(values if number % 3 else {}, **given)
             values |= fresh
             assert torch.equal(output, copy_of(**given)[0])
         assert caching.cache_bytes() == 0
         assert list(values) == list(caching.graph.sites)
         with pytest.raises(PathError, match="no value of a site 'mid_block'"):
-            caching.step(values, ["mid_block"], **given)
+            caching.compute(values, ["mid_block"], **given)
         with pytest.raises(CallError, match=r"sample is torch\.float64"):
-            caching.step({}, **{**given, "sample": given["sample"].double()})
+            caching.compute({}, **{**given, "sample": given["sample"].double()})

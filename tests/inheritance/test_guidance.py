@@ -16,7 +16,7 @@ from sdgraph import GraphUNet
 from sdgraph.errors import CallError, ModeError
 from sdgraph.forecasts import Fitted, Polynomial, weighted
 from sdgraph.passes import InheritFeatures
-from sdgraph.schedules import Run, Uniform
+from sdgraph.schedules import SamplingRun, Uniform
 
 from ..models import build
 from ..pipelines import PIPELINES, PROMPT, make, plain
@@ -28,7 +28,7 @@ DAMPED = InheritFeatures.damped(2)
 class CountedUNet:
     """A UNet whose calls are counted from 0: what it inherits is decided by the number alone, and kept by hand."""
 
-    def __init__(self, unet: GraphUNet, forecast: Any, run: Run) -> None:
+    def __init__(self, unet: GraphUNet, forecast: Any, run: SamplingRun) -> None:
         self.unet, self.forecast, self.run = unet, forecast, run
         self.number, self.values = 0, dict[str, list[tuple[int, torch.Tensor]]]()
 
@@ -43,7 +43,7 @@ class CountedUNet:
                 inherited[name] = weighted([value for _, value in known], weights)
         call = {name: value for name, value in call.items() if name != "return_dict"}
         given = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        output, fresh = self.unet.step(inherited, **given, **call)
+        output, fresh = self.unet.compute(inherited, **given, **call)
         for name, value in fresh.items():
             self.values[name] = [*self.values.get(name, ()), (self.number, value)][-self.forecast.memory :]
         self.number += 1
@@ -81,7 +81,7 @@ def test_every_call_inherits_what_it_should(name: str) -> None:
     pipe = build_pipe()
     whole = make(pipe, call, STEPS, **options)
     unet = sdgraph.apply(pipe.unet, DAMPED, verify=False)
-    pipe.unet = CountedUNet(unet, DAMPED.forecast, Run(STEPS))
+    pipe.unet = CountedUNet(unet, DAMPED.forecast, SamplingRun(STEPS))
     expected = make(pipe, call, STEPS, **options)
     assert not torch.equal(whole, expected)
     pipe.unet = unet
@@ -145,7 +145,7 @@ def test_sigmas_of_the_caller() -> None:
     pipe.scheduler = EulerDiscreteScheduler()
     lambdas = tuple(-float(torch.tensor(sigma).log()) for sigma in sigmas)
     unet = sdgraph.apply(pipe.unet, DAMPED, verify=False)
-    pipe.unet = CountedUNet(unet, Polynomial(1, 0.5, "sigma"), Run(STEPS, lambdas=lambdas))
+    pipe.unet = CountedUNet(unet, Polynomial(1, 0.5, "sigma"), SamplingRun(STEPS, lambdas=lambdas))
     expected = make(pipe, call, STEPS, sigmas=sigmas)
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, generated(EulerDiscreteScheduler(), Polynomial(1, 0.5), sigmas=sigmas), atol=1e-5)
@@ -154,7 +154,7 @@ def test_sigmas_of_the_caller() -> None:
 def test_the_noise_levels_of_a_part_are_those_of_the_part() -> None:
     scheduler = diffusers.EDMEulerScheduler()  # its levels are known by their places
     scheduler.set_timesteps(8)
-    whole, late = Run.of(scheduler), Run.of(scheduler, slice(3, None))
+    whole, late = SamplingRun.of(scheduler), SamplingRun.of(scheduler, slice(3, None))
     assert whole.lambdas is not None
     assert late.lambdas == whole.lambdas[3:]
 
@@ -174,7 +174,7 @@ def test_fitted_weights_are_not_used_elsewhere(
     build_pipe, call = PIPELINES["text"]
     pipe = build_pipe()
     pipe.scheduler.set_timesteps(STEPS)
-    run, source = Run.of(pipe.scheduler), pipe.unet
+    run, source = SamplingRun.of(pipe.scheduler), pipe.unet
     otherwise = Polynomial(1, 0.5)
     run = replace(run, timesteps=changed.get("timesteps", run.timesteps))
     fitted = Fitted.of(((), (1.0,), (), (0.4, 0.6), (), (0.4, 0.6)), run, otherwise)
@@ -193,7 +193,7 @@ def test_fitted_weights_are_not_used_elsewhere(
 def test_fitted_weights_are_used_where_they_belong(caplog: pytest.LogCaptureFixture) -> None:
     scheduler = PIPELINES["text"][0]().scheduler
     scheduler.set_timesteps(STEPS)
-    fitted = Fitted.of(((), (1.0,), (), (0.4, 0.6), (), (0.4, 0.6)), Run.of(scheduler), Polynomial(0))
+    fitted = Fitted.of(((), (1.0,), (), (0.4, 0.6), (), (0.4, 0.6)), SamplingRun.of(scheduler), Polynomial(0))
     with caplog.at_level(logging.WARNING, "sdgraph"):
         found = generated(scheduler, fitted)
     assert not caplog.text

@@ -154,7 +154,7 @@ def test_samples_by_turns_never_share_features(
             calls[name] += 1
             call = {"sample": latents, "timestep": timestep, "encoder_hidden_states": text}
             with torch.no_grad():
-                computed, values = caching.step({}, **call)
-                inherited = [caching.step(value, **call)[0] for value in fresh[name]]
+                computed, values = caching.compute({}, **call)
+                inherited = [caching.compute(value, **call)[0] for value in fresh[name]]
             assert any(torch.equal(output, candidate) for candidate in (computed, *inherited))
             fresh[name].append(values)

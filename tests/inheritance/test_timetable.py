@@ -30,7 +30,7 @@ from sdgraph.schedules import (
     Gate,
     Once,
     Range,
-    Run,
+    SamplingRun,
     Schedule,
     Uniform,
     Warm,
@@ -44,13 +44,13 @@ def test_what_a_step_costs(pipe: StableDiffusionPipeline, whole: Graph) -> None:
     unet = sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=0))
     (site,) = unet.graph.sites
     assert re.search(r"inherited\n  Uniform\(3\): up_blocks.3.resnets.2; without: \d+.\d% of the MACs", str(unet.graph))
-    assert unet.graph.step_macs([site]) < 0.15 * unet.graph.macs == 0.15 * unet.graph.step_macs()
+    assert unet.graph.call_macs([site]) < 0.15 * unet.graph.macs == 0.15 * unet.graph.call_macs()
     full, partial = (
         unet.variant(frozenset(unet.graph.inputs[i].name for i in range(3)), frozenset(s)) for s in ((), (site,))
     )
     assert len(partial.graph.nodes) < len(full.graph.nodes) / 8
-    assert (full.meta["takes"], full.meta["gives"]) == ((), (site,))
-    assert (partial.meta["takes"], partial.meta["gives"]) == ((site,), ())
+    assert (full.meta["reads"], full.meta["writes"]) == ((), (site,))
+    assert (partial.meta["reads"], partial.meta["writes"]) == ((site,), ())
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_a_timetable_says_what_calls_do(
 
     def noted(given: frozenset[str], inherited: frozenset[str] = frozenset()) -> Any:
         made = variant(given, inherited)
-        ran.append((made.meta["gives"], made.meta["takes"]))
+        ran.append((made.meta["writes"], made.meta["reads"]))
         return made
 
     monkeypatch.setattr(unet, "variant", noted)
@@ -76,7 +76,7 @@ def test_a_timetable_says_what_calls_do(
     planned = {call: (v.refreshed, v.inherited) for v in table.variants for call in v.calls}
     assert ran == [planned[call] for call in range(8)]
     assert table.bound == 8 * unet.graph.macs / table.macs > 1
-    assert "8 calls: ■ computed □ inherited · not needed" in str(table)
+    assert "8 calls: ■ computed □ reused · not needed" in str(table)
     assert json.loads(json.dumps(table.as_dict()))["refreshes"]["up_blocks.3.resnets.1"] == [0, 3, 6]
     table.picture(tmp_path / "table.svg")
     assert "up_blocks.3.resnets.1" in (tmp_path / "table.svg").read_text()
@@ -148,19 +148,19 @@ class Counted:
 
         macs: dict[frozenset[str], int] = {}  # of straight-line modules: counting once is enough, and counting is slow
 
-        def counted(flat: Any, stale: frozenset[str], value: Any) -> Any:
-            if stale in macs:
-                result = step(flat, stale, value)
+        def counted(flat: Any, reused: frozenset[str], value: Any) -> Any:
+            if reused in macs:
+                result = step(flat, reused, value)
             else:
                 with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others are not counted
-                    result = step(flat, stale, value)
-                macs[stale] = counter.get_total_flops() // 2
-            self.macs.append(macs[stale])
+                    result = step(flat, reused, value)
+                macs[reused] = counter.get_total_flops() // 2
+            self.macs.append(macs[reused])
             return result
 
         def noted(given: frozenset[str], inherited: frozenset[str] = frozenset()) -> Any:
             made = variant(given, inherited)
-            self.kinds.append((made.meta.get("gives", ()), made.meta.get("takes", ())))
+            self.kinds.append((made.meta.get("writes", ()), made.meta.get("reads", ())))
             return made
 
         monkeypatch.setattr(unet, "_step", counted)
@@ -247,7 +247,7 @@ def test_a_timetable_is_what_is_computed(tiny: GraphUNet, plan: list[Any], solve
 def test_of_a_number_of_calls_the_timesteps_are_those_of_a_pipeline(steps: int) -> None:
     scheduler = DDIMScheduler(steps_offset=1)  # as Stable Diffusion is published
     scheduler.set_timesteps(steps)
-    assert Run(steps).supposed().timesteps == Run.of(scheduler).timesteps
+    assert SamplingRun(steps).supposed().timesteps == SamplingRun.of(scheduler).timesteps
 
 
 def test_a_table_says_what_it_supposes(tiny: GraphUNet) -> None:

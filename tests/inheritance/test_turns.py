@@ -49,8 +49,8 @@ def check_turns(turns: str, unet: GraphUNet) -> None:
     for name, latents, timestep, output in played(turns, lambda _: unet, prompt):
         call = {"sample": latents, "timestep": timestep, "encoder_hidden_states": prompt}
         with torch.no_grad():
-            computed, fresh = unet.step({}, **call)
-            own = [unet.step(value, **call)[0] for value in values[name]]
+            computed, fresh = unet.compute({}, **call)
+            own = [unet.compute(value, **call)[0] for value in values[name]]
         assert any(torch.equal(output, candidate) for candidate in (computed, *own))
         values[name].append(fresh)
 
@@ -75,7 +75,7 @@ def test_samples_by_turns_where_calls_are_expected(turns: str, inheriting: Graph
     assert "whose calls are whose" in caplog.text
     with torch.no_grad():
         for name, latents, timestep, output in found[2:]:
-            computed, _ = copies[name].step({}, sample=latents, timestep=timestep, encoder_hidden_states=prompt)
+            computed, _ = copies[name].compute({}, sample=latents, timestep=timestep, encoder_hidden_states=prompt)
             if f"{name}{timestep}" != "A800":
                 assert torch.equal(output, computed)
 
@@ -83,9 +83,9 @@ def test_samples_by_turns_where_calls_are_expected(turns: str, inheriting: Graph
 def test_one_image_after_another_with_one_prompt(inheriting: GraphUNet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each inherits like the first, told of the calls or not."""
     prompt, timesteps = torch.randn(1, 5, CROSS), (900, 800, 700, 600)
-    stale: list[bool] = []
+    reused: list[bool] = []
     variant = inheriting.variant
-    monkeypatch.setattr(inheriting, "variant", lambda given, sites: stale.append(bool(sites)) or variant(given, sites))
+    monkeypatch.setattr(inheriting, "variant", lambda given, sites: reused.append(bool(sites)) or variant(given, sites))
     for seed in range(2):
         loop = Loop(inheriting, seed, prompt)
         for timestep in timesteps:
@@ -95,7 +95,7 @@ def test_one_image_after_another_with_one_prompt(inheriting: GraphUNet, monkeypa
             loop = Loop(inheriting, seed, prompt)
             for timestep in timesteps:
                 loop(timestep)
-    assert stale == [False, True, True, False] * 4
+    assert reused == [False, True, True, False] * 4
 
 
 def test_heun_image_to_image_on_a_used_module(inheriting: GraphUNet) -> None:

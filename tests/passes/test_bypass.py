@@ -14,7 +14,7 @@ import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import EditError, ScheduleError, ShapeError, SpecError
 from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures, PruneBlocks
-from sdgraph.schedules import Drift, Range, Run, Uniform, Warm
+from sdgraph.schedules import Drift, Range, SamplingRun, Uniform, Warm
 
 from ..models import answer, call_of
 
@@ -35,8 +35,8 @@ def test_a_bypassed_module_is_gone_at_some_calls_and_there_at_others(unet: Any) 
 
 def counted(unet: GraphUNet, call: dict[str, Any], number: int) -> torch.Tensor:
     """The output of one call, as call `number` of a generation."""
-    stale = frozenset(n for n, s in unet.graph.sites.items() if not s.schedule.refreshes(number, 0.0, Run(4)))
-    output, fresh = unet.step({}, stale, **call)
+    reused = frozenset(n for n, s in unet.graph.sites.items() if not s.schedule.refreshes(number, 0.0, SamplingRun(4)))
+    output, fresh = unet.compute({}, reused, **call)
     assert not fresh
     return output
 

@@ -250,7 +250,7 @@ def test_what_no_call_needs_is_not_computed(pipe: StableDiffusionPipeline, whole
     assert table.row(inner) == "■··■··■"
     assert table.row("up_blocks.3.attentions.2.transformer_blocks.0.attn2") == "■□■□■□■"
     partial_calls = [v for v in table.variants if "up_blocks.3.resnets.2" in v.inherited]
-    assert max(v.macs for v in partial_calls) == reference.graph.step_macs(["up_blocks.3.resnets.2"])
+    assert max(v.macs for v in partial_calls) == reference.graph.call_macs(["up_blocks.3.resnets.2"])
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ from sdgraph.errors import SpecError
 from sdgraph.forecasts import Fitted, Polynomial
 from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures
 from sdgraph.plan_search.candidates import Call, Candidates, Plan
-from sdgraph.schedules import Explicit, Run, Uniform
+from sdgraph.schedules import Explicit, SamplingRun, Uniform
 
 from ..models import build
 
-RUN = Run(8, solver="DDIM")
+RUN = SamplingRun(8, solver="DDIM")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_the_passes_of_a_plan(options: Candidates) -> None:
     )
     assert bypass.schedule == Explicit((0, 2, 5, 7), 8)
     assert sdgraph.parse(str(chain)) == (chain,)
-    assert options.chain(Plan.read("* * * *"), Run(4)).passes == ()
-    assert options.chain(Plan.read("* 1:0 * 1:0"), Run(4)).passes == (InheritFeatures.deep_cache(2, 1),)
+    assert options.chain(Plan.read("* * * *"), SamplingRun(4)).passes == ()
+    assert options.chain(Plan.read("* 1:0 * 1:0"), SamplingRun(4)).passes == (InheritFeatures.deep_cache(2, 1),)
 
 
 def test_plans_cost_and_do_what_their_passes_do(options: Candidates, source: GraphUNet) -> None:
@@ -67,12 +67,12 @@ def test_plans_cost_and_do_what_their_passes_do(options: Candidates, source: Gra
         drawn = [Call(kinds[rng.integers(len(kinds))], 0.5) for _ in range(7)]
         plan = options.plain(Plan((Call(), *drawn)))
         alone = sdgraph.apply(source, options.chain(plan, RUN), verify=False)
-        assert options.cost(plan, RUN, options.unet.graph.step_macs) == alone.graph.timetable(8).macs
+        assert options.cost(plan, RUN, options.unet.graph.call_macs) == alone.graph.timetable(8).macs
 
 
 def test_the_plan_of_schedules_that_were_given(source: GraphUNet) -> None:
     given = [InheritFeatures.damped(2, damping=0.75), Bypass("mid_block", Uniform(3))]
-    assert str(Candidates(source, given).given(Run(7))) == "* 0:0 1:0 0:0.75 1:0 0:0.75 *"
+    assert str(Candidates(source, given).given(SamplingRun(7))) == "* 0:0 1:0 0:0.75 1:0 0:0.75 *"
 
 
 @pytest.mark.parametrize("one", [CleanUp(), HoistInvariants()])

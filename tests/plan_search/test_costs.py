@@ -31,8 +31,8 @@ def test_seconds_of_calls_here(traced: Callable[[str], tuple[object, GraphUNet]]
 
 def figures(**change: object) -> dict[str, object]:
     return {
-        "models": {"refresh.onnx": 2.0, "branch.onnx": 0.25},
-        "stale": {"refresh.onnx": [], "branch.onnx": ["b", "a"]},
+        "variants": {"variant_0.onnx": 2.0, "branch.onnx": 0.25},
+        "reused": {"variant_0.onnx": [], "branch.onnx": ["b", "a"]},
         **change,
     }
 
@@ -48,7 +48,7 @@ def test_seconds_of_a_bundle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", json.dumps(figures(stale={})), json.dumps(figures(models=[1])), json.dumps({"models": {}})]
+    "text", ["{", "[]", json.dumps(figures(reused={})), json.dumps(figures(variants=[1])), json.dumps({"variants": {}})]
 )
 def test_files_that_are_no_figures(text: str, tmp_path: Path) -> None:
     path = tmp_path / "figures.json"

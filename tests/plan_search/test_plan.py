@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from sdgraph.plan_search.candidates import Call, Plan
-from sdgraph.schedules import DenseEarly, Run, Uniform
+from sdgraph.schedules import DenseEarly, SamplingRun, Uniform
 
 
 def refreshes(plan: Plan) -> tuple[int, ...]:
-    return tuple(n for n, call in enumerate(plan.calls) if not call.stale)
+    return tuple(n for n, call in enumerate(plan.calls) if not call.reused)
 
 
 def test_the_text_of_a_plan_is_read_back() -> None:
@@ -21,9 +21,9 @@ def test_the_text_of_a_plan_is_read_back() -> None:
 @pytest.mark.parametrize("calls", [6, 7, 20, 25, 49, 50])
 @pytest.mark.parametrize("interval", [1, 2, 3, 4, 7])
 def test_even_spacings_are_those_of_uniform(calls: int, interval: int) -> None:
-    number = len(Uniform(interval).calls(Run(calls)))
-    least = min(n for n in range(1, calls + 1) if len(Uniform(n).calls(Run(calls))) == number)
-    assert refreshes(Plan.spaced(calls, number, frozenset({0}), 0.5)) == Uniform(least).calls(Run(calls))
+    number = len(Uniform(interval).calls(SamplingRun(calls)))
+    least = min(n for n in range(1, calls + 1) if len(Uniform(n).calls(SamplingRun(calls))) == number)
+    assert refreshes(Plan.spaced(calls, number, frozenset({0}), 0.5)) == Uniform(least).calls(SamplingRun(calls))
 
 
 @pytest.mark.parametrize("shape", ["even", "early", "ends"])
@@ -31,12 +31,12 @@ def test_spacings_begin_with_the_first_call(shape: str) -> None:
     plan = Plan.spaced(50, 10, frozenset({1}), 0.5, shape)
     assert refreshes(plan)[0] == 0
     assert 8 <= len(refreshes(plan)) <= 10
-    assert {call for call in plan.calls if call.stale} == {Call(frozenset({1}), 0.5)}
+    assert {call for call in plan.calls if call.reused} == {Call(frozenset({1}), 0.5)}
 
 
 def test_shapes_are_dense_where_they_say() -> None:
     early, ends = (refreshes(Plan.spaced(50, 10, frozenset({0}), 0.0, shape)) for shape in ("early", "ends"))
-    at = DenseEarly(5).calls(Run(50))
+    at = DenseEarly(5).calls(SamplingRun(50))
     assert all(0 <= ours - theirs <= 1 for ours, theirs in zip(early, at, strict=True))  # it rounds down
     gaps = [b - a for a, b in zip(ends, (*ends[1:], 50), strict=True)]
     assert max(gaps[:2] + gaps[-2:]) < max(gaps[4:6])
@@ -48,7 +48,7 @@ def test_neighbours_are_one_move_away_and_keep_the_first_call() -> None:
     found = {str(move) for move in plan.neighbours(kinds)}
     assert found == {
         "* * 0:0.5 1:0.5", "* 0:0.5 1:0.5 *",  # calls change places
-        "* * * 1:0.5", "* 1:0.5 * 1:0.5", "* 0:0.5 0:0.5 1:0.5", "* 0:0.5 1:0.5 1:0.5",  # another kind of call
+        "* * * 1:0.5", "* 1:0.5 * 1:0.5", "* 0:0.5 0:0.5 1:0.5", "* 0:0.5 1:0.5 1:0.5",  # another set of candidates
         "* 0:0.5 * *", "* 0:0.5 * 0:0.5",
         "* 0:0.25 * 1:0.5", "* 0:0.75 * 1:0.5", "* 0:0.5 * 1:0.25", "* 0:0.5 * 1:0.75",  # another damping
     }  # fmt: skip

@@ -20,7 +20,7 @@ import sdgraph
 from sdgraph import Graph, GraphUNet, Pass
 from sdgraph.errors import EditError, ModeError, PassError, SdgraphError, TraceError, TuningError
 from sdgraph.exporters.ort.bench import bench
-from sdgraph.schedules import Run, Uniform
+from sdgraph.schedules import SamplingRun, Uniform
 
 from ..models import ONE_LEVEL, build, call_of
 
@@ -74,7 +74,7 @@ ALONE: dict[str, Callable[[Any], Any]] = {
     "Chain": sdgraph.Chain,
     "Fixpoint": sdgraph.Fixpoint,
     "attach to": lambda value: sdgraph.attach(SimpleNamespace(unet=value, scheduler=None)),
-    "calls of a schedule": lambda value: Uniform(2).calls(Run.of(value)),
+    "calls of a schedule": lambda value: Uniform(2).calls(SamplingRun.of(value)),
 }
 OPTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "search": (sdgraph.search, {"pipe": None, "candidates": [], "prompts": ["a"], "budget": 0.5}),
@@ -197,10 +197,10 @@ def test_data_in_memory() -> None:
 
 
 @pytest.mark.slow
-def test_an_exported_unet_is_neither_copied_nor_pickled(old_bundle: Path) -> None:
+def test_an_exported_unet_is_neither_copied_nor_pickled(bundle: Path) -> None:
     from sdgraph.exporters.ort.unet import ORTUNet
 
-    unet = ORTUNet.from_pretrained(old_bundle, provider="CPUExecutionProvider")
+    unet = ORTUNet.from_pretrained(bundle, provider="CPUExecutionProvider")
     for way in (copy.deepcopy, copy.copy, pickle.dumps):
         with pytest.raises(ModeError, match=r"(?s)ORTUNet.*from_pretrained"):
             way(unet)  # type: ignore[operator]

@@ -76,7 +76,7 @@ def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     db = {name: float(value) for name, value in found}
     assert db["tuned, inheriting"] == pytest.approx(db["the same, ONNX Runtime"], abs=0.5)
     assert db["pruned"] + 10 < db["pruned, tuned"] < 60
-    assert "6 calls: ■ computed □ inherited ◪ forecast · not needed" in out
+    assert "6 calls: ■ computed □ reused ◪ forecast · not needed" in out
     with Image.open(tmp_path / "made" / "images.png") as image:
         assert image.size == (3 * 64 * 4, 3 * 64 * 6)
         source, traced, pruned, tuned, inheriting, _ = np.split(np.asarray(image), 6)

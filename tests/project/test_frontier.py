@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from sdgraph.schedules import Run
+from sdgraph.schedules import SamplingRun
 
 from ..documents import ROOT, load
 
@@ -46,18 +46,18 @@ def test_every_solver_begins_at_pure_noise() -> None:
 
 def test_spectrum_refreshes_as_often_as_published() -> None:
     peers = load("benchmarks/peers.py")
-    assert len(peers.GrowingWindow().calls(Run(50))) == 14
-    assert len(peers.GrowingWindow(growth=3.0).calls(Run(50))) == 10
-    assert peers.GrowingWindow().calls(Run(20)) == (0, 1, 2, 3, 4, 6, 8, 11, 15)
+    assert len(peers.GrowingWindow().calls(SamplingRun(50))) == 14
+    assert len(peers.GrowingWindow(growth=3.0).calls(SamplingRun(50))) == 10
+    assert peers.GrowingWindow().calls(SamplingRun(20)) == (0, 1, 2, 3, 4, 6, 8, 11, 15)
 
 
 def test_spectrums_forecast_is_a_regression_and_a_line() -> None:
     peers = load("benchmarks/peers.py")
     known, call = (0, 1, 2, 3, 4, 6), 7
-    exact = peers.Chebyshev(ridge=1e-9, line=0.0, calls=8).weights(known, call, Run(20))
+    exact = peers.Chebyshev(ridge=1e-9, line=0.0, calls=8).weights(known, call, SamplingRun(20))
     values = [number**4 - 3 * number for number in known]
     assert np.dot(exact, values) == pytest.approx(call**4 - 3 * call, rel=1e-3)
-    line = peers.Chebyshev(line=1.0).weights(known, call, Run(20))
+    line = peers.Chebyshev(line=1.0).weights(known, call, SamplingRun(20))
     assert line == pytest.approx((0, 0, 0, 0, -0.5, 1.5))
 
 

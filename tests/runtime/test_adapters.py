@@ -89,7 +89,7 @@ def test_scales_of_image_prompts_are_read_at_every_call(passes: str, dtype: torc
     graph = sdgraph.apply(unet, passes, verify=False)
     call = {**call_of(unet), "added_cond_kwargs": {"image_embeds": [noise(2, 1, 14, seed=6).to(dtype)]}}
     seen, kept = [], None
-    with torch.no_grad(), graph.expecting(len(SCALES)):  # within one generation: nothing that is kept is stale
+    with torch.no_grad(), graph.expecting(len(SCALES)):  # within one generation: nothing that is kept is reused
         for number, scale in enumerate(SCALES):
             for model in (unet, graph):
                 set_scales(model, scale)

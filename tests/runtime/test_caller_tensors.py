@@ -30,7 +30,7 @@ def test_callers_may_edit_what_they_gave_and_got(site: str, unet: Any) -> None:
         given = {**call, "sample": latents.clone(), "timestep": timestep}
         with torch.no_grad():
             output = unet(**given).sample
-            expected, fresh = untouched.step(values, **{**call, "sample": latents, "timestep": timestep})
+            expected, fresh = untouched.compute(values, **{**call, "sample": latents, "timestep": timestep})
         assert torch.equal(output, expected)
         values |= {name: value.clone() for name, value in fresh.items()}
         output.mul_(3)
@@ -41,10 +41,10 @@ def test_the_functional_form_hands_out_no_tensor_twice(unet: Any) -> None:
     unet = sdgraph.apply(unet, "InheritFeatures('conv_out', Uniform(9))")
     call = call_of(unet)
     with torch.no_grad():
-        output, values = unet.step({}, **call)
+        output, values = unet.compute({}, **call)
         kept = values["conv_out"].clone()
         output.zero_()
-        again, _ = unet.step(values, **call)
+        again, _ = unet.compute(values, **call)
         again.zero_()
     assert torch.equal(values["conv_out"], kept)
 
@@ -85,6 +85,6 @@ def test_a_value_of_another_call_is_refused(change: Callable[[torch.Tensor], tor
     unet = sdgraph.apply(build(), InheritFeatures.deep_cache(2), verify=False)
     call = call_of(unet)
     with torch.no_grad():
-        _, values = unet.step({}, **call)
+        _, values = unet.compute({}, **call)
         with pytest.raises(CallError, match=message):
-            unet.step({site: change(value) for site, value in values.items()}, **call)
+            unet.compute({site: change(value) for site, value in values.items()}, **call)

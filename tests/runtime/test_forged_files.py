@@ -1,4 +1,4 @@
-"""Whatever the files of a folder or a old_bundle hold, reading them works or raises our error, and soon."""
+"""Whatever the files of a folder or a bundle hold, reading them works or raises our error, and soon."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_forged_configurations(saved: Path, data: st.DataObject) -> None:
 
 @given(data=st.data())
 @settings(max_examples=400)
-def test_forged_manifests(old_bundle: Path, data: st.DataObject) -> None:
+def test_forged_manifests(bundle: Path, data: st.DataObject) -> None:
     """What is read can be asked for the sizes of a call, which are refused or not."""
     flat = {
         "sample": torch.zeros(2, 2, 8, 12),
@@ -90,15 +90,15 @@ def test_forged_manifests(old_bundle: Path, data: st.DataObject) -> None:
     }
 
     def read() -> None:
-        manifest = read_manifest(old_bundle)
+        manifest = read_manifest(bundle)
         with contextlib.suppress(SdgraphError):
             sizes = manifest.check(flat)
-            for model in manifest.models:
+            for model in manifest.variants:
                 for spec in (*manifest.session_inputs(model), *manifest.session_outputs(model)):
                     for dim in spec.shape or ():
                         assert isinstance(dim if isinstance(dim, int) else evaluate(dim, sizes), int)
 
-    forged(old_bundle, "sdgraph.json", data, read, digest)
+    forged(bundle, "sdgraph.json", data, read, digest)
 
 
 @pytest.mark.parametrize("power", [1e300, 1, "x"])
