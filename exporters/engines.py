@@ -6,10 +6,12 @@ measured, in a process of its own, and what is printed for the best way.
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import json
 import math
 import os
+import platform
 import shlex
 import statistics
 import subprocess
@@ -21,9 +23,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import diffusers
 import numpy as np
 import torch
 
+import sdgraph
 from sdgraph.compiler.passes import as_passes
 from sdgraph.errors import SdgraphError, SourceError, SpecError, did_you_mean
 from sdgraph.evaluation.metrics import Images, psnr
@@ -432,12 +436,30 @@ class _Measured:
 
 def _circumstances(job: Job) -> dict[str, Any]:
     sizes = [str(job.call[name]) for name in ("height", "width") if name in job.call]
-    on = {"size": "x".join(sizes) or "of the pipeline", "threads": job.threads, "torch": torch.__version__}
+    on = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "processor": processor(),
+        "size": "x".join(sizes) or "of the pipeline",
+        "threads": job.threads,
+        "sdgraph": sdgraph.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+    if "ONEDNN_MAX_CPU_ISA" in os.environ:
+        on["ONEDNN_MAX_CPU_ISA"] = os.environ["ONEDNN_MAX_CPU_ISA"]  # PyTorch leaves out newer instructions
     if importlib.util.find_spec("onnxruntime") is not None:
         import onnxruntime
 
         on["onnxruntime"] = onnxruntime.__version__
     return on
+
+
+def processor() -> str:
+    """Return the name of the model of this machine's CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _measure(folder: Path) -> None:

@@ -87,6 +87,7 @@ def _status(arguments: Sequence[str] | None) -> int:
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of a command. An option that there is not ends the process with the nearest name."""
     args, unknown = _parser().parse_known_args(arguments)
+    args.words = sys.argv[1:] if arguments is None else arguments
     if unknown:
         known = [option for action in args.parser._actions for option in action.option_strings]
         options = [word.partition("=")[0] for word in unknown if word.startswith("-")]

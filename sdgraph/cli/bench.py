@@ -12,6 +12,7 @@ times each graph and whole generations on random inputs.
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     figures = _graphs(args) if exported else _engines(args)
     print(figures)
     if args.out is not None:
-        write_json(args.out, figures.as_dict())
+        write_json(args.out, {"command": shlex.join(["sdgraph", *args.words]), **figures.as_dict()})
 
 
 def _graphs(args: argparse.Namespace) -> Any:

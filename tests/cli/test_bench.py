@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def test_options_of_images_reach_the_comparison(
     assert asked["scheduler"] == ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True})
     assert asked["leave_out"] == ["compiled"]
     assert asked["threads"] == asked["rounds"] == 1
-    assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["seconds"] == 1.0
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["rows"][0]["seconds"] == 1.0
+    assert written["command"] == shlex.join(["sdgraph", "bench", SCENES, "InheritFeatures.damped(2)", *words])
     assert "The fastest:" in capsys.readouterr().out
 
 
