@@ -12,7 +12,7 @@ from margins import front
 from studio import Way, file_name
 from trained import sheet
 
-from sdgraph.views.figure import paper
+from sdgraph.views.figure import save_figure
 
 PANELS = {"psnr": "median image", "psnr_low": "worst tenth of the images"}
 MARKERS = "osD^vP*Xh<>"
@@ -24,7 +24,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     ways = {name: way for name, way in result["ways"].items() if way["kind"] != "reference"}
     times = [way["time"] for way in ways.values() if way["kind"] != "plain"]
     end = 1.1 * max(times, default=1.0)
-    with paper(path) as figure:
+    with save_figure(path) as figure:
         figure.set_size_inches(12, 5.6)
         panels = figure.subplots(1, 2)
         for axes, (key, title) in zip(panels, PANELS.items(), strict=True):

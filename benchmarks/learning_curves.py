@@ -19,7 +19,7 @@ from typing import Any
 from tables import markdown
 from trained import ROOT
 
-from sdgraph.views.figure import paper
+from sdgraph.views.figure import save_figure
 
 PANELS = {"shape and colour": "share of captions shown right", "psnr": "PSNR to the teacher's images, dB"}
 MARKED = re.compile("<!-- curves -->.*?<!-- end of curves -->", re.DOTALL)
@@ -45,7 +45,7 @@ def curves(results: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, A
 
 def draw(found: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
     """Draw a line for each way."""
-    with paper(path) as figure:
+    with save_figure(path) as figure:
         figure.set_size_inches(9, 3.8)
         panels = figure.subplots(1, len(PANELS))
         for axes, (key, title) in zip(panels, PANELS.items(), strict=True):

@@ -25,7 +25,7 @@ from scenes.quality import Quality, held_out_captions
 
 import sdgraph
 from sdgraph.exporters import onnx, ort
-from sdgraph.views.format import columns
+from sdgraph.views.format import format_table
 
 PRUNE = "PruneBlocks('bk-sdm-base')"
 INHERIT = "HoistInvariants, InheritFeatures('up_blocks.3.resnets.2', part='entry', schedule=Uniform(3), forecast=1)"
@@ -34,7 +34,7 @@ SHOWN = 8  # images per row of the picture
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    lines = columns(rows).splitlines()
+    lines = format_table(rows).splitlines()
     return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:]])
 
 

@@ -34,7 +34,7 @@ from sdgraph.evaluation.metrics import Images, psnr
 from sdgraph.options import Bounds, Count, Text, checked
 from sdgraph.progress import Bar
 from sdgraph.schedules import Steps
-from sdgraph.views.format import columns
+from sdgraph.views.format import format_table
 
 from .ort.providers import CPU, CUDA, OPENVINO, choose
 
@@ -206,7 +206,7 @@ class Comparison:
                 if row.failure is None
                 else (str(way), "with passes" if way.passes else "source", str(way.steps or steps), "fails", *[""] * 4)
             )  # fmt: skip
-        parts = [", ".join(f"{name} {value}" for name, value in self.on.items()), columns(table)]
+        parts = [", ".join(f"{name} {value}" for name, value in self.on.items()), format_table(table)]
         parts += [f"{row.way} fails: {row.failure}" for row in self.rows if row.failure is not None]
         for reason in dict.fromkeys(self.missing.values()):
             engines = ", ".join(engine for engine, why in self.missing.items() if why == reason)

@@ -17,8 +17,8 @@ from .ir.nodes import scope
 from .ir.sites import Site, inherit, sites
 from .options import checked
 from .schedules import SamplingRun, Schedule
-from .views.diagram import picture
-from .views.text import text
+from .views.drawing import draw_graph
+from .views.text import format_graph
 
 
 class Graph(EditableGraph):
@@ -29,7 +29,7 @@ class Graph(EditableGraph):
     """
 
     def __str__(self) -> str:
-        return text(self)
+        return format_graph(self)
 
     @checked(SpecError)
     def text(self, depth: int = 3, within: str | None = "") -> str:
@@ -41,7 +41,7 @@ class Graph(EditableGraph):
         Raises:
             PathError: there is no region `within`.
         """
-        return text(self, depth, within or "")
+        return format_graph(self, depth, within or "")
 
     @checked(SpecError)
     def picture(self, path: str | os.PathLike[str], before: Graph | None = None) -> None:
@@ -51,7 +51,7 @@ class Graph(EditableGraph):
             path: the file, `.svg` or `.png`.
             before: an earlier graph; what was removed, changed or inserted since is marked.
         """
-        picture(self, path, before)
+        draw_graph(self, path, before)
 
     @checked(EditError)
     def inherit(

@@ -11,7 +11,7 @@ import torch
 from sdgraph.inheritance.timetable import Course, foreseen, ranges, supposition
 from sdgraph.schedules import SamplingRun
 from sdgraph.untrusted import read_config, require_folder
-from sdgraph.views.format import columns, cost, count, several
+from sdgraph.views.format import format_count, format_macs, format_names, format_table
 
 from .manifest import AGAIN, CONFIG, DATA, FIRST, MODEL, REPORT, Manifest, Variant
 from .manifest_file import check_files, read_manifest
@@ -52,13 +52,13 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
         check_model(directory / variant.file, manifest.files)
         nodes = len(onnx.load(directory / variant.file, load_external_data=False).graph.node)
         figures = (
-            cost(variant.macs),
+            format_macs(variant.macs),
             f"{variant.macs / first.macs:.1%}",
             str(len(variant.reads)),
             str(len(variant.writes)),
         )
         rows.append((variant.file, str(nodes), *figures, ranges(served.get(variant, [])) or "-"))
-    lines.append(columns(rows))
+    lines.append(format_table(rows))
     if foretold.least:
         fastest, slowest = (len(foretold.calls) * first.macs / total for total in (foretold.least, foretold.most))
         span = f"at most {fastest:.2f}" if fastest == slowest else f"{slowest:.2f} to {fastest:.2f}"
@@ -75,15 +75,15 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
         schedules.setdefault((value.schedule, otherwise), []).append(value.site)
     if schedules:
         rows = [("site", "computed at", "otherwise")]
-        rows += [(several(sites), schedule, otherwise) for (schedule, otherwise), sites in schedules.items()]
-        lines += ["", columns(rows)]
+        rows += [(format_names(sites), schedule, otherwise) for (schedule, otherwise), sites in schedules.items()]
+        lines += ["", format_table(rows)]
     rows = [("input", "shape", "dtype")]
     for spec in manifest.model_inputs:
         dtype = str(manifest.dtype_of(spec)).removeprefix("torch.")
         rows.append((spec.name, ", ".join(map(str, spec.shape or ())), dtype))
-    lines += ["", columns(rows), ""]
+    lines += ["", format_table(rows), ""]
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != REPORT}
-    lines.append(f"{count(sum(sizes.values()))}B, of which {count(sizes.get(DATA, 0))}B weights")
+    lines.append(f"{format_count(sum(sizes.values()))}B, of which {format_count(sizes.get(DATA, 0))}B weights")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from sdgraph import GraphUNet
 from sdgraph.errors import ParityError
-from sdgraph.views.format import columns
+from sdgraph.views.format import format_table
 
 from ..bundle.example_calls import random_call, unit_of
 from ..bundle.manifest import Manifest
@@ -79,7 +79,7 @@ class ExportReport:
         took = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
         size = f"{self.file_bytes / 1e6:.1f} MB for {self.weight_bytes / 1e6:.1f} MB of weights"
         fused = [", ".join(f"{name} {count}" for name, count in self.fused.items())] if self.fused else []
-        return "\n".join([columns(rows), *fused, size, took])
+        return "\n".join([format_table(rows), *fused, size, took])
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

@@ -16,7 +16,7 @@ from sdgraph.errors import SpecError
 from sdgraph.options import Count, checked
 from sdgraph.progress import Bar
 from sdgraph.schedules import SamplingRun, Steps
-from sdgraph.views.format import columns
+from sdgraph.views.format import format_table
 
 from .unet import ORTUNet
 
@@ -49,7 +49,7 @@ class Figures:
         rows.append((f"{self.calls} calls", f"{self.generation:.4g} s", f"{self.generation / self.everything:.3f}"))
         head = f"latents {self.size[0]}x{self.size[1]}, batch {self.batch}; " + ", ".join(self.on.values())
         told = "the last column is relative to computing everything, measured in turns"
-        return "\n".join([head, columns(rows), told])
+        return "\n".join([head, format_table(rows), told])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

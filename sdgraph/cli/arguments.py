@@ -226,9 +226,9 @@ def check_outputs(args: argparse.Namespace) -> None:
             continue
         _check_writable(path, f"--{option}")
         if option in PICTURES:
-            from ..views.figure import check_picture
+            from ..views.figure import check_figure_path
 
-            check_picture(path)
+            check_figure_path(path)
         if not args.overwrite and path.exists() and (path.is_file() or any(path.iterdir())):
             raise SpecError(
                 f"{path} already exists", where=f"--{option}", hint="pass --overwrite, or write to another path"

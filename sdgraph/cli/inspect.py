@@ -77,7 +77,7 @@ def _run(folder: Path) -> Iterator[str]:
 
 def _checkpoint(folder: Path) -> Iterator[str]:
     """Describe a checkpoint of a training run."""
-    from ..views.format import columns
+    from ..views.format import format_table
 
     if not (folder / STATE).is_file():
         return
@@ -85,22 +85,22 @@ def _checkpoint(folder: Path) -> Iterator[str]:
     settings = record.get("settings", {})
     lines = [f"{folder}: a checkpoint of a training run, after step {record.get('step')}"]
     if isinstance(settings, dict):
-        lines.append(columns([(f"  {name}", str(value)) for name, value in settings.items() if value is not None]))
+        lines.append(format_table([(f"  {name}", str(value)) for name, value in settings.items() if value is not None]))
     yield "\n".join(lines)
 
 
 def _pipeline(folder: Path) -> Iterator[str]:
     """Describe a pipeline: its parts, and the size of its images."""
-    from ..views.format import columns, count
+    from ..views.format import format_count, format_table
 
     if not (folder / INDEX).is_file():
         return
     index = read_object(folder / INDEX)
     rows = [
-        (f"  {name}", kind, f"{count(_bytes(folder / name))}B" if (folder / name).is_dir() else "missing")
+        (f"  {name}", kind, f"{format_count(_bytes(folder / name))}B" if (folder / name).is_dir() else "missing")
         for name, (_, kind) in parts(index).items()
     ]
-    lines = [f"{folder}: a pipeline, {index.get('_class_name')}", columns(rows) if rows else "  no parts"]
+    lines = [f"{folder}: a pipeline, {index.get('_class_name')}", format_table(rows) if rows else "  no parts"]
     size = read_object(folder / "unet" / CONFIG).get("sample_size") if (folder / "unet" / CONFIG).is_file() else None
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
@@ -111,7 +111,7 @@ def _pipeline(folder: Path) -> Iterator[str]:
 
 def _unet(unet: Path, folder: Path, calls: int) -> str:
     """Describe a UNet, plain or changed by passes, with the timetable of what it inherits."""
-    from ..views.format import cost, count, several
+    from ..views.format import format_count, format_macs, format_names
 
     weights = list(_weights(unet))
     dtypes = Counter(dtype for _, dtype, _ in weights)
@@ -122,11 +122,12 @@ def _unet(unet: Path, folder: Path, calls: int) -> str:
     graph = sketch(str(unet))
     lines = [
         head,
-        f"{count(total)} parameters, {', '.join(sorted(dtypes)) or 'no weights'}; {cost(graph.macs)} at its own size",
+        f"{format_count(total)} parameters, {', '.join(sorted(dtypes)) or 'no weights'}; "
+        f"{format_macs(graph.macs)} at its own size",
         f"passes: {', '.join(map(str, graph.passes)) or 'none'}",
     ]
     if graph.removed:
-        lines.append(f"removed: {several(list(graph.removed))}")
+        lines.append(f"removed: {format_names(list(graph.removed))}")
     if graph.sites:
         scheduler = own_scheduler(str(folder))
         lines += ["", str(graph.timetable(calls if scheduler is None else with_calls(scheduler, calls)))]

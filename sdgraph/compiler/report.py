@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..ir.decisions import Decision
-from ..views.format import columns
+from ..views.format import format_table
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Report:
         for p in self.passes:
             rows += _rows(p, 0)
         decided = [_decided(p) for p in self.passes if p.decisions]
-        return "\n".join([columns(rows), *decided, *self.notes])
+        return "\n".join([format_table(rows), *decided, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""

@@ -28,7 +28,7 @@ from ..runtime.diffusers_api import UNetCall
 from ..runtime.pipelines import generate, with_unet, without_bar
 from ..runtime.unet import GraphUNet
 from ..solvers import name_of
-from ..views.format import columns
+from ..views.format import format_table
 from . import metrics
 from .metrics import Images
 
@@ -70,7 +70,7 @@ class Evaluation:
         rows += [("seconds per image", f"{a:.3g}", f"{b:.3g}", f"x {b / a:.3f}")]
         rows += [(name, "", "", f"{value:.4g}{' dB' * (name == 'psnr')}") for name, value in self.alike.items()]
         head = [f"before: {self.before}", f"after:  {self.after}", f"{len(self.prompts)} images", ""]
-        return "\n".join([*head, columns(rows)])
+        return "\n".join([*head, format_table(rows)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the images as plain data. The PSNR of equal images is None: JSON has no infinity."""

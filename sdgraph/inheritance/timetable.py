@@ -16,8 +16,8 @@ from ..ir.sites import Site, live_nodes
 from ..ir.sites import sites as nodes_of_sites
 from ..ir.state import GraphState
 from ..schedules import Drift, SamplingRun
-from ..views.figure import paper
-from ..views.format import cost, count, several
+from ..views.figure import save_figure
+from ..views.format import format_count, format_macs, format_names
 from .generation import Generation
 
 NAMED = ("B", "H", "W", "L")  # sizes that a table names
@@ -102,10 +102,10 @@ class Timetable:
         seen = set("".join(rows))
         legend = " ".join(f"{sign} {word}" for sign, word in WORDS.items() if sign in seen)
         lines = [f"{self.run.calls} calls: {legend}" if rows else f"{self.run.calls} calls: nothing is inherited"]
-        lines += [f"  {row}  {several(names)}" for row, names in rows.items()]
+        lines += [f"  {row}  {format_names(names)}" for row, names in rows.items()]
         drifting = DRIFTING in seen
         lines += [
-            f"  {'up to ' * drifting}{len(v.calls)} × {cost(v.macs)} ({v.macs / self.full_macs:.1%}): "
+            f"  {'up to ' * drifting}{len(v.calls)} × {format_macs(v.macs)} ({v.macs / self.full_macs:.1%}): "
             f"calls {ranges(v.calls)}; {len(v.computed)} computed, {len(v.reads)} reused"
             f"{f', {len(v.bypassed)} bypassed' * bool(v.bypassed)}"
             for v in self.variants
@@ -113,7 +113,7 @@ class Timetable:
         slowest = (self.run.calls or 0) * self.full_macs / self.macs
         times = f"{slowest:.2f} to {self.bound:.2f} times as fast, as features drift" if drifting else ""
         times = times or f"at most {self.bound:.2f} times as fast"
-        lines.append(f"  {times}; {count(self.cache_bytes)}B kept between calls")
+        lines.append(f"  {times}; {format_count(self.cache_bytes)}B kept between calls")
         lines.append(f"  supposed: {supposition(self.run, self.supposed)}")
         if self.at:
             lines[-1] += "; costs at " + ", ".join(f"{name}={size}" for name, size in self.at.items())
@@ -165,7 +165,7 @@ class Timetable:
         rows = [[shades[sign] for sign in self.row(site)] for site in self.sites]
         if not rows:
             raise SpecError("nothing is inherited or bypassed", where="picture", hint="apply a pass with a schedule")
-        with paper(path) as figure:
+        with save_figure(path) as figure:
             figure.set_size_inches(4.5 + 0.11 * len(rows[0]), 1.0 + 0.16 * len(rows))
             axes = figure.add_subplot()
             axes.imshow(rows, aspect="auto", interpolation="nearest")

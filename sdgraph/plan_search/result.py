@@ -10,7 +10,7 @@ from typing import Any
 
 from ..compiler.passes import Chain
 from ..inheritance.timetable import Timetable
-from ..views.format import columns
+from ..views.format import format_table
 
 TRUSTED = 2.0  # a prediction within this factor is as good as they are
 
@@ -91,7 +91,7 @@ class SearchResult:
         if self.warning:
             told.append(f"warning: {self.warning}")
         notes = [textwrap.fill(note, 110, initial_indent="  ", subsequent_indent="  ") for note in told]
-        return "\n".join([*map(str, self.passes.passes), str(self.timetable), columns(rows), *notes])
+        return "\n".join([*map(str, self.passes.passes), str(self.timetable), format_table(rows), *notes])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; `sdgraph.parse` reads the passes."""

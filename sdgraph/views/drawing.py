@@ -1,32 +1,58 @@
-"""The drawing of a diagram."""
+"""The drawing of a diagram: the U of a UNet's blocks, the effect of passes, a title and a legend."""
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
-from .boxes import BOX_HEIGHT, BOX_WIDTH, ROW, Box
-from .caption import EDGES, FILLS, GHOST, draw_legend, draw_title
-from .layout import Layout
-from .plan import Plan
-from .units import Skip
+from ..ir.state import GraphState
+from .diagram import BOX_HEIGHT, BOX_WIDTH, ROW, Box, Diagram, Layout, Skip
+from .figure import save_figure
+from .format import format_count, format_macs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FILLS = {"R": ("#e3edf8", "#9dc3e6"), "A": ("#fdebd0", "#f5b75b"), "": ("#ececec", "#bdbdbd")}
+EDGES = {"kept": "#5f6b7a", "removed": "#c62828", "changed": "#7b1fa2", "inserted": "#1b7f3b"}
+GHOST = "#e08a8a"
+
+
+def draw_graph(graph: GraphState, path: str | os.PathLike[str], before: GraphState | None = None) -> None:
+    """Draw a UNet: down blocks on the left, up blocks on the right, skip connections across.
+
+    A box is a layer's resnet (R), attention (A, with the number of transformer blocks) or sampler. Its bar and figure
+    are its share of the multiply-accumulates. In an SVG the id of a box is its module path, and the id of its label is
+    the path with `:kept`, `:removed`, `:changed` or `:inserted`.
+
+    Args:
+        graph: the graph to draw.
+        path: the file to write, `.svg` or `.png`.
+        before: the graph before some passes, whose effect is shown.
+    Raises:
+        ExtraError: matplotlib is not installed.
+        SpecError: the file has another suffix.
+        PathError: the graph has no blocks of a UNet.
+    """
+    diagram = Diagram(graph, before)
+    layout = Layout(diagram.boxes, up_blocks=len(graph.config.get("up_block_types") or ()))
+    with save_figure(path) as figure:
+        Drawing(diagram, layout, figure)
+
 
 class Drawing:
-    """Draws a plan through matplotlib's object interface, without windows and global figures."""
+    """Draws a diagram through matplotlib's object interface, without windows and global figures."""
 
-    def __init__(self, plan: Plan, layout: Layout, figure: Figure) -> None:
-        self.plan, self.boxes, self.figure = plan, plan.boxes, figure
+    def __init__(self, diagram: Diagram, layout: Layout, figure: Figure) -> None:
+        self.diagram, self.boxes, self.figure = diagram, diagram.boxes, figure
         self.axes: Axes = self.figure.add_axes((0.0, 0.0, 1.0, 1.0))
         self.most = max((box.share for box in self.boxes.values()), default=0.0) or 1.0
         for block, inside in layout.frames:
             self._frame(block, inside)
         self._flow(layout.flow)
-        for skip, state in plan.skips:
+        for skip, state in diagram.skips:
             self._skip(skip, state)
         for box in self.boxes.values():
             self._box(box)
@@ -190,8 +216,8 @@ class Drawing:
         self.axes.set_xlim(left, right)
         self.axes.set_ylim(low, high)
         self.axes.axis("off")
-        draw_title(self.axes, self.plan, left + 0.3, high - 0.3)
-        draw_legend(self.axes, self.plan, left + 0.3, low + 0.3)
+        draw_title(self.axes, self.diagram, left + 0.3, high - 0.3)
+        draw_legend(self.axes, self.diagram, left + 0.3, low + 0.3)
 
 
 def _corners(box: Box, following: Box) -> list[tuple[float, float]]:
@@ -213,3 +239,71 @@ def _corners(box: Box, following: Box) -> list[tuple[float, float]]:
 def _crosses(box: Box, following: Box) -> bool:
     left = box.path.startswith("down") or box.path == "conv_in"
     return left and (following.path.startswith("up") or following.path == "conv_out")
+
+
+def draw_title(axes: Axes, diagram: Diagram, x: float, y: float) -> None:
+    """Write the name, the totals and the passes of the graph."""
+    name = diagram.graph.config.get("_class_name", "UNet2DConditionModel")
+    recipe = ", ".join(map(str, diagram.graph.passes))
+    most = int((axes.get_xlim()[1] - x) / 0.068)
+    words = recipe if len(recipe) <= most else f"{recipe[: most - 1]}…"
+    axes.text(x, y, name, fontsize=12, weight="bold", color="#1c2430", va="center")
+    axes.text(x, y - 0.25, _totals(diagram), fontsize=9.5, color="#1c2430", va="center")
+    axes.text(x, y - 0.48, words, fontsize=8, color="#4a5361", va="center")
+
+
+def _totals(diagram: Diagram) -> str:
+    graphs = [g for g in (diagram.before, diagram.graph) if g is not None]
+    nodes = [len(g.nodes) for g in graphs]
+    weights = [sum(p.numel() for p in g.parameters().values()) for g in graphs]
+    costs = [g.macs for g in graphs]
+    return "    ".join(
+        (
+            f"{' → '.join(map(str, nodes))} nodes",
+            f"{' → '.join(map(format_count, weights))} parameters{_change(weights)}",
+            f"{' → '.join(map(format_macs, costs))}{_change(costs)}",
+        )
+    )
+
+
+def draw_legend(axes: Axes, diagram: Diagram, x: float, y: float) -> None:
+    """Explain the colours that the diagram uses."""
+    from matplotlib.patches import Rectangle
+
+    start = x
+    entries = [
+        ("R resnet", FILLS["R"][1], "kept"),
+        ("A ×n attention, n transformer blocks", FILLS["A"][1], "kept"),
+    ]
+    states = {b.state for b in diagram.boxes.values()}
+    if any(state == "inserted" for _, state in diagram.skips):
+        entries.append(("rewired skip", "", "changed"))
+    entries += [(state, "white", state) for state in ("removed", "changed", "inserted") if state in states]
+    for words, fill, state in entries:
+        gone = state == "removed"
+        patch = Rectangle(
+            (x, y if fill else y + 0.08),
+            0.26,
+            0.16 if fill else 0,
+            facecolor=fill or "white",
+            edgecolor=EDGES[state] if not gone else GHOST,
+            linewidth=0.7 if state == "kept" else 1.1 if gone else 2.0,
+            linestyle=(0, (3, 2)) if gone else "-",
+            hatch="////" if gone else None,
+        )
+        patch.set_gid(f"legend:{words.split()[0]}")
+        axes.add_patch(patch)
+        axes.text(x + 0.33, y + 0.08, words, fontsize=7.5, color="#1c2430", va="center")
+        x += 0.62 + 0.052 * len(words)
+    note = "bars and figures: share of multiply-accumulates"
+    axes.text(x, y + 0.08, note, fontsize=7.5, color="#4a5361", va="center")
+    if diagram.inserted:
+        words = f"inserted between the boxes: {diagram.inserted}"
+        axes.text(start, y - 0.12, words, fontsize=7.5, color=EDGES["inserted"], va="center")
+
+
+def _change(values: list[Any]) -> str:
+    if len(values) < 2 or not values[0]:
+        return ""
+    percent = 100 * (values[1] / values[0] - 1)
+    return f" ({percent:+.0f} %)".replace("-", "−")

@@ -1,4 +1,4 @@
-"""A sheet to draw on, which becomes an SVG or PNG file."""
+"""Figures, written to SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def check_picture(path: str | os.PathLike[str]) -> str:
-    """Return the suffix of a picture's file, in lower case.
+def check_figure_path(path: str | os.PathLike[str]) -> str:
+    """Return the suffix of a figure's file, in lower case.
+
+    Args:
+        path: the file.
 
     Raises:
         ExtraError: matplotlib is not installed.
@@ -42,14 +45,19 @@ def check_picture(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def paper(path: str | os.PathLike[str]) -> Iterator[Figure]:
-    """A matplotlib figure, written to `path` at the end: no window, no global figure, the same bytes every time.
+def save_figure(path: str | os.PathLike[str]) -> Iterator[Figure]:
+    """Yield a matplotlib figure, and write it to a file when the block ends.
+
+    There is no window and no global figure, and the same drawing gives the same bytes.
+
+    Args:
+        path: the file, `.svg` or `.png`.
 
     Raises:
         ExtraError: matplotlib is not installed.
         SpecError: the suffix is neither `.svg` nor `.png`.
     """
-    suffix = check_picture(path)
+    suffix = check_figure_path(path)
     matplotlib = imported("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as lines, in columns as wide as their widest cell."""
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines of text, in columns as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def several(names: Sequence[str]) -> str:
-    """Return names in one line; of many the first, the last and their number."""
+def format_names(names: Sequence[str]) -> str:
+    """Return names in one line: the only one, or the first, the last and their number."""
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
 
 
-def span(names: Sequence[str]) -> str:
+def format_numbered(names: Sequence[str]) -> str:
     """Return numbered names in short form: `a_0, a_1, a_2` as `a_0…2`, and `a_0, a_2` as `a_0,2`."""
     stem = names[0].rpartition("_")[0]
     numbers = [name.removeprefix(f"{stem}_") for name in names]
@@ -27,12 +27,12 @@ def span(names: Sequence[str]) -> str:
     return f"{stem}_{','.join(numbers)}"
 
 
-def cost(number: int) -> str:
+def format_macs(number: int) -> str:
     """Return a number of multiply-accumulates with its unit."""
-    return f"{number / 1e9:.4g} GMACs" if number >= 1e7 else f"{count(number)} MACs"
+    return f"{number / 1e9:.4g} GMACs" if number >= 1e7 else f"{format_count(number)} MACs"
 
 
-def count(number: int) -> str:
+def format_count(number: int) -> str:
     """Return a number in three digits, such as `860 M`."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:

@@ -12,7 +12,7 @@ import torch
 import sdgraph
 from sdgraph import Graph
 from sdgraph.errors import ExtraError, PathError, SpecError
-from sdgraph.views.diagram import picture
+from sdgraph.views.drawing import draw_graph
 
 from ..models import build
 
@@ -39,7 +39,7 @@ def drawn(path: Path) -> tuple[dict[str, str], str]:
 
 
 def test_every_unit_is_a_box(unet: Graph, tmp_path: Path) -> None:
-    picture(unet, tmp_path / "unet.svg")
+    draw_graph(unet, tmp_path / "unet.svg")
     states, words = drawn(tmp_path / "unet.svg")
     units = {p for p in unet.paths() if p.split(".")[-2:-1] in (["resnets"], ["attentions"], ["upsamplers"])}
     assert units <= states.keys()
@@ -52,7 +52,7 @@ def test_every_unit_is_a_box(unet: Graph, tmp_path: Path) -> None:
 
 def test_what_was_removed_is_a_ghost(unet: Graph, tmp_path: Path) -> None:
     after = pruned(unet, "CleanUp", "PruneBlocks('bk-sdm-small')")
-    picture(after, tmp_path / "small.svg", before=unet)
+    draw_graph(after, tmp_path / "small.svg", before=unet)
     states, words = drawn(tmp_path / "small.svg")
     removed = {path for path, state in states.items() if state == "removed"}
     inside_mid = {"mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"}
@@ -70,7 +70,7 @@ def test_what_was_changed_and_inserted_is_marked(unet: Graph, tmp_path: Path) ->
     after.rewire(up.output, after.insert(torch.relu, up.output, path="up_blocks.0.extra.0"))
     middle = after.region("mid_block").output
     after.rewire(middle, after.insert(torch.sin, middle, path=""))
-    picture(after, tmp_path / "changed.svg", before=unet)
+    draw_graph(after, tmp_path / "changed.svg", before=unet)
     states, words = drawn(tmp_path / "changed.svg")
     changed = {path: state for path, state in states.items() if state != "kept"}
     assert changed == {"down_blocks.0.attentions.0": "changed", "up_blocks.0.extra.0": "inserted"}
@@ -81,7 +81,7 @@ def test_what_was_changed_and_inserted_is_marked(unet: Graph, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["sd15-levels", "sdxl", "no-mid", "upscaler"])
 def test_all_shapes_of_unet(name: str, tmp_path: Path) -> None:
     unet = sdgraph.trace(build(name))
-    picture(unet, tmp_path / "unet.svg")
+    draw_graph(unet, tmp_path / "unet.svg")
     states, _ = drawn(tmp_path / "unet.svg")
     assert len(states) > 10
 
@@ -90,9 +90,9 @@ def test_all_shapes_of_unet(name: str, tmp_path: Path) -> None:
 def test_whole_levels_may_be_gone(tmp_path: Path) -> None:
     unet = sdgraph.trace(build("sd15-levels"))
     tiny = pruned(unet, "PruneBlocks('bk-sdm-tiny')")
-    picture(tiny, tmp_path / "alone.svg")
+    draw_graph(tiny, tmp_path / "alone.svg")
     assert "removed" not in drawn(tmp_path / "alone.svg")[0].values()
-    picture(tiny, tmp_path / "both.svg", before=unet)
+    draw_graph(tiny, tmp_path / "both.svg", before=unet)
     states, words = drawn(tmp_path / "both.svg")
     assert states["down_blocks.3.resnets.0"] == states["up_blocks.0.upsamplers.0"] == "removed"
     assert "up_blocks.0  removed" in words
@@ -102,32 +102,32 @@ def test_whole_levels_may_be_gone(tmp_path: Path) -> None:
 def test_the_same_graph_gives_the_same_file(unet: Graph, tmp_path: Path, suffix: str) -> None:
     import matplotlib
 
-    picture(unet, tmp_path / f"one{suffix}")
+    draw_graph(unet, tmp_path / f"one{suffix}")
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):  # whatever the user's style
-        picture(unet, tmp_path / f"two{suffix}")
+        draw_graph(unet, tmp_path / f"two{suffix}")
         assert matplotlib.rcParams["font.size"] == 30
     assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
 
 
 def test_a_png_is_one(unet: Graph, tmp_path: Path) -> None:
-    picture(unet, str(tmp_path / "unet.PNG"))
+    draw_graph(unet, str(tmp_path / "unet.PNG"))
     assert (tmp_path / "unet.PNG").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_another_suffix_is_refused(unet: Graph, tmp_path: Path) -> None:
     for name in ("unet.jpg", "unet"):
         with pytest.raises(SpecError, match=r"\.svg or \.png"):
-            picture(unet, tmp_path / name)
+            draw_graph(unet, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_unet_is_refused(tmp_path: Path) -> None:
     graph = sdgraph.trace_code(torch.sin, x=("B", 4))
     with pytest.raises(PathError, match="no down_blocks"):
-        picture(graph, tmp_path / "sine.svg")
+        draw_graph(graph, tmp_path / "sine.svg")
 
 
 def test_without_matplotlib_the_extra_is_named(unet: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ExtraError, match=r"pip install -e '\.\[plots\]'"):
-        picture(unet, tmp_path / "unet.svg")
+        draw_graph(unet, tmp_path / "unet.svg")
