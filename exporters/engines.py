@@ -1,7 +1,7 @@
 """The engines of this machine, measured side by side on the images of one pipeline: `compare`.
 
-A row of the comparison is a way to run the pipeline, and a way is a few lines of Python. Those lines are what is
-measured, in a process of its own, and what is printed for the best way.
+A row of the comparison is a way to run the pipeline, and a way is a few lines of Python. These lines are measured, in a
+separate process, and printed for the best way.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ class Way:
         if job.scheduler is not None:
             name, settings = job.scheduler
             imports[imports.index("from diffusers import DiffusionPipeline")] += f", {name}"
-            told = "".join(f", {key}={value!r}" for key, value in settings.items())
-            lines.append(f"pipe.scheduler = {name}.from_config(pipe.scheduler.config{told})")
+            changes = "".join(f", {key}={value!r}" for key, value in settings.items())
+            lines.append(f"pipe.scheduler = {name}.from_config(pipe.scheduler.config{changes})")
         if self.passes and not self.exported:
             lines.append(f"pipe.unet = sdgraph.apply(pipe.unet, {self.passes!r})")
         if self.channels_last:
@@ -300,9 +300,9 @@ def compare(
 ) -> Comparison:
     """Measure the engines of this machine on images of a pipeline, with passes and without.
 
-    Every way runs in a process of its own, one process at a time, so that memory and the first image are what a
-    deployment sees. The processes go through the ways forth and back, so that a drift of the machine's speed falls on
-    all of them alike.
+    Every way runs in a separate process, one process at a time, so that memory and the first image are those of a
+    deployment. The rounds alternate between the order of the ways and its reverse, so that a drift of the machine's
+    speed affects all of them equally.
 
     Args:
         pipeline: the folder of a diffusers pipeline, or its name on the hub.

@@ -1,4 +1,4 @@
-"""What an exported folder is: its manifest, the check of files that come from anywhere, and what it holds.
+"""The exported folder: its manifest, the checks of untrusted files, and its table of contents.
 
 It imports `sdgraph` alone.
 """

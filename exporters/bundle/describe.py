@@ -1,4 +1,4 @@
-"""Describing a UNet that is to be exported: its manifest, before any file is written."""
+"""The description of a UNet that is to be exported: its manifest, before any file is written."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from .manifest import MODEL, Dtype, Layout, Manifest, Target, Value, Variant
 
 
 def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, opset: int, calls: Any) -> Manifest:
-    """Return the manifest, still without files, of a UNet.
+    """Return the manifest of a UNet, still without files.
 
     Args:
+        unet: the traced UNet.
         given: the names of the optional inputs that the variants are to have.
         target: "portable" or "cuda", see `Manifest`.
         layout: "variants" or "single", see `Manifest`; a UNet with one variant has "variants".
-        opset: version of the ONNX operators.
+        opset: the version of the ONNX operators.
         calls: the generations to serve, which decide the variants, see `sdgraph.Graph.timetable`.
     Raises:
         ExportError: a size or an inherited value cannot be described.
@@ -38,8 +39,8 @@ def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, o
     inputs = graph.resolved_inputs()
     for spec in inputs:
         if "?" in (spec.shape or ()):
-            what = f"a size of {spec.name} is no known expression of the call's sizes"
-            raise ExportError(what, where=f"input {spec.name}", hint="a pass has made it so; please report it")
+            what = f"a size of {spec.name} is not a known expression of the call's sizes"
+            raise ExportError(what, where=f"input {spec.name}", hint="a pass has caused this; please report it")
     variants = _variants(graph, calls)
     return Manifest(
         target=cast(Target, target),
@@ -58,8 +59,8 @@ def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, o
 
 
 def _require_one_timestep(graph: Graph) -> None:
-    """Give the graph one timestep for all samples of a call, as exported models have where a part depends on the
-    timestep alone."""
+    """Give the graph one timestep for all samples of a call: the form of models of which a part depends on the timestep
+    alone."""
     graph.inputs = tuple(replace(i, shape=(1,), broadcast=False) if i.name == "timestep" else i for i in graph.inputs)
     timestep = graph.input("timestep")
     for key in ("val", "probe"):

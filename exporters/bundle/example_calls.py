@@ -1,4 +1,4 @@
-"""Calls of the graphs of a bundle on random inputs."""
+"""Example calls of the graphs of a bundle, on random inputs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from .manifest import Manifest, Variant
 
 
 def example_call(unet: GraphUNet, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """Return the call to trace with. No two sizes agree and none is 1, so that torch.export ties and fixes none.
+    """Return the call to trace with. No two sizes are equal and none is 1, so that torch.export ties and fixes none.
 
+    Args:
+        unet: the traced UNet.
+        manifest: its manifest.
     Raises:
         ExportError: a number that the graph computes from its sizes is 1 at all sizes that were tried.
     """
@@ -40,7 +43,14 @@ def example_call(unet: GraphUNet, manifest: Manifest) -> dict[str, torch.Tensor]
 
 
 def random_call(unet: Any, manifest: Manifest, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random inputs of the model, on the UNet's device, for sizes by symbol."""
+    """Return random inputs of the model by name, on the UNet's device.
+
+    Args:
+        unet: the UNet, for its configuration and its device.
+        manifest: its manifest.
+        sizes: the sizes of the call by symbol, such as `{"B": 2, "H": 64}`.
+        seed: the seed of the random numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
     call = {}
     for spec in manifest.model_inputs:
@@ -53,7 +63,7 @@ def random_call(unet: Any, manifest: Manifest, sizes: Mapping[str, int], seed: i
 def with_values(
     unet: GraphUNet, manifest: Manifest, variant: Variant, call: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A call with the values that a model takes: those that the same call refreshes, computed by eager."""
+    """Return a call with the inputs of a variant: the reused values are those that PyTorch computes at the same call."""
     if not variant.reads:
         return dict(call)
     with torch.no_grad():
@@ -63,5 +73,5 @@ def with_values(
 
 
 def unit_of(unet: GraphUNet) -> int:
-    """What the down-sampling divides by."""
+    """Return the factor between the sides of the latents and those of the smallest feature maps."""
     return int(2 ** max(len(unet.config.get("down_block_types", ())) - 1, 0))

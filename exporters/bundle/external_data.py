@@ -1,4 +1,4 @@
-"""The weights of several models in one file, each once; and on a device, each once."""
+"""Weights that the models of a folder share: each tensor once in the file, and once on a device."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 # Small tensors stay in the model: shape inference does not read constants from external data.
 INLINE_BYTES = 1024
-# Large tensors begin at a page, so that they can be mapped into memory as they lie.
+# Large tensors begin at a page, so that they can be mapped into memory without a copy.
 LARGE_BYTES, PAGE, LINE = 1 << 20, 4096, 64
 
 
 class Weights:
-    """A file of tensors, told apart by their content.
+    """A file of tensors, identified by their content.
 
     Args:
-        path: of the file; it is made, empty.
+        path: the path of the file, which is created empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +38,7 @@ class Weights:
         path.touch()
 
     def take(self, model: onnx_ir.Model) -> None:
-        """Let the initialisers of a model lie in the file. A name stands for the same tensor in all models."""
+        """Move the initialisers of a model to the file. A name stands for the same tensor in all models."""
         import onnx_ir
 
         with self.path.open("ab") as file:
@@ -75,16 +75,15 @@ def _shares(node: onnx.NodeProto) -> bool:
 
 
 class SharedWeights:
-    """The weights of several sessions on a device, each once; on the CPU as they lie in the file.
+    """The weights that several sessions share on a device, each once; on the CPU they are mapped from the file.
 
-    ONNX Runtime puts what it is given in the place of initialisers of that name once it has optimised the graph, even
-    if it has changed their values meanwhile: its transpose optimizer does that to what is added or multiplied, and
-    numbers would be wrong. So only kernels of convolutions and of matrix products are shared, nearly all bytes, which
-    nothing changes under their name.
+    ONNX Runtime replaces initialisers by the given tensors after it has optimised the graph. Its transpose optimizer
+    changes operands of additions and multiplications without changing their names, so replacing those would give wrong
+    numbers. Only the kernels of convolutions and matrix products are shared: nearly all bytes, and never changed.
 
     Args:
-        folder: of the models.
-        device: of the sessions.
+        folder: the folder of the models.
+        device: the device of the sessions.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -92,7 +91,13 @@ class SharedWeights:
         self._lent: dict[str, tuple[int, torch.Tensor, Any]] = {}  # sessions have their addresses only
 
     def of(self, path: Path) -> dict[str, Any]:
-        """The weights of a model that sessions may share, as OrtValues by name."""
+        """Return the weights of a model that sessions may share, as OrtValues by name.
+
+        Args:
+            path: the file of the model.
+        Raises:
+            SavedError: a name stands for two weights.
+        """
         import onnx
         import onnxruntime
 

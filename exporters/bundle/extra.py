@@ -6,10 +6,10 @@ from sdgraph.extra import imported
 
 
 def require_onnx() -> None:
-    """Refuse to go on without the packages of the `onnx` extra.
+    """Require the packages of the extra `onnx`.
 
     Raises:
-        ExtraError: naming what is missing and how to install it.
+        ExtraError: a package is missing; the message says which, and how to install it.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         imported(name, "onnx")

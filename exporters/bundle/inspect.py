@@ -1,4 +1,4 @@
-"""What an exported directory holds, for the reader."""
+"""The table of contents of an exported directory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from .untrusted import check_model
 
 
 def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
-    """A table of the graphs, what calls inherit, the inputs and the files.
+    """Return the tables of the graphs, the sites, the inputs and the files.
 
     Args:
-        calls: the generation whose calls are told, see `sdgraph.Graph.timetable`.
-        verify: compare the files with their hashes.
+        directory: the exported directory.
+        calls: the number of calls of the generation that is shown, their timesteps or a scheduler, see
+            `sdgraph.Graph.timetable`.
+        verify: whether to compare the files with their hashes.
     Raises:
-        SavedError: what is there is not whole.
+        SavedError: a file is missing or damaged.
         ScheduleError: a schedule does not fit the calls.
     """
     require_folder(directory, exported=True)

@@ -1,4 +1,4 @@
-"""The manifest of an exported directory: what it holds, and which calls it takes."""
+"""The manifest of an exported directory: its variants, their inputs and outputs, and the calls that they cover."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an exported directory holds, and which calls it takes.
+    """The variants of an exported directory, and the calls that they cover.
 
     Args:
         target: "portable", or "cuda" with ONNX Runtime's own operators, which have kernels in its CUDA provider.

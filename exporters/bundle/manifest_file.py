@@ -24,7 +24,7 @@ _LARGEST_SIZE = 1 << 31  # of a dimension, where the sizes of the call are 64
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write a manifest, with the hashes of the files that are there."""
+    """Write a manifest, with the hashes of the files in the folder."""
     files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, REPORT)}
     plain = asdict(replace(manifest, files=files))
     (folder / MANIFEST).write_text(json.dumps({**plain, "sha256": digest(plain)}, indent=1) + "\n")
@@ -54,7 +54,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def digest(plain: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a manifest as plain data, by which an edited one is told."""
+    """Return the SHA-256 of a manifest as plain data, which reveals an edited one."""
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -62,7 +62,9 @@ def check_files(manifest: Manifest, folder: Path, names: Iterable[str]) -> None:
     """Compare files with their hashes.
 
     Args:
-        names: names of the files to compare.
+        manifest: the manifest, which has the hashes.
+        folder: the folder of the files.
+        names: the names of the files to compare.
     Raises:
         SavedError: a file is missing, is not the one that was exported, or is a link out of the directory.
     """

@@ -1,4 +1,4 @@
-"""Whether a model file may be opened: files come from anywhere."""
+"""Checks of an untrusted model file, before ONNX Runtime opens it."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from .manifest import AGAIN
 
 
 def check_model(path: Path, files: Collection[str]) -> None:
-    """Refuse a model file that reaches outside of its directory, or for more than there is.
+    """Refuse a model file whose weights lie outside of its directory or beyond the end of their file.
 
     Args:
-        files: names of those that have a hash: weights lie in no others.
+        path: the model file.
+        files: the names of the files that have a hash; weights may lie in no others.
     Raises:
-        SavedError: with what is unsound.
+        SavedError: the file is unsafe or damaged; the message says why.
     """
     import onnx
 
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's errors are of its own implementation
+    except Exception as error:  # the classes of protobuf's errors depend on its implementation
         raise SavedError(f"{path.name} is damaged", where=str(path), hint=AGAIN) from error
     for tensor in _tensors(model.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(tensor, path, files)
     if model.functions or any(n.domain not in ("", "ai.onnx", "com.microsoft") for n in nodes_of(model.graph)):
-        raise SavedError("the model has operators of its own", where=str(path), hint=AGAIN)
+        raise SavedError("the model defines operators", where=str(path), hint=AGAIN)
 
 
 def nodes_of(graph: Any) -> Iterator[Any]:
-    """The nodes of an ONNX graph and of those within it."""
+    """Iterate over the nodes of an ONNX graph and of the graphs within it."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -55,7 +56,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def _check_external(tensor: Any, path: Path, files: Collection[str]) -> None:
-    """Weights lie in the directory, and are all there."""
+    """Require that a tensor lies in the directory, in a file with a hash, before its end."""
     from onnx import helper
 
     entry = {entry.key: entry.value for entry in tensor.external_data}

@@ -1,4 +1,4 @@
-"""How an exported folder is run on ONNX Runtime: `ORTUNet`.
+"""The execution of an exported folder on ONNX Runtime: `ORTUNet`.
 
 It imports `bundle`.
 """

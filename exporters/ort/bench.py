@@ -1,4 +1,4 @@
-"""How fast an exported directory is, on this machine."""
+"""The speed of an exported directory on this machine."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from .unet import ORTUNet
 
 @dataclass(frozen=True)
 class Figures:
-    """Times of one run; medians, in seconds. Prints as a table.
+    """The median times of one measurement, in seconds. It prints as a table.
 
     Args:
-        variants: the time of one call, by variant.
+        variants: the seconds of a call, by variant.
         reused: the sites that each variant does not compute; `sdgraph.search` finds the time of a call by them.
-        generation: of all calls as they are scheduled.
-        everything: of as many calls that compute everything.
-        calls, batch, size: what was run.
-        on: provider, versions and device.
+        generation: the seconds of all calls of a generation, as they are scheduled.
+        everything: the seconds of as many calls that compute everything.
+        calls: the number of calls of the generation.
+        batch: the batch size of a call.
+        size: the height and width of the latents.
+        on: the provider, the versions and the device.
     """
 
     variants: dict[str, float]
@@ -48,8 +50,9 @@ class Figures:
         rows = [(name, f"{1000 * seconds:.4g} ms", f"{seconds / first:.3f}") for name, seconds in self.variants.items()]
         rows.append((f"{self.calls} calls", f"{self.generation:.4g} s", f"{self.generation / self.everything:.3f}"))
         head = f"latents {self.size[0]}x{self.size[1]}, batch {self.batch}; " + ", ".join(self.on.values())
-        told = "the last column is relative to computing everything, measured in turns"
-        return "\n".join([head, format_table(rows), told])
+        note = "the last column is relative to computing everything, measured in turns"
+        return "
+".join([head, format_table(rows), note])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,14 +66,16 @@ def bench(
     batch: Count = 2,
     repeats: Count = 3,
 ) -> Figures:
-    """Time each graph, and whole generations, in turns; the first turn is not counted.
+    """Measure the time of each graph and of whole generations, in turns; the first turn is a warm-up.
 
     Args:
-        calls: of a generation, at the timesteps that `sdgraph.Graph.timetable` supposes.
-        size: height and width of the latents; the configuration's by default.
-        batch: of a call; with guidance twice that of the images.
+        unet: the exported UNet.
+        calls: the number of calls of a generation, at the timesteps that `sdgraph.Graph.timetable` supposes.
+        size: the height and width of the latents; by default those of the configuration.
+        batch: the batch size of a call; with guidance it is twice that of the images.
+        repeats: the number of turns that count.
     Raises:
-        SpecError: no calls or repeats; no size, where the configuration has none.
+        SpecError: there are no calls or repeats, or there is no size and the configuration has none.
     """
     size = size or _side(unet)
     height, width = size

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's own operators compute, in standard ones: models that have them run where they have no kernels."""
+"""Standard-ONNX definitions of the `com.microsoft` operators, with which "cuda" models run on all providers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from onnxscript.values import Opset
 
 from ..bundle.untrusted import nodes_of
 
-DOMAIN = "sdgraph.reference"  # ONNX Runtime lets nobody define its own domain's
+DOMAIN = "sdgraph.reference"  # ONNX Runtime allows no definitions in its own domain
 _own = Opset(DOMAIN, 1)
 op: Any = opset20  # its types know each operator's operands, which Python's operators do not
 
-# The functions below are read by onnxscript, which has its own idea of Python: no helpers, no conditional expressions.
+# onnxscript compiles the functions below from a subset of Python without other functions and conditional expressions.
 
 
 @script(_own, default_opset=op)
@@ -73,7 +73,11 @@ FUNCTIONS = {
 
 
 def runnable(path: Path) -> bytes:
-    """A model, without its weights, whose operators of ONNX Runtime's own are functions of standard ones."""
+    """Return a serialized model without its weights, in which `com.microsoft` operators are functions of standard ones.
+
+    Args:
+        path: the file of the model.
+    """
     model = onnx.load(path, load_external_data=False)
     for node in nodes_of(model.graph):
         if node.domain == "com.microsoft" and node.op_type in FUNCTIONS:

@@ -1,4 +1,4 @@
-"""Running a session on PyTorch's tensors where they lie."""
+"""Runs of a session on PyTorch's tensors, without copies."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.
 
 
 def run(session: Any, inputs: Tensors, outputs: Tensors) -> None:
-    """Fill `outputs`. All are contiguous, and on a device that the session knows."""
+    """Run a session.
+
+    Args:
+        session: the ONNX Runtime session.
+        inputs: its inputs by name, contiguous and on its device or the CPU.
+        outputs: the tensors that it writes to, by name, likewise.
+    """
     _wait(outputs)
     session.run_with_iobinding(_bound(session, inputs, outputs))
 
 
 class Captured:
-    """A session with a CUDA graph for one set of shapes: it reads and writes the same memory at each run.
+    """A session with a CUDA graph for one set of shapes, which reads and writes the same memory at each run.
 
     Args:
-        inputs, outputs: of the first run.
-        number: of the graph in its session.
+        session: the ONNX Runtime session.
+        inputs: the inputs of the first run by name.
+        outputs: the tensors that every run writes to, by name.
+        number: the number of the CUDA graph in its session.
     """
 
     def __init__(self, session: Any, inputs: Tensors, outputs: Tensors, number: int) -> None:
@@ -37,7 +45,7 @@ class Captured:
         self.options.add_run_config_entry("gpu_graph_id", str(number))
 
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
-        """The outputs, in memory of their own: the next run writes over what this one wrote."""
+        """Return copies of the outputs by name; the next run overwrites the originals."""
         for name, value in inputs.items():
             self.inputs[name].copy_(value)
         _wait(self.outputs)
@@ -55,12 +63,12 @@ def _bound(session: Any, inputs: Tensors, outputs: Tensors) -> Any:
 
 
 def _wait(outputs: Tensors) -> None:
-    """Until PyTorch's current stream has done what it was told. ONNX Runtime has its own, with which a run ends."""
+    """Synchronise PyTorch's current stream; ONNX Runtime uses its own and synchronises it when a run ends."""
     device = next(iter(outputs.values())).device
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 def _buffer(tensor: torch.Tensor) -> tuple[str, int, Any, list[int], int]:
-    """A contiguous tensor as ONNX Runtime binds it: device, its index, element type, shape, address."""
+    """Return the binding of a contiguous tensor: its device, the device's index, element type, shape and address."""
     return tensor.device.type, tensor.device.index or 0, _NUMPY[tensor.dtype], list(tensor.shape), tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""The execution providers of ONNX Runtime: which of them there are here, and what sessions are told about one."""
+"""The execution providers of ONNX Runtime: the choice of one of those installed, and its options."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sdgraph.extra import imported
 
 CPU, CUDA, OPENVINO = "CPUExecutionProvider", "CUDAExecutionProvider", "OpenVINOExecutionProvider"
 PLUGIN = "onnxruntime_ep_openvino"  # the package that brings OpenVINO's provider
-# cuDNN's exhaustive search, the default, is run anew for every size of a call.
+# cuDNN's exhaustive search, the default, runs again for every size of a call.
 CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
-# What OpenVINO computes in, by its own names.
+# OpenVINO's names of the dtypes that it computes in.
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
-# Properties of OpenVINO that have a place of their own here, so that nothing is said twice.
+# Properties of OpenVINO that other arguments set.
 SETTLED = {
     "INFERENCE_PRECISION_HINT": "pass precision=",
     "INFERENCE_NUM_THREADS": "pass session_options={'intra_op_num_threads': N}",
@@ -33,10 +33,10 @@ _registering = threading.Lock()
 
 @dataclass(frozen=True)
 class Provider:
-    """An execution provider, with what it is told.
+    """An execution provider with its options.
 
     Args:
-        name: the name that ONNX Runtime has for it.
+        name: ONNX Runtime's name of the provider.
         precision: the dtype that it computes in: "float32", "float16" or "bfloat16".
         options: its options.
         device: the device of a plugin; None for a provider that is built into ONNX Runtime.
@@ -51,12 +51,12 @@ class Provider:
         return f"{self.name} in {self.precision}"
 
     def session(self, model: str | bytes, options: Any, threads: int) -> Any:
-        """Open a model; ONNX Runtime's errors are let through.
+        """Open a session of a model; ONNX Runtime's errors pass through.
 
         Args:
-            model: the path of the model, or the model.
-            options: a `SessionOptions`, which a plugin is added to.
-            threads: the number of threads, of a plugin that does not read those of `options`.
+            model: the path of the model, or the serialized model.
+            options: the `SessionOptions`, to which a plugin is added.
+            threads: the number of threads for a plugin, which does not read those of `options`.
         """
         import onnxruntime
 
@@ -68,15 +68,15 @@ class Provider:
             **self.options,
         }
         options.add_provider_for_devices([self.device], {"load_config": json.dumps({"CPU": properties})})
-        return onnxruntime.InferenceSession(model, options, enable_fallback=0)  # or errors would mean the CPU's
+        return onnxruntime.InferenceSession(model, options, enable_fallback=0)  # otherwise errors select the CPU
 
 
 def choose(name: str | None, precision: str | None, options: Mapping[str, Any] | None, dtype: str) -> Provider:
-    """Return the provider of a name, or the fastest one that is here.
+    """Return the provider of a name, or the fastest one that is installed.
 
-    Without a name it is CUDA's, if ONNX Runtime and PyTorch have it; else OpenVINO's, if it is installed and the
-    processor is one that it has bfloat16 for, which recent ones of Intel are; else the CPU's. Without a precision all
-    compute in the dtype of the model, so that the choice makes no difference to the numbers beyond rounding.
+    Without a name it is CUDA's if ONNX Runtime and PyTorch support CUDA; else OpenVINO's if it is installed and
+    multiplies in bfloat16 on this processor, as on recent ones of Intel; else the CPU's. Without a precision every
+    provider computes in the dtype of the model, so that the choice changes the numbers by rounding only.
 
     Args:
         name: the name of the provider, or None.
@@ -84,7 +84,7 @@ def choose(name: str | None, precision: str | None, options: Mapping[str, Any] |
         options: the caller's options of the provider.
         dtype: the dtype of the model, as text.
     Raises:
-        SpecError: there is no such provider, or it has no such precision or option.
+        SpecError: ONNX Runtime has no such provider, or the provider has no such precision or option.
         ExtraError: the provider is not installed, or has no device here.
     """
     import onnxruntime
@@ -111,11 +111,11 @@ def choose(name: str | None, precision: str | None, options: Mapping[str, Any] |
 
 
 def _fastest(available: list[str], precision: str | None, dtype: str) -> str:
-    """Return the name of the provider that a session has if its caller names none."""
+    """Return the name of the default provider."""
     if CUDA in available and torch.cuda.is_available() and precision in (None, dtype):
         return CUDA
     if precision not in (None, dtype):
-        return OPENVINO  # the only one with a precision of its own; it says why, where it is not to be had
+        return OPENVINO  # the only provider with a choice of precision; it raises if it is missing
     if dtype != "float32" or importlib.util.find_spec(PLUGIN) is None:
         return CPU
     try:
@@ -140,7 +140,7 @@ def _openvino(precision: str, options: Mapping[str, Any]) -> Provider:
         raise SpecError(f"{OPENVINO} has no precision {precision!r} on a CPU", where="precision", hint=hint)
     for key in options:
         if key in SETTLED:
-            raise SpecError(f"{key} is no option of its own", where="provider_options", hint=SETTLED[key])
+            raise SpecError(f"{key} is set by another argument", where="provider_options", hint=SETTLED[key])
         if not key.isupper():
             hint = "properties of OpenVINO's CPU plugin, such as {'CACHE_DIR': 'compiled'}"
             raise SpecError(f"{OPENVINO} has no option {key!r}", where="provider_options", hint=hint)
@@ -155,7 +155,7 @@ def _openvino(precision: str, options: Mapping[str, Any]) -> Provider:
 
 
 def _device() -> Any:
-    """Return OpenVINO's device for the CPU; the plugin is registered when it is first asked for.
+    """Return OpenVINO's device for the CPU; the first call registers the plugin.
 
     Raises:
         ExtraError: the plugin is not installed, does not load, or serves no processor of this kind.
@@ -167,7 +167,7 @@ def _device() -> Any:
             library = imported(PLUGIN, "openvino").get_library_path()
             try:
                 onnxruntime.register_execution_provider_library(OPENVINO, library)
-            except Exception as error:  # ONNX Runtime's errors have no base of their own
+            except Exception as error:  # ONNX Runtime's errors have no common base
                 if "already" not in str(error):
                     raise ExtraError(
                         f"OpenVINO's plugin does not load: {error}",

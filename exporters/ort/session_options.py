@@ -1,4 +1,4 @@
-"""What ONNX Runtime's sessions are opened with."""
+"""Options of ONNX Runtime's sessions: settings of the caller, threads, shared weights and working memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _arenas: set[tuple[str, int]] = set()
 
 
 def make(settings: Mapping[str, Any], sizes: Mapping[str, int], weights: Mapping[str, Any]) -> Any:
-    """Options for one session: each has its own, because what is put into them cannot be taken out.
+    """Return the options of one session. They are not shared, because ONNX Runtime cannot remove an entry.
 
     Args:
         settings: attributes of `onnxruntime.SessionOptions`, and its configuration entries, whose names have a dot.
-        sizes: that all calls will have, by the names of the model's dimensions.
+        sizes: the sizes that all calls will have, by the names of the model's dimensions.
         weights: OrtValues by the names of the model's initialisers.
     Raises:
-        SpecError: no such attribute, or a value that it does not take.
+        SpecError: there is no such attribute, or it does not take the value.
     """
     import onnxruntime
 
@@ -56,14 +56,14 @@ def make(settings: Mapping[str, Any], sizes: Mapping[str, int], weights: Mapping
 
 
 def threads(settings: Any) -> int:
-    """Return the number of threads of each session: as many as PyTorch has, where the settings do not say.
+    """Return the number of threads of each session; by default as many as PyTorch has.
 
     ONNX Runtime itself does not read OMP_NUM_THREADS.
 
     Args:
-        settings: a mapping as of `make`, or a `SessionOptions`.
+        settings: the settings of `make`, or a `SessionOptions`.
     Raises:
-        SpecError: it is no number of threads.
+        SpecError: the setting is not a number of threads.
     """
     if not isinstance(settings, Mapping):
         return int(getattr(settings, THREADS))
@@ -76,16 +76,20 @@ def threads(settings: Any) -> int:
 
 
 def one_arena(provider: str, provider_options: Mapping[str, str]) -> dict[str, str]:
-    """Settings with which sessions take their working memory from one arena of this process; they run in turns.
+    """Return settings with which sessions, which run in turns, share one arena of working memory in this process.
 
-    Not for CUDA graphs: one writes to the same addresses for ever, where another session's weights may lie by then.
+    CUDA graphs must not use it, which keep writing to the same addresses: those may belong to other sessions by then.
+
+    Args:
+        provider: the name of the provider.
+        provider_options: its options.
     """
     try:
         _register(CPU, 0, {}, DOUBLING)
         if provider == CUDA:
             _register(CUDA, int(provider_options.get("device_id", 0)), provider_options, AS_ASKED)
-    except Exception as error:  # ONNX Runtime's errors have no base of their own
-        log.warning("each session has an arena of its own: %s", error)
+    except Exception as error:  # ONNX Runtime's errors have no common base
+        log.warning("each session has a separate arena: %s", error)
         return {}
     return {ONE_ARENA: "1"}
 

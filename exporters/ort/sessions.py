@@ -1,4 +1,4 @@
-"""The models of an exported directory as ONNX Runtime's sessions."""
+"""ONNX Runtime's sessions of the models of an exported directory."""
 
 from __future__ import annotations
 
@@ -25,11 +25,17 @@ _ORT = {torch.float32: "tensor(float)", torch.float16: "tensor(float16)", torch.
 
 
 class Sessions:
-    """The graphs of a directory, each opened when it is first run.
+    """The variants of a directory, each opened when it is first run.
 
     Args:
-        folder: where they are; checked.
-        others: see `ORTUNet.from_pretrained`.
+        folder: the exported directory, already checked.
+        manifest: its manifest.
+        provider: the name of the provider, or None; this and the following as in `ORTUNet.from_pretrained`.
+        precision: the dtype that OpenVINO computes in, or None.
+        provider_options: the options of the provider.
+        session_options: a mapping of settings, or a `SessionOptions`.
+        free_dims: the sizes that all calls will have, by name.
+        cuda_graph: whether to record and replay the kernels of each graph.
     """
 
     def __init__(
@@ -86,13 +92,14 @@ class Sessions:
     def run(
         self, variant: Variant, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
     ) -> tuple[torch.Tensor, ...]:
-        """The outputs of a model, on the session's device.
+        """Run a variant, and return its outputs on the session's device.
 
         Args:
-            given: its inputs, by name.
-            sizes: of the call.
+            variant: the variant.
+            given: its inputs by name.
+            sizes: the sizes of the call by symbol.
         Raises:
-            CallError: other sizes than `free_dims`.
+            CallError: the sizes differ from `free_dims`.
         """
         for name, size in self._sizes.items():
             if sizes.get(name, size) != size:
@@ -121,7 +128,7 @@ class Sessions:
     def _captured(
         self, variant: Variant, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The outputs by a CUDA graph; where that fails it is said why, once, and there are none from then on."""
+        """Run through a CUDA graph. On the first failure, warn and disable CUDA graphs for all sessions."""
         key = variant.file, *(tuple(value.shape) for value in inputs.values())
         try:
             if key not in self._graphs:
@@ -129,7 +136,7 @@ class Sessions:
             return self._graphs[key].run(inputs)
         except SdgraphError:
             raise
-        except Exception as error:  # ONNX Runtime's errors have no base of their own
+        except Exception as error:  # ONNX Runtime's errors have no common base
             self._without_graphs(str(error))
         run(self.session(variant), inputs, outputs)
         return outputs
@@ -158,7 +165,7 @@ class Sessions:
 
     @property
     def device(self) -> torch.device:
-        """Where sessions want tensors. Without a CUDA build of PyTorch they stay on the CPU and are copied."""
+        """The device of the sessions' tensors: without a CUDA build of PyTorch the CPU, and tensors are copied."""
         if self.provider == CUDA and torch.cuda.is_available():
             return torch.device("cuda", int(self._provider.options.get("device_id", 0)))
         return torch.device("cpu")
@@ -192,7 +199,7 @@ class Sessions:
             )
         try:
             session = self._provider.session(what, settings, self.threads)
-        except Exception as error:  # ONNX Runtime's errors have no base of their own
+        except Exception as error:  # ONNX Runtime's errors have no common base
             raise SavedError(
                 f"ONNX Runtime refuses the model: {error}",
                 where=str(path),
@@ -223,19 +230,19 @@ class Sessions:
 
 
 def _agree(shape: list[int | str], spec: Input) -> bool:
-    """Whether a session's input or output has the rank and the fixed sizes that the manifest says."""
-    said = spec.shape or ()
-    pairs = zip(shape, said, strict=False)
-    return len(shape) == len(said) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+    """Return whether a session's input or output has the rank and the fixed sizes of the manifest."""
+    expected = spec.shape or ()
+    pairs = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
 def _by_definition(manifest: Manifest, provider: str) -> bool:
-    """Whether ONNX Runtime's own operators have no kernels here, so that models are not opened as they are on disk."""
+    """Return whether the provider lacks kernels of `com.microsoft` operators, so that models need their definitions."""
     return manifest.target == "cuda" and provider != CUDA
 
 
 def _require_nothing_else(free_dims: Any, manifest: Manifest, provider: Provider) -> None:
-    """Options that are the caller's own are not added to."""
+    """Refuse a caller's `SessionOptions` where something would have to be added to it."""
     needs = "free_dims" if free_dims else "a cuda target on another provider"
     if provider.device is not None:
         needs = provider.name

@@ -1,4 +1,4 @@
-"""`ORTUNet`: an exported UNet on ONNX Runtime, in the place of a diffusers UNet."""
+"""`ORTUNet`: an exported UNet on ONNX Runtime, which replaces a diffusers UNet in a pipeline."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ Size = Annotated[int, Bounds(ge=1, lt=2**31)]
 
 
 class ORTUNet(UNetCall):
-    """An exported UNet. Called like a diffusers `UNet2DConditionModel`, in an unmodified pipeline.
+    """An exported UNet, which is called like a diffusers `UNet2DConditionModel` in an unmodified pipeline.
 
-    Made by `from_pretrained`. Features are inherited as the source UNet's are: `sdgraph.attach(pipe)`, `expecting`,
+    `from_pretrained` loads it. Features are inherited as by the source UNet: `sdgraph.attach(pipe)`, `expecting`,
     `reset` and `cache_bytes` do the same here.
     """
 
@@ -67,30 +67,34 @@ class ORTUNet(UNetCall):
         cuda_graph: bool = False,
         verify: bool = True,
     ) -> ORTUNet:
-        """Load what `sdgraph.exporters.onnx.export` wrote.
+        """Load a directory that `sdgraph.exporters.onnx.export` wrote.
 
         Args:
             directory: the exported directory.
-            provider: of ONNX Runtime; by default CUDA's if PyTorch sees a CUDA device and ONNX Runtime has the
-                provider; else OpenVINO's for a model in float32, if the extra `openvino` is installed and it has
-                bfloat16 for this processor; else the CPU's. The log and `repr` say which.
-            precision: "float32" or "bfloat16", in which OpenVINO computes; by default float32. All other providers
-                compute in the dtype of the model.
-            provider_options: options of that provider; by default settled for CUDA. For OpenVINO they are properties of
-                its CPU plugin, such as `{"CACHE_DIR": "compiled"}`, with which it keeps what it compiles.
+            provider: the name of an execution provider of ONNX Runtime; by default CUDA's if PyTorch sees a CUDA device
+                and ONNX Runtime has the provider; else OpenVINO's for a model in float32, if the extra `openvino` is
+                installed and it multiplies in bfloat16 on this processor; else the CPU's. The log and `repr` say which.
+            precision: the dtype that OpenVINO computes in, "float32" (default) or "bfloat16". Other providers compute
+                in the dtype of the model.
+            provider_options: the options of that provider; CUDA's have defaults. For OpenVINO they are properties of
+                its CPU plugin, such as `{"CACHE_DIR": "compiled"}`, which caches compiled models.
             session_options: attributes and configuration entries of `onnxruntime.SessionOptions`, such as
-                `{"intra_op_num_threads": 4, "session.disable_prepacking": 1}`. A session has as many threads as PyTorch
-                (`torch.get_num_threads()`) where they do not say otherwise. A `SessionOptions` is used as it is, and
-                then sessions share neither weights nor working memory.
-            free_dims: sizes that all calls will have, such as `{"batch": 2, "height": 64, "width": 64}`: ONNX Runtime
-                plans for them. Other calls are refused.
-            cuda_graph: record the kernels of each graph, for each set of sizes, and replay them as one. Where that is
-                not to be had it is said why, and calls run without.
-            verify: compare all files with the hashes of the manifest, which reads the weights once.
+                `{"intra_op_num_threads": 4, "session.disable_prepacking": 1}`. By default a session has as many threads
+                as PyTorch (`torch.get_num_threads()`). A `SessionOptions` is used unchanged, and then sessions share
+                neither weights nor working memory.
+            free_dims: the sizes that all calls will have, such as `{"batch": 2, "height": 64, "width": 64}` (of the
+                latents), for which ONNX Runtime optimises. Other calls are refused.
+            cuda_graph: whether to record the kernels of each graph, for each set of sizes, and replay them as one. If
+                capture is not possible, a warning says why and calls run without it.
+            verify: whether to compare all files with the hashes of the manifest, which reads the weights once.
+        Returns:
+            The UNet.
         Raises:
-            SavedError: missing, damaged, changed or unsafe files; nothing was run.
-            SpecError: ONNX Runtime has no such provider, precision or option, or the models no such size.
+            SavedError: a file is missing, damaged, changed or unsafe; nothing was run.
+            SpecError: ONNX Runtime has no such provider, precision or option, or the models have no such size.
             ExtraError: the extra `onnx` or `openvino` is not installed, or the provider does not start.
+        Example:
+            `pipe.unet = ORTUNet.from_pretrained("unet-onnx")`
         """
         require_onnx()
         folder = Path(directory)
@@ -109,7 +113,12 @@ class ORTUNet(UNetCall):
     # -- the call ------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The noise prediction, without gradients and on the device of `sample`; arguments as of `forward`."""
+        """Return the noise prediction, without gradients and on the device of `sample`.
+
+        Args:
+            args: the positional arguments of `forward`.
+            kwargs: the keyword arguments of `forward`.
+        """
         with torch.no_grad():
             return self.forward(*args, **kwargs)
 
@@ -117,8 +126,10 @@ class ORTUNet(UNetCall):
         return self.manifest.inputs
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The noise prediction for flat inputs, by name. Tensors on the session's device are not copied.
+        """Return the noise prediction; tensors on the session's device are not copied.
 
+        Args:
+            flat: the inputs of the call by name, flattened.
         Raises:
             CallError: the models do not cover the call.
         """
@@ -152,10 +163,13 @@ class ORTUNet(UNetCall):
     # -- what pipelines do with a UNet ---------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Itself, if it is there already.
+        """Return the UNet itself if it already has the device and the dtype.
 
+        Args:
+            args: a device, a dtype or both, as in `torch.nn.Module.to`.
+            kwargs: `device` and `dtype`.
         Raises:
-            ModeError: it is on another device or has another dtype, and a session cannot move.
+            ModeError: the device or the dtype is another one, and a session cannot move.
         """
         for wish in (*args, kwargs.get("device"), kwargs.get("dtype")):
             if isinstance(wish, torch.dtype) and wish != self.dtype:
@@ -171,21 +185,21 @@ class ORTUNet(UNetCall):
         return self
 
     def eval(self) -> Self:
-        """Itself: an exported model has no training mode."""
+        """Return the UNet itself; an exported model has no training mode."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise ModeError(
             "an ORTUNet is not copied: its sessions belong to ONNX Runtime",
             where="ORTUNet",
-            hint="call ORTUNet.from_pretrained(directory) once more; pipelines may share one",
+            hint="call ORTUNet.from_pretrained(directory) again; pipelines may share one",
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModeError("an ORTUNet is not pickled", hint="send the directory, and call ORTUNet.from_pretrained there")
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # which copying and pickling look for before there are any attributes
+        if name.startswith("__"):  # copying and pickling look for these before any attribute exists
             raise AttributeError(name)
         if hasattr(UNet2DConditionModel, name):
             hint = "do it on the source UNet, then call sdgraph.apply and export again"
@@ -202,12 +216,12 @@ def load_pipeline(pipeline: Text | os.PathLike[str], unet: ORTUNet, **options: A
     """Load a diffusers pipeline around an exported UNet, without reading the weights of the UNet that it replaces.
 
     Args:
-        pipeline: the folder of the pipeline that the UNet was exported from, or its name on the hub. A folder without
-            the UNet will do.
-        unet: the exported UNet. The other models have its dtype.
-        options: options of `DiffusionPipeline.from_pretrained`, such as `variant="fp16"`.
+        pipeline: the folder of the pipeline that the UNet was exported from, or its name on the hub. The folder need
+            not contain the UNet.
+        unet: the exported UNet, whose dtype the other models get.
+        options: the options of `DiffusionPipeline.from_pretrained`, such as `variant="fp16"`.
     Returns:
-        The pipeline. `sdgraph.attach` it, if the UNet inherits features.
+        The pipeline. If the UNet inherits features, call `sdgraph.attach` on it.
     Example:
         `pipe = load_pipeline("stable-diffusion-v1-5", ORTUNet.from_pretrained("unet-onnx"))`
     """

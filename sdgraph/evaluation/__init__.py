@@ -1,4 +1,4 @@
-"""What a change of a UNet does to the images of a pipeline: `evaluate`, and the metrics of images.
+"""The effect of a change of a UNet on the images of a pipeline: `evaluate`, and the metrics of images.
 
 It imports `runtime` and what lies below.
 """

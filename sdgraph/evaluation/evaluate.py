@@ -1,4 +1,4 @@
-"""`evaluate` compares the images of a pipeline before and after a change, for the same prompts and seeds."""
+"""`evaluate`: a comparison of the images of a pipeline before and after a change, for the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Evaluation:
 
         Args:
             folder: the folder of the two files, which is created if necessary.
-            rows: how many images the picture shows.
+            rows: the number of images in the picture.
         """
         with written(Path(folder, "evaluation.json")) as figures, written(Path(folder, "evaluation.png")) as picture:
             figures.write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n")
@@ -101,7 +101,7 @@ class Evaluation:
         """Draw the first images before and after the change, and their difference, in one row for each prompt.
 
         Args:
-            rows: how many images are drawn.
+            rows: the number of images to draw.
         Returns:
             A PIL image. The difference is absolute, and scaled so that the largest difference of all rows is white.
         """
@@ -189,7 +189,7 @@ def evaluate(
             `before`, or in `pipe` if that is given; or passes as `sdgraph.apply` accepts them, which are applied to
             the UNet of `before`, or to that of `pipe` if both are pipelines.
         prompts: the prompts; every prompt is run with every seed.
-        seeds: the seeds; every image has a CPU generator of its own.
+        seeds: the seeds; every image has a separate CPU generator.
         pipe: the pipeline that UNets run in; needed if `before` is a UNet.
         judge: a function of the images (N, H, W, 3) in [0, 1] of a side and their N prompts, which returns figures of
             that side by name.
@@ -198,9 +198,9 @@ def evaluate(
         clip: the folder of the CLIP model, or its name on the hub.
         batch: the number of images per call of a pipeline.
         progress: whether a progress bar is shown; the pipelines' own bars are hidden meanwhile.
-        before_call: arguments of the first side alone, in the place of those in `call`, such as
+        before_call: the arguments of the first side alone, which override those in `call`, such as
             `{"num_inference_steps": 50}`. To compare two schedulers, pass two pipelines: `before` and `pipe`.
-        call: further arguments of both pipelines, such as `num_inference_steps=25` or `image=...`.
+        call: the further arguments of both pipelines, such as `num_inference_steps=25` or `image=...`.
     Returns:
         An `Evaluation`. The pipelines are left as they were.
     Raises:
