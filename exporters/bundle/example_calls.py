@@ -63,7 +63,7 @@ def random_call(unet: Any, manifest: Manifest, sizes: Mapping[str, int], seed: i
 def with_values(
     unet: GraphUNet, manifest: Manifest, variant: Variant, call: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return a call with the inputs of a variant: the reused values are those that PyTorch computes at the same call."""
+    """Return a call with the values that a variant reads: PyTorch computes them at the same call."""
     if not variant.reads:
         return dict(call)
     with torch.no_grad():
