@@ -51,8 +51,7 @@ class Figures:
         rows.append((f"{self.calls} calls", f"{self.generation:.4g} s", f"{self.generation / self.everything:.3f}"))
         head = f"latents {self.size[0]}x{self.size[1]}, batch {self.batch}; " + ", ".join(self.on.values())
         note = "the last column is relative to computing everything, measured in turns"
-        return "
-".join([head, format_table(rows), note])
+        return "\n".join([head, format_table(rows), note])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
