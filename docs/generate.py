@@ -87,7 +87,7 @@ def pages(after: sdgraph.Graph) -> dict[Path, str]:
 
 def main() -> None:
     before, after = graphs()
-    after.picture(FIGURE, before=before)
+    after.draw(FIGURE, before=before)
     architecture.FIGURE.write_text(architecture.draw(architecture.graph()))
     for page, text in pages(after).items():
         page.write_text(text)

@@ -81,7 +81,7 @@ def main(out: Path) -> None:
     (out / "graph-before.txt").write_text(f"{traced.graph}\n")
     (out / "graph-after.txt").write_text(f"{pruned.graph}\n")
     for suffix in ("svg", "png"):
-        pruned.graph.picture(out / f"graph.{suffix}", before=traced.graph)
+        pruned.graph.draw(out / f"graph.{suffix}", before=traced.graph)
 
     def row(name: str, nodes: str, graph: sdgraph.Graph) -> tuple[str, ...]:
         parameters = sum(p.numel() for p in graph.parameters().values())

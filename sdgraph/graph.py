@@ -11,7 +11,6 @@ import torch
 
 from .errors import EditError, PathError, SpecError, did_you_mean
 from .forecasts import Forecast, Order, as_forecast
-from .inheritance.timetable import Timetable, timetable
 from .ir.editor import EditableGraph, first_operation, module_stack
 from .ir.nodes import scope
 from .ir.sites import Site, inherit, sites
@@ -19,6 +18,7 @@ from .options import checked
 from .schedules import SamplingRun, Schedule
 from .views.drawing import draw_graph
 from .views.text import format_graph
+from .views.timetable import Timetable, timetable
 
 
 class Graph(EditableGraph):
@@ -44,7 +44,7 @@ class Graph(EditableGraph):
         return format_graph(self, depth, within or "")
 
     @checked(SpecError)
-    def picture(self, path: str | os.PathLike[str], before: Graph | None = None) -> None:
+    def draw(self, path: str | os.PathLike[str], before: Graph | None = None) -> None:
         """Draw the UNet to a file.
 
         Args:

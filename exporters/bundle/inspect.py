@@ -8,10 +8,11 @@ from typing import Any
 import onnx
 import torch
 
-from sdgraph.inheritance.timetable import Course, foreseen, ranges, supposition
+from sdgraph.inheritance.timetable import Course, foreseen
 from sdgraph.schedules import SamplingRun
 from sdgraph.untrusted import read_config, require_folder
-from sdgraph.views.format import format_count, format_macs, format_names, format_table
+from sdgraph.views.format import format_count, format_macs, format_names, format_ranges, format_table
+from sdgraph.views.timetable import supposition
 
 from .manifest import AGAIN, CONFIG, DATA, FIRST, MODEL, REPORT, Manifest, Variant
 from .manifest_file import check_files, read_manifest
@@ -59,7 +60,7 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
             str(len(variant.reads)),
             str(len(variant.writes)),
         )
-        rows.append((variant.file, str(nodes), *figures, ranges(served.get(variant, [])) or "-"))
+        rows.append((variant.file, str(nodes), *figures, format_ranges(served.get(variant, [])) or "-"))
     lines.append(format_table(rows))
     if foretold.least:
         fastest, slowest = (len(foretold.calls) * first.macs / total for total in (foretold.least, foretold.most))

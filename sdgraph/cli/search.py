@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save is not None:
         write_json(args.save, result.as_dict())
     if args.picture is not None:
-        result.timetable.picture(args.picture)
+        result.timetable.draw(args.picture)
     print(result)
     if args.save is not None:
         print(f"saved in {args.save}")

@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> None:
     graph, after = (one.at(**sizes) for one in (graph, after))
     timetable = after.timetable(run)
     if args.picture is not None:
-        after.picture(args.picture, before=graph if given.passes else None)
+        after.draw(args.picture, before=graph if given.passes else None)
     if args.timetable is not None:
-        timetable.picture(args.timetable)
+        timetable.draw(args.timetable)
     print(f"{after.text(args.depth)}\n\n{timetable}")
 
 

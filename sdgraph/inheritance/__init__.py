@@ -1,4 +1,4 @@
 """Which call of which generation this is, what it may inherit, and what that costs: the driver of every backend.
 
-It imports `views`, `ir` and the vocabulary; who computes a call is not its business.
+It imports `ir` and the vocabulary; who computes a call is not its business.
 """

@@ -17,11 +17,11 @@ import numpy as np
 from ..compiler.passes import Pass
 from ..errors import ScheduleError, SpecError
 from ..forecasts import DAMPINGS, REPEAT, Fitted, Forecast, Polynomial, as_forecast
-from ..inheritance.timetable import timetable
 from ..options import Index, Seed, checked
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..schedules import SamplingRun, Steps
+from ..views.timetable import timetable
 from .final_latents import Array, check_request, final_latents, typical
 
 STEP = 0.25  # of a damping, to see what it does

@@ -9,8 +9,8 @@ from math import log10
 from typing import Any
 
 from ..compiler.passes import Chain
-from ..inheritance.timetable import Timetable
 from ..views.format import format_table
+from ..views.timetable import Timetable
 
 TRUSTED = 2.0  # a prediction within this factor is as good as they are
 

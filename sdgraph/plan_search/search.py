@@ -24,11 +24,11 @@ import numpy as np
 from ..atomic import owned
 from ..compiler.passes import Pass
 from ..errors import ScheduleError, SpecError
-from ..inheritance.timetable import timetable
 from ..options import Bounds, Index, Seed, Text, checked
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..schedules import Steps
+from ..views.timetable import timetable
 from .candidates import SHAPES, Candidates, Plan
 from .costs import Cost, seconds_here, seconds_of
 from .final_latents import Array, check_request, relative_errors, typical

@@ -1,4 +1,4 @@
-"""Reading a graph: as text, as a diagram, in tables.
+"""Text, tables and figures of a graph and of the calls of a generation.
 
-It imports `ir` and the vocabulary; it edits nothing.
+It imports `inheritance`, `ir` and the vocabulary; it edits nothing.
 """

@@ -38,3 +38,14 @@ def format_count(number: int) -> str:
         if number >= scale:
             return f"{number / scale:.3g} {unit}" if number < 999.5 * scale else f"{number / scale:.0f} {unit}"
     return str(number)
+
+
+def format_ranges(calls: Sequence[int]) -> str:
+    """Return ascending numbers of calls in short form, such as `0, 3-5, 9`."""
+    runs: list[list[int]] = []
+    for call in calls:
+        if runs and runs[-1][-1] == call - 1:
+            runs[-1].append(call)
+        else:
+            runs.append([call])
+    return ", ".join(f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in runs)

@@ -78,7 +78,7 @@ def test_a_timetable_says_what_calls_do(
     assert table.bound == 8 * unet.graph.macs / table.macs > 1
     assert "8 calls: ■ computed □ reused · not needed" in str(table)
     assert json.loads(json.dumps(table.as_dict()))["refreshes"]["up_blocks.3.resnets.1"] == [0, 3, 6]
-    table.picture(tmp_path / "table.svg")
+    table.draw(tmp_path / "table.svg")
     assert "up_blocks.3.resnets.1" in (tmp_path / "table.svg").read_text()
     with pytest.raises(ScheduleError, match="without calls"):
         unet.graph.timetable(0)
@@ -255,7 +255,7 @@ def test_a_table_says_what_it_supposes(tiny: GraphUNet) -> None:
     table = unet.graph.timetable(10)
     row = "■□■□■□■■■■"
     assert {table.row(name) for name in unet.graph.sites} == {row}
-    assert "supposed: timesteps 901 to 1, evenly spaced, for nobody gave a scheduler; costs at B=1, H=8, W=8, L=77" in (
+    assert "supposed: timesteps 901 to 1, evenly spaced, for want of a scheduler; costs at B=1, H=8, W=8, L=77" in (
         str(table)
     )
     scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)

@@ -130,7 +130,7 @@ unet = UNet2DConditionModel(block_out_channels=(8, 8), norm_num_groups=4, cross_
 pruned = sdgraph.apply(unet, "CleanUp, PruneBlocks('mid_block')")
 str(pruned.graph)
 for extra, need in (("onnx", lambda: sdgraph.exporters.onnx.export(pruned, "x")),
-                    ("plots", lambda: pruned.graph.picture("x.svg"))):
+                    ("plots", lambda: pruned.graph.draw("x.svg"))):
     try:
         need()
     except sdgraph.errors.ExtraError as error:

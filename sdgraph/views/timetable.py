@@ -1,0 +1,258 @@
+"""Timetables: what each call of a generation computes, reuses and costs, as a table and as a figure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..errors import PathError, SpecError, did_you_mean
+from ..inheritance.timetable import foreseen
+from ..ir.sites import Site, live_nodes
+from ..ir.sites import sites as nodes_of_sites
+from ..ir.state import GraphState
+from ..schedules import SamplingRun
+from .figure import save_figure
+from .format import format_count, format_macs, format_names, format_ranges
+
+NAMED = ("B", "H", "W", "L")  # sizes that a table names
+COMPUTED, REUSED, FORECAST, BYPASSED, UNNEEDED, DRIFTING = "■", "□", "◪", "○", "·", "◇"
+WORDS = {COMPUTED: "computed", REUSED: "reused", FORECAST: "forecast", BYPASSED: "bypassed",
+         UNNEEDED: "not needed", DRIFTING: "as features drift"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlannedVariant:
+    """The calls that run one variant.
+
+    Args:
+        calls: the calls; where the drift of features decides, those that may be.
+        macs: the multiply-accumulates of one of them.
+        computed: the sites it computes, in graph order.
+        reads: the sites whose values it reads from the cache.
+        bypassed: the sites whose place another value takes.
+        reused: the sets of sites that such calls do not compute. They differ in sites that none of these calls needs.
+    """
+
+    calls: tuple[int, ...]
+    macs: int
+    computed: tuple[str, ...]
+    reads: tuple[str, ...]
+    bypassed: tuple[str, ...] = ()
+    reused: frozenset[frozenset[str]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """The calls of a generation, and what each does with the sites. Prints as a table; `draw(path)` makes a figure.
+
+    Args:
+        run: the sampling run, with the timesteps of its calls.
+        sites: the sites by name, in graph order.
+        variants: the variants of the graph that the calls run, in the order of their first calls.
+        signs: the row of each site, a sign for every call; see `row`.
+        full_macs: the multiply-accumulates of a call that computes everything.
+        macs: the multiply-accumulates of all calls; the largest number, where the drift of features decides.
+        least_macs: the smallest number of multiply-accumulates of all calls.
+        cache_bytes: the bytes that are kept between calls, at most.
+        at: the sizes of a call for which costs are quoted, by symbol.
+        supposed: whether the timesteps are assumed to be evenly spaced, because only their number is known.
+    """
+
+    run: SamplingRun
+    sites: Mapping[str, Site]
+    variants: tuple[PlannedVariant, ...]
+    signs: Mapping[str, str]
+    full_macs: int
+    macs: int
+    least_macs: int
+    cache_bytes: int
+    at: Mapping[str, int] = field(default_factory=dict)
+    supposed: bool = False
+
+    @property
+    def bound(self) -> float:
+        """The largest speed-up over a generation that computes everything, if time is proportional to arithmetic."""
+        return (self.run.calls or 0) * self.full_macs / self.least_macs
+
+    def row(self, site: str) -> str:
+        """Return a sign for each call: ■ computed, □ reused, ◪ forecast, ○ bypassed, · not needed, ◇ as features drift.
+
+        Args:
+            site: the name of a site.
+        Raises:
+            PathError: there is no such site.
+        """
+        if site not in self.signs:
+            hint = did_you_mean(site, self.signs) or f"sites: {', '.join(self.signs) or 'none'}"
+            raise PathError(f"no site {site!r}", hint=hint)
+        return self.signs[site]
+
+    def refreshes(self, site: str) -> tuple[int, ...]:
+        """Return the calls that compute a site, however features drift.
+
+        Args:
+            site: the name of a site.
+        Raises:
+            PathError: there is no such site.
+        """
+        return tuple(i for i, sign in enumerate(self.row(site)) if sign == COMPUTED)
+
+    def __str__(self) -> str:
+        rows: dict[str, list[str]] = {}
+        for site, row in self.signs.items():
+            rows.setdefault(row, []).append(site)
+        seen = set("".join(rows))
+        legend = " ".join(f"{sign} {word}" for sign, word in WORDS.items() if sign in seen)
+        lines = [f"{self.run.calls} calls: {legend}" if rows else f"{self.run.calls} calls: nothing is inherited"]
+        lines += [f"  {row}  {format_names(names)}" for row, names in rows.items()]
+        drifting = DRIFTING in seen
+        lines += [
+            f"  {'up to ' * drifting}{len(v.calls)} × {format_macs(v.macs)} ({v.macs / self.full_macs:.1%}): "
+            f"calls {format_ranges(v.calls)}; {len(v.computed)} computed, {len(v.reads)} reused"
+            f"{f', {len(v.bypassed)} bypassed' * bool(v.bypassed)}"
+            for v in self.variants
+        ]
+        slowest = (self.run.calls or 0) * self.full_macs / self.macs
+        times = f"{slowest:.2f} to {self.bound:.2f} times as fast, as features drift" if drifting else ""
+        times = times or f"at most {self.bound:.2f} times as fast"
+        lines.append(f"  {times}; {format_count(self.cache_bytes)}B kept between calls")
+        lines.append(f"  supposed: {supposition(self.run, self.supposed)}")
+        if self.at:
+            lines[-1] += "; costs at " + ", ".join(f"{name}={size}" for name, size in self.at.items())
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the timetable as plain data."""
+        return {
+            "calls": self.run.calls,
+            "timesteps": list(self.run.timesteps or ()),
+            "supposed": self.supposed,
+            "at": dict(self.at),
+            "sites": {
+                name: {"schedule": str(s.schedule), "forecast": str(s.forecast), "bypassed": s.bypassed}
+                for name, s in self.sites.items()
+            },
+            "refreshes": {name: list(self.refreshes(name)) for name in self.sites},
+            "rows": dict(self.signs),
+            "variants": [
+                {
+                    "calls": list(v.calls),
+                    "macs": v.macs,
+                    "computed": len(v.computed),
+                    "reused": len(v.reads),
+                    "bypassed": len(v.bypassed),
+                }
+                for v in self.variants
+            ],
+            "macs": self.macs,
+            "least_macs": self.least_macs,
+            "bound": self.bound,
+            "cache_bytes": self.cache_bytes,
+        }
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draw calls against sites to an `.svg` or `.png` file.
+
+        Args:
+            path: the file.
+        Raises:
+            ExtraError: matplotlib is not installed.
+            SpecError: the file has another suffix, or the graph has no sites.
+        """
+        shades = {
+            COMPUTED: (0.20, 0.36, 0.58),
+            REUSED: (0.80, 0.87, 0.95),
+            FORECAST: (0.62, 0.84, 0.72),
+            BYPASSED: (0.96, 0.85, 0.70),
+            UNNEEDED: (1.0, 1.0, 1.0),
+            DRIFTING: (0.80, 0.70, 0.90),
+        }
+        rows = [[shades[sign] for sign in self.row(site)] for site in self.sites]
+        if not rows:
+            raise SpecError("nothing is inherited or bypassed", where="draw", hint="apply a pass with a schedule")
+        with save_figure(path) as figure:
+            figure.set_size_inches(4.5 + 0.11 * len(rows[0]), 1.0 + 0.16 * len(rows))
+            axes = figure.add_subplot()
+            axes.imshow(rows, aspect="auto", interpolation="nearest")
+            axes.set_yticks(range(len(rows)), list(self.sites), fontsize=7)
+            axes.set_xlabel("call")
+            legend = "dark: computed, light: reused, green: forecast, orange: bypassed, white: not needed"
+            legend += ", violet: as features drift" * any(DRIFTING in row for row in self.signs.values())
+            axes.set_title(f"{legend}; at most {self.bound:.2f} times as fast", fontsize=8)
+            figure.tight_layout()
+
+
+def timetable(graph: GraphState, run: SamplingRun) -> Timetable:
+    """Return the timetable of a graph: the driver's own rules, on the sizes of values instead of values.
+
+    Args:
+        graph: the graph.
+        run: the sampling run.
+    Raises:
+        ScheduleError: a schedule does not fit the run, or the run has no calls.
+    """
+    sites, nodes = graph.sites, nodes_of_sites(graph.fx)
+    variants: dict[tuple[tuple[str, ...], ...], PlannedVariant] = {}
+    of: dict[frozenset[str], tuple[tuple[str, ...], ...]] = {}
+
+    def computed(reused: frozenset[str]) -> dict[str, torch.Tensor]:
+        if reused not in of:
+            seen = live_nodes(graph.fx, reused)
+            live = [name for name, node in nodes.items() if node in seen]
+            of[reused] = kind = (
+                tuple(name for name in live if name not in reused),
+                tuple(name for name in live if name in reused and not sites[name].bypassed),
+                tuple(name for name in live if name in reused and sites[name].bypassed),
+            )
+            if kind not in variants:  # two may differ only in sites that neither needs
+                variants[kind] = PlannedVariant((), graph.call_macs(reused), *kind)
+        return {name: nodes[name].meta["val"] for name in of[reused][0] if not sites[name].bypassed}
+
+    course = foreseen(run, sites, computed, lambda reused: variants[of[reused]].macs)
+    signs = dict.fromkeys(sites, "")
+    for number, doings in enumerate(course.calls):
+        for reused in doings:
+            variant = variants[of[reused]]
+            if number not in variant.calls:
+                variant = replace(variant, calls=(*variant.calls, number))
+            variants[of[reused]] = replace(variant, reused=variant.reused | {reused})
+        for name in sites:
+            ways = {
+                _sign(variants[of[reused]], name, name in forecast) for reused, fs in doings.items() for forecast in fs
+            }
+            signs[name] += ways.pop() if len(ways) == 1 else DRIFTING
+    return Timetable(
+        run.supposed(),
+        sites,
+        tuple(variants.values()),
+        signs,
+        graph.call_macs(),
+        int(course.most),
+        int(course.least),
+        course.kept,
+        {s.name: s.nominal for s in graph.dims.symbols if s.name in NAMED},
+        run.timesteps is None,
+    )
+
+
+def _sign(variant: PlannedVariant, site: str, forecast: bool) -> str:
+    """Return the sign of a site at the calls of a variant."""
+    if site in variant.reads:
+        return FORECAST if forecast else REUSED
+    return COMPUTED if site in variant.computed else BYPASSED if site in variant.bypassed else UNNEEDED
+
+
+def supposition(run: SamplingRun, supposed: bool) -> str:
+    """Return a phrase about the timesteps of a sampling run.
+
+    Args:
+        run: the sampling run.
+        supposed: whether its timesteps are assumed to be evenly spaced.
+    """
+    first, *_, last = (*(run.timesteps or ()), *(run.timesteps or (0.0,))[-1:])
+    who = "evenly spaced, for want of a scheduler" if supposed else run.solver.partition("(")[0] or "as given"
+    return f"timesteps {first:g} to {last:g}, {who}"
