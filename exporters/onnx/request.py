@@ -32,6 +32,7 @@ def as_graph(unet: Any, dtype: torch.dtype | None) -> GraphUNet:
     if dtype not in (None, unet.dtype):
         unet = sdgraph.apply(unet, (), verify=False)
         unet.to(dtype)
+    unet.follow_changes()
     name = str(unet.dtype).removeprefix("torch.")
     if name not in DTYPES:
         why = "; ONNX Runtime has no bfloat16 kernels for Resize" if name == "bfloat16" else ""

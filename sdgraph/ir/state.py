@@ -46,9 +46,6 @@ class GraphState:
         passes: the passes that were applied, with their decisions.
         removals: the modules that edits removed, in order; leaf modules are among them until a `GraphUNet` runs the
             graph.
-        frozen: whether the graph belongs to a `GraphUNet`, so that only a copy of it can be edited.
-        replays: the details (see there) with which it was seen that its configuration and passes give it again, as a
-            saved folder needs.
         source: the UNet that was traced, without the values of its weights; see `sdgraph.runtime.retrace`.
     """
 
@@ -63,11 +60,10 @@ class GraphState:
     classes: dict[str, str] = field(default_factory=dict)
     passes: tuple[Applied, ...] = ()
     removals: tuple[Removed, ...] = ()
-    frozen: bool = False
-    replays: tuple[object, ...] | None = None
     source: Any = field(default=None, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _decisions: Decisions = field(default_factory=Decisions, repr=False)
+    _frozen: bool = field(default=False, repr=False)
     _editor: str = field(default="", repr=False)  # the pass that is running, as text
     _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
 
@@ -90,9 +86,13 @@ class GraphState:
         """Paths of the regions that edits removed, each with the pass that removed it."""
         return {r.path: r.by or "an edit outside of passes" for r in self.removals if r.module is None}
 
-    def forget_removed_modules(self) -> None:
-        """Free the weights of removed leaf modules. The record of removed regions stays."""
+    def freeze(self) -> None:
+        """Refuse further edits of this graph, and free the weights of removed leaf modules, because a module runs it.
+
+        The record of removed regions stays. A copy can be edited.
+        """
         self.removals = tuple(r for r in self.removals if r.module is None)
+        self._frozen = True
 
     @checked(PathError)
     def input(self, name: str) -> torch.fx.Node:
@@ -277,7 +277,7 @@ class GraphState:
         self.propagate(anew=True)
 
     def _check_editable(self) -> None:
-        if self.frozen:
+        if self._frozen:
             raise EditError(
                 "the graph belongs to a GraphUNet, which has compiled calls from it",
                 hint="edit a copy, and build another: graph = unet.graph.copy(); ...; sdgraph.GraphUNet(graph)",

@@ -25,7 +25,7 @@ from ..ir.weights import Weights, skeleton
 _AGAIN = "do it on the source UNet, then call sdgraph.apply again"
 
 
-def again(graph: Graph, change: Callable[[UNet2DConditionModel], Any]) -> Graph:
+def retrace(graph: Graph, change: Callable[[UNet2DConditionModel], Any]) -> Graph:
     """The graph of the same source after a change, with the same passes and weights. The given one stays as it is.
 
     Args:

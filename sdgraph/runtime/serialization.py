@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ HARMLESS = (
     "user_agent",
 )
 log = logging.getLogger("sdgraph")
+_rebuilt: deque[object] = deque(maxlen=8)  # what graphs were seen to come back from
 
 
 def save(
@@ -176,16 +178,19 @@ def _traced(graph: Graph) -> tuple[dict[str, Any], list[str], Mapping[str, Any]]
 
 
 def check_savable(graph: Graph) -> None:
-    """Refuse a graph that would not come back from its configuration and passes. What was seen once is not tried again.
+    """Refuse a graph that would not come back from its configuration and passes. Graphs that are alike are tried once.
 
+    Args:
+        graph: the graph of a UNet, which is traced again on the meta device.
     Raises:
-        ModeError: see there.
+        ModeError: the configuration and passes give no graph or another one, or the graph has LoRA layers.
     """
     graph.check_unaltered()
-    details = graph.details()
-    if graph.replays == details:
-        return
     config, inputs, settings = _traced(graph)
+    recipe = config, inputs, settings, [entry(applied) for applied in graph.passes], graph.dtype
+    tried = recipe, structure(graph), graph.details()
+    if tried in _rebuilt:
+        return
     where, reason, cause = "save_pretrained", "", None  # type: str, str, Exception | None
     try:
         # by the text of the passes, because that is what is saved
@@ -201,8 +206,7 @@ def check_savable(graph: Graph) -> None:
         reason, cause = f": {error}", error
     else:
         if alike(again, graph):
-            if graph.frozen:
-                graph.replays = details
+            _rebuilt.append(tried)
             return
         ours, theirs = graph.kinds(), again.kinds()
         changed = next((path for path in {**theirs, **ours} if ours.get(path) != theirs.get(path)), None)

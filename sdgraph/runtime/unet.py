@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
@@ -13,8 +15,10 @@ from torch import fx, nn
 
 from ..compiler.numerics import example
 from ..compiler.report import Report
+from ..compiler.runner import replay
 from ..errors import CallError, ModeError, PathError, SavedError, SourceError, did_you_mean
 from ..frontend.call import flatten
+from ..frontend.capture import capture
 from ..graph import Graph
 from ..inheritance.generation import Generations, apart, arithmetic
 from ..ir.guards import check_call
@@ -23,24 +27,40 @@ from ..ir.sites import sites
 from ..ir.variants import per_call
 from ..ir.weights import HOOKS, TREE, alteration
 from ..options import checked
-from .diffusers_api import no_value
+from .adapters import LORA, Adapters, show_settings
+from .diffusers_api import REFUSED, UNetCall, no_value, refusal
 from .gradients import Ownership, differentiated, transformed
-from .lora import LoraLayers
-from .recipe import PASSES, plain_passes
+from .recipe import PASSES, plain_passes, read_passes
 from .serialization import load, one_device, save
-from .settings import SourceSettings, follow_settings
 from .to_diffusers import to_diffusers
 from .variants import Variants
 from .watch import Watch, global_hooks
 
 WITH_HOOKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+Arguments = ParamSpec("Arguments")
+log = logging.getLogger("sdgraph")
 
 
-_REMOVE = "remove it, and give it to the result"
+def _adapting(
+    method: Callable[Concatenate[Adapters, Arguments], Graph | None],
+) -> Callable[Concatenate[GraphUNet, Arguments], None]:
+    """Return a method of a UNet that runs the graph which a method of its adapters makes."""
+
+    @functools.wraps(method)
+    def change(unet: GraphUNet, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        unet.follow_changes()
+        graph = method(unet.adapters, *args, **kwargs)
+        if graph is not None:
+            unet._set_graph(graph)
+
+    return change
 
 
-class GraphUNet(SourceSettings, LoraLayers):
+class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
     """A UNet that runs a graph. To diffusers it is a `UNet2DConditionModel`, wherever one is called.
+
+    It owns its graph, the `generations` of its calls, the variants that compute them, and its `adapters`: LoRA,
+    IP-Adapters and attention processors.
 
     Its weights share storage with the source UNet until it needs its own: for `train()`, `load_state_dict()`, or a move
     to another device or dtype. The source is never changed.
@@ -54,6 +74,7 @@ class GraphUNet(SourceSettings, LoraLayers):
     """
 
     __module__ = "sdgraph"  # which diffusers writes into the index of a pipeline, and asks its readers to import
+    _supports_gradient_checkpointing = False
 
     @checked(SourceError)
     def __init__(self, graph: Graph, report: Report | None = None) -> None:
@@ -62,17 +83,16 @@ class GraphUNet(SourceSettings, LoraLayers):
         self._ownership = Ownership()
         self._variants = Variants()
         self.generations = Generations()
-        self.hold(graph)
+        self._set_graph(graph)
         # `requires_grad` stays as in the source: PyTorch picks the kernel of a matrix product by it, so other flags
         # would give other last bits. What keeps an optimizer off the source's storage is `_take_weights`.
         super().train(False)
 
-    def hold(self, graph: Graph) -> None:
-        """Run this graph from now on. It belongs to this module."""
+    def _set_graph(self, graph: Graph) -> None:
+        """Run a graph from now on. It belongs to this module."""
         self._graph = graph
-        self.take_processors()
-        graph.frozen = True
-        graph.forget_removed_modules()  # or the weights that pruning takes out would stay in memory
+        self.adapters = Adapters(graph)
+        graph.freeze()
         passes = {PASSES: plain_passes(graph.passes)} if graph.passes else {}
         self.register_to_config(**graph.config, **passes)
         self._sites = graph.sites
@@ -81,28 +101,52 @@ class GraphUNet(SourceSettings, LoraLayers):
         graph.weights.settle(graph.source, {str(node.target) for node in graph.fx.nodes if node.op == "call_module"})
         for kind in TREE:  # one tree: what is exchanged in the one is exchanged in the other
             self.__dict__[kind] = graph.weights.__dict__[kind]
-        self._without_images = False
-        follow_settings(graph)
+        show_settings(graph)
         self._watch = Watch(graph)
-        self.changed()
+        self._invalidate()
 
-    def changed(self) -> None:
+    def _invalidate(self) -> None:
         """Drop what was derived from this module's submodules, because they have changed."""
         self._variants.clear()
         self._accepted: set[Any] = set()
         self.reset()
 
-    # -- the call ------------------------------------------------------------------------------------------------
-
     @property
     def graph(self) -> Graph:
-        """The graph that runs. What was set in attention processors since the last call is taken over here."""
-        self.follow_processors()
-        self._look()
+        """The graph that runs. What is set in modules and attention processors acts from the next call on."""
         return self._graph
 
+    def follow_changes(self) -> None:
+        """Take over what was set in modules and attention processors since the last call. Every call begins with this.
+
+        Raises:
+            ModeError: something was set that would never act, or that the graph needs is missing.
+        """
+        changed = self.adapters.follow()
+        if changed is not None:
+            self._set_graph(changed)
+        if torch.compiler.is_compiling():
+            return  # a compiler guards what it has read
+        if not self._watch.check():
+            self._accepted.clear()
+        if self._variants.compiled and not self._watch.same_code():
+            self._variants.clear()
+        if global_hooks():
+            self.generations.say(
+                "PyTorch's hooks for all modules are called for the leaves of a graph and for the UNet, not for blocks"
+            )
+
+    # -- the call ------------------------------------------------------------------------------------------------
+
+    @functools.wraps(UNetCall.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        self.follow_changes()
+        if not self._hf_peft_config_loaded:
+            return super().forward(*args, **kwargs)
+        with self.adapters.scaled(self, kwargs) as call:
+            return super().forward(*args, **call)
+
     def call_inputs(self) -> Sequence[Input]:
-        self.follow_processors()
         return self._inputs
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -134,7 +178,6 @@ class GraphUNet(SourceSettings, LoraLayers):
 
     def _accept(self, flat: Mapping[str, torch.Tensor]) -> None:
         """Refuse a call that the graph does not cover. Calls of the same kind are checked once."""
-        self._look()
         signature = (
             arithmetic(flat["sample"].device.type),
             *((n, v.shape, v.dtype, v.device) for n, v in flat.items()),
@@ -151,19 +194,6 @@ class GraphUNet(SourceSettings, LoraLayers):
             if "?" not in shape:
                 known = (*self._graph.resolved_inputs(), Input(site, (f"values[{site!r}]",), shape, kind="mask"))
                 check_call(known, self._graph.guards, {**flat, site: value}, self.dtype)
-
-    def _look(self) -> None:
-        """Take note of what was changed since the last call, and refuse what would never act."""
-        if torch.compiler.is_compiling():
-            return  # a compiler guards what it has read
-        if not self._watch.check():
-            self._accepted.clear()
-        if self._variants.compiled and not self._watch.same_code():
-            self._variants.clear()
-        if global_hooks():
-            self.generations.say(
-                "PyTorch's hooks for all modules are called for the leaves of a graph and for the UNet, not for blocks"
-            )
 
     @checked(CallError)
     def compute(
@@ -195,6 +225,7 @@ class GraphUNet(SourceSettings, LoraLayers):
                     where="reused",
                     hint=did_you_mean(site, known) or f"values are given of {', '.join(known) or 'none'}",
                 )
+        self.follow_changes()
         flat = flatten(call, self.call_inputs())
         self._accept(flat)
         self._accept_values(flat, {site: values[site] for site in chosen if site in values})
@@ -221,7 +252,8 @@ class GraphUNet(SourceSettings, LoraLayers):
         return frozenset().union(*(variant.reused for variant in self.graph.timetable(calls).variants))
 
     def _random(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        flat = example(self.graph, 0, False, **sizes)
+        self.follow_changes()
+        flat = example(self._graph, 0, False, **sizes)
         self._accept(flat)
         return flat
 
@@ -286,8 +318,111 @@ class GraphUNet(SourceSettings, LoraLayers):
         before = self.device, self.dtype
         super()._apply(fn, recurse)
         if (self.device, self.dtype) != before:
-            self.changed()  # or what was kept would stay on the other device
+            self._invalidate()  # or what was kept would stay on the other device
         return self
+
+    # -- what diffusers does with a UNet ----------------------------------------------------------------------------
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """The processors that were traced, by module path. The scale of an IP-Adapter may be set in them."""
+        return self.adapters.processors
+
+    set_attn_processor = _adapting(Adapters.set_attn_processor)
+    set_default_attn_processor = _adapting(Adapters.set_default_attn_processor)
+    fuse_qkv_projections = _adapting(Adapters.fuse_qkv_projections)
+    unfuse_qkv_projections = _adapting(Adapters.unfuse_qkv_projections)
+    enable_freeu = _adapting(Adapters.enable_freeu)
+    disable_freeu = _adapting(Adapters.disable_freeu)
+    _load_ip_adapter_weights = _adapting(Adapters.load_ip_adapter_weights)
+
+    def set_attention_slice(self, slice_size: Any = "auto") -> None:
+        """Change nothing: PyTorch's fused attention keeps no matrix of attention that could be sliced.
+
+        Args:
+            slice_size: the size of a slice as in diffusers, which is ignored.
+        """
+        log.warning("attention slicing changes nothing in a traced UNet, whose fused attention needs no memory for it")
+
+    def __getattr__(self, name: str) -> Any:
+        kind = getattr(type(self), name, None)
+        if isinstance(kind, property):  # it raised a ModeError, which is an AttributeError: once more, to hear it
+            return kind.__get__(self)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            source = vars(self)["_graph"].source if "_graph" in vars(self) else None
+            if source is None or name not in (vars(source).keys() | source._modules.keys()):
+                raise
+            value = getattr(source, name)
+            if value is None or isinstance(value, bool | int | float | str):
+                return value  # a setting, or None where the source has no such module
+            raise ModeError(
+                f"a traced UNet has no {name}", where="GraphUNet", hint="it was removed, or is no module of the graph"
+            ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "encoder_hid_proj" and value is None:  # pipelines assign it, and set other processors then
+            self.adapters.unload_images()
+            return
+        if "_graph" in vars(self) and not hasattr(type(self), name) and name not in vars(self):
+            self._graph.weights.check_attribute(name, value)
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._graph.weights.check_attribute(name, module)
+        super().add_module(name, module)
+
+    # -- loading and moving --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:
+        """Build the UNet of a configuration with random weights, as in diffusers, and apply the passes it lists."""
+        if not isinstance(config, Mapping):
+            try:
+                config = UNet2DConditionModel.load_config(config)
+            except (OSError, ValueError, TypeError) as error:
+                hint = "pass a configuration, or the folder of a UNet"
+                raise SavedError(f"no configuration can be read: {error}", where=str(config), hint=hint) from error
+        passes = config.get(PASSES, ())
+        plain = {name: value for name, value in config.items() if name != PASSES} | {
+            "_class_name": "UNet2DConditionModel"
+        }
+        known = UNet2DConditionModel._get_init_keys(UNet2DConditionModel)
+        own = {name: value for name, value in plain.items() if name in known or name.startswith("_")}
+        source, unused = UNet2DConditionModel.from_config(own, return_unused_kwargs=True, **options)
+        unused |= {name: value for name, value in plain.items() if name not in own}  # such as that of a moving average
+        graph = capture(source)  # which may be on the meta device: accelerate makes empty models to look at their sizes
+        unet = cls(replay(read_passes(passes), graph))
+        return (unet, unused) if return_unused_kwargs else unet
+
+    def enable_group_offload(self, onload_device: Any, *args: Any, **options: Any) -> None:
+        """Offload as in diffusers, leaf by leaf.
+
+        Raises:
+            ModeError: `offload_type` asks for blocks, which a graph does not call.
+        """
+        if options.get("offload_type", args[1] if len(args) > 1 else "block_level") != "leaf_level":
+            raise ModeError(
+                "a graph calls its leaves, so blocks would never be brought in",
+                where="enable_group_offload",
+                hint="offload_type='leaf_level'",
+            )
+        super().enable_group_offload(onload_device, *args, **options)
+        self._invalidate()
+
+    # -- gradient checkpointing ----------------------------------------------------------------------------------
+
+    def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a graph has no gradient checkpointing.
+
+        Raises:
+            ModeError: always.
+        """
+        raise ModeError("a traced UNet has no gradient checkpointing", hint="train in smaller batches")
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Change nothing: a graph has no gradient checkpointing."""
 
     # -- back and to disk ----------------------------------------------------------------------------------------
 
@@ -372,7 +507,8 @@ class GraphUNet(SourceSettings, LoraLayers):
             ModeError: there are LoRA layers that are not fused, hooks, methods that were exchanged on a module, modules
                 that nothing calls, or weights that are not here because they are offloaded.
         """
-        self.graph.check_unaltered()
+        self.follow_changes()
+        self._graph.check_unaltered()
         altered = alteration(self)
         if altered:
             raise ModeError(
@@ -388,8 +524,8 @@ class GraphUNet(SourceSettings, LoraLayers):
             raise ModeError(
                 f"the UNet was given {altered}, which may be bound to it", where="GraphUNet", hint="remove it"
             )
-        twin = GraphUNet(self.graph.copy(), self.report)
-        twin.graph.replays = self.graph.replays
+        self.follow_changes()
+        twin = GraphUNet(self._graph.copy(), self.report)
         for name in (*HOOKS, *WITH_HOOKS):
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], {**memo, id(self): twin})
         twin._take_weights()
@@ -400,3 +536,26 @@ class GraphUNet(SourceSettings, LoraLayers):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModeError("a GraphUNet is not pickled", hint="use save_pretrained(directory) and from_pretrained")
+
+
+def _lora(name: str) -> Any:
+    """Return diffusers' method of that name, which changes LoRA layers, for a UNet whose weights may be shared."""
+    inherited = getattr(UNet2DConditionModel, name)
+
+    @functools.wraps(inherited)
+    def change(self: GraphUNet, *args: Any, **kwargs: Any) -> Any:
+        if name == "fuse_lora":
+            self._take_weights()  # it edits them in place, and the source shares them
+        try:
+            with self.adapters.changing_lora(self, name):
+                return inherited(self, *args, **kwargs)
+        finally:
+            self._invalidate()
+
+    return change
+
+
+for _name in LORA:
+    setattr(GraphUNet, _name, _lora(_name))
+for _name, _hint in REFUSED.items():
+    setattr(GraphUNet, _name, refusal(_name, _hint))

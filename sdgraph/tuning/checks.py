@@ -33,6 +33,8 @@ def check_models(student: GraphUNet, teacher: GraphUNet) -> None:
         TuningError: they take other inputs, or return another shape.
         ModeError: the student could not be saved.
     """
+    for model in (student, teacher):
+        model.follow_changes()
     mine, its = ({i.name: i.shape for i in m.graph.resolved_inputs() if not i.optional} for m in (student, teacher))
     for name in sorted(mine.keys() | its.keys()):
         if mine.get(name) != its.get(name):

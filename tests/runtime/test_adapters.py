@@ -187,6 +187,22 @@ def test_other_settings_of_attention_processors_act_too(traces: list[Any]) -> No
     assert len(traces) == 4  # two for each change
 
 
+@pytest.mark.slow
+def test_reading_the_graph_changes_nothing(traces: list[Any]) -> None:
+    """A setting acts at the next call, which makes another graph; until then the one before is read."""
+    unet = build()
+    unet.set_attn_processor(Strong(0.5))
+    graph = sdgraph.apply(unet, processors=(Strong,))
+    before = graph.graph
+    for processor in graph.attn_processors.values():
+        processor.strength = 0.8
+    assert graph.graph is before
+    assert not traces
+    answer(graph, call_of(unet))
+    assert graph.graph is not before
+    assert traces
+
+
 def test_other_image_prompts_take_the_place_of_those_that_were_loaded() -> None:
     unets = build(), sdgraph.apply(build(), "CleanUp")
     call = call_of(unets[0])

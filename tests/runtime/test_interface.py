@@ -13,8 +13,8 @@ from diffusers import T2IAdapter, UNet2DConditionModel
 import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import ModeError
+from sdgraph.runtime.adapters import LORA
 from sdgraph.runtime.diffusers_api import REFUSED
-from sdgraph.runtime.lora import LORA
 
 from ..models import (
     INHERITING,
@@ -50,6 +50,10 @@ def test_nothing_of_diffusers_is_left_by_accident() -> None:
     assert ours.isdisjoint(INHERITED)
 
 
+def test_two_classes_of_ours_make_a_graph_unet() -> None:
+    assert sum(cls.__module__.split(".")[0] == "sdgraph" for cls in GraphUNet.__mro__) <= 2
+
+
 def test_what_is_refused_names_the_cure(traced: Any) -> None:
     _, graph = traced("sd15")
     for name in REFUSED.keys() & public(*UNet2DConditionModel.__mro__):
@@ -80,7 +84,7 @@ def test_it_is_a_unet_to_whoever_asks(traced: Any, caplog: pytest.LogCaptureFixt
 
 def test_every_verb_of_lora_is_covered() -> None:
     mixin = next(cls for cls in UNet2DConditionModel.__mro__ if cls.__name__ == "PeftAdapterMixin")
-    assert public(mixin) <= {*LORA, *REFUSED, *INHERITED, "load_lora_adapter"}
+    assert public(mixin) <= {*LORA, *REFUSED, *INHERITED}
 
 
 def test_a_pipeline_takes_it_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
