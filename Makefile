@@ -26,10 +26,10 @@ student: $(VENV)/.installed-plots,pipelines,tuning
 		$(RUN)/python -m scenes.student $(ARGS) && $(RUN)/python -m scenes.card
 
 bench: $(VENV)/.installed-bench,pipelines
-	$(RUN)/python benchmarks/overhead.py $(ARGS)
+	$(RUN)/python -m benchmarks.overhead $(ARGS)
 
 frontier: $(VENV)/.installed-bench,onnx,pipelines,plots
-	$(RUN)/python benchmarks/frontier.py $(ARGS)
+	$(RUN)/python -m benchmarks.frontier $(ARGS)
 
 # Tests trace small models, which is Python: a process per core, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(RUN)/pytest -n auto --dist loadfile
@@ -74,11 +74,11 @@ test-wheel: wheel
 	OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/pytest -q tests/project/test_docs.py -k "run_in_order and README"
 
 tuning: $(VENV)/.installed-bench,pipelines,tuning
-	$(RUN)/python benchmarks/tuning.py $(ARGS)
+	$(RUN)/python -m benchmarks.tuning $(ARGS)
 
 # diffusers' own pipeline tests with our UNet in the place of theirs: make drop-in ARGS=path/to/diffusers
 drop-in: $(VENV)/.installed-test,bench
-	$(RUN)/python benchmarks/drop_in.py $(ARGS)
+	$(RUN)/python -m benchmarks.drop_in $(ARGS)
 
 # mypy, import-linter and the API reference see the folders as the package they are installed as; see [tool.mypy].
 TYPED := build/typed/sdgraph

@@ -1,6 +1,6 @@
 """Write a pipeline of Stable Diffusion 1.5's sizes with random weights, for measurements of speed and memory.
 
-    python benchmarks/checkpoint.py out/sd15
+    python -m benchmarks.checkpoint out/sd15
     sdgraph bench out/sd15 "InheritFeatures.damped(2)" --height 256 --width 256 --steps 10
 
 Its UNet, VAE and text encoder have the configurations of the released checkpoint; the images show nothing. The
@@ -10,23 +10,21 @@ vocabulary is that of examples/scenes, so prompts are made of its words and lett
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-import models
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
-ROOT = Path(__file__).parent.parent
+from examples.scenes.models import tokenizer
+
+from .measuring import random_unets
+
 WIDTH, TOKENS = 768, 77
 
 
 def build() -> StableDiffusionPipeline:
     """Create the pipeline, in float32 on the CPU."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from scenes.models import tokenizer
-
     words = tokenizer()
     words.model_max_length = TOKENS
     torch.manual_seed(0)
@@ -42,7 +40,7 @@ def build() -> StableDiffusionPipeline:
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     return StableDiffusionPipeline(
-        unet=models.build("sd15", "cpu", torch.float32),
+        unet=random_unets.build("sd15", "cpu", torch.float32),
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
         tokenizer=words,

@@ -1,18 +1,16 @@
 """diffusers' own pipeline tests, with sdgraph's UNet in the place of diffusers'.
 
-    python benchmarks/drop_in.py DIFFUSERS                                # all suites, all modes
-    python benchmarks/drop_in.py DIFFUSERS --suites controlnet -k save    # some tests
-    python benchmarks/drop_in.py DIFFUSERS --json drop_in.json            # the outcome of each test as well
+    python -m benchmarks.drop_in DIFFUSERS                                # all suites, all modes
+    python -m benchmarks.drop_in DIFFUSERS --suites controlnet -k save    # some tests
 
 DIFFUSERS is a checkout of diffusers at the tag of the installed version; where there is no such folder, git clones one.
 Only its `tests/` are used, the library is the installed one.
 
-Each suite runs with diffusers' UNet, and once per mode with `get_dummy_components` handing out `sdgraph.apply(unet,
-passes)`; both in inference mode, because diffusers' last bits may be others in training mode. What is printed is, per
-mode, how many tests fail only with ours, and why: a refusal of ours, which names the hint, or an error. All outputs of
-the UNets are compared as well: a test that passes with both although they differ in one bit is listed. Nothing is
-downloaded: the tests' tokenizer is replaced by one of bytes, and tests that need another file of the hub fail with both
-UNets.
+Each suite runs with diffusers' UNet, and once per mode with `get_dummy_components` returning `sdgraph.apply(unet,
+passes)`; both in inference mode, because diffusers' last bits may differ in training mode. The script prints, per mode,
+how many tests fail only with ours, and why: a refusal of ours, with its hint, or an error. It also compares all outputs
+of the UNets, and lists tests that pass with both although an output differs in one bit. Nothing is downloaded: the
+tests' tokenizer is replaced by one of bytes, and tests that need another file of the hub fail with both UNets.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,8 @@ from transformers import CLIPTokenizer
 
 import sdgraph
 from sdgraph.runtime.diffusers_api import UNetCall
+
+from .measuring.record import add_options, begin, place, record
 
 OWN = "diffusers"
 MODES = {
@@ -56,13 +56,14 @@ SUITES = (
     "stable_diffusion_adapter",
 )
 REPOSITORY = "https://github.com/huggingface/diffusers"
+Outcomes = dict[str, dict[str, dict[str, Any]]]  # of tests, by mode and name
 
 
 class Recorder:
-    """A pytest plugin that puts our UNet in and writes down what comes of it.
+    """A pytest plugin that puts our UNet in, and keeps the outcomes of the tests.
 
     Args:
-        mode: one of `MODES`, or `OWN`.
+        mode: a name of `MODES`, or `OWN`.
     """
 
     def __init__(self, mode: str) -> None:
@@ -77,7 +78,7 @@ class Recorder:
         CLIPTokenizer.from_pretrained = _offline(CLIPTokenizer.from_pretrained, bytes_only)
 
     def _noting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The same forward, whose outputs go into the digest of the test."""
+        """Return the same forward, whose outputs go into the digest of the test."""
 
         @functools.wraps(forward)
         def noting(unet: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,13 +140,13 @@ class Recorder:
 
 
 def cause(error: BaseException | None) -> str:
-    """Class and first line of an error."""
+    """Return the class and first line of an error."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:120]}"
 
 
 def refusal(error: BaseException | None) -> bool:
-    """Whether an error of ours with a hint is behind it."""
+    """Return whether the error comes from one of ours with a hint."""
     while error is not None:
         if isinstance(error, sdgraph.SdgraphError):
             return bool(error.hint)
@@ -154,7 +155,7 @@ def refusal(error: BaseException | None) -> bool:
 
 
 def byte_tokenizer() -> Any:
-    """CLIP's tokenizer without merges, in the place of hf-internal-testing/tiny-random-clip (1000 tokens)."""
+    """Return CLIP's tokenizer without merges, instead of hf-internal-testing/tiny-random-clip (1000 tokens)."""
     letters = [chr(code) for code in range(33, 127)]
     tokens = ["<|startoftext|>", "<unused>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +177,7 @@ def _offline(original: Any, tokenizer: Any) -> Any:
 
 
 def run(sources: Path, suites: tuple[str, ...], expression: str, mode: str) -> dict[str, dict[str, Any]]:
-    """The outcome of each test; in a process of its own, for it patches classes."""
+    """Return the outcome of each test, in a separate process, because it patches classes."""
     os.chdir(sources)
     sys.path.insert(0, str(sources))
     recorder = Recorder(mode)
@@ -203,8 +204,8 @@ def run(sources: Path, suites: tuple[str, ...], expression: str, mode: str) -> d
     return recorder.tests
 
 
-def table(outcomes: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """What fails only with ours, by mode and cause."""
+def table(outcomes: Outcomes) -> str:
+    """Return the failures that occur only with ours, by mode and cause."""
     own = outcomes[OWN]
     ran = {name for name, test in own.items() if test["outcome"] != "skipped"}
     failing = sum(own[name]["outcome"] == "failed" for name in ran)
@@ -229,8 +230,31 @@ def table(outcomes: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def summary(outcomes: Outcomes, suites: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the figures of each mode and suite, and the tests that fail only with ours or give other numbers."""
+    modes: dict[str, dict[str, Any]] = {}
+    for mode in (mode for mode in outcomes if mode != OWN):
+        for suite in suites:
+            own = {name: test for name, test in outcomes[OWN].items() if f"tests/pipelines/{suite}/" in name}
+            own = {name: test for name, test in own.items() if test["outcome"] != "skipped"}
+            ours = {name: outcomes[mode][name] for name in own}
+            passing = [name for name in own if own[name]["outcome"] == "passed"]
+            failed = {name: ours[name] for name in passing if ours[name]["outcome"] == "failed"}
+            both = [name for name in passing if ours[name]["outcome"] == "passed"]
+            modes.setdefault(mode, {})[suite] = {
+                "tests": len(own),
+                "fail with diffusers' own": len(own) - len(passing),
+                "fail only with ours": {
+                    name: {key: test[key] for key in ("cause", "refusal")} for name, test in failed.items()
+                },
+                "pass with both": len(both),
+                "of these, other numbers": [name for name in both if ours[name]["outputs"] != own[name]["outputs"]],
+            }
+    return modes
+
+
 def checkout(folder: Path) -> Path:
-    """The folder, cloned if it is not there."""
+    """Return the folder, which is cloned if it does not exist."""
     if not (folder / "tests" / "pipelines").is_dir():
         tag = f"v{diffusers.__version__}"
         clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", tag, REPOSITORY, str(folder)]
@@ -246,8 +270,12 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=tuple(MODES), choices=MODES)
     parser.add_argument("-k", default="", dest="expression", help="as pytest's: only tests whose names match")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--json", type=Path, help="write the outcome of each test")
+    add_options(parser)
     args = parser.parse_args()
+    provenance = begin("drop_in", "cpu", args.draft or args.quick)
+    out = place(args, "drop-in.json")
+    if args.quick:
+        args.suites, args.modes = args.suites[:1], args.modes[:1]
     sources = checkout(args.sources)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # read when the processes below import diffusers
     modes = (OWN, *args.modes)
@@ -259,11 +287,11 @@ def main() -> None:
             outcomes: dict[str, Any] = {}
             for mode, outcome in zip(modes, pool.map(one, modes), strict=True):
                 outcomes[mode] = outcome
-                if args.json is not None:  # now, because a mode takes long and the next may be stopped
-                    args.json.write_text(json.dumps(outcomes, indent=1) + "\n")
+                if mode != OWN:  # now, because a mode takes long and the next may be stopped
+                    record(out, {**provenance, "modes": summary(outcomes, args.suites)})
         except RuntimeError as error:
             raise SystemExit(str(error)) from None
-    print(table(outcomes))
+    print(f"{table(outcomes)}\n\nwritten to {out}")
 
 
 if __name__ == "__main__":

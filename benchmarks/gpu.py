@@ -1,13 +1,12 @@
 """Speed on a GPU: PyTorch, torch.compile, DeepCache, and ONNX Runtime with and without feature inheritance.
 
-    python benchmarks/gpu.py                                  # Stable Diffusion 1.5 at 512x512, SDXL at 1024x1024, fp16
-    python benchmarks/gpu.py --device cpu --quick             # a smoke test with a tiny model on the CPU
-    python benchmarks/gpu.py --models sd15 --batch 1 --steps 20
+    python -m benchmarks.gpu                                  # Stable Diffusion 1.5 at 512x512, SDXL at 1024x1024, fp16
+    python -m benchmarks.gpu --device cpu --quick             # a smoke test with a tiny model on the CPU
+    python -m benchmarks.gpu --models sd15 --batch 1 --steps 20
 
 Models have the released configurations and random weights. The time of an image is that of the UNet and the scheduler
-(DDIM). Guidance doubles the batch of the UNet. The text encoder and the VAE are left out. All ways of a model and a
-batch take turns in one run. The results record why a way fails. The script writes JSON, with hardware and versions, and
-a table.
+(DDIM). Guidance doubles the batch of the UNet. The text encoder and the VAE are left out. All methods of a model and a
+batch take turns in one run. The results record why a method fails.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
-import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,13 +22,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import measure
-import models
 import onnxruntime
 import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler
-from tables import markdown
 from tqdm import tqdm
 
 import sdgraph
@@ -39,10 +33,13 @@ from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort.unet import CPU, CUDA, ORTUNet
 from sdgraph.passes import HoistInvariants, InheritFeatures
 
-RESULTS = Path(__file__).parent / "results"
+from .measuring import random_unets, timing
+from .measuring.documents import report
+from .measuring.record import add_options, begin, place, record
+from .measuring.tables import WHOLE
+
 SIZES = {"tiny": 16, "small": 32, "sd15": 64, "sdxl": 128}  # height and width of the latents
 INTERVAL = 3  # of DeepCache and of ours, branch 0
-WHOLE = "torch"
 
 
 class Loop:
@@ -60,7 +57,7 @@ class Loop:
         self.scheduler = DDIMScheduler()
         side = SIZES[model]
         source = SimpleNamespace(config=unet.config, device=torch.device(device), dtype=dtype)
-        call = models.call(source, 2 * batch, side, side)  # type: ignore[arg-type]
+        call = random_unets.call(source, 2 * batch, side, side)  # type: ignore[arg-type]
         self.latents = call.pop("sample")[:batch]
         self.prompt = call.pop("encoder_hidden_states")
         del call["timestep"]
@@ -89,7 +86,7 @@ def _inherits(unet: Any) -> bool:
     return hasattr(unet, "generations")
 
 
-def ways(unet: Any, folder: Path, device: str, quick: bool, side: int, batch: int) -> dict[str, Callable[[], Any]]:
+def methods(unet: Any, folder: Path, device: str, quick: bool, side: int, batch: int) -> dict[str, Callable[[], Any]]:
     """Return functions that create the UNets to compare, by name."""
     ours = sdgraph.apply(unet, (HoistInvariants(), InheritFeatures.deep_cache(INTERVAL)), verify=False)
     provider = CUDA if device == "cuda" else CPU
@@ -131,24 +128,24 @@ def ways(unet: Any, folder: Path, device: str, quick: bool, side: int, batch: in
 
 def measured(model: str, batch: int, steps: tuple[int, ...], device: str, dtype: torch.dtype, repeats: int,
              folder: Path, quick: bool) -> dict[str, Any]:  # fmt: skip
-    """Measure times, differences from PyTorch and memory on the device of all ways, for one model and batch."""
-    unet = models.build(model, device, dtype)
+    """Measure times, differences from PyTorch and memory on the device of all methods, for one model and batch."""
+    unet = random_unets.build(model, device, dtype)
     side = SIZES[model]
     loop = Loop(unet, model, batch, device, dtype)
     unets: dict[str, Any] = {}
     figures: dict[str, Any] = {}
-    for name, create in (bar := tqdm(ways(unet, folder / model, device, quick, side, batch).items(), unit="way")):
+    for name, create in (bar := tqdm(methods(unet, folder / model, device, quick, side, batch).items(), unit="method")):
         bar.set_description(f"{model}, batch {batch}: {name}")
-        before = measure.on_device(device)
+        before = timing.on_device(device)
         try:
             unets[name] = create()
             loop(unets[name], 2 * INTERVAL + 1)  # compiles the kernels, chooses them, or captures CUDA graphs
             loop(unets[name], 2 * INTERVAL + 1)
-        except Exception as error:  # a way that fails must not end the measurement of the others
+        except Exception as error:  # a method that fails must not end the measurement of the others
             unets.pop(name, None)
             figures[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
             continue
-        figures[name] = {"seconds": {}, "bytes": measure.on_device(device) - before}
+        figures[name] = {"seconds": {}, "bytes": timing.on_device(device) - before}
     for count in steps:
         samples: dict[str, list[float]] = {name: [] for name in unets}
         reference = loop(unet, count)
@@ -157,30 +154,10 @@ def measured(model: str, batch: int, steps: tuple[int, ...], device: str, dtype:
             figures[name].setdefault("difference", {})[str(count)] = float(difference)
         for _ in tqdm(range(repeats), desc=f"{model}, batch {batch}, {count} steps", unit="turn"):
             for name, candidate in unets.items():
-                samples[name].append(measure.timed(partial(loop, candidate, count), device))
+                samples[name].append(timing.timed(partial(loop, candidate, count), device))
         for name in unets:
             figures[name]["seconds"][str(count)] = samples[name]
-    return {"model": model, "batch": batch, "latents": side, "ways": figures}
-
-
-def report(result: dict[str, Any]) -> str:
-    rows = [("model", "batch", "steps", "way", "seconds per image", "torch's / its", "largest difference")]
-    for case in result["cases"]:
-        for count in result["steps"]:
-            whole = case["ways"][WHOLE]["seconds"][str(count)]
-            for name, way in case["ways"].items():
-                head = (case["model"], str(case["batch"]), str(count), name)
-                if "failed" in way:
-                    rows.append((*head, way["failed"].partition("\n")[0][:60], "", ""))
-                    continue
-                seconds = way["seconds"][str(count)]
-                gain = statistics.median(w / s for w, s in zip(whole, seconds, strict=True))
-                per_image = statistics.median(seconds) / case["batch"]
-                rows.append((*head, f"{per_image:.4g}", f"{gain:.2f}", f"{way['difference'][str(count)]:.3g}"))
-    return (
-        f"{result['device']}, {result['dtype']}, torch {result['torch']}, onnxruntime {result['onnxruntime']}\n\n"
-        + (markdown(rows))
-    )
+    return {"model": model, "batch": batch, "latents": side, "methods": figures}
 
 
 def main() -> None:
@@ -191,10 +168,10 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="images per batch")
     parser.add_argument("--steps", nargs="+", type=int, default=[20, 30, 50])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="smoke test with a tiny model and few steps")
     parser.add_argument("--folder", type=Path, help="folder to keep exports in (default: a temporary one)")
-    parser.add_argument("--out", type=Path, help="JSON file (benchmarks/results/DATE-gpu.json; out/bench with --quick)")
+    add_options(parser)
     args = parser.parse_args()
+    provenance = begin("gpu", args.device, args.draft or args.quick)
     if args.quick:
         args.models, args.batch, args.steps, args.repeats = ["tiny"], [1], [4], 1
     if args.device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
@@ -209,16 +186,15 @@ def main() -> None:
                 cases.append(measured(model, batch, steps, args.device, dtype, args.repeats, folder, args.quick))
                 gc.collect()
     result = {
-        **measure.circumstances(args.device),
+        **provenance,
         "onnxruntime": onnxruntime.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "steps": args.steps,
         "quick": args.quick,
         "cases": cases,
     }
-    out = args.out or (Path("out/bench") if args.quick else RESULTS) / f"{result['date'][:10]}-gpu.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    out = place(args, "gpu.json")
+    record(out, result)
     print(f"\n{report(result)}\n\nwritten to {out}")
 
 

@@ -1,42 +1,40 @@
-"""What sdgraph costs, and what pruning saves: on this machine, in one run.
+"""The costs of sdgraph and the savings of its passes: on this machine, in one run.
 
-    python benchmarks/overhead.py                                 # all cases on the CPU
-    python benchmarks/overhead.py --device cuda --dtype float16   # on a GPU
-    python benchmarks/overhead.py --quick                         # a minute: small models, few samples
-    python benchmarks/overhead.py forward/sd15/32 apply/sdxl      # some cases
+    python -m benchmarks.overhead                                 # all cases on the CPU
+    python -m benchmarks.overhead --device cuda --dtype float16   # on a GPU
+    python -m benchmarks.overhead --quick                         # a minute: small models, few samples
+    python -m benchmarks.overhead forward/sd15/32 apply/sdxl      # some cases
 
-Cases are named `KIND/...`; each module of `benchmarks/cases` says what its kind measures and how. Each case runs in a
-process of its own. The figures and every sample go to a JSON file, which `benchmarks/table.py` prints.
+Cases are named `KIND/...`, after the modules of `benchmarks/measuring/cases`. Each case runs in a separate process. The
+figures and every sample go to a JSON file, which `python -m benchmarks.report` prints.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import cases
-import measure
 import torch
-from cases.settings import Settings
-from table import report
 from tqdm import tqdm
 
-RESULTS = Path(__file__).parent / "results"
+from .measuring import cases
+from .measuring.cases.settings import Settings
+from .measuring.documents import report
+from .measuring.record import add_options, begin, place, record
 
 
-def run_all(names: list[str], settings: Settings) -> dict[str, Any]:
+def run_all(names: list[str], settings: Settings) -> list[dict[str, Any]]:
+    """Return the figures of cases."""
     done = []
     spawn = multiprocessing.get_context("spawn")  # each case starts with an empty memory, and CUDA does not fork
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         for case in (bar := tqdm(names, unit="case")):
             bar.set_description(case)
             done.append(pool.submit(cases.run, case, settings).result())
-    return {**measure.circumstances(settings.device), "settings": asdict(settings), "cases": done}
+    return done
 
 
 def main() -> None:
@@ -45,25 +43,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seconds", type=float, help="of timing per case (120; 5 with --quick)")
-    parser.add_argument("--at-least", type=int, help="samples of each call, whatever the time (9; 3 with --quick)")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, help="JSON file (benchmarks/results/DATE-DEVICE.json; not with --quick)")
-    chosen = parser.parse_args()
+    parser.add_argument("--seconds", type=float, help="time of measuring, per case (120; 5 with --quick)")
+    parser.add_argument("--at-least", type=int, help="least number of samples of each call (9; 3 with --quick)")
+    parser.add_argument("--name", default="unets", help="end of the name of the file, DEVICE-DTYPE-NAME.json")
+    add_options(parser)
+    args = parser.parse_args()
 
+    provenance = begin("overhead", args.device, args.draft or args.quick)
     settings = Settings(
-        device=chosen.device,
-        dtype=chosen.dtype,
-        batch=chosen.batch,
-        seconds=chosen.seconds or (5.0 if chosen.quick else 120.0),
-        at_least=chosen.at_least or (3 if chosen.quick else 9),
-        quick=chosen.quick,
+        device=args.device,
+        dtype=args.dtype,
+        batch=args.batch,
+        seconds=args.seconds or (5.0 if args.quick else 120.0),
+        at_least=args.at_least or (3 if args.quick else 9),
+        quick=args.quick,
     )
-    result = run_all(chosen.cases or list(cases.QUICK if chosen.quick else cases.ALL), settings)
-    name = f"{result['date'][:10]}-{torch.device(settings.device).type}-{settings.dtype}.json"
-    out = chosen.out or (Path("out/bench") if chosen.quick else RESULTS) / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    names = args.cases or list(cases.QUICK if args.quick else cases.ALL)
+    result = {**provenance, "settings": asdict(settings), "cases": run_all(names, settings)}
+    out = place(args, f"{torch.device(args.device).type}-{args.dtype}-{args.name}.json")
+    record(out, result)
     print(f"\n{report(result)}\n\nwritten to {out}")
 
 

@@ -1,9 +1,9 @@
 """The cost of a UNet call on the engines of a CPU, and the distance of each engine from PyTorch's float32.
 
-  python benchmarks/providers.py --models scenes sd15 --threads 1 2 --out benchmarks/results/DATE-cpu-providers.json
+    python -m benchmarks.providers --models scenes sd15 --threads 1 2
 
-Each engine is measured in turns with PyTorch in float32, and opened and closed by itself, so that the memory of two is
-all that is needed. An engine that is not to be had here is a row that says why.
+Each engine is measured in turns with PyTorch in float32, and opened and closed separately, so that memory for two is
+enough. The row of an engine that is not available has the reason.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import math
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,20 +19,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import measure
 import onnxruntime
 import torch
-from gpu import RESULTS
-from models import build, call
-from tables import markdown
 
 from sdgraph.errors import SdgraphError
 from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort import ORTUNet
 from sdgraph.exporters.ort.providers import CPU, OPENVINO
 
+from .measuring import timing
+from .measuring.documents import report
+from .measuring.random_unets import build, call
+from .measuring.record import add_options, begin, place, record
+from .measuring.tables import REFERENCE
+
 SCENES = Path(__file__).parents[1] / "examples/scenes/model"
-REFERENCE = "PyTorch float32"
 SIDES = {"scenes": 16, "tiny": 16, "sd15": 32}  # of the latents
 ENGINES: dict[str, dict[str, str]] = {
     "PyTorch bfloat16": {},
@@ -54,7 +53,7 @@ def source(model: str) -> Any:
 
 @contextmanager
 def opened(engine: str, unet: Any, bundle: Path, arguments: dict[str, Any]) -> Iterator[Callable[[], torch.Tensor]]:
-    """A call of an engine, which returns the prediction in float32."""
+    """Open an engine, and yield a call of it, which returns the prediction in float32."""
     options = ENGINES[engine]
     if options:
         session = ORTUNet.from_pretrained(bundle, verify=False, **options)
@@ -90,24 +89,11 @@ def measured(model: str, batch: int, threads: list[int], seconds: float, bundle:
             try:
                 with opened(engine, unet, bundle, arguments) as run:
                     row["psnr"] = psnr(run(), expected)
-                    row |= {"samples": measure.in_turns({REFERENCE: reference, engine: run}, "cpu", seconds, 3)}
+                    row |= {"samples": timing.in_turns({REFERENCE: reference, engine: run}, "cpu", seconds, 3)}
             except SdgraphError as error:
                 row["failed"] = error.what
             gc.collect()
             yield row
-
-
-def report(rows: list[dict[str, Any]]) -> str:
-    lines = [("model", "threads", "engine", "seconds per call", "PyTorch float32 / its", "PSNR")]
-    for row in rows:
-        head = (row["model"], str(row["threads"]), row["engine"])
-        if "failed" in row:
-            lines.append((*head, row["failed"], "", ""))
-            continue
-        mine, its = row["samples"][row["engine"]], row["samples"][REFERENCE]
-        gain = statistics.median(a / b for a, b in zip(its, mine, strict=True))
-        lines.append((*head, f"{statistics.median(mine):.3g}", f"{gain:.2f}", f"{row['psnr']:.1f} dB"))
-    return markdown(lines)
 
 
 def main() -> None:
@@ -117,22 +103,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="samples per call (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each pair (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="folder to keep exports in (default: a temporary one)")
-    parser.add_argument("--note", default="", help="what else must be known of the machine; kept with the figures")
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/DATE-cpu-providers.json)")
+    parser.add_argument("--note", default="", help="remark on the machine, for the result")
+    add_options(parser)
     args = parser.parse_args()
-    circumstances = measure.circumstances("cpu")
-    out = args.out or RESULTS / f"{circumstances['date'][:10]}-cpu-providers.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    provenance = begin("providers", "cpu", args.draft or args.quick)
+    out = place(args, "cpu-providers.json")
+    if args.quick:
+        args.models, args.threads, args.seconds = ["tiny"], [1], 0.1
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         for model in args.models:
             bundle = (args.folder or Path(temporary)) / model
             for row in measured(model, args.batch, args.threads, args.seconds, bundle):
                 rows.append(row)
-                print(report([row]), flush=True)
-                result = {**circumstances, "onnxruntime": onnxruntime.__version__, "note": args.note, "rows": rows}
-                out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{report(rows)}\n\nwritten to {out}")
+                print(f"{model}, {row['threads']} threads: {row['engine']}", flush=True)
+                result = {**provenance, "onnxruntime": onnxruntime.__version__, "note": args.note, "rows": rows}
+                record(out, result)
+    print(f"\n{report(result)}\n\nwritten to {out}")
 
 
 if __name__ == "__main__":

@@ -2,38 +2,156 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
-from ..documents import ROOT, load
+from ..documents import ROOT, prose
+
+PYTHON = (sys.executable, "-m")
+CLONE = shutil.which("git") is not None and (ROOT / ".git").exists()
+FIGURE = re.compile(r"\d+(?:\.\d+)? ?(?:%|dB|[MG]B|ms|GMACs)|\d+(?:\.\d+)? s\b|\d\.\d+ times")
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "measurements.md", *sorted((ROOT / "docs/measurements").glob("*.md"))]
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # as Python does for a script
+    monkeypatch.syspath_prepend(str(ROOT))  # as `python -m` does
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the demo sets it: let go of it afterwards
 
 
-@pytest.mark.parametrize("name", ["docs/deploying.md", "docs/measurements.md"])
-def test_the_figures_in_documents_are_the_results(name: str) -> None:
-    table, document = load("benchmarks/table.py"), (ROOT / name).read_text()
-    blocks = list(table.MARKED.finditer(document))
-    assert blocks
-    for block in blocks:
-        assert table.filled(document, ROOT / block["file"]) == document
+def module(name: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def results() -> dict[str, dict[str, Any]]:
+    files = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+    return {
+        file.relative_to(ROOT / "benchmarks" / "results").as_posix(): json.loads(file.read_text()) for file in files
+    }
+
+
+# -- results and documents --------------------------------------------------------------------------------------------
+
+
+def test_the_figures_in_documents_are_the_results() -> None:
+    """If this fails: `python -m benchmarks.report`, and read what changed."""
+    documents = module("report").documents()
+    assert {*DOCUMENTS, ROOT / "docs" / "deploying.md", ROOT / "benchmarks" / "README.md"} <= documents.keys()
+    for file, text in documents.items():
+        assert file.read_text() == text, file
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_every_measured_figure_has_a_marker(document: Path) -> None:
+    text = module("measuring.documents").without_figures(prose(document))
+    assert not FIGURE.findall(text)
+    assert not re.findall(r"^\s*<!-- cell", document.read_text(), re.MULTILINE), "it would begin a block of HTML"
+
+
+def test_the_page_of_measurements_is_short() -> None:
+    assert (ROOT / "docs" / "measurements.md").read_text().count("\n") <= 200
+
+
+def test_every_result_supports_a_claim() -> None:
+    claims = module("measuring.claims")
+    assert {f"{claim['result']}.json" for claim in claims.claims()} == set(results())
+    page = claims.page()
+    assert "d65a34f+ (dirty tree: to be measured again)" in page or "d65a34f+" not in page
+
+
+def test_results_that_record_their_command_have_a_clean_commit() -> None:
+    """Those without one are older, and benchmarks/README.md says that they must be measured again."""
+    for name, result in results().items():
+        assert not result.get("draft"), name
+        for part in (result, *result.get("methods", {}).values()):
+            if part.get("command", "").startswith(("python -m", "MALLOC_")):
+                assert re.fullmatch("[0-9a-f]{7,40}", part["commit"]), name
+
+
+@pytest.mark.skipif(not CLONE, reason="not a git checkout")
+def test_the_commits_of_results_exist() -> None:
+    commits = module("measuring.record").commits
+    found = {commit.removesuffix("+") for result in results().values() for commit in commits(result)}
+    for commit in found:
+        subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, check=True)
+
+
+def test_cells_are_found_formatted_and_subtracted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = module("measuring.documents")
+    table = "| way | time | PSNR |\n|---|---|---|\n| a | 0.643 (0.6 to 0.7) | 31.5 dB |\n| b | 0.5 | 30 dB |\n"
+    (tmp_path / "card.md").write_text(table)
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    assert documents.cell("card.md", "b & 0.5", "PSNR") == "30 dB"
+    assert documents.cell("card.md", "a", "time", ".2f") == "0.64"
+    assert documents.cell("card.md", "a", "time", ".0%") == "64 %"
+    assert documents.cell("card.md", "a minus b", "PSNR", ".1f") == "1.5"
+    text = "It takes <!-- cell: card.md | a | time | .1f -->9<!-- end --> of it."
+    assert documents.filled(text) == text.replace("9", "0.6")
+    with pytest.raises(SystemExit, match="0 rows of"):
+        documents.cell("card.md", "c", "PSNR")
+
+
+def test_a_result_of_a_changed_tree_is_refused_unless_it_is_a_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = module("measuring.record")
+    monkeypatch.setattr(sys, "argv", ["overhead.py", "forward/sd15/64", "--draft"])
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    for commit, reason in (("0123abc+", "files differ"), ("", "no git checkout")):
+        monkeypatch.setattr(record, "commit", lambda commit=commit: commit)
+        with pytest.raises(SystemExit, match=reason):
+            record.begin("overhead", "cpu", draft=False)
+        result = record.begin("overhead", "cpu", draft=True)
+        assert (result["commit"], result["draft"]) == (commit, True)
+    assert result["command"] == "MALLOC_MMAP_MAX_=0 python -m benchmarks.overhead forward/sd15/64 --draft"
+    assert record.place(Namespace(out=None, quick=False, draft=True), "a.json") == ROOT / "out" / "bench" / "a.json"
+    record.record(tmp_path / "new" / "a.json", result)
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == result
+
+
+@pytest.mark.skipif(not CLONE, reason="not a git checkout")
+def test_results_do_not_count_as_changes_of_the_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = module("measuring.record")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "a.json").write_text("{}")
+    assert re.fullmatch("[0-9a-f]{10}", record.commit())
+    (tmp_path / "benchmarks" / "b.py").write_text("")
+    assert record.commit().endswith("+")
+
+
+def test_entry_points_are_commands_and_shared_modules_are_not() -> None:
+    for file in (ROOT / "benchmarks").rglob("*.py"):
+        text = file.read_text()
+        assert "sys.path" not in text or file.name == "drop_in.py", file
+        if file.name != "__init__.py":
+            assert ('if __name__ == "__main__":' in text) == (file.parent.name == "benchmarks"), file
+
+
+# -- the benchmarks run -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     """As users run it: the case in a process of its own, figures and samples in a file, its table printed."""
-    script, out = ROOT / "benchmarks" / "overhead.py", tmp_path / "result.json"
+    out = tmp_path / "result.json"
     run = subprocess.run(
-        [sys.executable, str(script), "--quick", "--seconds", "0.1", "--out", str(out), "apply/tiny"],
+        [*PYTHON, "benchmarks.overhead", "--quick", "--seconds", "0.1", "--out", str(out), "apply/tiny"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -42,13 +160,13 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     (apply,) = result["cases"]
     assert apply["not_shared_bytes"] == 0
-    assert load("benchmarks/table.py").report(result) in run.stdout
+    assert module("measuring.documents").report(result) in run.stdout
     assert "smoke test" in run.stdout
 
 
 @pytest.mark.long
 def test_the_cases_are_measured() -> None:
-    overhead, table = load("benchmarks/overhead.py"), load("benchmarks/table.py")
+    overhead, report = module("overhead"), module("measuring.documents").report
     settings = overhead.Settings(seconds=0.1, at_least=3, quick=True)
     names = ("forward/tiny/16", "prune/tiny/16", "inherit/tiny/16", "experts/tiny/16", "attention/tiny/16")
     cases = [overhead.cases.run(case, settings) for case in names]
@@ -61,8 +179,8 @@ def test_the_cases_are_measured() -> None:
     assert all(inherit["kept_bytes"][name] > 0 for name in inherit["timetables"])
     assert experts["sizes"]["timestep"]["parameters"] > experts["sizes"]["plain"]["parameters"]
     assert set(attention["alone"]) == set(attention["samples"]) == {"full", "window 8, pool 4"}
-    figures = {**overhead.measure.circumstances("cpu"), "settings": asdict(settings), "cases": cases}
-    text = table.report(figures)
+    figures = {**overhead.begin("overhead", "cpu", True), "settings": asdict(settings), "cases": cases}
+    text = report(figures)
     assert all(
         word in text for word in ("traced, no passes", "MACs/whole", "DeepCache", "MECondConv", "window 8, pool 4")
     )
@@ -70,10 +188,9 @@ def test_the_cases_are_measured() -> None:
 
 @pytest.mark.long
 def test_the_providers_are_measured(tmp_path: Path) -> None:
-    """An engine that is not to be had here is a row that says why."""
-    script, out = ROOT / "benchmarks" / "providers.py", tmp_path / "result.json"
-    given = ["--models", "tiny", "--threads", "1", "--seconds", "0.1", "--out", str(out)]
-    run = subprocess.run([sys.executable, str(script), *given], capture_output=True, text=True, check=False)
+    """The row of an engine that is not available has the reason."""
+    command, out = [*PYTHON, "benchmarks.providers", "--quick"], tmp_path / "result.json"
+    run = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     rows = {row["engine"]: row for row in json.loads(out.read_text())["rows"]}
     assert set(rows) == {"PyTorch bfloat16", "ONNX Runtime float32", "OpenVINO float32", "OpenVINO bfloat16"}
@@ -85,21 +202,26 @@ def test_the_providers_are_measured(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     """So that nothing is found broken on the day that there is a GPU."""
-    script, out = ROOT / "benchmarks" / "gpu.py", tmp_path / "result.json"
+    out = tmp_path / "result.json"
     run = subprocess.run(
-        [sys.executable, str(script), "--device", "cpu", "--quick", "--out", str(out)],
+        [*PYTHON, "benchmarks.gpu", "--device", "cpu", "--quick", "--out", str(out)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr
     (case,) = json.loads(out.read_text())["cases"]
-    assert not {name: way["failed"] for name, way in case["ways"].items() if "failed" in way}
+    assert not {name: method["failed"] for name, method in case["methods"].items() if "failed" in method}
     inheriting = [
-        way["difference"]["4"] for name, way in case["ways"].items() if "inherit" in name or "DeepCache" in name
+        method["difference"]["4"]
+        for name, method in case["methods"].items()
+        if "inherit" in name or "DeepCache" in name
     ]
     whole = [
-        way["difference"]["4"] for name, way in case["ways"].items() if not ("inherit" in name or "DeepCache" in name)
+        method["difference"]["4"]
+        for name, method in case["methods"].items()
+        if not ("inherit" in name or "DeepCache" in name)
     ]
     assert max(whole) < 1e-3 < min(inheriting)
     assert "no CUDA graphs" in run.stderr  # it says why

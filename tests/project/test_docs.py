@@ -96,7 +96,8 @@ def test_commands_are_as_their_parsers_have_them(
         elif program == "accelerate":
             assert main(words[words.index("sdgraph") + 1 :]) == 0, (words, capsys.readouterr().err)
         elif program == "python":
-            assert (ROOT / words[0]).is_file(), words
+            file = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+            assert (ROOT / file).is_file(), words
         elif program == "sdgraph" and "--settings" in words:  # as --help does
             with pytest.raises(SystemExit, match="0"):
                 main(words)

@@ -1,4 +1,4 @@
-"""benchmarks/drop_in.py, on tests of a pipeline as diffusers writes its own."""
+"""`python -m benchmarks.drop_in`, on tests of a pipeline as diffusers writes its own."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_tests_are_compared_by_outcome_and_by_every_bit(tmp_path: Path) -> None:
     suite.mkdir(parents=True)
     (suite / "test_small.py").write_text(SUITE)
     out = tmp_path / "outcomes.json"
-    command = [ROOT / "benchmarks/drop_in.py", tmp_path, "--suites", "small", "--modes", "traced", "--json", out]
+    command = ["-m", "benchmarks.drop_in", tmp_path, "--suites", "small", "--modes", "traced", "--draft", "--out", out]
     run = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300,
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT / "examples")},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
@@ -70,4 +70,8 @@ def test_tests_are_compared_by_outcome_and_by_every_bit(tmp_path: Path) -> None:
     )
     assert "1  refused  CallError: cross_attention_kwargs['ip_adapter_masks'] is not covered" in table
     assert "DIFFERS  tests/pipelines/small/test_small.py::PipelineFastTests::test_other_numbers" in table
-    assert json.loads(out.read_text()).keys() == {"diffusers", "traced"}
+    small = json.loads(out.read_text())["modes"]["traced"]["small"]
+    assert (small["tests"], small["fail with diffusers' own"], small["pass with both"]) == (4, 1, 2)
+    (refused,) = small["fail only with ours"].values()
+    assert refused["refusal"]
+    assert len(small["of these, other numbers"]) == 1
