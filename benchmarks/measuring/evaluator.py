@@ -24,7 +24,7 @@ class Evaluator:
         pipe: the pipeline with the teacher.
         teacher: the teacher's UNet.
         folder: the folder that keeps the images.
-        count: the number of held-out captions, each with a noise of its own.
+        count: the number of held-out captions, each with a separate noise.
     """
 
     def __init__(self, pipe: Any, teacher: Any, folder: Path, count: int) -> None:
