@@ -133,7 +133,8 @@ def trained(
     data, start = rows(recipe.data), time.monotonic()
     student = recipe.train(
         teacher, recipe.pruning(teacher, preset), recipe.passes, data,
-        steps=args.steps, scheduler=scheduler(), out=args.folder / "runs" / re.sub(r"\W+", "-", f"{name}-{args.steps}"),
+        steps=args.steps, scheduler=scheduler(),
+        output_dir=args.folder / "runs" / re.sub(r"\W+", "-", f"{name}-{args.steps}"),
         losses=recipe.losses(pipe), learning_rate=args.rate, lr_warmup_steps=max(1, args.steps // 50), seed=seed,
         **{**TRAINING, **recipe.options},
     )  # fmt: skip

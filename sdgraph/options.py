@@ -256,12 +256,16 @@ def check(instance: Any, refusal: type[SdgraphError] = SpecError, where: str = "
             object.__setattr__(instance, field.name, _option(field.name, value, hints[field.name], refusal, where))
 
 
-def checked(refusal: type[SdgraphError] = SpecError, where: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
+def checked(
+    refusal: type[SdgraphError] = SpecError, where: str = "", options: Callable[[Iterable[str]], None] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator of functions that checks the arguments of calls against their annotations.
 
     Args:
         refusal: the class of the error.
         where: the place that the error names; by default the name of the argument.
+        options: a function that refuses the unknown ones among names of `**options`, before Python finds that another
+            argument is missing.
     Raises:
         SdgraphError: at a call, an argument has another type or is out of range.
     Example:
@@ -273,6 +277,8 @@ def checked(refusal: type[SdgraphError] = SpecError, where: str = "") -> Callabl
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if options is not None:
+                options([name for name in kwargs if name not in signature.parameters])
             try:
                 bound = signature.bind(*args, **kwargs)
             except TypeError:

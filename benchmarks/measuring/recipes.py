@@ -95,7 +95,7 @@ def jointly(
 ) -> Any:
     """Train all blocks together."""
     student = sdgraph.apply(teacher, [pruning, *passes])
-    return sdgraph.tune(student, teacher, rows, steps=steps, **options)[0]
+    return sdgraph.tune(student, teacher, rows, max_train_steps=steps, **options)[0]
 
 
 def untrained(teacher: Any, pruning: PruneBlocks, passes: Sequence[Pass], rows: Source, steps: int, **_: Any) -> Any:
@@ -111,7 +111,7 @@ def in_stages(
     stages = pruning.stages(teacher.graph)
     each = round(apart * steps / len(stages))
     return incubate(
-        teacher, [*stages, *passes], rows, stage_steps=each, steps=steps - each * len(stages),
+        teacher, [*stages, *passes], rows, stage_steps=each, max_train_steps=steps - each * len(stages),
         progressive=progressive, processes=processes, **options,
     )[0]  # fmt: skip
 
@@ -121,7 +121,7 @@ def in_links(
 ) -> Any:
     """Prune stage by stage, and let the student before teach the next one."""
     stages = [*pruning.stages(teacher.graph), *passes]
-    return chain(teacher, stages, rows, steps=round(steps / len(stages)), **options)[0]
+    return chain(teacher, stages, rows, max_train_steps=round(steps / len(stages)), **options)[0]
 
 
 @dataclass(frozen=True)

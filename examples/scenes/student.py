@@ -46,8 +46,8 @@ TRAINING = {
 LOSSES = (*DEFAULT, Guidance(GUIDANCE))
 GUIDED = {"guidance_pairs": True, "proportion_empty_prompts": 0.0}
 ROUNDS: tuple[dict[str, Any], ...] = (
-    {"steps": 4_000, "learning_rate": RATE},
-    {"steps": 3_000, "learning_rate": RATE / 2, "losses": LOSSES, "seed": 1, **GUIDED},
+    {"max_train_steps": 4_000, "learning_rate": RATE},
+    {"max_train_steps": 3_000, "learning_rate": RATE / 2, "losses": LOSSES, "seed": 1, **GUIDED},
 )
 
 
@@ -99,10 +99,10 @@ def train(run: Path, share: float, scenes: int) -> tuple[sdgraph.GraphUNet, list
     teacher = sdgraph.GraphUNet(sdgraph.trace(pipe.unet.to(memory_format=torch.channels_last)))  # a tenth faster
     student = sdgraph.apply(teacher, PASSES)
     for number, planned in enumerate(ROUNDS, 1):
-        steps = math.ceil(share * planned["steps"])
+        steps = math.ceil(share * planned["max_train_steps"])
         student, report = sdgraph.tune(
-            student, teacher, data, scheduler=scheduler(), out=run / f"round-{number}",
-            lr_warmup_steps=math.ceil(steps / 50), **{**TRAINING, **planned, "steps": steps},
+            student, teacher, data, scheduler=scheduler(), output_dir=run / f"round-{number}",
+            lr_warmup_steps=math.ceil(steps / 50), **{**TRAINING, **planned, "max_train_steps": steps},
         )  # fmt: skip
         reports.append(report)
     return student, reports
@@ -112,7 +112,7 @@ def save(student: sdgraph.GraphUNet, reports: Sequence[sdgraph.tuning.TuningRepo
     """Write the student in float16, with the recipes of its rounds, and the losses of the last one."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(student).half().save_pretrained(folder / UNET)
-    recipes = [json.loads((report.out / "tuning.json").read_text()) for report in reports]
+    recipes = [json.loads((report.output_dir / "tuning.json").read_text()) for report in reports]
     (folder / RECORD).write_text(json.dumps(recipes, indent=1) + "\n")
     reports[-1].picture(folder / CURVE)
     write_sums(folder)

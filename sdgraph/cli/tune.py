@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
     from ..spec import read as read_spec
     from ..tuning.incubate import incubate
     from ..tuning.losses import Loss
-    from ..tuning.tune import alone, tune
+    from ..tuning.processes import alone
+    from ..tuning.tune import tune
     from ..tuning.validation import ValidationImages
     from .configuration import read
 
@@ -98,8 +99,8 @@ def run(args: argparse.Namespace) -> None:
         }
         options: dict[str, Any] = {
             "scheduler": pipe.scheduler,
-            "steps": settings.max_train_steps,
-            "out": config.output_dir,
+            "max_train_steps": settings.max_train_steps,
+            "output_dir": config.output_dir,
             "losses": losses,
             "validate": ValidationImages(pipe, config.validation_prompts, **generation)
             if config.validation_prompts

@@ -1,13 +1,12 @@
 """Training: a student learns from its teacher what a pass has lost. It may import every layer below the command line.
 
-A `Source` gives rows, `Batches` turns the rows of a step into noised latents and captions, teacher and student answer,
-the losses compare the answers, and `tune` takes the step and keeps the state.
+A `Source` gives rows, `Batches` turns the rows of a step into noised latents and captions, `TrainStep` compares what
+teacher and student predict for them by its losses, and `tune` takes the steps and keeps the state.
 """
 
 from .batch import Batch, Batches
-from .chain import chain
 from .feature_extractor import FeatureExtractor, Tap
-from .incubate import IncubationReport, assemble, incubate
+from .incubate import IncubationReport, assemble, chain, incubate
 from .losses import (
     AttentionMaps,
     Comparison,
@@ -25,7 +24,8 @@ from .noise_schedule import NoiseSchedule
 from .report import TuningReport
 from .settings import Settings
 from .sources import Images, MoreCaptions, Prompts, Samples, Source, Tensors, unpacked
-from .tune import DEFAULT, tune
+from .train_step import DEFAULT
+from .tune import tune
 from .validation import ValidationImages
 
 __all__ = [

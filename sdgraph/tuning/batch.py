@@ -15,6 +15,7 @@ from ..errors import TuningError
 from ..options import Count, Index, NotNegative, Share, check
 from .noise_schedule import NoiseSchedule
 from .random_numbers import generator
+from .settings import Settings
 from .sources import MoreCaptions, Samples, Source
 
 STEEPNESS = 5.0  # of random conditioning: p = 1 at the last timestep, 0.08 in the middle
@@ -89,6 +90,28 @@ class Batches:
     timestep_intervals: Count = 1
     guidance_pairs: bool = False
     noise_offset: NotNegative = 0.0
+
+    @classmethod
+    def of(cls, source: Source, noise_schedule: NoiseSchedule, settings: Settings, processes: int) -> Batches:
+        """Return the batches of a run.
+
+        Args:
+            source: the data.
+            noise_schedule: the noise schedule.
+            settings: the settings of the run.
+            processes: the number of processes that share a step.
+        """
+        return cls(
+            source,
+            noise_schedule,
+            settings.train_batch_size * settings.gradient_accumulation_steps * processes,
+            settings.seed,
+            settings.proportion_empty_prompts or 0.0,
+            settings.random_conditioning,
+            settings.timestep_intervals,
+            settings.guidance_pairs,
+            settings.noise_offset,
+        )
 
     def __post_init__(self) -> None:
         check(self, TuningError)

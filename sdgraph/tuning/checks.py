@@ -1,10 +1,9 @@
-"""What must hold before a run begins: the models fit each other, and there is a checkpoint where one is named."""
+"""Checks before a run begins: models, data and the folder of the run fit each other."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,12 +13,13 @@ from torch import Tensor
 
 from ..atomic import check_apart, lies_in
 from ..errors import TuningError, did_you_mean
+from ..ir.guards import check_call
 from ..runtime.recipe import RECIPE
 from ..runtime.serialization import check_savable
 from ..runtime.unet import GraphUNet
 from .feature_extractor import FeatureExtractor
 from .sources import Source
-from .train_state import UNET, checkpoints
+from .train_state import UNET, training_dtype
 
 DATA = "data"  # the folder in that of a run that may keep its encoded data
 
@@ -29,17 +29,23 @@ log = logging.getLogger("sdgraph")
 def check_models(student: GraphUNet, teacher: GraphUNet) -> None:
     """Refuse a student that cannot learn from the teacher.
 
+    Args:
+        student: the student.
+        teacher: the teacher.
     Raises:
         TuningError: they take other inputs, or return another shape.
         ModeError: the student could not be saved.
     """
-    for model in (student, teacher):
-        model.follow_changes()
-    mine, its = ({i.name: i.shape for i in m.graph.resolved_inputs() if not i.optional} for m in (student, teacher))
-    for name in sorted(mine.keys() | its.keys()):
-        if mine.get(name) != its.get(name):
+    for unet in (student, teacher):
+        unet.follow_changes()
+    of_student, of_teacher = (
+        {one.name: one.shape for one in unet.graph.resolved_inputs() if not one.optional} for unet in (student, teacher)
+    )
+    for name in sorted(of_student.keys() | of_teacher.keys()):
+        if of_student.get(name) != of_teacher.get(name):
             raise TuningError(
-                f"the student's input {name} has shape {mine.get(name)}, and the teacher's {its.get(name)}",
+                f"the student's input {name} has shape {of_student.get(name)}, and the teacher's "
+                f"{of_teacher.get(name)}",
                 where=f"input {name}",
                 hint="both are called with the same tensors, so their configurations must agree on this input",
             )
@@ -53,81 +59,65 @@ def check_models(student: GraphUNet, teacher: GraphUNet) -> None:
     check_savable(student.graph)
 
 
-def check_inputs(models: Iterable[GraphUNet], inputs: Mapping[str, Tensor]) -> None:
-    """Refuse data for inputs that no model has, and that would stay unread.
+def check_call_of_both(student: GraphUNet, teacher: GraphUNet, inputs: Mapping[str, Tensor]) -> None:
+    """Refuse data that one of the models cannot be called with, or from which there is nothing to learn.
 
+    Args:
+        student: the student.
+        teacher: the teacher.
+        inputs: the inputs of a call by name, (B, ...) each, such as those of the first row of the data.
     Raises:
-        TuningError: see there.
+        TuningError: the data have an input that no model has; or the student has the teacher's parameters and predicts
+            what it predicts.
+        CallError: an input has another shape than the models take.
     """
-    known = list(dict.fromkeys(one.name for unet in models for one in unet.graph.inputs))
+    known = list(dict.fromkeys(one.name for unet in (student, teacher) for one in unet.graph.inputs))
     for name in inputs:
         if name not in known:
             hint = did_you_mean(name, known) or f"inputs: {', '.join(known)}"
             raise TuningError(f"the models have no input {name!r}", where="data", hint=f"{hint}; or leave it out")
+    for unet in (student, teacher):
+        check_call(unet.graph.resolved_inputs(), unet.graph.guards, inputs, training_dtype(unet))
+    if _computes_the_same(student, teacher, inputs):
+        passes = [str(applied.one) for applied in student.graph.passes]
+        raise TuningError(
+            f"the student computes what the teacher computes{' but for ' * bool(passes)}{', '.join(passes)}, so there "
+            "is nothing to learn",
+            where="student",
+            hint="apply a pass that changes what is computed, such as PruneBlocks, or pass the teacher that it comes "
+            "from",
+        )
 
 
-def check_results(results: object) -> dict[str, float]:
-    """Return the figures of a validation.
-
-    Raises:
-        TuningError: it returns something else than figures and images by name.
-    """
-    hint = "return a dict of figures and PIL images by name, {} if there are none"
-    if not isinstance(results, Mapping):
-        raise TuningError(f"validate returns a {type(results).__name__}", where="validate", hint=hint)
-    figures = {}
-    for name, value in results.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]{1,200}", name):
-            raise TuningError(f"validate returns something named {name!r}", where="validate", hint="use short names")
-        if hasattr(value, "save"):
-            continue
-        try:
-            figures[name] = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            kind = type(value).__name__
-            raise TuningError(f"validate returns a {kind} as {name!r}", where="validate", hint=hint) from error
-    return figures
-
-
-def check_differs(student: GraphUNet, teacher: GraphUNet, inputs: Mapping[str, Tensor]) -> None:
-    """Refuse a student with the teacher's parameters that predicts what the teacher predicts.
+def _computes_the_same(student: GraphUNet, teacher: GraphUNet, inputs: Mapping[str, Tensor]) -> bool:
+    """Return whether two UNets have the same parameters and predict the same, if both compute everything.
 
     Training computes everything at every call, so that passes which leave something out at some calls, such as
-    `InheritFeatures`, change nothing of it.
-
-    Args:
-        inputs: those of a call, such as the first row of the data.
-    Raises:
-        TuningError: there is nothing to learn.
+    `InheritFeatures`, do not change it.
     """
-    if student is not teacher:
-        mine, its = (dict(unet.named_parameters()) for unet in (student, teacher))
-        if mine.keys() != its.keys() or not all(torch.equal(p, its[n].to(p)) for n, p in mine.items()):
-            return
-        found, expected = (_prediction(unet, inputs).float() for unet in (student, teacher))
-        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std())):
-            return
-    passes = [str(applied.one) for applied in student.graph.passes]
-    raise TuningError(
-        f"the student computes what the teacher computes{' but for ' * bool(passes)}{', '.join(passes)}, so there is "
-        "nothing to learn",
-        where="student",
-        hint="apply a pass that changes what is computed, such as PruneBlocks, or pass the teacher that it comes from",
-    )
+    if student is teacher:
+        return True
+    of_student, of_teacher = (dict(unet.named_parameters()) for unet in (student, teacher))
+    if of_student.keys() != of_teacher.keys():
+        return False
+    if not all(torch.equal(parameter, of_teacher[name].to(parameter)) for name, parameter in of_student.items()):
+        return False
+    found, expected = (_prediction(unet, inputs).float() for unet in (student, teacher))
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
 
 
 def _prediction(unet: GraphUNet, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return what a UNet predicts if it computes everything."""
-    given = {
+    cast = {
         name: value.to(unet.device, unet.dtype if value.is_floating_point() else None) for name, value in inputs.items()
     }
     with torch.no_grad():
-        prediction: Tensor = FeatureExtractor(unet, (), frozenset(given))(given)[0]
+        prediction: Tensor = FeatureExtractor(unet, (), frozenset(cast))(cast)[0]
     return prediction
 
 
 def has_empty(source: Source) -> bool:
-    """Return whether the conditions of an empty caption can be had of a source, in the shapes of the others."""
+    """Return whether a source has the conditions of an empty caption, in the shapes of the others."""
     try:
         empty, other = source.conditions([None]), source.conditions([0])
     except Exception as reason:  # whatever the code of a source raises that does not have them
@@ -136,57 +126,27 @@ def has_empty(source: Source) -> bool:
     return bool(empty) and {n: t.shape for n, t in empty.items()} == {n: t.shape for n, t in other.items()}
 
 
-def check_output(out: Path, models: Iterable[GraphUNet | UNet2DConditionModel], source: Source) -> None:
+def check_output(output_dir: Path, models: Iterable[GraphUNet | UNet2DConditionModel], source: Source) -> None:
     """Refuse a folder for a run that models or data are read from, or that holds a model of others.
 
     Raises:
-        TuningError: see there.
+        TuningError: the folder is one of these, or cannot exist.
     """
     try:
-        out.exists()
+        output_dir.exists()
     except (OSError, ValueError) as error:  # too long, or with a character that no disk has
-        raise TuningError(f"there can be no such folder: {error}", where="out", hint="name another") from error
+        raise TuningError(f"there can be no such folder: {error}", where="output_dir", hint="name another") from error
     contents = getattr(source, "contents", None)
     names = [name for name in (model.config.get("_name_or_path") for model in models) if name and os.path.exists(name)]
     inputs = [("the model's folder", Path(name)) for name in names]
     if contents is not None:
         inputs += [("the folder of the data", folder) for folder in contents.folders]
-        if contents.cache is not None and not lies_in(contents.cache, out / DATA):
+        if contents.cache is not None and not lies_in(contents.cache, output_dir / DATA):
             inputs.append(("the cache of the data", contents.cache))
-    check_apart(out, inputs, TuningError, "out")
-    if (out / UNET / "config.json").exists() and not (out / UNET / RECIPE).exists():
+    check_apart(output_dir, inputs, TuningError, "output_dir")
+    if (output_dir / UNET / "config.json").exists() and not (output_dir / UNET / RECIPE).exists():
         raise TuningError(
-            f"{out / UNET} holds a model that no run of sdgraph has written",
-            where="out",
+            f"{output_dir / UNET} holds a model that no run of sdgraph has written",
+            where="output_dir",
             hint="the result would take its place: name a new folder",
         )
-
-
-def checkpoint_to_resume(out: Path, wanted: str | Path | None) -> Path | None:
-    """Return the checkpoint that a run goes on from, None if it begins.
-
-    Args:
-        out: the folder of the run.
-        wanted: "latest", a folder, or None to begin.
-    Raises:
-        TuningError: the folder is missing, or a run that is to begin would replace another.
-    """
-    kept = checkpoints(out)
-    if wanted == "latest":
-        return kept[-1][1] if kept else None
-    if wanted is not None:
-        folder = Path(wanted) if Path(wanted).exists() else out / wanted
-        if not folder.is_dir():
-            raise TuningError(
-                f"there is no checkpoint {str(wanted)!r}",
-                where="resume_from_checkpoint",
-                hint=f"there are {', '.join(path.name for _, path in kept) or 'none'} in {out}; or pass 'latest'",
-            )
-        return folder
-    if kept:
-        raise TuningError(
-            f"{out} holds the checkpoints of another run",
-            where="out",
-            hint="pass resume_from_checkpoint='latest' to go on with it, or another folder",
-        )
-    return None

@@ -1,6 +1,6 @@
-"""Weights that are spread over processes: a process keeps a share of all weights, gradients, moments and averages.
+"""FSDP: the weights, gradients, moments and averages of a student are sharded over processes.
 
-Where accelerate is told to use FSDP, the student is spread by `torch.distributed.fsdp.fully_shard`, which is FSDP2, on
+If accelerate is launched with FSDP, the student is sharded by `torch.distributed.fsdp.fully_shard`, which is FSDP2, on
 GPUs and CPUs alike. accelerate's own FSDP wraps classes of layers, and a traced UNet has one class.
 """
 
@@ -25,13 +25,13 @@ LARGE = 2**20  # numbers in a layer that is gathered by itself
 
 @contextmanager
 def enabled() -> Iterator[bool]:
-    """Say whether accelerate was told to use FSDP, and keep it from doing so within this context.
+    """Return a context in which accelerate itself does not use FSDP; its value is whether it was launched to.
 
     Raises:
         TuningError: weights are to be kept in the memory of the CPU.
     """
-    told = os.environ.get(SWITCH, "")
-    if told.lower() not in ("1", "true"):
+    launched = os.environ.get(SWITCH, "")
+    if launched.lower() not in ("1", "true"):
         yield False
         return
     if os.environ.get(OFFLOAD, "").lower() in ("1", "true"):
@@ -42,16 +42,16 @@ def enabled() -> Iterator[bool]:
     try:
         yield True
     finally:
-        os.environ[SWITCH] = told
+        os.environ[SWITCH] = launched
 
 
 def shard(model: nn.Module, unet: GraphUNet) -> None:
-    """Spread the weights of a model over all processes. A call of the model gathers them while it needs them.
+    """Shard the weights of a model over all processes. A call of the model gathers them while it needs them.
 
     Large layers are gathered one by one, all others together.
 
     Args:
-        model: runs the student.
+        model: the module that runs the student.
         unet: the student, whose weights the model reads.
     """
     # It is about code that works in place, of which a graph has none.
@@ -69,28 +69,28 @@ def shard(model: nn.Module, unet: GraphUNet) -> None:
     fully_shard(model)
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor as it is, or the whole one of which this process has a share. All processes must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def gather(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Return tensors whole, those that were spread on the CPU. All processes must call this.
+    """Return full tensors, those that were sharded on the CPU. All processes must call this.
 
     Args:
         tensors: the tensors by name.
-        keep: return them; a process that does not keep them takes part, and has one of them at a time.
+        keep: whether to return them; a process that does not keep them sends its shards, and has one tensor at a time.
     """
     result = {}
     for name, tensor in tensors.items():
-        complete = full_tensor(tensor)
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            result[name] = complete.cpu() if isinstance(tensor, DTensor) else tensor
+            result[name] = full.cpu() if isinstance(tensor, DTensor) else tensor
     return result
 
 
 def distribute(tensor: Tensor, like: Any) -> Tensor:
-    """Return a whole tensor as it is, or the share of it that this process keeps of a tensor like it."""
+    """Return a full tensor as it is, or the shard of it that this process keeps of a tensor like it.
+
+    Args:
+        tensor: the full tensor.
+        like: the tensor whose place it takes; a sharded one has the devices and the placements.
+    """
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

@@ -98,7 +98,7 @@ class Identity:
         Raises:
             TuningError: something differs, which the error names; or most rows are gone.
         """
-        hint = "pass what that run was started with, or another `out`"
+        hint = "pass what that run was started with, or another `output_dir`"
         mine, its = collections.Counter(self.rows), collections.Counter(saved.rows)
         gone, new = (its - mine).total(), (mine - its).total()
         for name in {**self.parts, **saved.parts}:
@@ -132,8 +132,8 @@ def versions() -> dict[str, str]:
     return {"sdgraph": __version__, "torch": str(torch.__version__), "diffusers": diffusers.__version__}
 
 
-def tell_of_versions(saved: Mapping[str, str]) -> None:
-    """Say in the log that a checkpoint was written with other versions; the last bits of a step may differ then."""
+def check_versions(saved: Mapping[str, str]) -> None:
+    """Log that a checkpoint was written with other versions; the last bits of a step may differ then."""
     pairs = {name: (saved.get(name), now) for name, now in versions().items()}
     changed = [f"{name} {before} then, {now} now" for name, (before, now) in pairs.items() if before != now]
     if changed:

@@ -1,7 +1,8 @@
-"""Incubation: the stages of a student are trained apart, each inside the frozen teacher, then assembled and tuned."""
+"""Runs of several trainings: incubation trains the stages of a student apart, a chain prunes and tunes in turns."""
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import pickle
 import signal
@@ -23,11 +24,12 @@ from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from .checks import check_output
 from .losses import Features, Loss, Output
-from .processes import begin
+from .processes import alone, begin_worker
 from .report import TuningReport
 from .settings import Settings
 from .sources import Source, as_source
-from .tune import Validate, alone, tune
+from .tune import tune
+from .validation import Validate
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class IncubationReport:
         return "\n".join(map(str, (*self.stages, self.whole)))
 
 
-@checked(TuningError)
+@checked(TuningError, options=Settings.check_names)
 def incubate(
     teacher: GraphUNet | UNet2DConditionModel,
     stages: Annotated[Sequence[Pass | str], Bounds(length=1)],
@@ -54,8 +56,8 @@ def incubate(
     *,
     scheduler: Any,
     stage_steps: Count,
-    steps: Count | None = None,
-    out: Text | Path,
+    max_train_steps: Count | None = None,
+    output_dir: Text | Path,
     losses: Annotated[Sequence[Loss], Bounds(length=1)] | None = None,
     validate: Validate | None = None,
     progressive: bool = False,
@@ -75,8 +77,8 @@ def incubate(
         data: see `sdgraph.tune`.
         scheduler: see `sdgraph.tune`.
         stage_steps: the number of optimizer steps of every stage.
-        steps: the number of optimizer steps of the assembled student; or else `num_train_epochs` says it.
-        out: the folder of all runs: `stage-1/`, `stage-2/`, ... and `whole/`.
+        max_train_steps: the number of optimizer steps of the assembled student; alternatively `num_train_epochs`.
+        output_dir: the folder of all runs: `stage-1/`, `stage-2/`, ... and `whole/`.
         losses, validate: of the assembled student, see `sdgraph.tune`.
         progressive: train a stage inside the teacher with all earlier stages in place, one after the other.
         processes: the number of stages that are trained at the same time, in processes of their own. The data must be
@@ -91,7 +93,8 @@ def incubate(
         ```python
         stages = PruneBlocks("bk-sdm-base").stages(sdgraph.trace(pipe.unet))
         tuned, report = sdgraph.tuning.incubate(
-            pipe.unet, stages, data, scheduler=pipe.scheduler, stage_steps=1000, steps=2000, out="incubated"
+            pipe.unet, stages, data, scheduler=pipe.scheduler, stage_steps=1000, max_train_steps=2000,
+            output_dir="incubated",
         )
         ```
     Source:
@@ -99,7 +102,7 @@ def incubate(
         frozen teacher in the place of their meta model is our decision.
     """
     of_stages = {name: value for name, value in settings.items() if name != "num_train_epochs"}
-    Settings.of({"max_train_steps": steps, **settings})
+    Settings.of({"max_train_steps": max_train_steps, **settings})
     Settings.of({"max_train_steps": stage_steps, **of_stages})
     if progressive and processes > 1:
         raise TuningError(
@@ -107,35 +110,89 @@ def incubate(
             where="progressive, processes",
             hint="leave one of them out",
         )
-    folder, source = Path(out), as_source(data)
+    folder, source = Path(output_dir), as_source(data)
     check_output(folder, [teacher], source)
-    teaching = apply(teacher, (), verify=False)
+    frozen_teacher = apply(teacher, (), verify=False)
     passes = [as_passes(stage) for stage in stages]
-    begun = [apply(teaching, stage, verify=False) for stage in passes]
-    trained = [changed_blocks(student, teaching) for student in begun]
+    begun = [apply(frozen_teacher, stage, verify=False) for stage in passes]
+    trained = [changed_blocks(student, frozen_teacher) for student in begun]
     _check_apart(trained, passes)
     with alone(folder):
         jobs = [
             Job(folder / f"stage-{number}", blocks, stage_steps, {"scheduler": scheduler, **of_stages})
             for number, blocks in enumerate(trained, 1)
         ]
-        student = apply(teaching, [p for stage in passes for p in stage], verify=False)
+        student = apply(frozen_teacher, [p for stage in passes for p in stage], verify=False)
         tuned: list[tuple[tuple[str, ...], GraphUNet]] = []
         if processes > 1:
-            teaching.save_pretrained(folder / "teacher")
+            frozen_teacher.save_pretrained(folder / "teacher")
             _run_apart(jobs, begun, folder / "teacher", source, processes)
-            tuned = [(job.blocks, GraphUNet.from_pretrained(job.out / "unet")) for job in jobs]
+            tuned = [(job.blocks, GraphUNet.from_pretrained(job.output_dir / "unet")) for job in jobs]
         else:
             for number, job in enumerate(jobs):
                 first = begun[number]
                 if progressive:
                     earlier = [p for stage in passes[: number + 1] for p in stage]
-                    first = assemble(apply(teaching, earlier, verify=False), tuned)
-                tuned.append((job.blocks, job.run(first, teaching, source)))
+                    first = assemble(apply(frozen_teacher, earlier, verify=False), tuned)
+                tuned.append((job.blocks, job.run(first, frozen_teacher, source)))
         whole = assemble(student, tuned)
         options = {"scheduler": scheduler, "losses": losses, "validate": validate, **settings}
-        result, report = tune(whole, teaching, source, steps=steps, out=folder / "whole", **options)
-        return result, IncubationReport(tuple(TuningReport.of(job.out) for job in jobs), report)
+        run = {"max_train_steps": max_train_steps, "output_dir": folder / "whole", **options}
+        result, report = tune(whole, frozen_teacher, source, **run)
+        return result, IncubationReport(tuple(TuningReport.of(job.output_dir) for job in jobs), report)
+
+
+def _check_options(names: Iterable[str]) -> None:
+    """Refuse names that are neither arguments of `tune` nor settings."""
+    Settings.check_names(name for name in names if name not in inspect.signature(tune).parameters)
+
+
+@checked(TuningError, options=_check_options)
+def chain(
+    teacher: GraphUNet | UNet2DConditionModel,
+    passes: Sequence[Pass | str],
+    data: Source | Iterable[Mapping[str, Tensor]],
+    *,
+    max_train_steps: Count | None = None,
+    output_dir: Text | Path,
+    **options: Any,
+) -> tuple[GraphUNet, tuple[TuningReport, ...]]:
+    """Apply passes one after the other, and tune after each of them; the result of a link teaches the next.
+
+    Args:
+        teacher: the first teacher.
+        passes: the passes of the links, in order.
+        data: the data, as for `sdgraph.tune`.
+        max_train_steps: the number of optimizer steps of every link; alternatively `num_train_epochs`.
+        output_dir: the folder of the runs: `link-1/`, `link-2/`, ...
+        options: further arguments of `sdgraph.tune`.
+    Returns:
+        The last student, and the logs of all links.
+    Raises:
+        TuningError: there are no passes.
+    Example:
+        `chain(unet, ["PruneBlocks('mid_block')", "PruneBlocks('bk-sdm-base')"], data, **options)`
+    Source:
+        Fang et al., "TinyFusion", 2025: a student of a student recovers better than one that was cut at once.
+    """
+    if not passes:
+        raise TuningError("a chain has no passes", where="passes", hint="pass at least one")
+    source = as_source(data)
+    check_output(Path(output_dir), [teacher], source)
+    links = [as_passes(link) for link in passes]
+    last = apply(teacher, (), verify=False)
+    apply(last, [one for link in links for one in link], verify=False)  # what cannot be applied is refused at once
+    reports = []
+    with alone(Path(output_dir)):
+        for number, link in enumerate(links, 1):
+            run: dict[str, Any] = {
+                "max_train_steps": max_train_steps,
+                "output_dir": Path(output_dir) / f"link-{number}",
+            }
+            student = apply(last, link, verify=False)
+            last, report = tune(student, last, source, **run, **options)
+            reports.append(report)
+    return last, tuple(reports)
 
 
 @dataclass(frozen=True)
@@ -143,25 +200,33 @@ class Job:
     """The training of one stage.
 
     Args:
-        out: the folder of the run.
+        output_dir: the folder of the run.
         blocks: the blocks that are trained.
-        steps: the number of optimizer steps.
+        max_train_steps: the number of optimizer steps.
         options: further arguments of `tune`.
     """
 
-    out: Path
+    output_dir: Path
     blocks: tuple[str, ...]
-    steps: int
+    max_train_steps: int
     options: dict[str, Any]
 
     @property
     def begin(self) -> Path:
         """The folder of the student before its first step, for a process of its own."""
-        return self.out.with_name(f"{self.out.name}-begin")
+        return self.output_dir.with_name(f"{self.output_dir.name}-begin")
 
     def run(self, student: GraphUNet, teacher: GraphUNet, data: Source) -> GraphUNet:
-        fixed: dict[str, Any] = {"steps": self.steps, "out": self.out, "train": self.blocks}
-        return tune(student, teacher, data, losses=(Output(), Features(self.blocks)), **fixed, **self.options)[0]
+        """Train the stage, and return the student with its blocks tuned.
+
+        Args:
+            student: the teacher with the stage applied.
+            teacher: the teacher.
+            data: the data.
+        """
+        run: dict[str, Any] = {"max_train_steps": self.max_train_steps, "output_dir": self.output_dir}
+        losses = (Output(), Features(self.blocks))
+        return tune(student, teacher, data, losses=losses, train=self.blocks, **run, **self.options)[0]
 
 
 def changed_blocks(student: GraphUNet, teacher: GraphUNet) -> tuple[str, ...]:
@@ -254,7 +319,7 @@ def _run_apart(jobs: Sequence[Job], students: Sequence[GraphUNet], teacher: Path
     except BrokenProcessPool as error:
         raise TuningError(
             "a process that trains a stage has died",
-            where=str(jobs[0].out.parent),
+            where=str(jobs[0].output_dir.parent),
             hint="the memory may be too small for so many processes; the same call goes on from the last checkpoints",
         ) from error
     except BaseException:
@@ -268,7 +333,7 @@ def _run_apart(jobs: Sequence[Job], students: Sequence[GraphUNet], teacher: Path
 def _begun(threads: int) -> None:
     """Prepare a process that trains stages."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the steps so far are kept
-    begin(threads)
+    begin_worker(threads)
 
 
 def _run_saved(job: Job, teacher: Path, data: Source) -> None:

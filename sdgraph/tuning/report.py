@@ -27,20 +27,24 @@ class TuningReport:
     """The log of a training run.
 
     Args:
-        out: the folder of the run.
+        output_dir: the folder of the run.
         names: the columns: "step", "seconds", "learning_rate", "gradient_norm", "loss", and the terms of the loss.
         rows: a row for every step.
     """
 
-    out: Path
+    output_dir: Path
     names: tuple[str, ...]
     rows: tuple[tuple[float, ...], ...]
 
     @classmethod
-    def of(cls, out: Path) -> TuningReport:
-        """Read the log of a run."""
-        names, rows = _read(out / LOG)
-        return cls(out, names, tuple(tuple(map(float, row)) for row in rows))
+    def of(cls, output_dir: Path) -> TuningReport:
+        """Read the log of a run.
+
+        Args:
+            output_dir: the folder of the run.
+        """
+        names, rows = _read(output_dir / LOG)
+        return cls(output_dir, names, tuple(tuple(map(float, row)) for row in rows))
 
     def column(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """Return a column by name."""
@@ -48,12 +52,12 @@ class TuningReport:
 
     def __str__(self) -> str:
         if not self.rows:
-            return f"the log of the run is gone: {self.out}"
+            return f"the log of the run is gone: {self.output_dir}"
         count = len(self.rows)
         twice = count >= 2 * WINDOW  # a shorter run has steps that would count in both means
         means = f"means of its first and last {WINDOW} steps" if twice else "mean of all steps"
         steps = f"{count} step{'s' * (count > 1)} in {self.column('seconds')[-1]:.0f} s"
-        lines = [f"{steps}: {self.out}", f"  {means}:"]
+        lines = [f"{steps}: {self.output_dir}", f"  {means}:"]
         width = max(len(name) for name in self.names[4:])
         for name in self.names[4:]:
             values = self.column(name)

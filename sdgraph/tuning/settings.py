@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -35,12 +35,12 @@ class Settings:
     """The settings of a training run, named and defined as in diffusers' training scripts.
 
     Args:
-        max_train_steps: the number of optimizer steps; in Python `steps` of `sdgraph.tune`.
+        max_train_steps: the number of optimizer steps.
         num_train_epochs: instead of the steps: how often to read all rows. An epoch has ceil(rows / rows per step)
             steps, where a step reads `train_batch_size` rows per forward pass, process and accumulated batch.
         train_batch_size: samples per process and forward pass.
         gradient_accumulation_steps: forward passes per optimizer step.
-        gradient_checkpointing: compute the blocks of the student again on the way back, to save memory.
+        gradient_checkpointing: recompute the blocks of the student in the backward pass, which saves memory.
         learning_rate: the learning rate after warm-up.
         learning_rates: factors of the learning rate, by patterns of names of parameters, such as
             `{"**.routing.*": 100}`. The first pattern that matches counts. diffusers' scripts have no such option.
@@ -134,7 +134,7 @@ class Settings:
             raise TuningError(
                 "max_train_steps is missing",
                 where="max_train_steps",
-                hint="pass the number of steps, in Python as `steps`, or num_train_epochs",
+                hint="pass the number of steps, or num_train_epochs",
             )
         if self.max_train_steps is not None and self.num_train_epochs is not None:
             raise TuningError(
@@ -184,11 +184,7 @@ class Settings:
                 tracker.
             ExtraError: accelerate is not installed.
         """
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                hint = ELSEWHERE.get(name) or did_you_mean(name, known) or f"options: {', '.join(known)}"
-                raise TuningError(f"there is no option {name!r} of a training run", where=name, hint=hint)
+        cls.check_names(options)
         settings = cls(**options)
         _check_launched()
         _check_precision(settings.precision())
@@ -197,9 +193,24 @@ class Settings:
             _check_8bit()
         return settings
 
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Refuse names that are no settings.
+
+        Args:
+            names: the names of options.
+        Raises:
+            TuningError: there is no such option; the error names the closest one.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in names:
+            if name not in known:
+                hint = ELSEWHERE.get(name) or did_you_mean(name, known) or f"options: {', '.join(known)}"
+                raise TuningError(f"there is no option {name!r} of a training run", where=name, hint=hint)
+
     @property
     def steps(self) -> int:
-        """The number of optimizer steps, which `counted` knows where epochs are asked for."""
+        """The number of optimizer steps, which `counted` computes from epochs."""
         assert self.max_train_steps is not None
         return self.max_train_steps
 
@@ -249,7 +260,7 @@ class Settings:
             raise TuningError(
                 f"the checkpoint is at step {step}, beyond the {self.steps} steps of this run",
                 where=where,
-                hint="pass at least as many steps, or another `out`",
+                hint="pass at least as many steps, or another `output_dir`",
             )
         for field in fields(self):
             name, mine = field.name, getattr(self, field.name)
@@ -260,7 +271,8 @@ class Settings:
             raise TuningError(
                 f"the checkpoint was written with {name}={saved.get(name)!r}, and now it is {mine!r}",
                 where=where,
-                hint="pass the settings of before, or another `out`; to begin anew in this one, delete its checkpoints",
+                hint="pass the settings of before, or another `output_dir`; to begin anew in this one, delete its "
+                "checkpoints",
             )
 
 
@@ -275,6 +287,8 @@ ELSEWHERE = {  # names of diffusers' scripts for what is said otherwise here
     "hub_token": HUB,
     "hub_model_id": HUB,
     "enable_xformers_memory_efficient_attention": "PyTorch's attention is used, which needs as little memory",
+    "steps": "did you mean 'max_train_steps'?",
+    "out": "did you mean 'output_dir'?",
     "scale_lr": "multiply learning_rate by hand",
 }
 

@@ -1,4 +1,4 @@
-"""What a training step changes, and how it is written to a checkpoint and read back, bit for bit.
+"""The state of a training run: weights, moments, averages and the learning rate, and its checkpoints, bit for bit.
 
 A checkpoint has the layout of diffusers' scripts: `unet/` and `unet_ema/` are saved UNets. The rest is safetensors and
 JSON; nothing is pickled. Random numbers have no state, because they follow from the number of the step.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +17,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ..atomic import appearing
-from ..errors import SdgraphError, TuningError
+from ..errors import PathError, SdgraphError, TuningError, did_you_mean
+from ..extra import imported
+from ..ir.regions import matching
 from ..runtime.recipe import read_recipe
 from ..runtime.serialization import save
 from ..runtime.unet import GraphUNet
@@ -45,16 +48,16 @@ RECORD: dict[str, type] = {  # what the record of a checkpoint has, beside numbe
 
 
 class TrainState:
-    """The state of a training run.
+    """Everything that a training step changes.
 
     Args:
         unet: the student.
-        adapters: what is trained with it and thrown away afterwards.
-        optimizer: of the parameters of both.
-        rate: the schedule of the learning rate.
-        average: the moving average of the student's weights.
-        scaler: the scale of the loss, in fp16.
-        copy: another UNet like the student, on the CPU, where the student's weights are spread over processes.
+        adapters: the modules that are trained with it and thrown away afterwards.
+        optimizer: the optimizer of the parameters of both.
+        lr_scheduler: the schedule of the learning rate.
+        average: the moving average of the student's weights, if one is kept.
+        scaler: the scaler of the loss, in fp16.
+        unsharded: another UNet like the student, on the CPU, if the student's weights are sharded over processes.
     """
 
     def __init__(
@@ -62,30 +65,83 @@ class TrainState:
         unet: GraphUNet,
         adapters: nn.Module,
         optimizer: torch.optim.Optimizer,
-        rate: torch.optim.lr_scheduler.LRScheduler,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         average: EMAModel | None,
         scaler: Any = None,
-        copy: GraphUNet | None = None,
+        unsharded: GraphUNet | None = None,
     ) -> None:
-        self.unet, self.adapters, self.optimizer, self.rate = unet, adapters, optimizer, rate
-        self.average, self.scaler, self.copy = average, scaler, copy
+        self.unet, self.adapters, self.optimizer, self.lr_scheduler = unet, adapters, optimizer, lr_scheduler
+        self.average, self.scaler, self.unsharded = average, scaler, unsharded
         self.step, self.seconds = 0, 0.0
         self.changes: list[dict[str, int]] = []  # of the rows of data: the step before which, and how many
-        self.whole = True  # whether all of it is of the same step
+        self.consistent = True  # whether all of it is of the same step
+
+    @classmethod
+    def create(
+        cls,
+        unet: GraphUNet,
+        adapters: nn.Module,
+        trained: Sequence[nn.Parameter],
+        settings: Settings,
+        accelerator: Any,
+        unsharded: GraphUNet | None,
+    ) -> TrainState:
+        """Return the state before the first step.
+
+        Args:
+            unet: the student.
+            adapters: the modules that are trained with it.
+            trained: the parameters that are trained, of both.
+            settings: the settings of the run.
+            accelerator: the accelerator, which prepares the optimizer.
+            unsharded: another UNet like the student, if its weights are sharded.
+        Raises:
+            TuningError: a pattern of `learning_rates` names no parameter.
+            ExtraError: bitsandbytes is not installed, and `use_8bit_adam` is set.
+        """
+        options: dict[str, Any] = {
+            "lr": settings.learning_rate,  # which "polynomial" reads, beside those of the groups
+            "betas": (float(settings.adam_beta1), float(settings.adam_beta2)),
+            "weight_decay": settings.adam_weight_decay,
+            "eps": settings.adam_epsilon,
+        }
+        groups = parameter_groups(trained, unet, settings)
+        optimizer: torch.optim.Optimizer
+        if settings.use_8bit_adam:
+            optimizer = imported("bitsandbytes", "8bit").optim.AdamW8bit(groups, **options)
+        else:
+            optimizer = torch.optim.AdamW(groups, fused=True, **options)
+        lr_scheduler = get_scheduler(
+            settings.lr_scheduler,
+            optimizer,
+            step_rules=settings.step_rules,
+            num_warmup_steps=settings.lr_warmup_steps,
+            num_training_steps=settings.steps,
+            num_cycles=settings.lr_num_cycles,
+            power=settings.lr_power,
+        )
+        average = EMAModel(unet.parameters(), decay=settings.ema_decay) if settings.use_ema else None
+        prepared = accelerator.prepare(optimizer)
+        return cls(unet, adapters, prepared, lr_scheduler, average, accelerator.scaler, unsharded)
 
     @property
-    def spread(self) -> bool:
-        """Whether the weights are spread over processes, which can only save them together."""
-        return self.copy is not None
+    def sharded(self) -> bool:
+        """Whether the weights are sharded over processes, which can only save them together."""
+        return self.unsharded is not None
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step, without the factors of `learning_rates`."""
+        return float(self.lr_scheduler.get_last_lr()[0])
 
     @contextmanager
     def averaged(self) -> Iterator[GraphUNet]:
-        """Within this context there is the student with its averaged weights, in evaluation mode."""
-        if self.copy is not None:
+        """Return a context with the student with its averaged weights, in evaluation mode."""
+        if self.unsharded is not None:
             try:
                 yield self.result()
             finally:
-                self.copy.to("cpu")
+                self.unsharded.to("cpu")
             return
         parameters = list(self.unet.parameters())
         if self.average is not None:
@@ -100,11 +156,11 @@ class TrainState:
                 self.average.restore(parameters)
 
     def result(self) -> GraphUNet:
-        """Return the student with its averaged weights for good, or a copy of it where its weights are spread."""
-        if self.copy is not None:
-            names = self.copy.state_dict()
-            self.copy.load_state_dict({n: t for n, t in self._averages(self._weights()).items() if n in names})
-            return self.copy.to(self.unet.device)
+        """Return the student with its averaged weights for good, or a copy of it if its weights are sharded."""
+        if self.unsharded is not None:
+            names = self.unsharded.state_dict()
+            self.unsharded.load_state_dict({n: t for n, t in self._averages(self._weights()).items() if n in names})
+            return self.unsharded.to(self.unet.device)
         if self.average is not None:
             self.average.copy_to(self.unet.parameters())
         return self.unet
@@ -120,37 +176,37 @@ class TrainState:
         return {**weights, **fsdp.gather(dict(zip(names, self.average.shadow_params, strict=True)), keep)}
 
     def advance(self) -> None:
-        """Take the step that the gradients in the parameters ask for."""
-        self.whole = False
+        """Take an optimizer step along the gradients in the parameters, and average the weights."""
+        self.consistent = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not getattr(self.optimizer, "step_was_skipped", False):  # in fp16, as accelerate's schedules do
-            self.rate.step()
+            self.lr_scheduler.step()
         if self.average is not None:
             self.average.step(self.unet.parameters())
         self.step += 1
-        self.whole = True
+        self.consistent = True
 
-    def save(self, out: Path | None, settings: Settings, identity: Identity) -> None:
-        """Write a checkpoint, whole or not at all, and then delete the oldest ones beyond their limit.
+    def save(self, output_dir: Path | None, settings: Settings, identity: Identity) -> None:
+        """Write a checkpoint atomically, and then delete the oldest ones beyond their limit.
 
         Args:
-            out: the folder of the run; None in all processes but the main one, which take part with their shares.
+            output_dir: the folder of the run; None in all processes but the main one, which send their shards.
             settings: the settings of the run.
             identity: all else that decides the result.
         Raises:
             TuningError: nothing can be written there; earlier checkpoints are kept.
         """
-        kept = out is not None
-        weights = self._weights(kept)
-        averages = self._averages(weights, kept)
+        main = output_dir is not None
+        weights = self._weights(main)
+        averages = self._averages(weights, main)
         tensors, numbers = _flat(self.optimizer.state_dict()["state"])
-        moments = fsdp.gather(tensors, kept)
-        adapters = fsdp.gather(_contiguous(self.adapters.state_dict()), kept)
-        if out is None:
+        moments = fsdp.gather(tensors, main)
+        adapters = fsdp.gather(_contiguous(self.adapters.state_dict()), main)
+        if output_dir is None:
             return
-        target = out / f"checkpoint-{self.step}"
-        graph = (self.copy or self.unet).graph  # spreading weights gives modules hooks and classes, which are not saved
+        target = output_dir / f"checkpoint-{self.step}"
+        graph = (self.unsharded or self.unet).graph  # sharding gives modules hooks and classes, which are not saved
         try:
             with appearing(target, lambda _: None, TuningError) as folder:
                 save(graph, weights, self.unet.config, folder / UNET)
@@ -166,7 +222,7 @@ class TrainState:
                     "versions": versions(),
                     "changes": self.changes,
                     "optimizer": numbers,
-                    "lr_scheduler": self.rate.state_dict(),
+                    "lr_scheduler": self.lr_scheduler.state_dict(),
                     "averaged_steps": None if self.average is None else self.average.optimization_step,
                     "scaler": None if self.scaler is None else self.scaler.state_dict(),
                 }
@@ -180,7 +236,7 @@ class TrainState:
                 hint="free space there; the checkpoint before it is kept, and the same command goes on from it",
             ) from error
         limit = settings.checkpoints_total_limit
-        before = [folder for step, folder in checkpoints(out) if step < self.step]
+        before = [folder for step, folder in checkpoints(output_dir) if step < self.step]
         for old in before[: 1 - limit or None] if limit else ():
             shutil.rmtree(old)
 
@@ -199,7 +255,7 @@ class TrainState:
             self.optimizer.load_state_dict(
                 self.optimizer.state_dict() | {"state": _nested(tensors, record["optimizer"], self.optimizer)}
             )
-            self.rate.load_state_dict(record["lr_scheduler"])
+            self.lr_scheduler.load_state_dict(record["lr_scheduler"])
             if self.average is not None:
                 kept, named = _read(folder / AVERAGE), dict(self.unet.named_parameters())
                 for name, shadow in zip(named, self.average.shadow_params, strict=True):
@@ -213,15 +269,80 @@ class TrainState:
                 where=str(folder),
                 hint="delete it; the one before it remains",
             ) from error
-        for group, rate in zip(self.optimizer.param_groups, self.rate.get_last_lr(), strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         self.step, self.seconds, self.changes = record["step"], record["seconds"], record["changes"]
 
 
-def checkpoints(out: Path) -> list[tuple[int, Path]]:
+def training_dtype(unet: GraphUNet) -> torch.dtype:
+    """Return the precision in which the weights of a UNet are trained, at least float32."""
+    return torch.promote_types(unet.dtype, torch.float32)
+
+
+def parameter_groups(trained: Iterable[nn.Parameter], student: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """Return the parameter groups of an optimizer, first those whose learning rate has no factor.
+
+    Args:
+        trained: the parameters that are trained, of the student and others.
+        student: the module whose parameters the patterns of `learning_rates` name.
+        settings: the settings of the run.
+    Raises:
+        TuningError: a pattern names no parameter.
+    """
+    named = dict(student.named_parameters())
+    factors: dict[nn.Parameter, float] = {}
+    for pattern, factor in (settings.learning_rates or {}).items():
+        for name in _matching(pattern, named):
+            factors.setdefault(named[name], factor)
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    for parameter in trained:
+        groups.setdefault(factors.get(parameter, 1.0), []).append(parameter)
+    return [{"params": params, "lr": factor * settings.learning_rate} for factor, params in groups.items()]
+
+
+def _matching(pattern: str, named: Mapping[str, nn.Parameter]) -> list[str]:
+    try:
+        return matching(pattern, list(named), named.__getitem__)
+    except (PathError, KeyError) as error:
+        hint = did_you_mean(pattern, named) or "patterns of names of parameters, such as '**.routing.*'"
+        raise TuningError(f"no parameter is named {pattern!r}", where="learning_rates", hint=hint) from error
+
+
+def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """Return the steps and folders of the checkpoints of a run, in order."""
-    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*")]
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
     return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def checkpoint_to_resume(output_dir: Path, wanted: str | Path | None) -> Path | None:
+    """Return the checkpoint that a run goes on from, None if it begins.
+
+    Args:
+        output_dir: the folder of the run.
+        wanted: "latest", a folder, or None to begin.
+    Raises:
+        TuningError: the folder is missing, or a run that is to begin would replace another.
+    """
+    kept = checkpoints(output_dir)
+    if wanted == "latest":
+        return kept[-1][1] if kept else None
+    if wanted is not None:
+        folder = Path(wanted) if Path(wanted).exists() else output_dir / wanted
+        if not folder.is_dir():
+            raise TuningError(
+                f"there is no checkpoint {str(wanted)!r}",
+                where="resume_from_checkpoint",
+                hint=f"there are {', '.join(path.name for _, path in kept) or 'none'} in {output_dir}; "
+                "or pass 'latest'",
+            )
+        return folder
+    if kept:
+        raise TuningError(
+            f"{output_dir} holds the checkpoints of another run",
+            where="output_dir",
+            hint="pass resume_from_checkpoint='latest' to go on with it, or another folder",
+        )
+    return None
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -116,7 +116,8 @@ def test_what_is_trained_is_folded_to_a_plain_unet(kind: str, tmp_path: Path) ->
     draw = torch.Generator().manual_seed(0)
     data = Tensors(torch.randn(4, 4, 8, 8, generator=draw), {"encoder_hidden_states": torch.randn(4, 5, CROSS)})
     tuned, _ = sdgraph.tune(
-        wide, source, data, scheduler=DDPMScheduler(), steps=3, out=tmp_path / "run", losses=(Output(),),
+        wide, source, data, scheduler=DDPMScheduler(), max_train_steps=3, output_dir=tmp_path / "run",
+        losses=(Output(),),
         train_batch_size=2, learning_rate=1e-3, report_to="none",
     )  # fmt: skip
     before, after = wide.state_dict(), tuned.state_dict()

@@ -101,7 +101,8 @@ def test_shared_weights_are_trained_once(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     data = Tensors(torch.randn(4, 4, 8, 8, generator=draw), {"encoder_hidden_states": torch.randn(4, 5, CROSS)})
     tuned, _ = sdgraph.tune(
-        unet, source, data, scheduler=DDPMScheduler(), steps=2, out=tmp_path / "run", losses=(Output(),),
+        unet, source, data, scheduler=DDPMScheduler(), max_train_steps=2, output_dir=tmp_path / "run",
+        losses=(Output(),),
         train_batch_size=2, learning_rate=1e-3, report_to="none",
     )  # fmt: skip
     assert tuned.num_parameters() == unet.num_parameters() < source.num_parameters()

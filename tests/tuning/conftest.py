@@ -64,7 +64,12 @@ def tune(student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, data: Tensors,
     settings = {"train_batch_size": 4, "learning_rate": 2e-3, "report_to": "none"}
 
     def run(**changed: Any) -> tuple[sdgraph.GraphUNet, TuningReport]:
-        fixed: dict[str, Any] = {"steps": 4, "out": tmp_path / "run", "scheduler": DDPMScheduler(), **settings}
+        fixed: dict[str, Any] = {
+            "max_train_steps": 4,
+            "output_dir": tmp_path / "run",
+            "scheduler": DDPMScheduler(),
+            **settings,
+        }
         fixed |= {"student": student, "teacher": teaching, "data": data}
         return sdgraph.tune(**{**fixed, **changed})
 

@@ -159,7 +159,7 @@ def test_the_same_run_goes_on(name: str) -> None:
 def test_a_run_goes_on_with_other_settings_that_decide_nothing_and_tells_of_versions(
     tune: Tune, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tune(steps=2)
+    tune(max_train_steps=2)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for changes in (
         {"scheduler": DDPMScheduler(beta_end=0.012)},
@@ -167,12 +167,18 @@ def test_a_run_goes_on_with_other_settings_that_decide_nothing_and_tells_of_vers
         {"seed": 1},
     ):
         with pytest.raises(TuningError, match="the checkpoint"):
-            tune(steps=3, **changes)
+            tune(max_train_steps=3, **changes)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     record = tmp_path / "run" / "checkpoint-2" / "state.json"
     record.write_text(record.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.0"'))
     with caplog.at_level(logging.WARNING, "sdgraph"):
-        tune(steps=3, checkpointing_steps=1, checkpoints_total_limit=1, validation_steps=1, mixed_precision="no")
+        tune(
+            max_train_steps=3,
+            checkpointing_steps=1,
+            checkpoints_total_limit=1,
+            validation_steps=1,
+            mixed_precision="no",
+        )
     assert f"torch 2.0 then, {torch.__version__} now" in caplog.text
 
 
@@ -193,7 +199,13 @@ def on_photos(pipe: Any, photos: Path, tmp_path: Path) -> Callable[..., Any]:
         data = Images(photos, pipe, resolution=16, cache=tmp_path / "cache", **options)
         given = {"losses": (Output(),), "train_batch_size": 1, "report_to": "none"}
         return sdgraph.tune(
-            pruned, pipe.unet, data, scheduler=pipe.scheduler, steps=steps, out=tmp_path / "run", **given
+            pruned,
+            pipe.unet,
+            data,
+            scheduler=pipe.scheduler,
+            max_train_steps=steps,
+            output_dir=tmp_path / "run",
+            **given,
         )
 
     return start
@@ -262,7 +274,7 @@ def test_a_run_goes_on_with_all_other_images(
         assert told in caplog.text
         assert bool(told) == ("rows" in caplog.text)  # the next checkpoint knows the new ones
         assert len(report.rows) == steps
-    assert json.loads((report.out / "tuning.json").read_text())["changes of the data"] == [
+    assert json.loads((report.output_dir / "tuning.json").read_text())["changes of the data"] == [
         {"step": 2, "gone": 2, "new": 2}
     ]
 
@@ -306,7 +318,7 @@ def test_prompts_come_and_go_and_keep_their_trajectories(pipe: Any, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [TuningError("unreadable"), KeyboardInterrupt()])
 def test_steps_before_an_error_are_kept(tune: Tune, data: Tensors, tmp_path: Path, error: BaseException) -> None:
-    whole, _ = tune(out=tmp_path / "whole", steps=6)
+    whole, _ = tune(output_dir=tmp_path / "whole", max_train_steps=6)
 
     class Failing(Tensors):
         reads = 0
@@ -319,11 +331,11 @@ def test_steps_before_an_error_are_kept(tune: Tune, data: Tensors, tmp_path: Pat
 
     failing = Failing(data._latents, data._conditions, data._empty)
     with pytest.raises(type(error)):
-        tune(data=failing, steps=6)
+        tune(data=failing, max_train_steps=6)
     steps = (tmp_path / "run" / "loss.csv").read_text().count("\n") - 1
     assert steps > 0
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{steps}"]
-    resumed, _ = tune(steps=6)
+    resumed, _ = tune(max_train_steps=6)
     assert all(map(torch.equal, resumed.state_dict().values(), whole.state_dict().values()))
 
 
@@ -366,7 +378,7 @@ def test_a_run_does_not_write_to_what_it_reads(
         (traced, data, "traced"),
         (traced, data, "traced/run"),
     ):
-        options: dict[str, Any] = {"scheduler": DDPMScheduler(), "steps": 1, "out": tmp_path / place}
+        options: dict[str, Any] = {"scheduler": DDPMScheduler(), "max_train_steps": 1, "output_dir": tmp_path / place}
         with pytest.raises(TuningError, match=REFUSED):
             sdgraph.tune(first()[0], unet, source, **options)
     with pytest.raises(TuningError, match=REFUSED):
@@ -377,7 +389,7 @@ def test_a_run_does_not_write_to_what_it_reads(
         first()[0].save_pretrained(tmp_path / "model" / "unet")
     shutil.copytree(tmp_path / "model", tmp_path / "other")
     with pytest.raises(TuningError, match="holds a model that no run"):
-        sdgraph.tune(first()[0], traced, data, **{**options, "out": tmp_path / "other"})
+        sdgraph.tune(first()[0], traced, data, **{**options, "output_dir": tmp_path / "other"})
     shutil.rmtree(tmp_path / "other")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -388,14 +400,14 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(tune: Tune,
 
     def second(*_: Any) -> dict[str, float]:
         with ThreadPoolExecutor(1) as other, pytest.raises(TuningError, match="is writing to") as found:
-            other.submit(tune, steps=9).result()
+            other.submit(tune, max_train_steps=9).result()
         refused.append(str(found.value))
         return {}
 
     tune(validate=second)
     assert len(refused) == 1
     assert f"process {os.getpid()} on" in refused[0]
-    tune(steps=5)
+    tune(max_train_steps=5)
 
 
 # -- other processes --------------------------------------------------------------------------------------------------

@@ -76,7 +76,9 @@ def test_a_stage_trains_its_blocks_alone(
     blocks = changed_blocks(student, teaching)
     assert blocks == ("down_blocks.0", "up_blocks.1")
     before = tensors(student)
-    tuned, report = sdgraph.tune(student, teaching, data, steps=20, out=tmp_path, train=blocks, **OPTIONS)
+    tuned, report = sdgraph.tune(
+        student, teaching, data, max_train_steps=20, output_dir=tmp_path, train=blocks, **OPTIONS
+    )
     for name, weight in tensors(tuned).items():
         assert torch.equal(weight, before[name]) != name.startswith(blocks), name
     assert report.column("loss")[-3:].mean() < report.column("loss")[:3].mean()
@@ -87,12 +89,14 @@ def test_incubated_stages_are_assembled(
     progressive: bool, stages: tuple[PruneBlocks, ...], teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path
 ) -> None:
     def run() -> tuple[sdgraph.GraphUNet, IncubationReport]:
-        options: dict[str, Any] = {"stage_steps": 10, "steps": 2, "losses": (Output(),), **OPTIONS}
-        return incubate(teacher, stages, data, out=tmp_path, progressive=progressive, **options)
+        options: dict[str, Any] = {"stage_steps": 10, "max_train_steps": 2, "losses": (Output(),), **OPTIONS}
+        return incubate(teacher, stages, data, output_dir=tmp_path, progressive=progressive, **options)
 
     tuned, report = run()
     student = sdgraph.apply(teacher, stages, verify=False)
-    _, alone = sdgraph.tune(student, teacher, data, steps=1, out=tmp_path / "alone", losses=(Output(),), **OPTIONS)
+    _, alone = sdgraph.tune(
+        student, teacher, data, max_train_steps=1, output_dir=tmp_path / "alone", losses=(Output(),), **OPTIONS
+    )
     assert report.whole.column("loss")[0] < alone.column("loss")[0]  # the assembled student begins better
     assert len(report.stages) == len(stages)
     again, _ = run()
@@ -106,7 +110,14 @@ def test_processes_give_what_one_process_gives(
     torch.set_num_threads(1)
     results = [
         incubate(
-            teacher, stages, data, stage_steps=2, steps=1, out=tmp_path / str(processes), processes=processes, **OPTIONS
+            teacher,
+            stages,
+            data,
+            stage_steps=2,
+            max_train_steps=1,
+            output_dir=tmp_path / str(processes),
+            processes=processes,
+            **OPTIONS,
         )[0]
         for processes in (1, 2)
     ]
@@ -121,7 +132,7 @@ def test_parts_that_do_not_fit_are_refused(
     tmp_path: Path,
 ) -> None:
     def run(stages: Sequence[Any], data: Tensors = data, **more: Any) -> None:
-        incubate(teacher, stages, data, stage_steps=1, steps=1, out=tmp_path, **{**OPTIONS, **more})
+        incubate(teacher, stages, data, stage_steps=1, max_train_steps=1, output_dir=tmp_path, **{**OPTIONS, **more})
 
     overlapping = [PruneBlocks("up_blocks.1.resnets.1"), PruneBlocks("up_blocks.1.resnets.2")]
     with pytest.raises(errors.TuningError, match=r"two stages change up_blocks\.1"):
@@ -140,14 +151,14 @@ def test_parts_that_do_not_fit_are_refused(
     with pytest.raises(errors.EditError, match=r"down_blocks\.0 is not the same in both"):
         assemble(student, [(("down_blocks.0",), teaching)])
     with pytest.raises(errors.TuningError, match="chain has no passes"):
-        chain(teacher, [], data, steps=1, out=tmp_path)
+        chain(teacher, [], data, max_train_steps=1, output_dir=tmp_path)
 
 
 def test_a_chain_teaches_link_by_link(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
     links = ["PruneBlocks('mid_block')", PruneBlocks("up_blocks.0.resnets.1")]
-    last, reports = chain(teacher, links, data, steps=2, out=tmp_path, losses=(Output(),), **OPTIONS)
+    last, reports = chain(teacher, links, data, max_train_steps=2, output_dir=tmp_path, losses=(Output(),), **OPTIONS)
     assert set(last.graph.removed) == {"mid_block", "up_blocks.0.resnets.1"}
-    assert [report.out.name for report in reports] == ["link-1", "link-2"]
+    assert [report.output_dir.name for report in reports] == ["link-1", "link-2"]
 
 
 STAGES = """
@@ -159,8 +170,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     teacher = sdgraph.GraphUNet.from_pretrained(sys.argv[1])
     data = Tensors(torch.randn(4, 4, 8, 8), {"encoder_hidden_states": torch.randn(4, 5, 24)})
-    incubate(teacher, PruneBlocks("bk-sdm-base").stages(teacher.graph), data, scheduler=DDPMScheduler(), steps=1,
-             stage_steps=10**6, out=sys.argv[2], processes=2, train_batch_size=1, report_to="none")
+    incubate(teacher, PruneBlocks("bk-sdm-base").stages(teacher.graph), data, scheduler=DDPMScheduler(),
+             max_train_steps=1,
+             stage_steps=10**6, output_dir=sys.argv[2], processes=2, train_batch_size=1, report_to="none")
 """
 
 
@@ -186,7 +198,7 @@ def test_processes_of_stages_end_with_the_one_that_started_them(
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
     for stage in ("stage-1", "stage-2"):
-        with owned(tmp_path / "run" / stage, errors.TuningError, "out"):
+        with owned(tmp_path / "run" / stage, errors.TuningError, "output_dir"):
             kept = bool(list((tmp_path / "run" / stage).glob("checkpoint-*")))
             assert kept == (number == signal.SIGINT)  # the others leave no time for it
 

@@ -32,8 +32,8 @@ from sdgraph.tuning import (
     Wavelet,
 )
 from sdgraph.tuning.losses.image import high_bands
-from sdgraph.tuning.objective import Objective
 from sdgraph.tuning.sources.latents import as_pipelines_run_it, encoded, scaled, unscaled
+from sdgraph.tuning.train_step import Objective
 
 from ..models import build, trace
 from .conftest import equal
@@ -343,7 +343,7 @@ def test_the_prior_leads_experts_to_parts_of_the_schedule(
 ) -> None:
     experts = sdgraph.apply(student, MECondConv("**.resnets.0.conv1", 2, donors="copies", rank=rank))
     objective = Objective([Output(), RoutingPrior()], experts, teaching)
-    assert objective.teachers == ()
+    assert objective.teacher_taps == ()
     it = comparison(timesteps=(0, 499, 500, 999))
     logits = torch.randn(4, 2)
     _, terms = objective(it.batch, it.noise_schedule, [it.student, *[logits] * len(objective.pairs)], [it.teacher])

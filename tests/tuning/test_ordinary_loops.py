@@ -73,7 +73,7 @@ def test_the_loop_of_train_text_to_image(student: sdgraph.GraphUNet, data: Tenso
 @pytest.mark.slow
 def test_lora_on_a_tuned_student(tune: Tune, data: Tensors, tmp_path: Path) -> None:
     """It trains what it adds alone, and loads on the saved student."""
-    tuned, _ = tune(steps=2)
+    tuned, _ = tune(max_train_steps=2)
     before = tensors(tuned)
     unet = sdgraph.apply(tuned)
     unet.requires_grad_(False)

@@ -37,7 +37,8 @@ kept = torch.load(f"{folder}/data.pt")
 data = Tensors(kept["latents"], {"encoder_hidden_states": kept["captions"]}, {"encoder_hidden_states": kept["empty"]})
 for stop in stops:
     tuned, _ = sdgraph.tune(
-        student, teacher, data, scheduler=DDPMScheduler(), steps=int(stop), out=f"{folder}/run", train_batch_size=2,
+        student, teacher, data, scheduler=DDPMScheduler(), max_train_steps=int(stop), output_dir=f"{folder}/run",
+        train_batch_size=2,
         gradient_accumulation_steps=2, gradient_checkpointing=True,
         losses=LOSSES, proportion_empty_prompts=0.2, learning_rate=2e-3, use_ema=True,
         checkpointing_steps=1, report_to="none", validate=lambda unet, _: {"norm": unet.conv_in.weight.norm().item()},
@@ -90,7 +91,7 @@ def test_two_processes_are_one_with_the_whole_batch(
 
     empty = {"encoder_hidden_states": kept["empty"]}
     data = Tensors(kept["latents"], {"encoder_hidden_states": kept["captions"]}, empty)
-    one, report = tune(out=tmp_path / "one", data=data, steps=3, **SETTINGS)
+    one, report = tune(output_dir=tmp_path / "one", data=data, max_train_steps=3, **SETTINGS)
     two = sdgraph.tuning.TuningReport.of(tmp_path / "run")
     assert two.column("loss") == pytest.approx(report.column("loss"), rel=1e-3)
     written = sdgraph.GraphUNet.from_pretrained(tmp_path / "run" / "unet")
@@ -104,9 +105,9 @@ def test_two_processes_are_one_with_the_whole_batch(
 
 @pytest.mark.long
 def test_one_process_has_nothing_to_spread(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, _ = tune(out=tmp_path / "plain", steps=2)
+    plain, _ = tune(output_dir=tmp_path / "plain", max_train_steps=2)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    asked, _ = tune(out=tmp_path / "asked", steps=2)
+    asked, _ = tune(output_dir=tmp_path / "asked", max_train_steps=2)
     assert equal(tensors(asked), tensors(plain))
 
 
@@ -117,4 +118,4 @@ def test_spread_weights_are_not_kept_in_the_memory_of_the_cpu(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     with pytest.raises(TuningError, match="memory of the CPU"):
-        tune(out=tmp_path)
+        tune(output_dir=tmp_path)

@@ -33,9 +33,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tune: Tune, use_ema: bool, tm
     settings = {"use_ema": use_ema, "checkpointing_steps": 2, "random_conditioning": True}
     settings |= {"learning_rates": {"mid_block.**": 0.5, "**.bias": 3}} if use_ema else {}
     settings |= {"proportion_empty_prompts": 0.1, "lr_warmup_steps": 5, "lr_scheduler": "constant_with_warmup"}
-    whole, report = tune(steps=7, out=tmp_path / "whole", **settings)
-    tune(steps=3, out=tmp_path / "parts", **settings)
-    resumed, resumed_report = tune(steps=7, out=tmp_path / "parts", **settings)
+    whole, report = tune(max_train_steps=7, output_dir=tmp_path / "whole", **settings)
+    tune(max_train_steps=3, output_dir=tmp_path / "parts", **settings)
+    resumed, resumed_report = tune(max_train_steps=7, output_dir=tmp_path / "parts", **settings)
 
     assert equal(tensors(whole), tensors(resumed))
     for name in ("step", "loss", "gradient_norm", "learning_rate"):
@@ -51,7 +51,7 @@ folder, out = sys.argv[1:]
 student, teacher = (sdgraph.GraphUNet.from_pretrained(f"{folder}/{name}") for name in ("student", "teacher"))
 kept = torch.load(f"{folder}/data.pt")
 data = Tensors(kept["latents"], {"encoder_hidden_states": kept["captions"]})
-sdgraph.tune(student, teacher, data, scheduler=DDPMScheduler(), steps=30, out=out, train_batch_size=4,
+sdgraph.tune(student, teacher, data, scheduler=DDPMScheduler(), max_train_steps=30, output_dir=out, train_batch_size=4,
              learning_rate=2e-3, report_to="none", use_ema=True, checkpointing_steps=1)
 """
 
@@ -91,7 +91,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(
 
 
 def test_old_checkpoints_are_deleted(tune: Tune, tmp_path: Path) -> None:
-    tune(steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
+    tune(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
     files = [path for path in (tmp_path / "run" / "checkpoint-5").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
@@ -118,7 +118,7 @@ def test_an_interrupt_says_at_which_step_and_how_to_go_on(
         return
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert said.startswith(f"2 of 4; {checkpoint} is kept. The same call, or the same command, goes on")
-    whole, _ = tune(losses=(Interrupted(),), out=tmp_path / "whole")
+    whole, _ = tune(losses=(Interrupted(),), output_dir=tmp_path / "whole")
     capsys.readouterr()
     resumed, _ = tune(losses=(Interrupted(),))
     assert f"tuning goes on from {checkpoint}, step 2 of 4\n" in capsys.readouterr().err
@@ -127,7 +127,7 @@ def test_an_interrupt_says_at_which_step_and_how_to_go_on(
 
 TERMINATED = """
 import os, signal, sys, torch
-from sdgraph.tuning.tune import terminable
+from sdgraph.tuning.processes import terminable
 try:
     with terminable():
         assert callable(signal.getsignal(signal.SIGTERM))
@@ -168,8 +168,9 @@ def test_a_changed_run_is_not_resumed(
     with pytest.raises(errors.TuningError, match="another data"):
         tune(data=Tensors(torch.zeros(3, 4, 8, 8), {"encoder_hidden_states": torch.zeros(3, 5, CROSS)}))
     with pytest.raises(errors.TuningError, match="another teacher"):
-        sdgraph.tune(student, build("sd15", seed=1, layers_per_block=2), data, scheduler=DDPMScheduler(), steps=4,
-                     out=tmp_path / "run", train_batch_size=4, learning_rate=2e-3, report_to="none")  # fmt: skip
+        sdgraph.tune(student, build("sd15", seed=1, layers_per_block=2), data, scheduler=DDPMScheduler(),
+                     max_train_steps=4,
+                     output_dir=tmp_path / "run", train_batch_size=4, learning_rate=2e-3, report_to="none")  # fmt: skip
     with pytest.raises(errors.TuningError, match="checkpoints of another run"):
         tune(resume_from_checkpoint=None)
     with pytest.raises(errors.TuningError, match="there are checkpoint-4"):
@@ -180,19 +181,19 @@ def test_a_changed_run_is_not_resumed(
 def test_a_checkpoint_beyond_the_last_step_is_not_passed_off_as_the_result(tune: Tune) -> None:
     tune()
     with pytest.raises(errors.TuningError, match="at step 4, beyond the 3 steps"):
-        tune(steps=3)
+        tune(max_train_steps=3)
 
 
 def test_a_loss_that_fades_knows_its_end(tune: Tune) -> None:
     tune(losses=[Output(until=0.5), Denoising()])
     with pytest.raises(errors.TuningError, match="max_train_steps=4, and now it is 5"):
-        tune(losses=[Output(until=0.5), Denoising()], steps=5)
+        tune(losses=[Output(until=0.5), Denoising()], max_train_steps=5)
 
 
 def test_a_cosine_knows_its_end(tune: Tune) -> None:
     tune(lr_scheduler="cosine")
     with pytest.raises(errors.TuningError, match="max_train_steps=4, and now it is 5"):
-        tune(lr_scheduler="cosine", steps=5)
+        tune(lr_scheduler="cosine", max_train_steps=5)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tune: Tune, tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_a_full_disk_loses_nothing(tune: Tune, tmp_path: Path, monkeypatch: pyte
     assert [p.name for p in sorted((tmp_path / "run").iterdir())] == [".lock", "checkpoint-2", "loss.csv"]
     monkeypatch.undo()
     resumed, _ = tune(checkpointing_steps=2)
-    assert equal(tensors(resumed), tensors(tune(out=tmp_path / "other", checkpointing_steps=2)[0]))
+    assert equal(tensors(resumed), tensors(tune(output_dir=tmp_path / "other", checkpointing_steps=2)[0]))
 
 
 @pytest.fixture
@@ -234,12 +235,12 @@ def stopped(tune: Tune, tmp_path: Path) -> Path:
 def test_a_checkpoint_is_of_the_step_that_its_name_says(tune: Tune, stopped: Path) -> None:
     copied = shutil.copytree(stopped / "checkpoint-4", stopped / "checkpoint-50")
     with pytest.raises(errors.TuningError, match="of step 4") as refused:
-        tune(steps=6)  # it would go on from there at every start, and newer checkpoints be deleted
+        tune(max_train_steps=6)  # it would go on from there at every start, and newer checkpoints be deleted
     assert "checkpoint-50" in refused.value.where
     copied.rename(stopped / "kept by hand")
     (stopped / "checkpoint-9").mkdir()
     with pytest.raises(errors.TuningError, match="no file") as refused:
-        tune(steps=6)
+        tune(max_train_steps=6)
     assert "delete it" in refused.value.hint
 
 
@@ -260,14 +261,14 @@ def test_records_of_other_types_are_refused(name: str, value: object, tmp_path: 
 
 
 def test_a_run_that_goes_back_keeps_what_it_writes(tune: Tune, tmp_path: Path) -> None:
-    tune(steps=8, checkpointing_steps=2, checkpoints_total_limit=4)
+    tune(max_train_steps=8, checkpointing_steps=2, checkpoints_total_limit=4)
 
     def stop(unet: sdgraph.GraphUNet, step: int) -> dict[str, float]:
         raise KeyboardInterrupt
 
     settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "validation_steps": 3}
     with pytest.raises(KeyboardInterrupt):
-        tune(steps=8, resume_from_checkpoint="checkpoint-2", validate=stop, **settings)
+        tune(max_train_steps=8, resume_from_checkpoint="checkpoint-2", validate=stop, **settings)
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
 
 
@@ -282,7 +283,7 @@ def test_a_damaged_log_does_not_end_a_run(tune: Tune, stopped: Path, damage: str
     kept = {"cut": [1, 2, 3], "blank lines": [1, 2, 3, 4]}.get(damage, [])
     complete = tune()[1]
     assert list(complete.column("step")) == kept if kept else "gone" in str(complete)
-    assert list(tune(steps=5)[1].column("step")) == [*kept, 5]
+    assert list(tune(max_train_steps=5)[1].column("step")) == [*kept, 5]
 
 
 def test_a_full_disk_is_said_in_our_words(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,5 +300,5 @@ def test_a_full_disk_is_said_in_our_words(tune: Tune, tmp_path: Path, monkeypatc
     monkeypatch.undo()
     tune()
     for name in ("x" * 300, "a\0b"):
-        with pytest.raises(errors.TuningError, match=r"there can be no such folder|out is"):
-            tune(out=tmp_path / name)
+        with pytest.raises(errors.TuningError, match=r"there can be no such folder|output_dir is"):
+            tune(output_dir=tmp_path / name)

@@ -27,7 +27,19 @@ from sdgraph.cli.configuration import Configuration, known, read
 from sdgraph.errors import ExtraError, SpecError, TuningError
 from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.schedules import Uniform
-from sdgraph.tuning import Batches, Denoising, Features, Guidance, NoiseSchedule, Output, Samples, Settings, Tensors
+from sdgraph.tuning import (
+    Batches,
+    Denoising,
+    Features,
+    Guidance,
+    NoiseSchedule,
+    Output,
+    Samples,
+    Settings,
+    Tensors,
+    chain,
+    incubate,
+)
 from sdgraph.tuning.noise_schedule import PREDICTIONS
 from sdgraph.tuning.train_state import TrainState
 
@@ -144,9 +156,12 @@ def test_a_wrong_setting_is_refused_before_anything_is_written(tune: Tune, tmp_p
     name = data.draw(st.sampled_from(sorted(RIGHT.keys() - {"max_train_steps"})))
     value = data.draw(st.sampled_from([v for v in ANYTHING if not RIGHT[name](v)]))
     with pytest.raises(TuningError):
-        tune(**{"out": tmp_path / "wrong", "lr_scheduler": READER.get(name, "constant"), name: value})
+        tune(**{"output_dir": tmp_path / "wrong", "lr_scheduler": READER.get(name, "constant"), name: value})
     with pytest.raises(TuningError):
-        tune(out=tmp_path / "wrong", steps=data.draw(st.sampled_from([v for v in ANYTHING if not count(v)])))
+        tune(
+            output_dir=tmp_path / "wrong",
+            max_train_steps=data.draw(st.sampled_from([v for v in ANYTHING if not count(v)])),
+        )
     assert not (tmp_path / "wrong").exists()
 
 
@@ -182,7 +197,9 @@ def test_right_settings_run(tune: Tune, tmp_path_factory: pytest.TempPathFactory
         "validation_steps": st.none() | st.integers(1, 3),
     }
     settings = {name: data.draw(draw) for name, draw in draws.items()}
-    _, report = tune(steps=2, lr_scheduler=rates, out=tmp_path_factory.mktemp("run") / "run", **settings)
+    _, report = tune(
+        max_train_steps=2, lr_scheduler=rates, output_dir=tmp_path_factory.mktemp("run") / "run", **settings
+    )
     assert len(report.rows) == 2
 
 
@@ -228,13 +245,15 @@ def test_the_learning_rate_is_that_of_diffusers_at_every_step(
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        tune(steps=6, out=tmp_path / "run", validate=stop, **options)
-    _, report = tune(steps=6, out=tmp_path / "run", **options)
+        tune(max_train_steps=6, output_dir=tmp_path / "run", validate=stop, **options)
+    _, report = tune(max_train_steps=6, output_dir=tmp_path / "run", **options)
     assert list(report.column("learning_rate")) == pytest.approx(expected, abs=1e-9)
 
 
 def test_factors_of_the_learning_rate_follow_the_polynomial_too(tune: Tune, tmp_path: Path) -> None:
-    _, report = tune(steps=4, learning_rates={"mid_block.**": 10}, lr_scheduler="polynomial", learning_rate=1e-5)
+    _, report = tune(
+        max_train_steps=4, learning_rates={"mid_block.**": 10}, lr_scheduler="polynomial", learning_rate=1e-5
+    )
     expected = rates_of_diffusers(4, 1e-5, "polynomial")
     assert list(report.column("learning_rate")) == pytest.approx(expected, abs=1e-12)
 
@@ -296,11 +315,17 @@ def test_epochs_read_all_rows_and_go_on_as_steps(tune: Tune, data: Tensors) -> N
             return super().samples(rows, generators)
 
     counted = Counted(data._latents, data._conditions, data._empty)
-    _, report = tune(data=counted, steps=None, num_train_epochs=2, losses=(Output(),))
+    _, report = tune(data=counted, max_train_steps=None, num_train_epochs=2, losses=(Output(),))
     assert len(report.rows) == 2 * 3  # of ten rows, four at a time
     assert set(read) == set(range(10))
-    assert len(tune(data=counted, steps=7, losses=(Output(),))[1].rows) == 7
-    _, pairs = tune(steps=None, num_train_epochs=1, guidance_pairs=True, losses=(Output(),), out=report.out / "pairs")
+    assert len(tune(data=counted, max_train_steps=7, losses=(Output(),))[1].rows) == 7
+    _, pairs = tune(
+        max_train_steps=None,
+        num_train_epochs=1,
+        guidance_pairs=True,
+        losses=(Output(),),
+        output_dir=report.output_dir / "pairs",
+    )
     assert len(pairs.rows) == 5  # two of ten rows at a time
 
 
@@ -335,7 +360,7 @@ def test_min_snr_is_finite_where_there_is_no_signal() -> None:
 
 def test_snr_gamma_is_that_of_all_losses_that_leave_it_out(tune: Tune, tmp_path: Path) -> None:
     runs = [
-        tune(steps=2, out=tmp_path / str(number), losses=losses, snr_gamma=gamma)[1]
+        tune(max_train_steps=2, output_dir=tmp_path / str(number), losses=losses, snr_gamma=gamma)[1]
         for number, (losses, gamma) in enumerate([
             ((Output(), Denoising(snr_gamma=2)), 5),
             ((Output(snr_gamma=5), Denoising(snr_gamma=2)), None),
@@ -346,7 +371,7 @@ def test_snr_gamma_is_that_of_all_losses_that_leave_it_out(tune: Tune, tmp_path:
     assert found[0] == found[1] != found[2]
     assert "Output(snr_gamma=5" in json.loads((tmp_path / "0" / "tuning.json").read_text())["losses"]
     with pytest.raises(TuningError, match="no loss takes it") as error:
-        tune(losses=(Features("stage"), Output(snr_gamma=5)), snr_gamma=5, out=tmp_path / "none")
+        tune(losses=(Features("stage"), Output(snr_gamma=5)), snr_gamma=5, output_dir=tmp_path / "none")
     assert error.value.where == "snr_gamma"
     assert not (tmp_path / "none").exists()
 
@@ -371,7 +396,11 @@ def test_trajectories_have_no_noise_that_could_have_an_offset(tune: Tune, data: 
             return Samples(latents, latents, torch.zeros(len(rows), dtype=torch.int64))
 
     with pytest.raises(TuningError, match="no noise is added") as error:
-        tune(data=Trajectories(data._latents, data._conditions, data._empty), noise_offset=0.1, out=tmp_path / "none")
+        tune(
+            data=Trajectories(data._latents, data._conditions, data._empty),
+            noise_offset=0.1,
+            output_dir=tmp_path / "none",
+        )
     assert error.value.where == "noise_offset"
     assert not (tmp_path / "none").exists()
 
@@ -412,9 +441,9 @@ def test_the_optimizer_in_8_bits_is_that_of_bitsandbytes_and_resumes(
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     monkeypatch.setattr("sdgraph.tuning.settings._check_8bit", lambda: None)
     settings = {"use_8bit_adam": True, "losses": (Output(),), "adam_beta1": 0.5}
-    whole, _ = tune(steps=4, out=tmp_path / "whole", **settings)
-    tune(steps=2, out=tmp_path / "parts", **settings)
-    assert equal(tensors(whole), tensors(tune(steps=4, out=tmp_path / "parts", **settings)[0]))
+    whole, _ = tune(max_train_steps=4, output_dir=tmp_path / "whole", **settings)
+    tune(max_train_steps=2, output_dir=tmp_path / "parts", **settings)
+    assert equal(tensors(whole), tensors(tune(max_train_steps=4, output_dir=tmp_path / "parts", **settings)[0]))
     kept = safetensors.torch.load_file(tmp_path / "parts" / "checkpoint-4" / "optimizer.safetensors")
     assert kept["0.state1"].dtype == torch.uint8
 
@@ -435,7 +464,7 @@ def test_every_setting_has_values_a_default_and_a_meaning() -> None:
 
 def test_a_norm_of_zero_clips_nothing(tune: Tune, tmp_path: Path) -> None:
     found = [
-        tensors(tune(steps=2, max_grad_norm=norm, out=tmp_path / str(norm), losses=(Output(),))[0])
+        tensors(tune(max_train_steps=2, max_grad_norm=norm, output_dir=tmp_path / str(norm), losses=(Output(),))[0])
         for norm in (0, 1e9, 0.1)
     ]
     assert equal(found[0], found[1])
@@ -443,7 +472,7 @@ def test_a_norm_of_zero_clips_nothing(tune: Tune, tmp_path: Path) -> None:
 
 
 def test_no_limit_keeps_all_checkpoints(tune: Tune, tmp_path: Path) -> None:
-    tune(steps=4, checkpointing_steps=1, checkpoints_total_limit=None)
+    tune(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=None)
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 4
 
 
@@ -457,7 +486,7 @@ def test_captions_are_left_out_by_default_where_they_can_be(tune: Tune, data: Te
         ({"data": Tensors(latents, text)}, 0),
     ]):  # fmt: skip
         out = tmp_path / str(number)
-        tune(steps=1, out=out, train_batch_size=2, losses=(Output(),), **options)
+        tune(max_train_steps=1, output_dir=out, train_batch_size=2, losses=(Output(),), **options)
         assert json.loads((out / "tuning.json").read_text())["settings"]["proportion_empty_prompts"] == expected
 
 
@@ -509,9 +538,9 @@ def test_new_parameters_and_other_weights_are_something_to_learn(
     tune: Tune, teacher: UNet2DConditionModel, tmp_path: Path
 ) -> None:
     experts = sdgraph.apply(teacher, [MECondConv("mid_block.resnets.0.conv1", donors="copies")])
-    tune(student=experts, steps=1, out=tmp_path / "experts")
+    tune(student=experts, max_train_steps=1, output_dir=tmp_path / "experts")
     pruned = sdgraph.apply(teacher, [PruneBlocks("mid_block"), InheritFeatures.deep_cache(2)])
-    tune(student=pruned, steps=1, out=tmp_path / "pruned")
+    tune(student=pruned, max_train_steps=1, output_dir=tmp_path / "pruned")
 
 
 # -- other arguments, and files ----------------------------------------------------------------------------------------
@@ -521,8 +550,9 @@ def test_new_parameters_and_other_weights_are_something_to_learn(
     ("argument", "value"),
     [
         ("student", "unet"), ("teacher", 3), ("losses", Output()), ("losses", ["Output"]), ("losses", 3),
-        ("train", "mid_block"), ("train", [3]), ("validate", "images"), ("resume_from_checkpoint", True), ("out", None),
-        ("steps", 1.5), ("losses", []), ("train", []), ("out", ""), ("data", "rows"), ("data", [1]),
+        ("train", "mid_block"), ("train", [3]), ("validate", "images"), ("resume_from_checkpoint", True),
+        ("output_dir", None),
+        ("max_train_steps", 1.5), ("losses", []), ("train", []), ("output_dir", ""), ("data", "rows"), ("data", [1]),
     ],
 )  # fmt: skip
 def test_arguments_of_wrong_types_are_refused(argument: str, value: Any, tune: Tune, tmp_path: Path) -> None:
@@ -589,3 +619,15 @@ def test_images_without_guidance_need_no_empty_captions(tmp_path: Path) -> None:
     for line, expected in (("", None), ("guidance_scale = 7.5", None), ("guidance_scale = 1.0", 0.0)):
         (tmp_path / "tuning.toml").write_text(run + line)
         assert read(tmp_path / "tuning.toml")[1].proportion_empty_prompts == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("steps", "max_train_steps"), ("out", "output_dir"), ("learning_rat", "learning_rate")]
+)
+def test_an_unknown_name_is_refused_before_a_missing_argument(
+    wrong: str, meant: str, student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, data: Tensors
+) -> None:
+    for run in (sdgraph.tune, chain, incubate):
+        with pytest.raises(TuningError, match=f"there is no option '{wrong}' of a training run") as error:
+            run(student, teaching, data, **{wrong: 1})
+        assert f"did you mean '{meant}'" in error.value.hint

@@ -35,9 +35,8 @@ from sdgraph.tuning import (
     TuningReport,
     Wavelet,
 )
-from sdgraph.tuning.checks import check_results
 from sdgraph.tuning.losses import Comparison
-from sdgraph.tuning.tune import _record
+from sdgraph.tuning.validation import figures_of, record
 
 from ..models import CROSS, build, call_of
 from .conftest import Tune, equal, tensors
@@ -49,7 +48,7 @@ def test_the_student_learns_and_nothing_else_changes(
     tune: Tune, student: sdgraph.GraphUNet, teacher: UNet2DConditionModel, tmp_path: Path
 ) -> None:
     before = tensors(student), tensors(teacher)
-    tuned, report = tune(steps=40)
+    tuned, report = tune(max_train_steps=40)
 
     loss = report.column("loss")
     assert loss[-5:].mean() < 0.5 * loss[:5].mean()
@@ -98,7 +97,7 @@ def test_the_result_is_exported_and_inherits_on_onnx_runtime(
 
 
 def test_the_average_is_what_is_returned_and_kept(tune: Tune, tmp_path: Path) -> None:
-    averaged, _ = tune(use_ema=True, ema_decay=0.5, steps=6)
+    averaged, _ = tune(use_ema=True, ema_decay=0.5, max_train_steps=6)
     folder = tmp_path / "run" / "checkpoint-6"
     kept = sdgraph.GraphUNet.from_pretrained(folder / "unet_ema")
     last = sdgraph.GraphUNet.from_pretrained(folder / "unet")
@@ -110,8 +109,8 @@ def test_parameters_may_have_learning_rates_of_their_own(
     tune: Tune, student: sdgraph.GraphUNet, tmp_path: Path
 ) -> None:
     rates = {"mid_block.resnets.0.conv1.weight": 10, "mid_block.**": 1e-9}  # the first that matches counts
-    tuned, report = tune(steps=1, learning_rates=rates, out=tmp_path / "rates", adam_weight_decay=0)
-    plain, _ = tune(steps=1, out=tmp_path / "plain", adam_weight_decay=0)
+    tuned, report = tune(max_train_steps=1, learning_rates=rates, output_dir=tmp_path / "rates", adam_weight_decay=0)
+    plain, _ = tune(max_train_steps=1, output_dir=tmp_path / "plain", adam_weight_decay=0)
     assert list(report.column("learning_rate")) == [2e-3]
     before, after, usual = tensors(student), tensors(tuned), tensors(plain)
     for name, factor in (("mid_block.resnets.0.conv1.weight", 10), ("mid_block.resnets.0.conv2.weight", 0)):
@@ -124,32 +123,36 @@ def test_parameters_may_have_learning_rates_of_their_own(
         ({"conv_in.weight": 0}, "learning_rates is {'conv_in.weight': 0}"),
     ):
         with pytest.raises(errors.TuningError, match=complaint):
-            tune(out=tmp_path / "wrong", learning_rates=wrong)
+            tune(output_dir=tmp_path / "wrong", learning_rates=wrong)
 
 
 def test_pairs_are_trained_on_the_guided_prediction(tune: Tune, tmp_path: Path) -> None:
     options = {"losses": (Output(), Guidance(3.0)), "guidance_pairs": True, "proportion_empty_prompts": 0.0}
-    _, report = tune(steps=20, out=tmp_path / "run", train_batch_size=8, **options)
+    _, report = tune(max_train_steps=20, output_dir=tmp_path / "run", train_batch_size=8, **options)
     guided = report.column("Guidance")
     assert guided[-5:].mean() < guided[:5].mean()
     for wrong in ({"train_batch_size": 3}, {"proportion_empty_prompts": 0.1}):
         with pytest.raises(errors.TuningError, match="every second row is without its caption"):
-            tune(out=tmp_path / "wrong", **{**options, **wrong})
+            tune(output_dir=tmp_path / "wrong", **{**options, **wrong})
 
 
 @pytest.mark.slow
 def test_gradient_checkpointing_and_accumulation_change_nothing_that_matters(tune: Tune, tmp_path: Path) -> None:
-    plain, _ = tune(out=tmp_path / "plain")
-    recomputed, _ = tune(out=tmp_path / "recomputed", gradient_checkpointing=True)
+    plain, _ = tune(output_dir=tmp_path / "plain")
+    recomputed, _ = tune(output_dir=tmp_path / "recomputed", gradient_checkpointing=True)
     for name, weight in tensors(
         plain
     ).items():  # values that are used twice have their gradients added in another order
         torch.testing.assert_close(tensors(recomputed)[name], weight, rtol=1e-3, atol=1e-5)
-    _, whole = tune(out=tmp_path / "whole", steps=1)
+    _, whole = tune(output_dir=tmp_path / "whole", max_train_steps=1)
     _, parts = tune(
-        out=tmp_path / "parts", steps=1, train_batch_size=2, gradient_accumulation_steps=2, losses=(Output(),)
+        output_dir=tmp_path / "parts",
+        max_train_steps=1,
+        train_batch_size=2,
+        gradient_accumulation_steps=2,
+        losses=(Output(),),
     )
-    _, once = tune(out=tmp_path / "once", steps=1, losses=(Output(),))
+    _, once = tune(output_dir=tmp_path / "once", max_train_steps=1, losses=(Output(),))
     assert whole.column("Output")[0] == once.column("Output")[0]
     for name in ("Output", "gradient_norm"):
         assert parts.column(name)[0] == pytest.approx(once.column(name)[0], rel=1e-4)
@@ -158,7 +161,7 @@ def test_gradient_checkpointing_and_accumulation_change_nothing_that_matters(tun
 def test_widths_that_differ_are_mapped(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
     narrow = sdgraph.apply(build("sd15", block_out_channels=(8, 16), norm_num_groups=4), [])
     tuned, report = sdgraph.tune(
-        narrow, teacher, data, scheduler=DDPMScheduler(), steps=12, out=tmp_path / "run",
+        narrow, teacher, data, scheduler=DDPMScheduler(), max_train_steps=12, output_dir=tmp_path / "run",
         losses=(Features(("mid_block", "up_blocks.1.attentions.0")),), learning_rate=1e-2, report_to="none",
         train_batch_size=4, checkpointing_steps=6,
     )  # fmt: skip
@@ -174,7 +177,7 @@ def test_first_weights_of_adapters_follow_from_the_seed(
     for number in range(2):
         torch.rand(number)  # whatever was drawn before
         _, report = sdgraph.tune(
-            narrow, teacher, data, scheduler=DDPMScheduler(), steps=1, out=tmp_path / str(number),
+            narrow, teacher, data, scheduler=DDPMScheduler(), max_train_steps=1, output_dir=tmp_path / str(number),
             losses=(Features(("mid_block",)),), report_to="none", train_batch_size=4,
         )  # fmt: skip
         curves.append(list(report.column("loss")))
@@ -188,10 +191,10 @@ def test_default_losses_leave_out_what_trajectories_do_not_have(tune: Tune, tmp_
             return Samples(latents, 2 * latents, torch.full((len(rows),), 500))
 
     captions = {"encoder_hidden_states": torch.randn(3, 5, CROSS)}
-    _, report = tune(data=Trajectories(torch.randn(3, 4, 8, 8), captions), steps=1)
+    _, report = tune(data=Trajectories(torch.randn(3, 4, 8, 8), captions), max_train_steps=1)
     assert report.names[5:] == ("Output", "Features")
     with pytest.raises(errors.TuningError, match="no noise was added"):
-        tune(data=Trajectories(torch.randn(3, 4, 8, 8), captions), losses=(Denoising(),), out=tmp_path / "other")
+        tune(data=Trajectories(torch.randn(3, 4, 8, 8), captions), losses=(Denoising(),), output_dir=tmp_path / "other")
 
 
 def test_validation_sees_the_averaged_student_also_at_the_end(tune: Tune, tmp_path: Path) -> None:
@@ -204,7 +207,7 @@ def test_validation_sees_the_averaged_student_also_at_the_end(tune: Tune, tmp_pa
         seen[step] = tensors(unet)
         return {"error": 0.5, "sheet": Image.new("RGB", (4, 4))}
 
-    tuned, _ = tune(steps=3, validate=validate, validation_steps=2, use_ema=True, ema_decay=0.9)
+    tuned, _ = tune(max_train_steps=3, validate=validate, validation_steps=2, use_ema=True, ema_decay=0.9)
     assert list(seen) == [2, 3]
     assert equal(seen[3], tensors(tuned))
     assert [p.name for p in sorted((tmp_path / "run" / "validation").iterdir())] == [
@@ -218,12 +221,12 @@ def test_validation_sees_the_averaged_student_also_at_the_end(tune: Tune, tmp_pa
 )
 def test_results_of_a_validation_that_cannot_be_kept_are_refused(results: object) -> None:
     with pytest.raises(errors.TuningError, match="validate returns"):
-        check_results(results)
+        figures_of(results)
 
 
 def test_all_numbers_of_a_validation_are_logged() -> None:
     figures = {"a": 1, "b": 2.5, "c": torch.tensor(3.0), "d": np.float32(4), "e": np.int64(5), "f": torch.tensor([6])}
-    assert check_results(figures) == {"a": 1, "b": 2.5, "c": 3, "d": 4, "e": 5, "f": 6}
+    assert figures_of(figures) == {"a": 1, "b": 2.5, "c": 3, "d": 4, "e": 5, "f": 6}
 
 
 def test_a_validation_does_not_change_what_is_trained(tune: Tune) -> None:
@@ -287,7 +290,7 @@ def test_images_of_a_validation_reach_tensorboard(tune: Tune, tmp_path: Path) ->
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8))
     found = {"sheet": image, "grey": image.convert("L"), "psnr": 3.0}
-    tune(report_to="tensorboard", steps=2, validation_steps=1, validate=lambda unet, step: found)
+    tune(report_to="tensorboard", max_train_steps=2, validation_steps=1, validate=lambda unet, step: found)
     (folder,) = {path.parent for path in (tmp_path / "run" / "logs").rglob("events*") if path.parent.name == "logs"}
     events = EventAccumulator(str(folder), {"images": 0}).Reload()
     assert set(events.Tags()["images"]) == {"sheet", "grey"}
@@ -308,7 +311,7 @@ def test_images_reach_trackers_in_the_form_that_accelerate_takes(name: str, list
     image, tracker, plain = Image.new("RGB", (2, 2)), Tracker(), types.SimpleNamespace(name="trackio")
     tracker.name = name  # type: ignore[attr-defined]
     accelerator = types.SimpleNamespace(trackers=[tracker, plain], log=lambda *_: None, wait_for_everyone=lambda: None)
-    _record({"sheet": image}, 3, tmp_path, accelerator)
+    record({"sheet": image}, 3, tmp_path, accelerator)
     assert tracker.seen == {"sheet": [image] if listed else image}
 
 
@@ -329,7 +332,15 @@ def test_models_that_do_not_fit_are_refused(
     student: sdgraph.GraphUNet, teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path
 ) -> None:
     def tune(student: sdgraph.GraphUNet, teacher: Any) -> None:
-        sdgraph.tune(student, teacher, data, scheduler=DDPMScheduler(), steps=1, out=tmp_path / "run", report_to="none")
+        sdgraph.tune(
+            student,
+            teacher,
+            data,
+            scheduler=DDPMScheduler(),
+            max_train_steps=1,
+            output_dir=tmp_path / "run",
+            report_to="none",
+        )
 
     with pytest.raises(errors.TuningError, match="nothing to learn"):
         tune(student, student)
@@ -385,13 +396,13 @@ def test_a_student_that_could_not_be_saved_is_refused_before_it_learns(
     graph = sdgraph.trace(teacher)
     graph.bypass("mid_block")
     with pytest.raises(errors.ModeError, match="cannot be rebuilt"):
-        sdgraph.tune(sdgraph.GraphUNet(graph), teacher, data, scheduler=DDPMScheduler(), steps=1,
-                     out=tmp_path / "run", report_to="none")  # fmt: skip
+        sdgraph.tune(sdgraph.GraphUNet(graph), teacher, data, scheduler=DDPMScheduler(), max_train_steps=1,
+                     output_dir=tmp_path / "run", report_to="none")  # fmt: skip
     assert not (tmp_path / "run" / "loss.csv").exists()
 
 
 def test_another_precision_in_the_same_process_is_refused(tune: Tune) -> None:
-    tune(steps=1)
+    tune(max_train_steps=1)
     with pytest.raises(errors.TuningError, match="accelerate refuses: AcceleratorState has already"):
         tune(mixed_precision="bf16")
 
@@ -399,12 +410,17 @@ def test_another_precision_in_the_same_process_is_refused(tune: Tune) -> None:
 @pytest.mark.slow
 def test_chained_students_and_several_passes(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
     """A student that was tuned is the teacher of a smaller one."""
-    options: dict[str, Any] = {"scheduler": DDPMScheduler(), "steps": 2, "report_to": "none", "train_batch_size": 4}
+    options: dict[str, Any] = {
+        "scheduler": DDPMScheduler(),
+        "max_train_steps": 2,
+        "report_to": "none",
+        "train_batch_size": 4,
+    }
     small = sdgraph.apply(teacher, [PruneBlocks("bk-sdm-base")])
-    first, _ = sdgraph.tune(small, teacher, data, out=tmp_path / "first", **options)
+    first, _ = sdgraph.tune(small, teacher, data, output_dir=tmp_path / "first", **options)
     smaller = sdgraph.apply(first, [PruneBlocks("mid_block")])
     second, report = sdgraph.tune(
-        smaller, first, data, out=tmp_path / "second", losses=(Output(), Denoising()), **options
+        smaller, first, data, output_dir=tmp_path / "second", losses=(Output(), Denoising()), **options
     )
     assert len(report.rows) == 2
     assert "mid_block" in second.graph.removed
@@ -417,7 +433,8 @@ def test_a_part_is_trained_in_any_layout(teacher: UNet2DConditionModel, data: Te
     student = sdgraph.apply(source, [PruneBlocks("bk-sdm-base")])
     results = [
         sdgraph.tune(
-            unet, source, data, scheduler=DDPMScheduler(), steps=2, out=tmp_path / name, train=["down_blocks.0"],
+            unet, source, data, scheduler=DDPMScheduler(), max_train_steps=2, output_dir=tmp_path / name,
+            train=["down_blocks.0"],
             train_batch_size=4, report_to="none",
         )[0]
         for name, unet in (("last", student), ("first", sdgraph.apply(teacher, [PruneBlocks("bk-sdm-base")])))
@@ -431,7 +448,7 @@ def test_a_part_is_trained_in_any_layout(teacher: UNet2DConditionModel, data: Te
 def test_experts_learn_to_part(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
     student = sdgraph.apply(teacher, [PruneBlocks("bk-sdm-base"), MECondConv(experts=2, donors="copies")])
     tuned, report = sdgraph.tune(
-        student, teacher, data, scheduler=DDPMScheduler(), steps=30, out=tmp_path / "run",
+        student, teacher, data, scheduler=DDPMScheduler(), max_train_steps=30, output_dir=tmp_path / "run",
         losses=[Output(), RoutingPrior(until=0.5)], train_batch_size=4, learning_rate=2e-3,
         learning_rates={"**.routing.*": 10}, timestep_intervals=2, report_to="none",
     )  # fmt: skip
@@ -446,9 +463,9 @@ def test_experts_learn_to_part(teacher: UNet2DConditionModel, data: Tensors, tmp
 
 def test_accumulated_batches_are_one_large_batch(tune: Tune, student: sdgraph.GraphUNet, tmp_path: Path) -> None:
     losses = (*DEFAULT, AttentionMaps(), Similarity(group=2), Wavelet(), Guidance(3.0))
-    options = {"losses": losses, "steps": 3, "guidance_pairs": True}
-    whole, first = tune(out=tmp_path / "whole", train_batch_size=8, **options)
-    parts, second = tune(out=tmp_path / "parts", train_batch_size=2, gradient_accumulation_steps=4, **options)
+    options = {"losses": losses, "max_train_steps": 3, "guidance_pairs": True}
+    whole, first = tune(output_dir=tmp_path / "whole", train_batch_size=8, **options)
+    parts, second = tune(output_dir=tmp_path / "parts", train_batch_size=2, gradient_accumulation_steps=4, **options)
     for name in first.names[3:]:
         assert second.column(name) == pytest.approx(first.column(name), rel=1e-3), name
     far = torch.cat([(value - tensors(student)[n]).flatten() for n, value in tensors(whole).items()]).norm()
@@ -466,12 +483,13 @@ def test_models_in_half_precision_are_trained_in_float32(
 ) -> None:  # fmt: skip
     seen = []
     options = {
-        "scheduler": DDPMScheduler(), "steps": 2, "out": tmp_path / "run", "report_to": "none", "train_batch_size": 2,
+        "scheduler": DDPMScheduler(), "max_train_steps": 2, "output_dir": tmp_path / "run", "report_to": "none",
+        "train_batch_size": 2,
         "checkpointing_steps": 1, "validate": lambda unet, _: seen.append(unet.dtype) or {}, "learning_rate": 1e-6,
     }  # fmt: skip
     cast = copy.deepcopy(student).to(of_student), copy.deepcopy(teacher).to(of_teacher)
     tuned, report = sdgraph.tune(*cast, data, **options)
-    exact, expected = sdgraph.tune(student, teacher, data, **{**options, "out": tmp_path / "exact"})
+    exact, expected = sdgraph.tune(student, teacher, data, **{**options, "output_dir": tmp_path / "exact"})
     assert report.column("loss") == pytest.approx(expected.column("loss"), rel=0.05)
     assert tuned.dtype == of_student
     assert seen == [of_student] * 2 + [torch.float32] * 2
@@ -487,8 +505,10 @@ def test_models_in_half_precision_are_trained_in_float32(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_data_of_any_precision_are_read(dtype: torch.dtype, tune: Tune, data: Tensors) -> None:
     cast = Tensors(data._latents.to(dtype), {n: c.to(dtype) for n, c in data._conditions.items()}, dict(data._empty))
-    _, report = tune(data=cast, steps=1, proportion_empty_prompts=0.5)
-    _, expected = tune(data=data, steps=1, proportion_empty_prompts=0.5, out=report.out.parent / "exact")
+    _, report = tune(data=cast, max_train_steps=1, proportion_empty_prompts=0.5)
+    _, expected = tune(
+        data=data, max_train_steps=1, proportion_empty_prompts=0.5, output_dir=report.output_dir.parent / "exact"
+    )
     assert report.column("loss") == pytest.approx(expected.column("loss"), rel=0.02)
 
 
@@ -501,7 +521,8 @@ def test_every_architecture_and_every_loss(name: str, tmp_path: Path) -> None:
     losses = (*DEFAULT, AttentionMaps(), Similarity(), Wavelet())
     tuned, report = sdgraph.tune(
         sdgraph.apply(teacher, [PruneBlocks("bk-sdm-base")]), teacher, Tensors(call["sample"], conditions),
-        scheduler=DDPMScheduler(prediction_type="v_prediction"), steps=20, out=tmp_path / "run", losses=losses,
+        scheduler=DDPMScheduler(prediction_type="v_prediction"), max_train_steps=20, output_dir=tmp_path / "run",
+        losses=losses,
         train_batch_size=8, learning_rate=2e-3, report_to="none",
     )  # fmt: skip
     for column in report.names[5:]:

@@ -5,11 +5,9 @@ They import `batch`, `noise_schedule` and `feature_extractor` of `sdgraph.tuning
 
 from .attention import AttentionMaps
 from .base import Comparison, Loss
-from .features import Features
+from .features import Features, Similarity
 from .image import ImageFeatures, Wavelet
-from .prediction import Denoising, Guidance, Output
-from .routing import RoutingPrior
-from .similarity import Similarity
+from .prediction import Denoising, Guidance, Output, RoutingPrior
 
 __all__ = [
     "AttentionMaps",

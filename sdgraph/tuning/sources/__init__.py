@@ -2,9 +2,9 @@
 only random numbers, digests and processes."""
 
 from .base import Samples, Source
+from .captions import MoreCaptions
 from .dataset import unpacked
 from .images import Images
-from .more_captions import MoreCaptions
 from .prompts import Prompts
 from .tensors import Tensors, as_source
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import TuningError
 from ...options import Count, Index, Text, checked
 from ..digest import as_number, hash_files, hash_model, hash_text
-from ..processes import begin as begin_process
+from ..processes import begin_worker
 from ..random_numbers import generator
 from .base import Contents, Samples
 from .captions import Captions, as_texts, time_ids, with_empty
@@ -202,4 +202,4 @@ def _numbers(image: Captioned, crop: Crop, flip: bool, background: str) -> np.nd
 @functools.cache
 def _pool(workers: int) -> ProcessPoolExecutor:
     """Return processes that decode images, and live as long as this one."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_process, (1,))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker, (1,))
