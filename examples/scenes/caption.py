@@ -38,8 +38,8 @@ class CaptionError(ValueError):
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a caption says about an object. Attributes that it does not mention are None."""
+class Mention:
+    """An object as a caption describes it. Attributes that the caption leaves out are None."""
 
     shape: str
     colour: str
@@ -55,13 +55,13 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return f"{text} {BACKGROUND.format(scene.background)}" if backed else text
 
 
-def said(text: str) -> tuple[Said, ...]:
+def mentions(text: str) -> tuple[Mention, ...]:
     """Parse a caption.
 
     Args:
         text: the caption.
     Returns:
-        What it says about its objects, in the order of the text.
+        The objects that it mentions, in the order of the text.
     Raises:
         CaptionError: the text has a word that no caption has, or does not follow the grammar.
     """
@@ -71,9 +71,9 @@ def said(text: str) -> tuple[Said, ...]:
         raise CaptionError(f"{text!r} is no caption of a scene; an example is 'a red circle above a small blue star'")
     first, phrase, second, relation = sentence["first"], sentence["place"], sentence["second"], sentence["relation"]
     if second is None:
-        return (_said(first, _MEANING.get(phrase)),)
+        return (_mention(first, _MEANING.get(phrase)),)
     place = _MEANING.get(relation)
-    return _said(first, place), _said(second, OPPOSITE.get(place or ""))
+    return _mention(first, place), _mention(second, OPPOSITE.get(place or ""))
 
 
 def check_words(text: str) -> None:
@@ -127,6 +127,6 @@ _SENTENCE = re.compile(
 )
 
 
-def _said(noun_phrase: str, place: str | None) -> Said:
+def _mention(noun_phrase: str, place: str | None) -> Mention:
     *size, colour, shape = noun_phrase.split()[1:]
-    return Said(shape, colour, _SIZE_MEANING[size[0]] if size else None, place)
+    return Mention(shape, colour, _SIZE_MEANING[size[0]] if size else None, place)

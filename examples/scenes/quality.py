@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sdgraph.evaluation import metrics
 
 from . import data
-from .caption import Said, caption, said
+from .caption import Mention, caption, mentions
 from .draw import draw
 from .judge import ATTRIBUTES, Judge
 from .pipeline import GUIDANCE, MODEL, QUALITY, load
@@ -55,35 +55,39 @@ class Quality:
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
         features, readings = self.judge.look(np.round(255 * images).astype(np.uint8))
-        rows = [_verdict(said(prompt), things_read(reading)) for prompt, reading in zip(prompts, readings, strict=True)]
+        rows = [
+            verdict(mentions(prompt), things_read(reading)) for prompt, reading in zip(prompts, readings, strict=True)
+        ]
         figures: dict[str, float] = {}
         for name in rows[0]:
             figures[name] = _share(row[name] for row in rows)
         for count, word in ((1, "one"), (2, "two")):
             for name in ("shape and colour", "place"):
-                verdicts = [row[name] for row, prompt in zip(rows, prompts, strict=True) if len(said(prompt)) == count]
+                verdicts = [
+                    row[name] for row, prompt in zip(rows, prompts, strict=True) if len(mentions(prompt)) == count
+                ]
                 figures[f"{name}, {word}"] = _share(verdicts)
         figures["frechet"] = frechet(features, self._reference)
         return figures
 
 
-def things_read(reading: np.ndarray) -> tuple[Said, ...]:
+def things_read(reading: np.ndarray) -> tuple[Mention, ...]:
     """Convert labels (5, 3) that the judge predicted to objects. A place without a shape has no object."""
     things = []
     for place, row in zip(PLACES, reading, strict=True):
         if row[0]:
             words = [values[index - 1] if index else "" for index, values in zip(row, ATTRIBUTES.values(), strict=True)]
-            things.append(Said(*words, place))
+            things.append(Mention(*words, place))
     return tuple(things)
 
 
-def _verdict(expected: tuple[Said, ...], recognised: tuple[Said, ...]) -> dict[str, bool | None]:
+def verdict(expected: tuple[Mention, ...], recognised: tuple[Mention, ...]) -> dict[str, bool | None]:
     """Compare objects in the best order. A figure is None if the caption does not mention it."""
     verdicts = [_compared(expected, order) for order in permutations(recognised)]
     return max(verdicts, key=lambda verdict: sum(map(bool, verdict.values())))
 
 
-def _compared(expected: Sequence[Said], recognised: Sequence[Said]) -> dict[str, bool | None]:
+def _compared(expected: Sequence[Mention], recognised: Sequence[Mention]) -> dict[str, bool | None]:
     def right(name: str) -> bool | None:
         if getattr(expected[0], name) is None:
             return None

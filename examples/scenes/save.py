@@ -56,7 +56,7 @@ def serve_older_transformers(model: Path) -> None:
     """Make the folder readable for transformers before 5.
 
     The weights of the text encoder get their older names, which transformers 5 reads as well. The vocabulary and the
-    merges of the tokenizer are written to files of their own.
+    merges of the tokenizer are written to separate files.
     """
     file = model / "text_encoder" / "model.safetensors"
     state = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from scenes import card, data, models, quality, student
-from scenes.caption import WORDS, CaptionError, Said, caption, said
+from scenes.caption import WORDS, CaptionError, Mention, caption, mentions
 from scenes.draw import draw
 from scenes.fit import OutOfTimeError, fit, read_log
 from scenes.judge import Judge, labels
@@ -66,9 +66,9 @@ def test_captions_are_true_and_can_be_read_back() -> None:
     rng = np.random.default_rng(0)
     for one in some(1000) + some(1000, held_out=True):
         text = caption(one, rng)
-        told = said(text)
-        assert len(told) == len(one.things)
-        for a in told:
+        found = mentions(text)
+        assert len(found) == len(one.things)
+        for a in found:
             assert any(
                 (a.shape, a.colour) == (b.shape, b.colour) and a.size in (None, b.size) and a.place in (None, b.place)
                 for b in one.things
@@ -76,14 +76,14 @@ def test_captions_are_true_and_can_be_read_back() -> None:
 
 
 def test_a_caption_is_read_as_it_is_meant() -> None:
-    assert said("a big red circle to the right of an orange star on a white background") == (
-        Said("circle", "red", "large", "right"),
-        Said("star", "orange", None, "left"),
+    assert mentions("a big red circle to the right of an orange star on a white background") == (
+        Mention("circle", "red", "large", "right"),
+        Mention("star", "orange", None, "left"),
     )
-    assert said("a blue cross above the centre") == (Said("cross", "blue", None, "top"),)
-    assert said("a blue cross and a pink square") == (
-        Said("cross", "blue", None, None),
-        Said("square", "pink", None, None),
+    assert mentions("a blue cross above the centre") == (Mention("cross", "blue", None, "top"),)
+    assert mentions("a blue cross and a pink square") == (
+        Mention("cross", "blue", None, None),
+        Mention("square", "pink", None, None),
     )
 
 
@@ -98,7 +98,7 @@ def test_a_caption_is_read_as_it_is_meant() -> None:
 )
 def test_what_is_no_caption(text: str, complaint: str) -> None:
     with pytest.raises(CaptionError, match=complaint):
-        said(text)
+        mentions(text)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -243,16 +243,16 @@ def test_figures_of_drawn_scenes_are_at_the_ceiling(judge: Judge) -> None:
 
 
 def test_a_verdict() -> None:
-    red, blue = Said("circle", "red", "large", "left"), Said("star", "blue", "small", "right")
-    told = (replace(red, size=None), replace(blue, size=None))
+    red, blue = Mention("circle", "red", "large", "left"), Mention("star", "blue", "small", "right")
+    expected = (replace(red, size=None), replace(blue, size=None))
     right = {"shape and colour": True, "place": True, "shape": True, "colour": True, "size": None, "count": True}
-    assert quality._verdict(told, (blue, red)) == right
+    assert quality.verdict(expected, (blue, red)) == right
     exchanged = (replace(red, place="right"), replace(blue, place="left"))
-    assert quality._verdict(told, exchanged) == {**right, "place": False}
-    assert quality._verdict(told, (red,))["shape and colour"] is False
-    mixed = quality._verdict(told, (replace(red, colour="blue"), replace(blue, colour="red")))
+    assert quality.verdict(expected, exchanged) == {**right, "place": False}
+    assert quality.verdict(expected, (red,))["shape and colour"] is False
+    mixed = quality.verdict(expected, (replace(red, colour="blue"), replace(blue, colour="red")))
     assert (mixed["shape"], mixed["shape and colour"]) == (True, False)
-    assert quality._verdict((replace(red, place=None),), (red,))["place"] is None
+    assert quality.verdict((replace(red, place=None),), (red,))["place"] is None
 
 
 def test_frechet_is_its_closed_form() -> None:
