@@ -11,7 +11,7 @@ import pytest
 from sdgraph import errors, text
 from sdgraph.cli import configuration, sources
 from sdgraph.plan_search.costs import seconds_of
-from sdgraph.plan_search.measurements import Measurements
+from sdgraph.plan_search.evaluator import Measurements
 from sdgraph.tuning import train_state
 from sdgraph.tuning.sources.image_folder import captioned
 from sdgraph.untrusted import read_json

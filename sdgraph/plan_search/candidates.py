@@ -36,8 +36,8 @@ class Call:
     """One call of a plan.
 
     Args:
-        reused: the numbers of the candidates that it inherits or bypasses; without any, everything is computed.
-        damping: of the line through the last two refreshes, for what it inherits.
+        reused: the numbers of the candidates whose sites it reuses or bypasses; without any, everything is computed.
+        damping: the damping of the line through the last two refreshes, for reused sites.
     """
 
     reused: frozenset[int] = frozenset()

@@ -1,4 +1,4 @@
-"""What a call costs, by the sites that it does not compute: seconds of this machine or another, or arithmetic."""
+"""Costs of calls: seconds, measured on this machine or read from a file of another."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..runtime.diffusers_api import no_value
 from ..runtime.unet import GraphUNet
 from ..text import from_json, read_text
 
-Cost = Callable[[frozenset[str]], float]  # of a call, by the sites that are reused and that it comes by
-TURNS = 7  # of which the first two are not counted
+Cost = Callable[[frozenset[str]], float]  # maps the reused sites of a call to its cost
+TURNS = 7  # the first two are not counted
 
 
 def seconds_here(unet: GraphUNet, flat: Mapping[str, Tensor]) -> Cost:

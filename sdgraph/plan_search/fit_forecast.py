@@ -38,8 +38,8 @@ class Fit:
         before: mean squared error of the final latents with the forecast that the fit began with, the geometric mean
             over the prompts that were fitted on.
         after: the same with the fitted forecast.
-        held_out_before: as `before`, on the held-out prompts; nan without any.
-        held_out_after: as `after`, on the held-out prompts; nan without any.
+        held_out_before: the same as `before`, on the held-out prompts; nan without any.
+        held_out_after: the same as `after`, on the held-out prompts; nan without any.
     """
 
     fitted: Pass
@@ -106,7 +106,7 @@ def fit_forecast(
     references = {group: final_latents(pipe, source, group, seed, {**call, **aim})[0] for group in groups}
 
     def residual(forecast: Forecast, group: tuple[str, ...]) -> tuple[Array, SamplingRun]:
-        """What the final latents are off by, (prompts, numbers), if the sites have a forecast."""
+        """Return the errors of the final latents if the sites have a forecast, (prompts, numbers)."""
         trial._sites = {n: replace(s, forecast=forecast) if n in names else s for n, s in trial._sites.items()}
         latents, run = final_latents(pipe, trial, group, seed, call)
         return (latents.double() - references[group].double()).flatten(1).cpu().numpy(), run

@@ -1,45 +1,146 @@
 """`search`: the plan with the least error of the final latents, for a budget of time.
 
-What is measured is always a whole generation, by the pipeline's own solver and steps. In a multistep solver the errors
-of neighbouring calls cancel or add up, so parts of a generation do not tell what they are worth in another plan.
+Every measurement is of a whole generation, by the pipeline's own solver and steps. In a multistep solver the errors of
+neighbouring calls cancel or add up, so the error of a part of a generation does not predict its error in another plan.
 
 The prompts are dealt into three groups. The search begins with the best of a few simple plans: even spacings and
-others, of each candidate, with a few dampings, and whatever fits the budget of what was measured before. It fits the
+others, of each candidate, with a few dampings, and every plan of earlier searches that fits the budget. It fits the
 dampings of all calls on the *tuning* prompts, and then tries moves: two neighbouring calls change places, a call leaves
 out something else, or a damping is changed. A change is accepted if it is better on the tuning prompts and also on the
-*validation* prompts, by more than the standard error. The *held-out* prompts tell what to expect. If the plan is not
-better than the best even spacing on these, the even spacing is the result.
+*validation* prompts, by more than the standard error. The *held-out* prompts give the error to expect. If the plan is
+not better than the best even spacing on these, the even spacing is the result.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from functools import partial
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import log10
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 
 from ..atomic import owned
-from ..compiler.passes import Pass
+from ..compiler.passes import Chain, Pass
 from ..errors import ScheduleError, SpecError
 from ..options import Bounds, Index, Seed, Text, checked
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..schedules import Steps
-from ..views.timetable import timetable
+from ..views.format import format_table
+from ..views.timetable import Timetable, timetable
 from .candidates import SHAPES, Candidates, Plan
-from .costs import Cost, seconds_here, seconds_of
-from .final_latents import Array, check_request, relative_errors, typical
-from .measurements import Measurements
-from .rehearsal import Rehearsal, with_dampings
-from .result import Row, SearchResult
+from .costs import seconds_of
+from .evaluator import HELD_OUT, TUNING, VALIDATION, Evaluator, Measurements, PlannedPipeline
+from .final_latents import check_request, typical
 
 Budget = Annotated[float, Bounds(gt=0, le=1)]
-CONVERGED = 100  # steps of the generation that is aimed at, unless told
+CONVERGED = 100  # steps of the reference latents, unless given
 DAMPINGS = (0.0, 0.5, 1.0)
-TUNING, VALIDATION, HELD_OUT = "tuning", "validation", "held out"
+RELIABLE = 2.0  # the largest factor between a predicted error and the error on held-out prompts
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way of generating, with its cost and its errors.
+
+    Args:
+        name: the name of the way.
+        share: its cost, as a share of the cost of all steps.
+        predicted: the error of the final latents on the validation prompts: the root mean square, relative to the
+            latents, and of this the geometric mean over the prompts. None if it was not measured.
+        held_out: the same on the held-out prompts.
+    """
+
+    name: str
+    share: float
+    predicted: float | None
+    held_out: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The result of a search. Prints as a table.
+
+    Args:
+        passes: the candidates that are used, with their schedules and forecasts.
+        timetable: the calls of the chosen plan, and what each computes and reuses.
+        rows: the chosen plan, the best even spacing, the solver with fewer steps in the same time, rounded up to whole
+            steps, and the solver with all steps.
+        moved: whether the chosen plan differs from the even spacing and is better on the held-out prompts.
+        prompts: the number of prompts of the search, without those that were passed as held out.
+        reference_steps: the number of steps of the reference latents, from which errors are measured.
+        steps: the number of steps of the generations.
+        config: the configuration of the UNet that was searched on.
+    Example:
+        `result = sdgraph.search(...); print(result); pipe.unet = sdgraph.apply(pipe.unet, result.passes)`
+    """
+
+    passes: Chain
+    timetable: Timetable
+    rows: tuple[Row, ...]
+    moved: bool
+    prompts: int
+    reference_steps: int
+    steps: int
+    config: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def predicted(self) -> float:
+        """The error of the chosen plan on the validation prompts."""
+        return self.rows[0].predicted or 0.0
+
+    @property
+    def measured(self) -> float:
+        """The error of the chosen plan on the held-out prompts."""
+        return self.rows[0].held_out
+
+    @property
+    def warning(self) -> str:
+        """A warning if the prediction is off by more than a factor of two, else an empty text."""
+        ratio = max(self.measured, 1e-12) / max(self.predicted, 1e-12)
+        if 1 / RELIABLE <= ratio <= RELIABLE:
+            return ""
+        off = f"{ratio:.2g} times" if ratio > 1 else f"1/{1 / ratio:.2g} of"
+        return (
+            f"the error on the held-out prompts is {off} what was predicted (prompts: {self.prompts}), so the error on "
+            f"other prompts is not known either: search on more prompts, such as {max(32, 2 * self.prompts)}"
+        )
+
+    def __str__(self) -> str:
+        rows = [("", "cost", "predicted", "held out", "")]
+        for row in self.rows:
+            predicted = "" if row.predicted is None else _decibels(row.predicted)
+            rows.append((row.name, f"{row.share:.3f}", predicted, _decibels(row.held_out), f"{row.held_out:.2%}"))
+        notes = [f"errors of the final latents, relative to the latents of {self.reference_steps} steps"]
+        if not self.moved:
+            notes.append("no move from the even spacing helped on the held-out prompts")
+        if self.warning:
+            notes.append(f"warning: {self.warning}")
+        notes = [textwrap.fill(note, 110, initial_indent="  ", subsequent_indent="  ") for note in notes]
+        return "\n".join([*map(str, self.passes.passes), str(self.timetable), format_table(rows), *notes])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, whose passes `sdgraph.parse` reads."""
+        return {
+            "passes": str(self.passes),
+            "steps": self.steps,
+            "solver": self.timetable.run.solver,
+            "unet": {name: value for name, value in self.config.items() if not name.startswith("_")},
+            "rows": [asdict(row) for row in self.rows],
+            "moved": self.moved,
+            "prompts": self.prompts,
+            "reference_steps": self.reference_steps,
+            "warning": self.warning or None,
+            "timetable": self.timetable.as_dict(),
+        }
+
+
+def _decibels(error: float) -> str:
+    return f"{-20 * log10(max(error, 1e-12)):.1f} dB"
 
 
 @checked(SpecError)
@@ -58,25 +159,25 @@ def search(
     progress: bool = True,
     **call: Any,
 ) -> SearchResult:
-    """Find what each call should compute, inherit, forecast or bypass, for the pipeline's solver and number of steps.
+    """Find what each call should compute, reuse, forecast or bypass, for the pipeline's solver and number of steps.
 
     It chooses the schedule and fits the dampings; if the schedule is settled, use `fit_forecast`.
 
     Args:
-        pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. It is as it was afterwards.
-        candidates: `InheritFeatures` and `Bypass` passes, each with sites that a call may leave out. They may be
+        pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. The search leaves it as it was.
+        candidates: the passes, `InheritFeatures` and `Bypass`, whose sites a call may leave out. They may be
             alternatives, such as the branches of DeepCache. The search replaces their schedules and forecasts.
         prompts: the prompts to tune and to validate on, by turns; pass 16 or more.
-        budget: time of a generation, as a share of that which computes everything.
-        held_out: prompts on which the result is measured only. By default every third of `prompts`.
-        cost: "time" measures the variants on this machine, "macs" counts multiply-accumulates, and anything else
-            is the JSON file of `sdgraph bench --out` for a bundle with these candidates, on the machine it is for.
-        reference_steps: the number of steps of the generation whose final latents are aimed at, all computed. By
-            default 100, or twice the number of steps if that is more.
+        budget: the time of a generation, as a share of the time of computing everything, over 0 and up to 1.
+        held_out: the prompts on which only the result is measured; by default every third of `prompts`.
+        cost: "time" measures calls on this machine, "macs" counts multiply-accumulates, and any other value is the JSON
+            file of `sdgraph bench --out` for a bundle with these candidates, measured on the machine it is for.
+        reference_steps: the number of steps of the reference generation, which computes everything and whose final
+            latents are the aim; by default 100, or twice the number of steps if that is more.
         trials: the number of moves that are tried.
         seed: the seed of the first image's latents; the others count up from it.
-        folder: the folder of measurements. With it, a search goes on from the best plan that is known to fit, after it
-            was stopped or for another budget.
+        folder: the folder of measurements. With it, a search that was stopped continues, and a search for another
+            budget begins with the best known plan that fits.
         progress: whether to show a bar.
         call: further arguments of the pipeline, such as `num_inference_steps=20`.
     Returns:
@@ -84,8 +185,8 @@ def search(
         fewer steps of the same solver.
     Raises:
         SourceError: the pipeline has no UNet, or its solver adds random numbers.
-        SpecError: no candidates, a candidate without sites, too few prompts, a budget that is no share, a bad file, or
-            another search in the folder.
+        SpecError: there are no candidates or too few prompts, a candidate has no sites, the budget is no share, a file
+            is damaged, or another search writes to the folder.
         ScheduleError: no plan meets the budget, or the file has no time of a call.
     Example:
         `sdgraph.search(pipe, [InheritFeatures.damped(2)], prompts, budget=0.5, num_inference_steps=20)`
@@ -96,27 +197,28 @@ def search(
     groups = {TUNING: prompts[0::dealt], VALIDATION: prompts[1::dealt], HELD_OUT: held_out or prompts[2::dealt]}
     source = apply(pipe.unet, ())
     options = Candidates(source, candidates)
-    rehearsal = Rehearsal(pipe, source, options, groups, seed, call)
-    steps = int(call.get("num_inference_steps") or rehearsal.run.calls or 0)
+    pipeline = PlannedPipeline(pipe, source, options, groups, seed, call)
+    steps = int(call.get("num_inference_steps") or pipeline.run.calls or 0)
     aim = max(CONVERGED, 2 * steps) if reference_steps is None else reference_steps
     key = "\n".join([*map(str, options.passes), str(aim)]).encode()
-    key += b"".join(latents.cpu().float().numpy().tobytes() for latents in rehearsal.whole.values())
+    key += b"".join(latents.cpu().float().numpy().tobytes() for latents in pipeline.unplanned.values())
     alone = owned(Path(folder), SpecError, "folder") if folder else contextlib.nullcontext()
     with alone, Bar(desc="search", unit="generation", disable=not progress) as bar:
-        judge = _Judge(options, rehearsal, Measurements(Path(folder) if folder else None, key), cost, aim, budget, bar)
-        even, start = _starts(judge)
-        improved = _improved(judge, start, trials, seed)
-        moved = bool(_gains(judge, even, improved, HELD_OUT).mean() > 0)
+        measurements = Measurements(Path(folder) if folder else None, key)
+        evaluator = Evaluator(pipeline, measurements, cost, aim, budget, bar)
+        even, start = starting_plans(evaluator)
+        improved = improve(evaluator, start, trials, seed)
+        moved = bool(evaluator.gains(even, improved, HELD_OUT).mean() > 0)
         chosen = improved if moved else even
-        share = judge.share(chosen)
+        share = evaluator.share(chosen)
         fewer = int(np.ceil(steps * share - 1e-9))
-        rows = [judge.row("chosen", chosen), judge.row("best even spacing", even)]
+        rows = [_row(evaluator, "chosen", chosen), _row(evaluator, "best even spacing", even)]
         for number, part in ((fewer, fewer / steps), (steps, 1.0)):
-            rows.append(Row(f"{number} steps, all computed", part, None, typical(judge.computed(number))))
-    chain = options.chain(chosen, rehearsal.run)
+            rows.append(Row(f"{number} steps, all computed", part, None, typical(evaluator.computed(number))))
+    chain = options.chain(chosen, pipeline.run)
     result = apply(source, chain.passes, verify=False)
     return SearchResult(
-        chain, timetable(result.graph, rehearsal.run), tuple(rows), moved, len(prompts), aim, steps, source.config
+        chain, timetable(result.graph, pipeline.run), tuple(rows), moved, len(prompts), aim, steps, source.config
     )
 
 
@@ -125,168 +227,91 @@ def check_settings(prompts: Sequence[str], budget: Budget, held_out: Sequence[st
     """Refuse the settings of a search that no pipeline could fulfil; the arguments are those of `search`.
 
     Raises:
-        SpecError: too few prompts, a budget that is no share, or a bad file.
+        SpecError: there are too few prompts, the budget is no share, or the file of costs is damaged.
     """
     if len(prompts) < (2 if held_out else 3):
-        hint = "16 to 32 prompts: some are tuned on, some validate, and some are held out"
+        hint = "pass 16 to 32 prompts, which are split into tuning, validation and held-out prompts"
         raise SpecError(f"there are {len(prompts)} prompts, too few to search on", where="search", hint=hint)
     if cost not in ("time", "macs"):
         seconds_of(Path(cost))  # a bad file is refused before anything is generated
 
 
-class _Judge:
-    """What plans cost, and the errors that they have.
-
-    Args:
-        cost: see `search`.
-        aim: the number of steps of the references.
-        budget: the largest share of the cost.
-        bar: counts generations.
-    """
-
-    def __init__(
-        self,
-        options: Candidates,
-        rehearsal: Rehearsal,
-        kept: Measurements,
-        cost: str | Path,
-        aim: int,
-        budget: float,
-        bar: Any,
-    ) -> None:
-        self.options, self.rehearsal, self.kept, self.budget, self._bar = options, rehearsal, kept, budget, bar
-        self._cost, self._costs = cost, dict[frozenset[str], float]()
-        self._measure: Cost | None = None
-        self._references = {
-            group: kept.latents(group.replace(" ", "-"), partial(rehearsal.computed, aim, group))
-            for group in rehearsal.whole
-        }
-        self.calls = rehearsal.run.calls or 0
-        self._whole = options.cost(Plan.spaced(self.calls, self.calls, frozenset(), 0.0), rehearsal.run, self._of_call)
-
-    def share(self, plan: Plan) -> float:
-        """Return the cost of a plan as a share of that of computing everything."""
-        return self.options.cost(plan, self.rehearsal.run, self._of_call) / self._whole
-
-    def fits(self, plan: Plan) -> bool:
-        """Return whether a plan meets the budget; one that was computed as such a share does."""
-        return self.share(plan) <= self.budget * (1 + 1e-9)
-
-    def errors(self, plan: Plan, group: str) -> Array:
-        """Return the relative errors of the final latents of a group, with a plan."""
-        return self._errors(group, str(plan), lambda: self.rehearsal.latents(plan, group))
-
-    def computed(self, steps: int) -> Array:
-        """Return the relative errors of the held-out prompts with a number of steps, everything computed."""
-        return self._errors(HELD_OUT, f"{steps} steps", lambda: self.rehearsal.computed(steps, HELD_OUT))
-
-    def fitted(self, plan: Plan) -> Plan:
-        """Return the plan with dampings that are fitted to the tuning prompts."""
-        free = self.options.free(plan)
-        if not free:
-            return plan
-        reference = self._references[TUNING]
-        dampings = self.kept.numbers("fit", str(plan), lambda: self.rehearsal.fitted(plan, TUNING, reference))
-        return self.options.plain(with_dampings(plan, free, dampings))
-
-    def row(self, name: str, plan: Plan) -> Row:
-        """Return what is known of a plan."""
-        validated, held_out = (typical(self.errors(plan, group)) for group in (VALIDATION, HELD_OUT))
-        return Row(name, self.share(plan), validated, held_out)
-
-    def _errors(self, group: str, name: str, generate: Any) -> Array:
-        def measure() -> Array:
-            self._bar.update()
-            return relative_errors(generate(), self._references[group])
-
-        return self.kept.numbers(group, name, measure)
-
-    def _of_call(self, reused: frozenset[str]) -> float:
-        if reused not in self._costs:
-            if self._cost == "macs":
-                self._costs[reused] = self.options.unet.graph.call_macs(reused)
-            elif self._cost == "time":
-                name = ", ".join(sorted(reused))
-                self._costs[reused] = float(self.kept.numbers("seconds", name, lambda: self._seconds(reused))[0])
-            else:
-                self._measure = self._measure or seconds_of(Path(self._cost))
-                self._costs[reused] = self._measure(reused)
-        return self._costs[reused]
-
-    def _seconds(self, reused: frozenset[str]) -> Array:
-        if self._measure is None:
-            self._measure = seconds_here(self.options.unet, self.rehearsal.first_call(TUNING))
-        return np.array([self._measure(reused)])
+def _row(evaluator: Evaluator, name: str, plan: Plan) -> Row:
+    """Return the row of a plan."""
+    validated, held_out = (typical(evaluator.errors(plan, group)) for group in (VALIDATION, HELD_OUT))
+    return Row(name, evaluator.share(plan), validated, held_out)
 
 
-def _starts(judge: _Judge) -> tuple[Plan, Plan]:
+def starting_plans(evaluator: Evaluator) -> tuple[Plan, Plan]:
     """Return the best even spacing, and the best of it, of other spacings and of all plans that are known.
 
+    Args:
+        evaluator: the evaluator of plans.
     Raises:
         ScheduleError: no plan meets the budget.
     """
-    options, calls = judge.options, judge.calls
+    options, calls = evaluator.candidates, evaluator.calls
 
     def error(plan: Plan) -> float:
-        return typical(judge.errors(plan, VALIDATION))  # for plans that are known may be fitted to tuning prompts
+        return typical(evaluator.errors(plan, VALIDATION))  # known plans may be fitted to the tuning prompts
 
-    kinds = [kind for kind in options.kinds() if kind]
-    most = {kind: _refreshes(judge, kind) for kind in kinds}
+    choices = [reused for reused in options.kinds() if reused]
+    most = {reused: _most_refreshes(evaluator, reused) for reused in choices}
     if not any(most.values()):
-        least = min(judge.share(Plan.spaced(calls, 1, kind, 0.0)) for kind in kinds)
+        least = min(evaluator.share(Plan.spaced(calls, 1, reused, 0.0)) for reused in choices)
         raise ScheduleError(
-            f"no plan meets a budget of {judge.budget:.3g}: these candidates need at least {least:.3g}",
+            f"no plan meets a budget of {evaluator.budget:.3g}: these candidates need at least {least:.3g}",
             where="search",
             hint="a larger budget, or other candidates",
         )
     spacings = [
-        (number, kind, damping)
-        for kind, largest in most.items()
+        (number, reused, damping)
+        for reused, largest in most.items()
         if largest
         for number in dict.fromkeys((largest, -(-calls // -(-calls // largest))))  # the second is that of a Uniform
         for damping in DAMPINGS
     ]
     best = min(spacings, key=lambda spacing: error(options.plain(Plan.spaced(calls, *spacing))))
     even = options.plain(Plan.spaced(calls, *best))
-    number, kind, damping = max(best[0], most[best[1]]), best[1], best[2]
-    shaped = [options.plain(Plan.spaced(calls, number, kind, damping, shape)) for shape in SHAPES]
-    known = map(Plan.read, judge.kept.subjects(VALIDATION))
-    others = [plan for plan in (*shaped, options.given(judge.rehearsal.run), *known) if judge.fits(plan)]
+    number, reused, damping = max(best[0], most[best[1]]), best[1], best[2]
+    shaped = [options.plain(Plan.spaced(calls, number, reused, damping, shape)) for shape in SHAPES]
+    known = map(Plan.read, evaluator.measurements.subjects(VALIDATION))
+    others = [plan for plan in (*shaped, options.given(evaluator.pipeline.run), *known) if evaluator.fits(plan)]
     return even, min((even, *others), key=error)
 
 
-def _refreshes(judge: _Judge, kind: frozenset[int]) -> int:
-    """The largest number of calls that may compute everything if the others leave out a kind; 0 if none may."""
-    numbers = range(judge.calls, 0, -1)
-    return next((n for n in numbers if judge.fits(Plan.spaced(judge.calls, n, kind, 0.0))), 0)
+def _most_refreshes(evaluator: Evaluator, reused: frozenset[int]) -> int:
+    """Return the largest number of calls that may compute everything, if the others reuse the same; 0 if none may."""
+    numbers = range(evaluator.calls, 0, -1)
+    return next((n for n in numbers if evaluator.fits(Plan.spaced(evaluator.calls, n, reused, 0.0))), 0)
 
 
-def _improved(judge: _Judge, plan: Plan, trials: int, seed: int) -> Plan:
-    """Return the plan after fits and moves, each accepted if it is better on tuning and on validation prompts."""
+def improve(evaluator: Evaluator, plan: Plan, trials: int, seed: int) -> Plan:
+    """Return the plan after fits and moves, each accepted if it is better on tuning and on validation prompts.
+
+    Args:
+        evaluator: the evaluator of plans.
+        plan: the plan to begin with.
+        trials: the number of moves that are tried.
+        seed: the seed of the order of moves.
+    """
 
     def better(other: Plan) -> bool:
         for group in (TUNING, VALIDATION):
-            gains = _gains(judge, plan, other, group)
+            gains = evaluator.gains(plan, other, group)
             if gains.mean() <= gains.std() / np.sqrt(len(gains)):
                 return False
         return True
 
     random, tried = np.random.default_rng(seed), {plan}
-    plan = fitted if better(fitted := judge.fitted(plan)) else plan
+    plan = fitted if better(fitted := evaluator.fitted(plan)) else plan
     while len(tried) <= trials:
-        moves = [judge.options.plain(move) for move in plan.neighbours(judge.options.kinds())]
+        moves = [evaluator.candidates.plain(move) for move in plan.neighbours(evaluator.candidates.kinds())]
         random.shuffle(moves)
-        move = next((move for move in moves if move not in tried and judge.fits(move)), None)
+        move = next((move for move in moves if move not in tried and evaluator.fits(move)), None)
         if move is None:
             break
         tried.add(move)
         if better(move):
             plan = move
-    return fitted if better(fitted := judge.fitted(plan)) else plan
-
-
-def _gains(judge: _Judge, before: Plan, after: Plan, group: str) -> Array:
-    """By how much the errors of the prompts of a group fall, in logarithms."""
-    errors = [np.maximum(judge.errors(plan, group), 1e-12) for plan in (before, after)]
-    gains: Array = np.log(errors[0] / errors[1])
-    return gains
+    return fitted if better(fitted := evaluator.fitted(plan)) else plan

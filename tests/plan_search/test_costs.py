@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import sdgraph
 from sdgraph import GraphUNet
@@ -18,15 +20,22 @@ from sdgraph.plan_search.costs import seconds_here, seconds_of
 from ..models import CROSS
 
 
-def test_seconds_of_calls_here(traced: Callable[[str], tuple[object, GraphUNet]]) -> None:
+def test_calls_are_timed_here(
+    traced: Callable[[str], tuple[object, GraphUNet]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that counts arithmetic: a call that reuses sites costs as much less as it computes less."""
     unet = sdgraph.apply(traced("sd15")[1], InheritFeatures.deep_cache(), verify=False)
     flat = {
         "sample": torch.randn(2, 4, 32, 32),
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": torch.randn(2, 7, CROSS),
     }
-    cost = seconds_here(unet, flat)
-    assert 0 < cost(frozenset(unet.graph.sites)) < cost(frozenset()) < 60
+    graph, sites = unet.graph.at(B=2, H=32, W=32, L=7), frozenset(unet.graph.sites)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        monkeypatch.setattr("time.perf_counter", counter.get_total_flops)
+        cost = seconds_here(unet, flat)
+        assert cost(frozenset()) == 2 * graph.macs
+        assert cost(sites) == 2 * graph.call_macs(sites)
 
 
 def figures(**change: object) -> dict[str, object]:

@@ -21,9 +21,8 @@ from sdgraph.atomic import owned
 from sdgraph.errors import ScheduleError, SourceError, SpecError
 from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures
 from sdgraph.plan_search.candidates import Call, Candidates, Plan
-from sdgraph.plan_search.rehearsal import Rehearsal
-from sdgraph.plan_search.result import Row, SearchResult
-from sdgraph.plan_search.search import TUNING, VALIDATION, _improved
+from sdgraph.plan_search.evaluator import TUNING, VALIDATION, Evaluator, PlannedPipeline
+from sdgraph.plan_search.search import Row, SearchResult, improve
 
 CANDIDATES = (InheritFeatures.damped(), Bypass("mid_block"))
 PROMPTS = ("a red circle", "a blue square", "a green star")
@@ -46,15 +45,15 @@ assert modules.isdisjoint({*sdgraph.__all__} - {"errors"})
 
 
 @pytest.mark.slow
-def test_a_rehearsal_is_what_the_passes_do(pipe: StableDiffusionPipeline) -> None:
+def test_a_plan_generates_what_its_passes_do(pipe: StableDiffusionPipeline) -> None:
     """Bit for bit, also with several images of a prompt."""
     call = {"num_inference_steps": 5, "num_images_per_prompt": 2}
     source = sdgraph.apply(pipe.unet, (), verify=False)
     options = Candidates(source, CANDIDATES)
-    rehearsal = Rehearsal(pipe, source, options, {TUNING: PROMPTS[:1], VALIDATION: PROMPTS[1:2]}, 7, call)
+    pipeline = PlannedPipeline(pipe, source, options, {TUNING: PROMPTS[:1], VALIDATION: PROMPTS[1:2]}, 7, call)
     plan = options.plain(Plan.read("* 0:0.5 * 0:0.75 1:0"))
-    found = rehearsal.latents(plan, VALIDATION)
-    own, pipe.unet = pipe.unet, sdgraph.apply(source, options.chain(plan, rehearsal.run), verify=False)
+    found = pipeline.latents(plan, VALIDATION)
+    own, pipe.unet = pipe.unet, sdgraph.apply(source, options.chain(plan, pipeline.run), verify=False)
     try:
         with sdgraph.attach(pipe):
             generators = [torch.Generator().manual_seed(seed) for seed in (9, 10)]
@@ -62,9 +61,9 @@ def test_a_rehearsal_is_what_the_passes_do(pipe: StableDiffusionPipeline) -> Non
     finally:
         pipe.unet = own
     assert torch.equal(found, expected)
-    assert not torch.equal(found, rehearsal.whole[VALIDATION])
-    whole = Plan.spaced(5, 5, frozenset(), 0.0)
-    assert torch.equal(rehearsal.latents(whole, VALIDATION), rehearsal.whole[VALIDATION])
+    assert not torch.equal(found, pipeline.unplanned[VALIDATION])
+    everything = Plan.spaced(5, 5, frozenset(), 0.0)
+    assert torch.equal(pipeline.latents(everything, VALIDATION), pipeline.unplanned[VALIDATION])
 
 
 @pytest.mark.slow
@@ -97,19 +96,19 @@ def test_a_budget_is_met_and_another_reuses_what_was_measured(pipe: StableDiffus
     assert again.rows[3] == whole
 
 
-class Judged:
-    """Errors of plans by a function of their dampings, without generations.
+class KnownErrors(Evaluator):
+    """An evaluator whose errors are a function of dampings, without generations.
 
     Args:
-        errors: of the prompts of a group, by the damping of the second call.
+        errors: the function of the damping of the second call and of a group that returns errors, (images,).
     """
 
     def __init__(self, errors: Any) -> None:
-        self.options = SimpleNamespace(plain=lambda plan: plan, kinds=lambda: [frozenset({0})])
-        self._errors = errors
+        self.candidates: Any = SimpleNamespace(plain=lambda plan: plan, kinds=lambda: [frozenset({0})])
+        self._known = errors
 
     def errors(self, plan: Plan, group: str) -> Any:
-        return np.array(self._errors(plan.calls[1].damping, group))
+        return np.array(self._known(plan.calls[1].damping, group))
 
     def fits(self, plan: Plan) -> bool:
         return True
@@ -121,17 +120,17 @@ class Judged:
 START = Plan((Call(), Call(frozenset({0}), 0.0), Call()))
 
 
-def damping_of(judge: Judged, trials: int = 40) -> float:
-    return _improved(judge, START, trials, 0).calls[1].damping  # type: ignore[arg-type]
+def improved_damping(evaluator: Evaluator, trials: int = 40) -> float:
+    return improve(evaluator, START, trials, 0).calls[1].damping
 
 
 def test_moves_go_downhill() -> None:
-    assert damping_of(Judged(lambda d, group: [0.01 + (d - 0.75) ** 2] * 4)) == 0.75
+    assert improved_damping(KnownErrors(lambda d, group: [0.01 + (d - 0.75) ** 2] * 4)) == 0.75
 
 
 def test_a_move_that_does_not_hold_on_other_prompts_is_not_made() -> None:
-    tuned = Judged(lambda d, group: [(0.01 + (d - 0.75) ** 2 if group == TUNING else 0.01 + d**2)] * 4)
-    assert damping_of(tuned) == 0
+    tuned = KnownErrors(lambda d, group: [(0.01 + (d - 0.75) ** 2 if group == TUNING else 0.01 + d**2)] * 4)
+    assert improved_damping(tuned) == 0
 
 
 def test_a_gain_within_the_standard_error_is_none() -> None:
@@ -139,11 +138,11 @@ def test_a_gain_within_the_standard_error_is_none() -> None:
         return [1 - 0.9 * bool(d), *[1 + 0.2 * bool(d)] * 9]  # one prompt gains much, the others lose
 
     assert np.log(errors(0.25, TUNING)).mean() < np.log(errors(0, TUNING)).mean()
-    assert damping_of(Judged(errors)) == 0
+    assert improved_damping(KnownErrors(errors)) == 0
 
 
 @pytest.mark.parametrize(
-    ("predicted", "held_out", "told"),
+    ("predicted", "held_out", "warned"),
     [
         (0.06, 0.78, "the error on the held-out prompts is 13 times what was predicted (prompts: 2)"),
         (0.78, 0.06, "the error on the held-out prompts is 1/13 of what was predicted"),
@@ -152,14 +151,14 @@ def test_a_gain_within_the_standard_error_is_none() -> None:
     ],
 )
 def test_a_prediction_that_is_off_is_warned_of(
-    predicted: float, held_out: float, told: str, small: sdgraph.Graph
+    predicted: float, held_out: float, warned: str, small: sdgraph.Graph
 ) -> None:
     rows = (Row("chosen", 0.5, predicted, held_out), Row("best even spacing", 0.5, 0.5, 0.5))
     chain = sdgraph.Chain(CANDIDATES[:1])
     timetable = sdgraph.apply(small, InheritFeatures.deep_cache(), verify=False).graph.timetable(6)
     found = SearchResult(chain, timetable, rows, held_out < 0.5, 2, 100, 6, {})
-    assert told in found.warning
-    assert bool(told) == bool(found.warning) == ("warning:" in str(found)) == (found.as_dict()["warning"] is not None)
+    assert warned in found.warning
+    assert bool(warned) == bool(found.warning) == ("warning:" in str(found)) == (found.as_dict()["warning"] is not None)
     assert ("no move from the even spacing helped" in " ".join(str(found).split())) == (not found.moved)
 
 

@@ -1,0 +1,254 @@
+"""The evaluator of plans: their costs and the errors of their final latents, each measured once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..atomic import written
+from ..errors import SavedError, ScheduleError
+from ..forecasts import DAMPINGS
+from ..runtime.unet import GraphUNet
+from ..schedules import SamplingRun
+from ..text import json_object
+from .candidates import Candidates, Plan
+from .costs import Cost, seconds_here, seconds_of
+from .final_latents import Array, final_latents, relative_errors
+from .fit_forecast import gauss_newton
+
+TUNING, VALIDATION, HELD_OUT = "tuning", "validation", "held-out"
+
+
+class PlannedPipeline:
+    """A pipeline that generates by plans, for groups of prompts.
+
+    Args:
+        pipe: the pipeline, which every method leaves as it was.
+        source: the UNet without the candidates.
+        candidates: the passes that plans refer to.
+        groups: the prompts, by the name of their group.
+        seed: the seed of the first image's latents; those of the others, of all groups in order, count up from it.
+        call: further arguments of the pipeline.
+    Raises:
+        ScheduleError: the pipeline's calls do not follow its scheduler.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        source: GraphUNet,
+        candidates: Candidates,
+        groups: Mapping[str, Sequence[str]],
+        seed: int,
+        call: Mapping[str, Any],
+    ) -> None:
+        self._pipe, self._source, self.candidates, self._groups, self._call = pipe, source, candidates, groups, call
+        images, self._seeds = int(call.get("num_images_per_prompt") or 1), dict[str, int]()
+        for name, prompts in groups.items():
+            self._seeds[name], seed = seed, seed + len(prompts) * images
+        generated = {name: self._generate(candidates.unet, name, call) for name in groups}
+        self.unplanned = {name: latents for name, (latents, _) in generated.items()}  # everything computed
+        self.run: SamplingRun = next(run for _, run in generated.values())
+        if self.run.calls is None:
+            hint = "pass a pipeline of diffusers"
+            raise ScheduleError("its calls do not follow its scheduler", where=type(pipe).__name__, hint=hint)
+
+    def latents(self, plan: Plan, group: str) -> Tensor:
+        """Return the final latents of a group with a plan, (images, channels, height, width)."""
+        return self._generate(self.candidates.play(plan, self.run), group, self._call)[0]
+
+    def computed(self, steps: int, group: str) -> Tensor:
+        """Return the final latents of a group with another number of steps, if every call computes everything."""
+        others = {name: value for name, value in self._call.items() if name not in ("timesteps", "sigmas")}
+        return self._generate(self._source, group, {**others, "num_inference_steps": steps})[0]
+
+    def fitted(self, plan: Plan, group: str, reference: Tensor) -> Array:
+        """Return the dampings of a plan's damped calls, fitted to the error of the final latents of a group."""
+        free = self.candidates.free(plan)
+        begun = np.array([plan.calls[number].damping for number in free])
+
+        def residual(dampings: Array) -> Array:
+            now = self.latents(with_dampings(plan, free, dampings), group)
+            return (now.double() - reference.double()).flatten(1).cpu().numpy()
+
+        return gauss_newton(residual, begun, float(np.median(begun)), 1).round(4)
+
+    def first_call(self, group: str) -> Mapping[str, Tensor]:
+        """Return the inputs of the first call for one prompt of a group, by name."""
+        recorder = _Recorder(self.candidates.unet.graph.copy())
+        try:
+            final_latents(self._pipe, recorder, self._groups[group][:1], self._seeds[group], self._call)
+        except _FirstCall as call:
+            return call.flat
+        raise ScheduleError("the pipeline makes no call", where=type(self._pipe).__name__, hint="more steps")
+
+    def _generate(self, unet: GraphUNet, group: str, call: Mapping[str, Any]) -> tuple[Tensor, SamplingRun]:
+        return final_latents(self._pipe, unet, self._groups[group], self._seeds[group], call)
+
+
+def with_dampings(plan: Plan, calls: Sequence[int], dampings: Array) -> Plan:
+    """Return the plan with other dampings of some calls."""
+    within = np.clip(dampings, *DAMPINGS).tolist()
+    changed = dict(zip(calls, within, strict=True))
+    return Plan(tuple(replace(c, damping=changed.get(n, c.damping)) for n, c in enumerate(plan.calls)))
+
+
+class _FirstCall(Exception):
+    """The inputs of the first call of a generation."""
+
+    def __init__(self, flat: Mapping[str, Tensor]) -> None:
+        self.flat = flat
+
+
+class _Recorder(GraphUNet):
+    """A UNet that stops a generation at its first call."""
+
+    def run(self, flat: Mapping[str, Tensor]) -> Tensor:
+        raise _FirstCall(flat)
+
+
+class Measurements:
+    """Measured numbers and latents, so that a stopped search continues and a search for another budget reuses them.
+
+    Args:
+        folder: the folder that keeps them; None keeps them in memory.
+        key: the bytes of everything that they depend on.
+    Raises:
+        SavedError: a file in the folder is damaged.
+    """
+
+    def __init__(self, folder: Path | None, key: bytes) -> None:
+        self._path = None if folder is None else folder / f"{hashlib.sha256(key).hexdigest()[:20]}.json"
+        self._known: dict[str, list[float]] = {}
+        if self._path is not None and self._path.exists():
+            self._known = json_object(self._path, SavedError, hint="delete it; the same command measures again")
+
+    def numbers(self, quantity: str, subject: str, measure: Callable[[], Array]) -> Array:
+        """Return the numbers of a quantity of a subject, and measure them if they are not known."""
+        name = f"{quantity}: {subject}"
+        if name not in self._known:
+            self._known[name] = [float(number) for number in measure()]
+            if self._path is not None:
+                self._write(self._path, json.dumps(self._known, indent=0).encode())
+        return np.array(self._known[name])
+
+    def latents(self, name: str, generate: Callable[[], Tensor]) -> Tensor:
+        """Return the latents of a name, and generate them if they are not known."""
+        if self._path is None:
+            return generate()
+        path = self._path.with_name(f"{self._path.stem}-{name}.npy")
+        if not path.exists():
+            content = io.BytesIO()
+            np.save(content, generate().float().cpu().numpy())
+            self._write(path, content.getvalue())
+        return torch.from_numpy(np.load(path))
+
+    def subjects(self, quantity: str) -> Iterator[str]:
+        """Yield the subjects of which numbers of a quantity are known."""
+        for name in tuple(self._known):
+            if name.startswith(f"{quantity}: "):
+                yield name.removeprefix(f"{quantity}: ")
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with written(path) as file:
+            file.write_bytes(data)
+
+
+class Evaluator:
+    """The costs and the errors of plans.
+
+    Args:
+        pipeline: the pipeline, with the candidates and the groups of prompts.
+        measurements: the measurements that are known.
+        cost: the measure of costs, see `search`.
+        reference_steps: the number of steps of the reference latents.
+        budget: the largest cost of a plan, as a share of the cost of computing everything.
+        progress: the bar, which counts generations.
+    """
+
+    def __init__(
+        self,
+        pipeline: PlannedPipeline,
+        measurements: Measurements,
+        cost: str | Path,
+        reference_steps: int,
+        budget: float,
+        progress: Any,
+    ) -> None:
+        self.pipeline, self.candidates, self.measurements = pipeline, pipeline.candidates, measurements
+        self.budget, self.calls = budget, pipeline.run.calls or 0
+        self._progress, self._cost, self._costs = progress, cost, dict[frozenset[str], float]()
+        self._measure: Cost | None = None
+        self._references = {
+            group: measurements.latents(group, partial(pipeline.computed, reference_steps, group))
+            for group in pipeline.unplanned
+        }
+        self._full_cost = self._cost_of(Plan.spaced(self.calls, self.calls, frozenset(), 0.0))
+
+    def share(self, plan: Plan) -> float:
+        """Return the cost of a plan as a share of the cost of computing everything."""
+        return self._cost_of(plan) / self._full_cost
+
+    def fits(self, plan: Plan) -> bool:
+        """Return whether a plan meets the budget, which may itself be a share that was computed."""
+        return self.share(plan) <= self.budget * (1 + 1e-9)
+
+    def errors(self, plan: Plan, group: str) -> Array:
+        """Return the relative errors of the final latents of a group with a plan, (images,)."""
+        return self._errors(group, str(plan), lambda: self.pipeline.latents(plan, group))
+
+    def gains(self, before: Plan, after: Plan, group: str) -> Array:
+        """Return the logarithms of the factors by which the errors of a group fall, (images,)."""
+        errors = [np.maximum(self.errors(plan, group), 1e-12) for plan in (before, after)]
+        gains: Array = np.log(errors[0] / errors[1])
+        return gains
+
+    def computed(self, steps: int) -> Array:
+        """Return the relative errors of the held-out prompts with a number of steps, if everything is computed."""
+        return self._errors(HELD_OUT, f"{steps} steps", lambda: self.pipeline.computed(steps, HELD_OUT))
+
+    def fitted(self, plan: Plan) -> Plan:
+        """Return the plan with dampings that are fitted to the tuning prompts."""
+        free = self.candidates.free(plan)
+        if not free:
+            return plan
+        fit = partial(self.pipeline.fitted, plan, TUNING, self._references[TUNING])
+        return self.candidates.plain(with_dampings(plan, free, self.measurements.numbers("fit", str(plan), fit)))
+
+    def _errors(self, group: str, subject: str, generate: Callable[[], Tensor]) -> Array:
+        def measure() -> Array:
+            self._progress.update()
+            return relative_errors(generate(), self._references[group])
+
+        return self.measurements.numbers(group, subject, measure)
+
+    def _cost_of(self, plan: Plan) -> float:
+        return self.candidates.cost(plan, self.pipeline.run, self._cost_of_call)
+
+    def _cost_of_call(self, reused: frozenset[str]) -> float:
+        if reused not in self._costs:
+            if self._cost == "macs":
+                self._costs[reused] = self.candidates.unet.graph.call_macs(reused)
+            elif self._cost == "time":
+                subject = ", ".join(sorted(reused))
+                numbers = self.measurements.numbers("seconds", subject, lambda: self._seconds(reused))
+                self._costs[reused] = float(numbers[0])
+            else:
+                self._measure = self._measure or seconds_of(Path(self._cost))
+                self._costs[reused] = self._measure(reused)
+        return self._costs[reused]
+
+    def _seconds(self, reused: frozenset[str]) -> Array:
+        if self._measure is None:
+            self._measure = seconds_here(self.candidates.unet, self.pipeline.first_call(TUNING))
+        return np.array([self._measure(reused)])
