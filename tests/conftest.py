@@ -23,7 +23,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("sdgraph")
 
-SAVED_BEFORE = Path(__file__).parent / "saved_before"
 Pair = tuple[UNet2DConditionModel, sdgraph.GraphUNet]
 
 

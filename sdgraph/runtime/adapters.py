@@ -56,7 +56,7 @@ class Adapters:
 
     def __init__(self, graph: Graph) -> None:
         if graph.source is not None and any(_settings(p, value) for p, value in graph.source.attn_processors.items()):
-            graph.source = copy.deepcopy(graph.source)  # other graphs have settings of their own
+            graph.source = copy.deepcopy(graph.source)  # other graphs have other settings
         self._graph = graph
         self._adjustable = {path: value for path, value in self.processors.items() if _settings(path, value)}
         self._adjusted = self._settings_now()

@@ -1,4 +1,4 @@
-"""The face that a UNet of ours shows to diffusers: its call, and the methods that it refuses."""
+"""The interface of diffusers: the call that all UNets of sdgraph share, and the methods that a traced UNet refuses."""
 
 from __future__ import annotations
 
@@ -54,13 +54,15 @@ REFUSED: Mapping[str, str] = {  # hints by name
 
 
 class UNetCall:
-    """A UNet whose computation is `run(flat inputs)`, and whose calls may inherit from earlier ones."""
+    """A UNet that diffusers' pipelines call, and whose calls may reuse features of earlier ones."""
 
     generations: Generations
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The noise prediction for flat inputs, by name.
+        """Return the prediction of a call, (B, out_channels, H, W).
 
+        Args:
+            flat: the inputs of the call, by name.
         Raises:
             CallError: they are not covered.
         """
@@ -85,11 +87,15 @@ class UNetCall:
         raise NotImplementedError
 
     def whole(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """`run` without bookkeeping between calls: what `torch.export` exports."""
+        """Return the prediction of a call without bookkeeping between calls, as `torch.export` exports it.
+
+        Args:
+            flat: the inputs of the call, by name.
+        """
         raise NotImplementedError
 
     def call_inputs(self) -> Sequence[Input]:
-        """The inputs that a call may have."""
+        """Return the inputs that a call may have."""
         raise NotImplementedError
 
     def forward(
@@ -108,16 +114,38 @@ class UNetCall:
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """The noise prediction, with diffusers' arguments.
+        """Compute one call, with diffusers' arguments.
+
+        B is the number of samples, with guidance two for every image; H and W are the height and width of the latents,
+        an eighth of those of the images; L is the length of the prompts in tokens.
 
         Args:
-            sample: latents, `(batch, in_channels, height, width)`; any height and width.
-            timestep: a number, a 0-d tensor, or one per sample.
-            encoder_hidden_states: `(batch, sequence, features)`.
+            sample: the noisy latents, (B, in_channels, H, W).
+            timestep: the timestep of the call, in the scheduler's unit, such as 0 to 999; a number, a scalar tensor, or
+                (B,).
+            encoder_hidden_states: the embeddings of the prompts, (B, L, cross_attention_dim).
+            class_labels: the classes or noise levels of a UNet with class conditions, (B,), or their embeddings,
+                (B, width).
+            timestep_cond: the embedding of the guidance scale for an LCM, (B, time_cond_proj_dim).
+            attention_mask: None. A mask of self-attention has one length, and a UNet has several.
+            cross_attention_kwargs: `{"scale": s}`, the factor of unfused LoRA layers at this call, without unit.
+            added_cond_kwargs: the further conditions by name. For SDXL these are "text_embeds", (B, width), and
+                "time_ids", (B, 6), in pixels; for IP-Adapters "image_embeds", a list with a tensor (B, images, width)
+                or (B, images, tokens, width) for each adapter.
+            down_block_additional_residuals: the residuals of a ControlNet, a tensor (B, channels, height, width) for
+                each skip connection, of its size.
+            mid_block_additional_residual: the residual of a ControlNet for the mid block, a tensor of its size.
+            down_intrablock_additional_residuals: the residuals of a T2I-Adapter, a tensor (B, channels, height, width)
+                for each down block, of its size.
+            encoder_attention_mask: the mask of the tokens, (B, L), 1 where a token is attended to and 0 elsewhere. It
+                needs a UNet that was traced with `inputs=("encoder_attention_mask",)`.
+            return_dict: whether the result is a `UNet2DConditionOutput`, or else a tuple of one tensor.
         Returns:
-            `UNet2DConditionOutput`, or a tuple with `return_dict=False`.
+            the prediction, (B, out_channels, H, W), in the dtype of the UNet.
         Raises:
-            CallError: the graph does not cover the call: a shape, dtype or argument; nothing is ignored.
+            CallError: the graph does not cover a shape, dtype or argument. Nothing is ignored.
+        Example:
+            `unet(latents, 981, embeddings).sample`
         """
         call = {
             "sample": sample,
@@ -138,10 +166,10 @@ class UNetCall:
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
 
     def expecting(self, calls: Any) -> AbstractContextManager[None]:
-        """Return a context that tells what calls the generations that begin in it, in this thread, will make.
+        """Return a context that announces the calls of the generations that begin in it, in this thread.
 
-        Loops of one's own need it for schedules that depend on the number of calls or their timesteps, and for
-        forecasts along noise levels. With a pipeline, `sdgraph.attach(pipe)` sees to it.
+        A hand-written loop needs it for schedules that depend on the number of calls or their timesteps, and for
+        forecasts along noise levels. For a pipeline, `sdgraph.attach(pipe)` does this.
 
         Args:
             calls: a diffusers scheduler after `set_timesteps`, the timesteps of the calls, or their number.
@@ -151,7 +179,7 @@ class UNetCall:
         return self.generations.expecting(SamplingRun.of(calls))
 
     def reset(self) -> None:
-        """Forget what was kept between calls: whatever comes next is computed anew."""
+        """Empty the feature cache. The next call computes everything."""
         self.generations.clear()
 
     @checked(CallError)
@@ -191,7 +219,7 @@ class UNetCall:
                     self._step(flat, reused, values.__getitem__)
 
     def cache_bytes(self) -> int:
-        """Bytes kept between calls, of all generations that are under way."""
+        """Return the size of the feature cache in bytes, over all generations that are under way."""
         return self.generations.bytes()
 
 

@@ -1,4 +1,4 @@
-"""Gradients of a call: what they are taken for, and the weights that a module must own before it has any."""
+"""Gradients of a call: whether derivatives may be taken, and the weights that a module must own before it has any."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Ownership:
 
 
 def transformed() -> bool:
-    """Say whether weights may be those of a transform, such as `torch.func.grad` or forward derivatives."""
+    """Return whether weights may be those of a transform, such as `torch.func.grad` or forward derivatives."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def differentiated(tensors: Iterable[torch.Tensor]) -> bool:
-    """Say whether derivatives may be taken with respect to one of the tensors, backward or forward."""
+    """Return whether derivatives may be taken with respect to one of the tensors, backward or forward."""
     return any(
         (torch.is_grad_enabled() and tensor.requires_grad)
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

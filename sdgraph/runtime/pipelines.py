@@ -1,4 +1,4 @@
-"""Another UNet in a diffusers pipeline, or no progress bar, for the time being; and the arguments of its call."""
+"""Calls of diffusers pipelines: with another UNet, without a progress bar, and with checked arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ REFUSING = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError,
 
 @contextlib.contextmanager
 def with_unet(pipe: Any, unet: Any) -> Iterator[None]:
-    """A context in which `pipe` has the UNet `unet`; if that is None, the pipeline stays as it is."""
+    """Return a context in which a pipeline has another UNet.
+
+    Args:
+        pipe: the pipeline.
+        unet: the UNet; if None, the pipeline stays as it is.
+    """
     if unet is None:
         yield
         return
@@ -30,7 +35,11 @@ def with_unet(pipe: Any, unet: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_bar(pipe: Any) -> Iterator[None]:
-    """Hide the progress bar of a pipeline, and restore its settings afterwards."""
+    """Hide the progress bar of a pipeline, and restore its settings afterwards.
+
+    Args:
+        pipe: the pipeline.
+    """
     settings = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(**{**(settings or {}), "disable": True})
     try:
@@ -58,12 +67,16 @@ def per_prompt(call: Mapping[str, Any], count: int) -> dict[str, Any]:
 def generate(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any], refusal: type[SdgraphError]
 ) -> Any:
-    """Call a pipeline on prompts, each with a generator of its own.
+    """Call a pipeline on prompts, each with a separate generator.
 
     Args:
-        seeds: of the generators, which are as many as the images.
-        call: further arguments.
+        pipe: the pipeline.
+        prompts: the N prompts.
+        seeds: the N seeds of the generators.
+        call: further arguments of the pipeline.
         refusal: the class of the error.
+    Returns:
+        the pipeline's output.
     Raises:
         SdgraphError: the pipeline refuses its arguments, or fails.
     """

@@ -1,4 +1,4 @@
-"""The recipe, `sdgraph.json` of a saved UNet: how its graph follows from its configuration, and which files it has."""
+"""The recipe, `sdgraph.json` of a saved UNet: the passes that make its graph from its configuration, and its files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Entry(msgspec.Struct, frozen=True, rename={"text": "pass"}):
 
 
 class Settings(TypedDict, total=False):
-    """What distinguishes a source UNet from others with the same configuration.
+    """Settings that distinguish a source UNet from others with the same configuration.
 
     Keys:
         processors: class names of the attention processors, by module path.
@@ -61,7 +61,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         settings: what was set on the source UNet besides its configuration, see `sdgraph.frontend.source`.
         source: the configuration of the source UNet, where `config.json` is that of the plain model of diffusers which
             computes the same as the graph.
-        names: in that case the plain model's name of each tensor of the graph.
+        names: the plain model's name of each tensor of the graph, where it is another.
     """
 
     format: Format

@@ -1,7 +1,7 @@
-"""A change of the source UNet, carried out on a graph that was made of it: traced and passed over anew.
+"""`retrace`: the graph of a source UNet after a change, made by tracing it again and replaying the passes.
 
 A graph keeps its source without the numbers: the modules, their attention processors and settings, on the meta device.
-Given the graph's weights, that is a UNet of diffusers which does whatever diffusers does with one.
+With the graph's weights, the source is a UNet of diffusers again, and any method of diffusers can change it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _AGAIN = "do it on the source UNet, then call sdgraph.apply again"
 
 
 def retrace(graph: Graph, change: Callable[[UNet2DConditionModel], Any]) -> Graph:
-    """The graph of the same source after a change, with the same passes and weights. The given one stays as it is.
+    """Return the graph of the same source after a change, with the same passes and weights.
 
     Args:
-        change: does something to a UNet of diffusers that has the graph's weights, as far as the graph still has them.
+        graph: the graph before the change, which stays as it is.
+        change: a function that changes a UNet of diffusers. The UNet has the weights that the graph still has.
     Raises:
         SdgraphError: the changed UNet cannot be traced, or a pass cannot be repeated.
         ModeError: the graph is more than its source and passes, or needs weights that it no longer has.

@@ -83,7 +83,7 @@ def save(
     is_main_process: bool = True,
     **options: Any,
 ) -> None:
-    """Write a folder that `load` reads; the folder appears whole or not at all.
+    """Write a folder that `load` reads. The folder appears only when it is complete.
 
     Args:
         graph: the graph of the UNet.

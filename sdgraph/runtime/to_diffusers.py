@@ -36,10 +36,11 @@ PER_LEVEL = (
 
 
 def to_diffusers(graph: Graph, held: Mapping[str, torch.Tensor]) -> UNet2DConditionModel:
-    """A plain model with its own copy of the weights, in evaluation mode.
+    """Return a plain model with a copy of the weights, in evaluation mode.
 
     Args:
-        held: parameters and buffers of the graph by name.
+        graph: the graph.
+        held: the parameters and buffers of the graph by name.
     Raises:
         ModeError: no plain model computes this; with the first difference.
     """
@@ -57,6 +58,8 @@ def to_diffusers(graph: Graph, held: Mapping[str, torch.Tensor]) -> UNet2DCondit
 def counterpart(graph: Graph) -> tuple[dict[str, Any], dict[str, str]]:
     """Find the plain model that computes what a graph computes.
 
+    Args:
+        graph: the graph.
     Returns:
         Its configuration, and for each of its parameters and buffers the name of the graph's tensor.
     Raises:
@@ -87,13 +90,13 @@ def counterpart(graph: Graph) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _empty(config: Mapping[str, Any], dtype: torch.dtype) -> UNet2DConditionModel:
-    """The plain model of a configuration, without numbers."""
+    """Return the plain model of a configuration, without numbers."""
     with torch.device("meta"):
         return torch.nn.Module.to(UNet2DConditionModel.from_config(config), dtype)
 
 
 def propose(graph: Graph) -> dict[str, Any]:
-    """The configuration that has the blocks, layers and attentions which are left."""
+    """Return the configuration with the blocks, layers and attentions that are left."""
     config = {k: v for k, v in graph.config.items() if not k.startswith("_") or k == "_class_name"}
     config["_class_name"] = "UNet2DConditionModel"
     paths = graph.paths()
@@ -122,7 +125,7 @@ def propose(graph: Graph) -> dict[str, Any]:
 
 
 def _match(graph: Graph, other: Graph) -> dict[str, str]:
-    """Module and tensor names of `other`, each with its counterpart in `graph`.
+    """Return the names of modules and tensors of `other`, each with its counterpart in `graph`.
 
     Raises:
         ModeError: at the first pair of nodes that differ.

@@ -85,7 +85,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         self.generations = Generations()
         self._set_graph(graph)
         # `requires_grad` stays as in the source: PyTorch picks the kernel of a matrix product by it, so other flags
-        # would give other last bits. What keeps an optimizer off the source's storage is `_take_weights`.
+        # would give other last bits. What keeps an optimizer off the source's storage is `_ownership`.
         super().train(False)
 
     def _set_graph(self, graph: Graph) -> None:
@@ -297,20 +297,17 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             the module.
         """
         if mode:
-            self._take_weights()
+            self._ownership.take(self)
         return super().train(mode)  # type: ignore[no-any-return]
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         if requires_grad:
-            self._take_weights()
+            self._ownership.take(self)
         return super().requires_grad_(requires_grad)  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        self._take_weights()
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def _take_weights(self) -> None:
         self._ownership.take(self)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     to = nn.Module.to  # diffusers' own only adds a warning about layers to keep in float32, of which there are none
 
@@ -346,7 +343,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 
     def __getattr__(self, name: str) -> Any:
         kind = getattr(type(self), name, None)
-        if isinstance(kind, property):  # it raised a ModeError, which is an AttributeError: once more, to hear it
+        if isinstance(kind, property):  # it raised a ModeError, which is an AttributeError: once more, to raise it
             return kind.__get__(self)
         try:
             return super().__getattr__(name)
@@ -377,7 +374,17 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:
-        """Build the UNet of a configuration with random weights, as in diffusers, and apply the passes it lists."""
+        """Build the UNet of a configuration with random weights, as in diffusers, and apply the passes it lists.
+
+        Args:
+            config: the configuration, or the folder of a UNet.
+            return_unused_kwargs: whether the entries that the UNet does not have are returned as well.
+            options: further options of diffusers.
+        Returns:
+            the UNet, or the UNet and the unused entries.
+        Raises:
+            SavedError: the configuration cannot be read.
+        """
         if not isinstance(config, Mapping):
             try:
                 config = UNet2DConditionModel.load_config(config)
@@ -399,6 +406,10 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
     def enable_group_offload(self, onload_device: Any, *args: Any, **options: Any) -> None:
         """Offload as in diffusers, leaf by leaf.
 
+        Args:
+            onload_device: the device that computes.
+            args: further options of diffusers, by position.
+            options: further options of diffusers, by name; `offload_type` is "leaf_level".
         Raises:
             ModeError: `offload_type` asks for blocks, which a graph does not call.
         """
@@ -445,7 +456,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         max_shard_size: int | str = "10GB",
         **options: Any,
     ) -> None:
-        """Write `config.json`, `sdgraph.json` (the recipe) and the weights (safetensors), whole or not at all.
+        """Write `config.json`, `sdgraph.json` (the recipe) and the weights (safetensors), all or nothing.
 
         Args:
             save_directory: the folder to write. An earlier saved UNet there is replaced.
@@ -528,7 +539,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         twin = GraphUNet(self._graph.copy(), self.report)
         for name in (*HOOKS, *WITH_HOOKS):
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], {**memo, id(self): twin})
-        twin._take_weights()
+        twin._ownership.take(twin)
         return twin.train(True) if self.training else twin
 
     def extra_repr(self) -> str:
@@ -545,7 +556,7 @@ def _lora(name: str) -> Any:
     @functools.wraps(inherited)
     def change(self: GraphUNet, *args: Any, **kwargs: Any) -> Any:
         if name == "fuse_lora":
-            self._take_weights()  # it edits them in place, and the source shares them
+            self._ownership.take(self)  # it edits them in place, and the source shares them
         try:
             with self.adapters.changing_lora(self, name):
                 return inherited(self, *args, **kwargs)

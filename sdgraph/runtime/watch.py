@@ -1,4 +1,4 @@
-"""`Watch`: what the calls of a graph read, and whether it has changed since the last one.
+"""`Watch`: the modules and weights that the calls of a graph read, and whether they changed since the last call.
 
 A call reads modules and weights where they are, so an exchanged one acts at the next call. What needs a watch is what
 was made of them before: values that were kept for later calls, and compiled code. It also refuses what would never act.
@@ -148,7 +148,7 @@ class _Tree:
 
 
 class _Code:
-    """The computation of modules apart from their weights: classes, hooks, methods of their own, options.
+    """The computation of modules apart from their weights: classes, hooks, replaced methods, options.
 
     Args:
         modules: the modules.

@@ -21,7 +21,6 @@ NOT_YET = (
     "sdgraph/inheritance",
     "sdgraph/ir",
     "sdgraph/plan_search",
-    "sdgraph/runtime",
     "sdgraph/tuning",
     "sdgraph/tuning/losses",
     "sdgraph/tuning/sources",
