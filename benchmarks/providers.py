@@ -58,7 +58,7 @@ def opened(engine: str, unet: Any, bundle: Path, arguments: dict[str, Any]) -> I
     if options:
         session = ORTUNet.from_pretrained(bundle, verify=False, **options)
         yield lambda: session(**arguments)[0]
-        session.sessions.close(session.manifest.variants[0])
+        session.backend.close(session.manifest.variants[0])
         return
     cast = copy.deepcopy(unet).bfloat16()
     half = {n: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in arguments.items()}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -97,6 +97,21 @@ class Graph(EditableGraph):
         if name not in self.sites:
             raise PathError(f"no site {name!r}", hint=did_you_mean(name, self.sites) or f"sites: {list(self.sites)}")
         self._sites[name] = replace(self._sites[name], schedule=schedule)
+
+    def rescheduled(self, changed: Mapping[str, Site]) -> Self:
+        """Return the graph with other schedules and forecasts of its sites, over the same nodes and weights.
+
+        Args:
+            changed: the sites that differ, by name.
+        Raises:
+            PathError: there is no site of a name.
+        """
+        for name in changed:
+            if name not in self._sites:
+                raise PathError(
+                    f"no site {name!r}", hint=did_you_mean(name, self._sites) or f"sites: {list(self._sites)}"
+                )
+        return replace(self, _sites={**self._sites, **changed}, replays=None)
 
     def timetable(self, calls: Any, **sizes: int) -> Timetable:
         """Return what each call of a generation computes, inherits, forecasts and bypasses, and what it costs.

@@ -31,11 +31,11 @@ class Loop:
 def calls_that_compute(unet: GraphUNet, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each call from now on, whether it computes everything."""
     calls: list[bool] = []
-    variant = unet.variant
+    module = unet.backend.module
 
     def noted(given: frozenset[str], inherited: frozenset[str] = frozenset()) -> Any:
         calls.append(not inherited)
-        return variant(given, inherited)
+        return module(given, inherited)
 
-    monkeypatch.setattr(unet, "variant", noted)
+    monkeypatch.setattr(unet.backend, "module", noted)
     return calls

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import torch
 
-from sdgraph.inheritance.timetable import Course, foreseen
+from sdgraph.inheritance.plan import Plan
 from sdgraph.schedules import SamplingRun
 from sdgraph.untrusted import read_config, require_folder
 from sdgraph.views.format import format_count, format_macs, format_names, format_ranges, format_table
@@ -44,12 +43,12 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
         "",
     ]
     run = SamplingRun.of(calls)
-    foretold = course(manifest, run)
+    plan = Plan.of(run, BundleCosts(manifest))
     served: dict[Variant, list[int]] = {}
-    for number, doings in enumerate(foretold.calls):
-        for variant in dict.fromkeys(manifest.variant_for(reused)[0] for reused in doings):
+    for number, possible in enumerate(plan.calls):
+        for variant in dict.fromkeys(manifest.variant_for(reused)[0] for reused in possible):
             served.setdefault(variant, []).append(number)
-    last = f"of {len(foretold.calls)} calls"
+    last = f"of {len(plan.calls)} calls"
     rows: list[tuple[str, ...]] = [("graph", "nodes", "MACs", "share", "reads", "writes", last)]
     for variant in manifest.variants:
         check_model(directory / variant.file, manifest.files)
@@ -62,8 +61,8 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
         )
         rows.append((variant.file, str(nodes), *figures, format_ranges(served.get(variant, [])) or "-"))
     lines.append(format_table(rows))
-    if foretold.least:
-        fastest, slowest = (len(foretold.calls) * first.macs / total for total in (foretold.least, foretold.most))
+    if plan.least:
+        fastest, slowest = (len(plan.calls) * first.macs / total for total in (plan.least, plan.most))
         span = f"at most {fastest:.2f}" if fastest == slowest else f"{slowest:.2f} to {fastest:.2f}"
         drift = "" if fastest == slowest else ", as features drift"
         lines.append(f"{span} times as fast as computing everything{drift}")
@@ -90,10 +89,17 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
     return "\n".join(lines)
 
 
-def course(manifest: Manifest, run: SamplingRun) -> Course:
-    """Return the possible courses of the calls of a run, and their multiply-accumulates."""
+class BundleCosts:
+    """The backend that plans the calls of a bundle: outputs are multiply-accumulates; sizes in bytes are not known.
 
-    def computed(reused: frozenset[str]) -> dict[str, torch.Tensor]:
-        return dict.fromkeys(manifest.variant_for(reused)[0].writes, torch.empty(0, device="meta"))
+    Args:
+        manifest: the manifest of the bundle.
+    """
 
-    return foreseen(run, manifest.sites, computed, lambda reused: manifest.variant_for(reused)[0].macs)
+    def __init__(self, manifest: Manifest) -> None:
+        self.sites, self._manifest = manifest.sites, manifest
+
+    def compute(self, inputs: None, reused: frozenset[str], read: object) -> tuple[int, dict[str, int]]:
+        """Return the multiply-accumulates of a call, and the sites that it computes."""
+        variant, _ = self._manifest.variant_for(reused)
+        return variant.macs, dict.fromkeys(variant.writes, 0)

@@ -270,7 +270,7 @@ def _compare(
 ) -> tuple[Comparison, ...]:
     """Every output of every model, at two shapes."""
     comparisons = []
-    manifest, on = loaded.manifest, (loaded.sessions.provider, loaded.sessions.precision)
+    manifest, on = loaded.manifest, (loaded.backend.provider, loaded.backend.precision)
     usual = parity.BOUNDS[getattr(torch, max(manifest.dtype, on[1], key=_coarseness))]
     atol, rtol = (own if given is None else given for given, own in zip(bounds, usual, strict=True))
     for name, variant in zip(names, manifest.variants, strict=True):
@@ -281,7 +281,7 @@ def _compare(
                 eager = module(*given.values())
                 eager = eager if isinstance(eager, tuple) else (eager,)
                 try:
-                    exported = loaded.sessions.run(variant, given, manifest.check(call))
+                    exported = loaded.backend.run(variant, given, manifest.check(call))
                 except SdgraphError:
                     raise
                 except Exception as error:  # ONNX Runtime's errors have no base of their own
@@ -291,7 +291,7 @@ def _compare(
                         hint="an operator that a pass inserted may have no kernel for its dtype; try float32",
                     ) from error
                 comparisons.append(parity.compare(name, eager, exported, call, atol, rtol, on))
-        loaded.sessions.close(variant)
+        loaded.backend.close(variant)
     return tuple(comparisons)
 
 

@@ -78,10 +78,10 @@ def bench(
     """
     size = size or _side(unet)
     height, width = size
-    flat = unet._random({"B": batch, "H": height, "W": width, "L": 77})
+    flat = unet.random_inputs({"B": batch, "H": height, "W": width, "L": 77})
     timesteps = [torch.tensor([t]) for t in SamplingRun.of(calls).supposed().timesteps or ()]
     sizes = unet.manifest.check(flat)
-    outputs = unet.sessions.run(unet.manifest.variants[0], flat, sizes)
+    outputs = unet.backend.run(unet.manifest.variants[0], flat, sizes)
     values = dict(zip(unet.manifest.variants[0].writes, outputs[1:], strict=True))
 
     def generation() -> None:
@@ -92,14 +92,14 @@ def bench(
 
     def everything() -> None:
         for timestep in timesteps:
-            unet.sessions.run(unet.manifest.variants[0], {**flat, "timestep": timestep}, sizes)
+            unet.backend.run(unet.manifest.variants[0], {**flat, "timestep": timestep}, sizes)
 
     ways: dict[str, Callable[[], Any]] = {"generation": generation, "everything": everything}
     single = unet.manifest.layout == "single"  # then all graphs are branches of one file
     names = [f"{m.file}, branch {i}" if single else m.file for i, m in enumerate(unet.manifest.variants)]
     for name, variant in zip(names, unet.manifest.variants, strict=True):
         given = {**flat, **{f"reused.{site}": values[site] for site in variant.reads}}
-        ways[name] = lambda variant=variant, given=given: unet.sessions.run(variant, given, sizes)  # type: ignore[misc]
+        ways[name] = lambda variant=variant, given=given: unet.backend.run(variant, given, sizes)  # type: ignore[misc]
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for turn in Bar(range(repeats + 1), desc="bench", unit="turn"):
         for name, way in ways.items():
@@ -109,8 +109,8 @@ def bench(
                 samples[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times) for name, times in samples.items()}
     on = {
-        "provider": f"{unet.sessions.provider} in {unet.sessions.precision}",
-        "threads": f"{unet.sessions.threads} threads",
+        "provider": f"{unet.backend.provider} in {unet.backend.precision}",
+        "threads": f"{unet.backend.threads} threads",
         "onnxruntime": f"onnxruntime {onnxruntime.__version__}",
         "torch": f"torch {torch.__version__}",
         "device": torch.cuda.get_device_name(unet.device) if unet.device.type == "cuda" else platform.machine(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,38 @@ class Sessions:
         elif cuda_graph:
             self._provider = replace(self._provider, options={**self._provider.options, "enable_cuda_graph": "1"})
         self._chosen: dict[frozenset[str], Variant] = {}
+        self._accepted: dict[object, Mapping[str, int]] = {}
+        self.sites = manifest.sites
+
+    def compute(
+        self, inputs: Mapping[str, torch.Tensor], reused: frozenset[str], read: Callable[[str], torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the output of a call that reuses some sites, and the values of the sites that it computed.
+
+        Args:
+            inputs: the inputs of the call, by name.
+            reused: the sites that need not be computed.
+            read: the function that returns the value of a reused site.
+        Raises:
+            CallError: the variants do not cover the call.
+        """
+        variant = self.of(reused)
+        values = {f"reused.{site}": read(site) for site in variant.reads}
+        output, *computed = self.run(variant, {**inputs, **values}, self.sizes(inputs))
+        return output, dict(zip(variant.writes, computed, strict=True))
+
+    def sizes(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, int]:
+        """Return the sizes of a call, by symbol. Calls of the same shapes and dtypes are checked once.
+
+        Args:
+            inputs: the inputs of the call, by name.
+        Raises:
+            CallError: the variants do not cover the call.
+        """
+        signature = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
+        if signature not in self._accepted:
+            self._accepted[signature] = self.manifest.check(inputs)
+        return self._accepted[signature]
 
     def of(self, reused: frozenset[str]) -> Variant:
         """Return the variant for the calls that reuse some sites, or one that computes more."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Self
@@ -16,10 +15,11 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 
 from sdgraph.errors import ModeError, SpecError
-from sdgraph.inheritance.generation import Generations
+from sdgraph.inheritance.cache import no_value
+from sdgraph.inheritance.tracker import GenerationTracker
 from sdgraph.ir.inputs import Input
 from sdgraph.options import Bounds, Text, checked
-from sdgraph.runtime.diffusers_api import UNetCall, no_value
+from sdgraph.runtime.diffusers_api import UNetCall
 from sdgraph.untrusted import read_config, require_folder
 
 from ..bundle.example_calls import random_call
@@ -42,12 +42,12 @@ class ORTUNet(UNetCall):
     """
 
     def __init__(self, sessions: Sessions, config: Mapping[str, Any]) -> None:
-        self.sessions = sessions
+        self.backend = sessions
         self.manifest = sessions.manifest
         self.config = FrozenDict(config)
         self.dtype = self.manifest.torch_dtype
         self.device = sessions.device
-        self.generations = Generations()
+        self.tracker = GenerationTracker()
         self._conditioning = tuple(i.name for i in self.manifest.inputs if i.conditioning)
         if config.get("addition_embed_type") == "text_time":  # SDXL's pipelines read this size from the module
             width = config.get("projection_class_embeddings_input_dim")
@@ -133,29 +133,17 @@ class ORTUNet(UNetCall):
         Raises:
             CallError: the models do not cover the call.
         """
-        step = functools.partial(self._step, sizes=self.manifest.check(flat))
+        self.backend.sizes(flat)
         if self.manifest.sites:
-            result = self.generations.run(flat, self._conditioning, self.manifest.sites, step)
+            result = self.tracker.run(flat, self._conditioning, self.backend)
         else:
-            result, _ = step(flat, frozenset(), no_value)
+            result, _ = self.backend.compute(flat, frozenset(), no_value)
         return result.to(flat["sample"].device)
 
-    def _step(
-        self,
-        flat: Mapping[str, torch.Tensor],
-        reused: frozenset[str],
-        value: Callable[[str], torch.Tensor],
-        sizes: Mapping[str, int] | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        sizes, variant = sizes or self.manifest.check(flat), self.sessions.of(reused)
-        given = {**flat, **{f"reused.{site}": value(site) for site in variant.reads}}
-        output, *refreshed = self.sessions.run(variant, given, sizes)
-        return output, dict(zip(variant.writes, refreshed, strict=True))
-
-    def _reused_sets(self, calls: Any) -> Iterable[frozenset[str]]:
+    def foreseen(self, calls: Any) -> Iterable[frozenset[str]]:
         return {frozenset(variant.reused) for variant in self.manifest.variants}
 
-    def _random(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    def random_inputs(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
         symbols = {d for i in self.manifest.model_inputs for d in i.shape or () if isinstance(d, str)}
         rest = {symbol: 6 for symbol in symbols if symbol.isidentifier()}  # the model's own, such as SDXL's time ids
         return random_call(self, self.manifest, rest | dict(sizes))
@@ -208,7 +196,7 @@ class ORTUNet(UNetCall):
 
     def __repr__(self) -> str:
         recipe = ", ".join(self.manifest.recipe) or "no passes"
-        return f"ORTUNet({self.sessions.provider} in {self.sessions.precision}, {recipe})"
+        return f"ORTUNet({self.backend.provider} in {self.backend.precision}, {recipe})"
 
 
 @checked(SpecError)

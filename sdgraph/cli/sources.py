@@ -94,7 +94,7 @@ def load_bundle(source: str, provider: str | None = None, precision: str | None 
 
     note(f"loading {source}")
     unet = ORTUNet.from_pretrained(folder, provider=provider, precision=precision)
-    note(f"ONNX Runtime: {unet.sessions.provider} in {unet.sessions.precision}")
+    note(f"ONNX Runtime: {unet.backend.provider} in {unet.backend.precision}")
     return unet
 
 

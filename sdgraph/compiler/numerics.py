@@ -1,26 +1,31 @@
 """Comparison of graphs: they are run on random inputs.
 
-The inputs are those of generations: calls with the same conditioning, in which later calls inherit values of the first.
+The inputs are those of generations: calls with the same conditioning, in which later calls reuse values of the first.
 So the values that sites keep are compared too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..contract import Contract
+from ..forecasts import REPEAT
 from ..graph import Graph
+from ..inheritance.cache import FeatureCache, no_value
 from ..ir.dims import evaluate
 from ..ir.guards import raised
 from ..ir.inputs import random_value
 from ..ir.nodes import scope
 from ..ir.variants import Variant
+from ..schedules import Once, SamplingRun, Uniform
 
 Call = dict[str, torch.Tensor]
+NO_TIME = 0.0  # the timestep of a call whose schedules count calls
 
 
 def example(graph: Graph, seed: int = 0, optional: bool = False, **sizes: int) -> Call:
@@ -86,33 +91,77 @@ def play(graph: Graph, calls: Sequence[Mapping[str, torch.Tensor]], reused: Coll
     """Return the outputs of the calls of a generation, without gradients.
 
     Args:
-        calls: the flat inputs of every call. The first call refreshes all sites.
-        reused: the sites that the other calls inherit from it.
+        graph: the graph.
+        calls: the flat inputs of every call. The first call computes all sites.
+        reused: the sites that the other calls reuse from it.
     """
-    outputs, values = [], dict[str, torch.Tensor]()
-    steps: dict[tuple[frozenset[str], bool], Variant] = {}
+    backend, outputs = Interpreted(graph, reused), []
+    cache = FeatureCache(backend.sites, SamplingRun(len(calls)))
     with torch.no_grad():
-        for number, flat in enumerate(calls):
-            kind = frozenset(flat), bool(number and reused)
-            if kind not in steps:
-                steps[kind] = _step(graph, flat, reused if number else ())
-            variant = steps[kind]
-            # Interpreted: generating code takes longer than running it once.
-            result = fx.Interpreter(graph.weights, graph=variant.nodes).run(*_arguments(graph, flat, variant, values))
-            output, *refreshed = result if variant.returns_tuple else (result,)
-            values |= zip(variant.writes, refreshed, strict=True)
+        for flat in calls:
+            output, computed = backend.compute(flat, cache.reused(NO_TIME), cache.read)
+            cache.write(computed)
+            cache.advance()
             outputs.append(output)
     return outputs
 
 
-def _step(graph: Graph, flat: Mapping[str, torch.Tensor], reused: Collection[str]) -> Variant:
-    return Variant.split(graph.fx, reused, {i.name for i in graph.inputs if i.name not in flat})
+class Interpreted:
+    """The backend that checks contracts: variants are interpreted, because generating code takes longer than one call.
 
+    Args:
+        graph: the graph.
+        reused: the sites that only the first call of a generation computes. All others are computed at every call.
+    """
 
-def _arguments(
-    graph: Graph, flat: Mapping[str, torch.Tensor], variant: Variant, values: Mapping[str, torch.Tensor]
-) -> list[torch.Tensor]:
-    return [*(flat[i.name] for i in graph.inputs if i.name in flat), *(values[site] for site in variant.reads)]
+    def __init__(self, graph: Graph, reused: Collection[str] = ()) -> None:
+        self._graph = graph
+        self._variants: dict[tuple[frozenset[str], frozenset[str]], Variant] = {}
+        self.sites = {
+            name: replace(site, schedule=Once() if name in reused else Uniform(1), forecast=REPEAT)
+            for name, site in graph.sites.items()
+        }
+
+    def compute(
+        self, inputs: Mapping[str, torch.Tensor], reused: frozenset[str], read: Callable[[str], torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the output of a call, and the values of the sites that it computed.
+
+        Args:
+            inputs: the inputs of the call, by name.
+            reused: the sites that are not computed.
+            read: the function that returns the value of a reused site.
+        """
+        variant = self.variant(inputs, reused)
+        arguments = self.arguments(inputs, variant, read)
+        result = fx.Interpreter(self._graph.weights, graph=variant.nodes).run(*arguments)
+        output, *computed = result if variant.returns_tuple else (result,)
+        return output, dict(zip(variant.writes, computed, strict=True))
+
+    def variant(self, inputs: Collection[str], reused: frozenset[str] = frozenset()) -> Variant:
+        """Return the variant for a call.
+
+        Args:
+            inputs: the names of the inputs of the call.
+            reused: the sites that are not computed.
+        """
+        key = frozenset(inputs), reused
+        if key not in self._variants:
+            missing = {i.name for i in self._graph.inputs if i.name not in inputs}
+            self._variants[key] = Variant.split(self._graph.fx, reused, missing)
+        return self._variants[key]
+
+    def arguments(
+        self, inputs: Mapping[str, torch.Tensor], variant: Variant, read: Callable[[str], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Return the arguments of a variant, in its order.
+
+        Args:
+            inputs: the inputs of the call, by name.
+            variant: the variant.
+            read: the function that returns the value of a reused site.
+        """
+        return [*(inputs[i.name] for i in self._graph.inputs if i.name in inputs), *map(read, variant.reads)]
 
 
 def largest_difference(before: torch.Tensor, after: torch.Tensor) -> float:
@@ -138,10 +187,11 @@ def first_difference(before: Graph, after: Graph, flat: Mapping[str, torch.Tenso
     """Return name, scope and difference of the first node whose value in `after` is not its value in `before`."""
     recorded = []
     for graph in (before, after):
-        variant = _step(graph, flat, ())
+        backend = Interpreted(graph)
+        variant = backend.variant(flat)
         recorder = _Recorder(graph.weights, variant.nodes)
         with torch.no_grad():
-            recorder.run(*_arguments(graph, flat, variant, {}))
+            recorder.run(*backend.arguments(flat, variant, no_value))
         recorded.append((variant.nodes, recorder.seen))
     (_, old_values), (nodes, new_values) = recorded
     for node in nodes.nodes:

@@ -299,7 +299,7 @@ class _Side:
 
 def _attached(pipe: DiffusionPipeline) -> contextlib.AbstractContextManager[Any]:
     """Attach the scheduler to the UNet if it inherits features, as in deployment."""
-    inherits = hasattr(getattr(pipe, "unet", None), "generations") and hasattr(pipe, "scheduler")
+    inherits = hasattr(getattr(pipe, "unet", None), "tracker") and hasattr(pipe, "scheduler")
     return attach(pipe) if inherits else contextlib.nullcontext()
 
 

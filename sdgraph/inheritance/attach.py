@@ -10,7 +10,8 @@ import torch
 
 from ..errors import ModeError
 from ..schedules import SamplingRun
-from .generation import CallPosition, Generations
+from .position import CallPosition, PositionSource
+from .tracker import GenerationTracker
 
 # Pipelines of diffusers that exchange processors or hook blocks while they run, and what for. Those of perturbed
 # attention are known by an attribute.
@@ -44,8 +45,8 @@ def attach(pipe: Any) -> Attachment:
             perturbed and self-attention guidance do, or it is of a class without weak references.
     """
     unet = getattr(pipe, "unet", None)
-    generations = getattr(getattr(unet, "_orig_mod", unet), "generations", None)
-    if not isinstance(generations, Generations):
+    tracker = getattr(getattr(unet, "_orig_mod", unet), "tracker", None)
+    if not isinstance(tracker, GenerationTracker):
         found = "no unet" if unet is None else f"a {type(unet).__name__} as its unet"
         raise ModeError(f"the pipeline has {found}", where="attach", hint="pipe.unet = sdgraph.apply(pipe.unet, ...)")
     if not hasattr(pipe, "scheduler"):
@@ -65,7 +66,7 @@ def attach(pipe: Any) -> Attachment:
             where=type(pipe).__name__,
             hint="use the pipeline without it, or leave it the source UNet",
         )
-    return Attachment(pipe, generations)
+    return Attachment(pipe, tracker)
 
 
 def _is_one_element(timestep: torch.Tensor) -> bool:
@@ -73,22 +74,27 @@ def _is_one_element(timestep: torch.Tensor) -> bool:
     return timestep.numel() == 1 or not any(timestep.stride())
 
 
-class Attachment:
-    """A pipeline's scheduler as the source of its UNet's generations.
+class Attachment(PositionSource):
+    """A pipeline's scheduler as the source of the positions of its UNet's calls.
 
     Pipelines call the UNet with views of `scheduler.timesteps`, so the place of a timestep in memory says which call
     this is, without its value being read.
     """
 
-    def __init__(self, pipe: Any, generations: Generations) -> None:
-        self._pipe, self._generations = weakref.ref(pipe, self._forget), generations
+    def __init__(self, pipe: Any, tracker: GenerationTracker) -> None:
+        self._pipe, self._tracker = weakref.ref(pipe, self._forget), tracker
         self._timesteps = torch.empty(0)  # kept, so that no other tensor gets its memory
         self._values: list[float] = []
         self._first = self._end = 0
         self.run = SamplingRun()
-        generations.position_sources.append(self)
+        tracker.position_sources.append(self)
 
     def read(self, timestep: torch.Tensor) -> CallPosition | None:
+        """Return the position of a call; None if it is not one of the pipeline's.
+
+        Args:
+            timestep: the timestep of the call, (1,) or (B,), a view of the scheduler's timesteps.
+        """
         timesteps = self._scheduler_timesteps
         if not isinstance(timesteps, torch.Tensor) or not _is_one_element(timestep) or timesteps.numel() == 0:
             return None
@@ -118,7 +124,7 @@ class Attachment:
             getattr(source._pipe(), "_num_timesteps", None)
             if getattr(source._pipe(), "_denoising_end", None) is not None
             else None
-            for source in self._generations.position_sources
+            for source in self._tracker.position_sources
             if isinstance(source, Attachment) and source._scheduler_timesteps is self._timesteps
         }
         return sharing.pop() if len(sharing) == 1 else None
@@ -134,9 +140,9 @@ class Attachment:
         self._forget(None)
 
     def _forget(self, _: object) -> None:
-        if self in self._generations.position_sources:
-            self._generations.position_sources.remove(self)
-            self._generations.end(self._timesteps)
+        if self in self._tracker.position_sources:
+            self._tracker.position_sources.remove(self)
+            self._tracker.end(self._timesteps)
 
     def __enter__(self) -> Self:
         return self

@@ -8,13 +8,11 @@ from itertools import combinations
 from math import ceil, pi, sin
 from typing import Any
 
-from torch import Tensor
-
 from ..compiler.passes import Chain, Pass
 from ..errors import SpecError
 from ..forecasts import DAMPING, REPEAT, Fitted, Forecast, Polynomial, as_forecast
-from ..inheritance.timetable import foreseen
-from ..ir.sites import live_nodes
+from ..inheritance.plan import Plan as PlannedCalls
+from ..ir.sites import Site, live_nodes
 from ..ir.sites import sites as nodes_of_sites
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
@@ -170,39 +168,65 @@ class Candidates:
                 chosen.append(replace(one, **options))
         return Chain(tuple(chosen))
 
-    def play(self, plan: Plan, run: SamplingRun) -> GraphUNet:
-        """Return the UNet, whose sites now have the schedules and forecasts of a plan."""
+    def sites(self, plan: Plan, run: SamplingRun) -> dict[str, Site]:
+        """Return the sites of the UNet, with the schedules and forecasts of a plan.
+
+        Args:
+            plan: the plan.
+            run: the sampling run.
+        """
+        sites = dict(self.unet.backend.sites)
         for number, names in enumerate(self._sites):
             schedule, forecast = self._schedule(plan, number), self._forecast(plan, number, run)
-            for name in names:
-                self.unet._sites[name] = replace(self.unet._sites[name], schedule=schedule, forecast=forecast)
+            sites |= {name: replace(sites[name], schedule=schedule, forecast=forecast) for name in names}
+        return sites
+
+    def play(self, plan: Plan, run: SamplingRun) -> GraphUNet:
+        """Return the UNet, whose sites now have the schedules and forecasts of a plan.
+
+        Args:
+            plan: the plan.
+            run: the sampling run.
+        """
+        self.unet.reschedule(self.sites(plan, run))
         return self.unet
 
     def cost(self, plan: Plan, run: SamplingRun, of_call: Cost) -> float:
-        """Return what the calls of a plan cost together; the most that they may, where the drift of features decides
-        about sites that the source has already."""
-        sites = self.play(plan, run)._sites
+        """Return the cost of all calls of a plan, the most where the drift of features decides about other sites.
 
-        def computed(reused: frozenset[str]) -> dict[str, Tensor]:
-            fresh = self._live_sites(reused) - reused
-            return {name: self._nodes[name].meta["val"] for name in fresh if not sites[name].bypassed}
+        Args:
+            plan: the plan.
+            run: the sampling run.
+            of_call: the cost of a call, by the live sites that it reuses.
+        """
+        return PlannedCalls.of(run, _Costs(self, self.sites(plan, run), of_call)).most
 
-        return foreseen(run, sites, computed, lambda reused: of_call(reused & self._live_sites(reused))).most
+    def bytes_of(self, site: str) -> int:
+        """Return the bytes of the value of a site.
+
+        Args:
+            site: the name of the site.
+        """
+        return int(self._nodes[site].meta["val"].nbytes)
 
     # -- one candidate -------------------------------------------------------------------------------------------
 
     def _forecasts(self, number: int) -> bool:
         return "forecast" in {field.name for field in fields(self.passes[number])}
 
-    def _live_sites(self, reused: frozenset[str]) -> frozenset[str]:
-        """The sites that a call comes by at which some are reused; others only serve to compute those."""
+    def live_sites(self, reused: frozenset[str]) -> frozenset[str]:
+        """Return the sites that the output of a call depends on; others only serve to compute reused ones.
+
+        Args:
+            reused: the sites that the call does not compute.
+        """
         if reused not in self._live:
             live = live_nodes(self.unet.graph.fx, reused)
             self._live[reused] = frozenset(name for name, node in self._nodes.items() if node in live)
         return self._live[reused]
 
     def _reached(self, reused: frozenset[int]) -> frozenset[int]:
-        live = self._live_sites(frozenset().union(*(self._sites[number] for number in reused)))
+        live = self.live_sites(frozenset().union(*(self._sites[number] for number in reused)))
         return frozenset(number for number, sites in enumerate(self._sites) if not live.isdisjoint(sites))
 
     def _refreshes(self, plan: Plan, number: int) -> tuple[int, ...]:
@@ -237,3 +261,15 @@ class Candidates:
         for n, at in known.items():
             rows[n] = Polynomial(1, plan.calls[n].damping, along).weights(at, n, run)
         return Fitted.of(rows, run, shared)
+
+
+class _Costs:
+    """The backend that plans the calls of candidates: outputs are costs, values are sizes in bytes."""
+
+    def __init__(self, candidates: Candidates, sites: Mapping[str, Site], of_call: Cost) -> None:
+        self.sites, self._candidates, self._of_call = sites, candidates, of_call
+
+    def compute(self, inputs: None, reused: frozenset[str], read: object) -> tuple[float, dict[str, int]]:
+        live = self._candidates.live_sites(reused)
+        kept = (name for name in live - reused if not self.sites[name].bypassed)
+        return self._of_call(reused & live), {name: self._candidates.bytes_of(name) for name in kept}

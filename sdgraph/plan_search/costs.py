@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ScheduleError, SpecError
-from ..runtime.diffusers_api import no_value
+from ..inheritance.cache import no_value
 from ..runtime.unet import GraphUNet
 from ..text import from_json, read_text
 
@@ -32,12 +32,12 @@ def seconds_here(unet: GraphUNet, flat: Mapping[str, Tensor]) -> Cost:
     def timed(reused: frozenset[str], values: Mapping[str, Tensor]) -> float:
         _wait(flat["sample"])
         start = time.perf_counter()
-        unet._step(flat, reused, values.__getitem__)
+        unet.backend.compute(flat, reused, values.__getitem__)
         _wait(flat["sample"])
         return time.perf_counter() - start
 
     with torch.no_grad():
-        _, values = unet._step(flat, frozenset(), no_value)
+        _, values = unet.backend.compute(flat, frozenset(), no_value)
     whole = statistics.median(timed(frozenset(), values) for _ in range(TURNS))
 
     def cost(reused: frozenset[str]) -> float:

@@ -107,7 +107,7 @@ def fit_forecast(
 
     def residual(forecast: Forecast, group: tuple[str, ...]) -> tuple[Array, SamplingRun]:
         """Return the errors of the final latents if the sites have a forecast, (prompts, numbers)."""
-        trial._sites = {n: replace(s, forecast=forecast) if n in names else s for n, s in trial._sites.items()}
+        trial.reschedule({name: replace(trial.backend.sites[name], forecast=forecast) for name in names})
         latents, run = final_latents(pipe, trial, group, seed, call)
         return (latents.double() - references[group].double()).flatten(1).cpu().numpy(), run
 

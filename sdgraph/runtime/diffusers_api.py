@@ -11,7 +11,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from ..errors import CallError, ModeError
 from ..frontend.call import flatten
-from ..inheritance.generation import Generations
+from ..inheritance.cache import Backend, no_value
+from ..inheritance.tracker import GenerationTracker
 from ..ir.inputs import Input
 from ..options import Count, checked
 from ..schedules import SamplingRun
@@ -56,7 +57,8 @@ REFUSED: Mapping[str, str] = {  # hints by name
 class UNetCall:
     """A UNet that diffusers' pipelines call, and whose calls may reuse features of earlier ones."""
 
-    generations: Generations
+    backend: Backend[Mapping[str, torch.Tensor], torch.Tensor]
+    tracker: GenerationTracker
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the prediction of a call, (B, out_channels, H, W).
@@ -68,22 +70,20 @@ class UNetCall:
         """
         raise NotImplementedError
 
-    def _step(
-        self, flat: Mapping[str, torch.Tensor], reused: frozenset[str], value: Callable[[str], torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the output of a call that reuses some sites, and the values of the sites that it computed.
+    def foreseen(self, calls: Any) -> Iterable[frozenset[str]]:
+        """Return the sets of sites that the calls of a generation may reuse.
 
         Args:
-            value: returns the value of a reused site.
+            calls: a scheduler after `set_timesteps`, the timesteps of the calls, or their number.
         """
         raise NotImplementedError
 
-    def _reused_sets(self, calls: Any) -> Iterable[frozenset[str]]:
-        """Return the sets of sites that the calls of a generation inherit or bypass."""
-        raise NotImplementedError
+    def random_inputs(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Return random values of the inputs that a call must have.
 
-    def _random(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """Return random values of the inputs that a call must have, for sizes by symbol."""
+        Args:
+            sizes: the sizes of the call by symbol, such as `{"B": 2, "H": 64, "W": 64, "L": 77}`.
+        """
         raise NotImplementedError
 
     def whole(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -176,11 +176,11 @@ class UNetCall:
         Example:
             `scheduler.set_timesteps(20)`, then `with unet.expecting(scheduler): ...`
         """
-        return self.generations.expecting(SamplingRun.of(calls))
+        return self.tracker.expecting(SamplingRun.of(calls))
 
     def reset(self) -> None:
         """Empty the feature cache. The next call computes everything."""
-        self.generations.clear()
+        self.tracker.clear()
 
     @checked(CallError)
     def warm_up(self, height: Count, width: Count, *, batch: Count = 2, tokens: Count = 77, calls: Any = 25) -> None:
@@ -204,7 +204,7 @@ class UNetCall:
             what = f"a batch of {batch} latents of {height}x{width} with {tokens} tokens is larger than any memory"
             raise CallError(what, where="warm_up", hint="height and width are those of latents")
         sizes = {"B": batch, "H": height, "W": width, "L": tokens}
-        flat = self._random(sizes)
+        flat = self.random_inputs(sizes)
         ready = flat["sample"].shape[0], *flat["sample"].shape[2:]
         if ready != (batch, height, width):
             raise CallError(
@@ -213,23 +213,14 @@ class UNetCall:
                 hint=f"the nearest larger one is {ready[0]} of {ready[1]}x{ready[2]}",
             )
         with torch.no_grad():
-            _, values = self._step(flat, frozenset(), no_value)
-            for reused in self._reused_sets(calls):
+            _, values = self.backend.compute(flat, frozenset(), no_value)
+            for reused in self.foreseen(calls):
                 if reused:
-                    self._step(flat, reused, values.__getitem__)
+                    self.backend.compute(flat, reused, values.__getitem__)
 
     def cache_bytes(self) -> int:
         """Return the size of the feature cache in bytes, over all generations that are under way."""
-        return self.generations.bytes()
-
-
-def no_value(site: str) -> torch.Tensor:
-    """The value of a site at a call that inherits nothing: there is none.
-
-    Raises:
-        KeyError: always.
-    """
-    raise KeyError(site)
+        return self.tracker.bytes()
 
 
 def refusal(name: str, hint: str) -> Callable[..., Any]:

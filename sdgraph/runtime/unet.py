@@ -20,20 +20,21 @@ from ..errors import CallError, ModeError, PathError, SavedError, SourceError, d
 from ..frontend.call import flatten
 from ..frontend.capture import capture
 from ..graph import Graph
-from ..inheritance.generation import Generations, apart, arithmetic
+from ..inheritance.cache import apart, no_value
+from ..inheritance.tracker import GenerationTracker, arithmetic
 from ..ir.guards import check_call
 from ..ir.inputs import Input
-from ..ir.sites import sites
+from ..ir.sites import Site, sites
 from ..ir.variants import per_call
 from ..ir.weights import HOOKS, TREE, alteration
 from ..options import checked
 from .adapters import LORA, Adapters, show_settings
-from .diffusers_api import REFUSED, UNetCall, no_value, refusal
+from .diffusers_api import REFUSED, UNetCall, refusal
 from .gradients import Ownership, differentiated, transformed
 from .recipe import PASSES, plain_passes, read_passes
 from .serialization import load, one_device, save
 from .to_diffusers import to_diffusers
-from .variants import Variants
+from .torch_backend import TorchBackend
 from .watch import Watch, global_hooks
 
 WITH_HOOKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -59,8 +60,8 @@ def _adapting(
 class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
     """A UNet that runs a graph. To diffusers it is a `UNet2DConditionModel`, wherever one is called.
 
-    It owns its graph, the `generations` of its calls, the variants that compute them, and its `adapters`: LoRA,
-    IP-Adapters and attention processors.
+    It owns its graph, the `tracker` of its generations, the `backend` that computes its calls, and its `adapters`:
+    LoRA, IP-Adapters and attention processors.
 
     Its weights share storage with the source UNet until it needs its own: for `train()`, `load_state_dict()`, or a move
     to another device or dtype. The source is never changed.
@@ -81,8 +82,8 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         ModelMixin.__init__(self)  # without UNet2DConditionModel's own, which would build its modules
         self.report = report if report is not None else Report(())
         self._ownership = Ownership()
-        self._variants = Variants()
-        self.generations = Generations()
+        self._compile_options: dict[str, Any] | None = None
+        self.tracker = GenerationTracker()
         self._set_graph(graph)
         # `requires_grad` stays as in the source: PyTorch picks the kernel of a matrix product by it, so other flags
         # would give other last bits. What keeps an optimizer off the source's storage is `_ownership`.
@@ -95,7 +96,6 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         graph.freeze()
         passes = {PASSES: plain_passes(graph.passes)} if graph.passes else {}
         self.register_to_config(**graph.config, **passes)
-        self._sites = graph.sites
         self._inputs = graph.resolved_inputs()
         self._conditioning = tuple(i.name for i in graph.inputs if i.conditioning)
         graph.weights.settle(graph.source, {str(node.target) for node in graph.fx.nodes if node.op == "call_module"})
@@ -103,11 +103,12 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             self.__dict__[kind] = graph.weights.__dict__[kind]
         show_settings(graph)
         self._watch = Watch(graph)
+        self.backend = TorchBackend(graph, self._compile_options)
         self._invalidate()
 
     def _invalidate(self) -> None:
         """Drop what was derived from this module's submodules, because they have changed."""
-        self._variants.clear()
+        self.backend.clear()
         self._accepted: set[Any] = set()
         self.reset()
 
@@ -129,10 +130,10 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             return  # a compiler guards what it has read
         if not self._watch.check():
             self._accepted.clear()
-        if self._variants.compiled and not self._watch.same_code():
-            self._variants.clear()
+        if self._compile_options is not None and not self._watch.same_code():
+            self.backend.clear()
         if global_hooks():
-            self.generations.say(
+            self.tracker.warn(
                 "PyTorch's hooks for all modules are called for the leaves of a graph and for the UNet, not for blocks"
             )
 
@@ -154,16 +155,16 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if learning and not transformed():  # whose weights are no parameters of this module
             self._ownership.take_before_gradients(self)
-        if not self._sites or flat["sample"].is_meta:  # where no timestep can be read
-            return self._step(flat, frozenset(), no_value)[0]
+        if not self.backend.sites or flat["sample"].is_meta:  # where no timestep can be read
+            return self.backend.compute(flat, frozenset(), no_value)[0]
         if learning or differentiated(flat.values()) or (transformed() and differentiated(self.tensors().values())):
             if not self.training:
-                self.generations.say(
+                self.tracker.warn(
                     "gradients are on, so everything is computed and nothing is inherited; where none are wanted, call "
                     "under torch.no_grad()"
                 )
-            return self._step(flat, frozenset(), no_value)[0]
-        return self.generations.run(flat, self._conditioning, self._sites, self._step, self._watch.weights)
+            return self.backend.compute(flat, frozenset(), no_value)[0]
+        return self.tracker.run(flat, self._conditioning, self.backend, self._watch.weights)
 
     def whole(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if all(isinstance(size, int) for value in flat.values() for size in value.shape):
@@ -174,10 +175,10 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
                 where="argument timestep",
                 hint="export it with a timestep of shape (1,)",
             )
-        return self._step(flat, frozenset(), no_value)[0]
+        return self.backend.compute(flat, frozenset(), no_value)[0]
 
     def _accept(self, flat: Mapping[str, torch.Tensor]) -> None:
-        """Refuse a call that the graph does not cover. Calls of the same kind are checked once."""
+        """Refuse a call that the graph does not cover. Calls of the same shapes and dtypes are checked once."""
         signature = (
             arithmetic(flat["sample"].device.type),
             *((n, v.shape, v.dtype, v.device) for n, v in flat.items()),
@@ -216,10 +217,10 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         Example:
             `output, computed = unet.compute(values, reused, sample=..., timestep=..., ...); values |= computed`
         """
-        chosen = frozenset(values if reused is None else reused)
+        chosen, known_sites = frozenset(values if reused is None else reused), self.backend.sites
         for site in chosen:
-            if site not in self._sites or not (site in values or self._sites[site].bypassed):
-                known = [name for name in self._sites if name in values]
+            if site not in known_sites or not (site in values or known_sites[site].bypassed):
+                known = [name for name in known_sites if name in values]
                 raise PathError(
                     f"there is no value of a site {site!r}",
                     where="reused",
@@ -229,29 +230,14 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         flat = flatten(call, self.call_inputs())
         self._accept(flat)
         self._accept_values(flat, {site: values[site] for site in chosen if site in values})
-        output, computed = self._step(flat, chosen, values.__getitem__)
+        output, computed = self.backend.compute(flat, chosen, values.__getitem__)
         computed = apart(computed, (*flat.values(), output))
         return apart({"output": output}, values.values())["output"], computed
 
-    def _step(
-        self, flat: Mapping[str, torch.Tensor], reused: frozenset[str], value: Callable[[str], torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the output of a call that reuses some sites, and the values of the sites that it computed.
-
-        Args:
-            value: returns the value of a reused site.
-        """
-        variant = self.variant(frozenset(flat), reused)
-        result = variant(*flat.values(), *map(value, variant.meta["reads"]))
-        if not self._sites:
-            return result, {}
-        output, *computed = result
-        return output, dict(zip(variant.meta["writes"], computed, strict=True))
-
-    def _reused_sets(self, calls: Any) -> Iterable[frozenset[str]]:
+    def foreseen(self, calls: Any) -> Iterable[frozenset[str]]:
         return frozenset().union(*(variant.reused for variant in self.graph.timetable(calls).variants))
 
-    def _random(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    def random_inputs(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
         self.follow_changes()
         flat = example(self._graph, 0, False, **sizes)
         self._accept(flat)
@@ -268,7 +254,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             sites in `meta["reads"]`; it returns the output and the values of the sites in `meta["writes"]`, as one
             tuple. If the graph has no sites it returns the output.
         """
-        return self._variants.of(self, self._graph, given, reused)
+        return self.backend.module(given, reused)
 
     def compile(self, **options: Any) -> None:
         """Let `torch.compile` compile each variant when it is first run.
@@ -279,7 +265,19 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             options: options of `torch.compile`, such as `mode="max-autotune"`. There are no graph breaks, so
                 `fullgraph=True` holds.
         """
-        self._variants.compile(options)
+        self._compile_options = options
+        self.backend = TorchBackend(self._graph, options)
+
+    def reschedule(self, sites: Mapping[str, Site]) -> None:
+        """Give sites other schedules and forecasts. Generations that are under way keep theirs.
+
+        Args:
+            sites: the sites that differ, by name.
+        Raises:
+            PathError: there is no site of a name.
+        """
+        self._graph = self._graph.rescheduled(sites)
+        self.backend = self.backend.rescheduled(self._graph)
 
     @property
     def graph_module(self) -> fx.GraphModule:

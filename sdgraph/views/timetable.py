@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from ..errors import PathError, SpecError, did_you_mean
-from ..inheritance.timetable import foreseen
+from ..inheritance.plan import Plan
 from ..ir.sites import Site, live_nodes
 from ..ir.sites import sites as nodes_of_sites
 from ..ir.state import GraphState
@@ -186,54 +184,78 @@ class Timetable:
             figure.tight_layout()
 
 
-def timetable(graph: GraphState, run: SamplingRun) -> Timetable:
-    """Return the timetable of a graph: the driver's own rules, on the sizes of values instead of values.
+class GraphCosts:
+    """The backend that plans the calls of a graph: multiply-accumulates are its outputs, sizes in bytes its values.
 
     Args:
         graph: the graph.
+    """
+
+    def __init__(self, graph: GraphState) -> None:
+        self._graph, self.sites, self._nodes = graph, graph.sites, nodes_of_sites(graph.fx)
+        self._variants: dict[frozenset[str], PlannedVariant] = {}
+
+    def compute(self, inputs: None, reused: frozenset[str], read: object) -> tuple[int, dict[str, int]]:
+        """Return the multiply-accumulates of a call, and the bytes of the values that it computes."""
+        variant = self.variant(reused)
+        kept = (name for name in variant.computed if not self.sites[name].bypassed)
+        return variant.macs, {name: self._nodes[name].meta["val"].nbytes for name in kept}
+
+    def variant(self, reused: frozenset[str]) -> PlannedVariant:
+        """Return the variant for a set of reused sites, without its calls.
+
+        Args:
+            reused: the sites that the calls do not compute.
+        """
+        if reused not in self._variants:
+            seen = live_nodes(self._graph.fx, reused)
+            live = [name for name, node in self._nodes.items() if node in seen]
+            left_out = [name for name in live if name in reused]
+            self._variants[reused] = PlannedVariant(
+                (),
+                self._graph.call_macs(reused),
+                tuple(name for name in live if name not in reused),
+                tuple(name for name in left_out if not self.sites[name].bypassed),
+                tuple(name for name in left_out if self.sites[name].bypassed),
+            )
+        return self._variants[reused]
+
+
+def timetable(graph: GraphState, run: SamplingRun) -> Timetable:
+    """Return the timetable of the calls of a run.
+
+    Args:
+        graph: the graph, at whose nominal sizes costs are quoted.
         run: the sampling run.
     Raises:
         ScheduleError: a schedule does not fit the run, or the run has no calls.
     """
-    sites, nodes = graph.sites, nodes_of_sites(graph.fx)
-    variants: dict[tuple[tuple[str, ...], ...], PlannedVariant] = {}
-    of: dict[frozenset[str], tuple[tuple[str, ...], ...]] = {}
-
-    def computed(reused: frozenset[str]) -> dict[str, torch.Tensor]:
-        if reused not in of:
-            seen = live_nodes(graph.fx, reused)
-            live = [name for name, node in nodes.items() if node in seen]
-            of[reused] = kind = (
-                tuple(name for name in live if name not in reused),
-                tuple(name for name in live if name in reused and not sites[name].bypassed),
-                tuple(name for name in live if name in reused and sites[name].bypassed),
-            )
-            if kind not in variants:  # two may differ only in sites that neither needs
-                variants[kind] = PlannedVariant((), graph.call_macs(reused), *kind)
-        return {name: nodes[name].meta["val"] for name in of[reused][0] if not sites[name].bypassed}
-
-    course = foreseen(run, sites, computed, lambda reused: variants[of[reused]].macs)
-    signs = dict.fromkeys(sites, "")
-    for number, doings in enumerate(course.calls):
-        for reused in doings:
-            variant = variants[of[reused]]
-            if number not in variant.calls:
-                variant = replace(variant, calls=(*variant.calls, number))
-            variants[of[reused]] = replace(variant, reused=variant.reused | {reused})
-        for name in sites:
+    costs = GraphCosts(graph)
+    plan = Plan.of(run, costs)
+    variants: dict[PlannedVariant, PlannedVariant] = {}  # two sets may differ only in sites that no call needs
+    signs = dict.fromkeys(costs.sites, "")
+    for number, possible in enumerate(plan.calls):
+        for reused in possible:
+            plain = costs.variant(reused)
+            known = variants.get(plain, plain)
+            calls = known.calls if number in known.calls else (*known.calls, number)
+            variants[plain] = replace(known, calls=calls, reused=known.reused | {reused})
+        for name in costs.sites:
             ways = {
-                _sign(variants[of[reused]], name, name in forecast) for reused, fs in doings.items() for forecast in fs
+                _sign(costs.variant(reused), name, name in forecast)
+                for reused, forecasts in possible.items()
+                for forecast in forecasts
             }
             signs[name] += ways.pop() if len(ways) == 1 else DRIFTING
     return Timetable(
         run.supposed(),
-        sites,
+        costs.sites,
         tuple(variants.values()),
         signs,
         graph.call_macs(),
-        int(course.most),
-        int(course.least),
-        course.kept,
+        int(plan.most),
+        int(plan.least),
+        plan.kept,
         {s.name: s.nominal for s in graph.dims.symbols if s.name in NAMED},
         run.timesteps is None,
     )

@@ -17,6 +17,7 @@ from sdgraph import errors
 from sdgraph.exporters.bundle import inspect
 from sdgraph.exporters.bundle.describe import describe
 from sdgraph.exporters.onnx import export, exporter
+from sdgraph.inheritance.plan import Plan
 from sdgraph.schedules import SamplingRun
 
 from ..models import CROSS
@@ -53,7 +54,7 @@ def test_manifest_and_report(exported: Callable[..., Exported]) -> None:
     assert [each["file"] for each in said["variants"]] == ["model.onnx"]
     for name in ("config.json", "model.onnx", "model.onnx.data"):
         assert said["files"][name] == hashlib.sha256((made.directory / name).read_bytes()).hexdigest()
-    session = loaded.sessions.session(loaded.manifest.variants[0])
+    session = loaded.backend.session(loaded.manifest.variants[0])
     assert [each.shape for each in session.get_inputs()] == [
         ["batch", 4, "height", "width"],
         ["timestep_batch"],
@@ -106,8 +107,8 @@ def test_a_description_tells_of_calls_what_a_timetable_does(name: str) -> None:
     """Of exported graphs, `sdgraph inspect` says which serve which calls, without the UNet."""
     unet = inheriting(name)
     manifest = describe(unet, frozenset(), "portable", "variants", 20, 9)
-    table, course = unet.graph.timetable(9), inspect.course(manifest, SamplingRun(9))
-    for call, doings in enumerate(course.calls):
-        served = {manifest.variant_for(reused)[0].macs for reused in doings}
+    table, plan = unet.graph.timetable(9), Plan.of(SamplingRun(9), inspect.BundleCosts(manifest))
+    for call, possible in enumerate(plan.calls):
+        served = {manifest.variant_for(reused)[0].macs for reused in possible}
         assert served == {v.macs for v in table.variants if call in v.calls}
-    assert (course.least, course.most) == (table.least_macs, table.macs)
+    assert (plan.least, plan.most) == (table.least_macs, table.macs)

@@ -119,7 +119,7 @@ def test_sessions_in_several_threads(exported: Callable[..., Exported], provider
     """Several UNets over one file of weights, and several threads of each."""
     made = exported("sd15")
     loaded = [made.load(provider=provider, session_options={"intra_op_num_threads": 1}) for _ in range(2)]
-    assert [each.sessions.threads for each in loaded] == [1, 1]
+    assert [each.backend.threads for each in loaded] == [1, 1]
     calls = [call_of(made.unet, B=B, H=H, seed=B) for B in (1, 2, 3) for H in (8, 9)]
     expected = [answer(made.unet, call) for call in calls]
     results: list[tuple[int, torch.Tensor]] = []
@@ -199,7 +199,7 @@ def test_options_of_a_caller(exported: Callable[..., Exported], openvino: str, t
 def test_the_default_is_said(exported: Callable[..., Exported], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "sdgraph"):
         loaded = ORTUNet.from_pretrained(exported("sd15").directory)
-    provider = loaded.sessions.provider
+    provider = loaded.backend.provider
     assert provider in (CPU, CUDA, OPENVINO)
     assert f"on {provider} in float32, {torch.get_num_threads()} threads" in caplog.text
     assert f"ORTUNet({provider} in float32" in repr(loaded)

@@ -14,6 +14,7 @@ import torch
 
 import sdgraph
 from sdgraph.errors import CallError, ModeError
+from sdgraph.runtime.torch_backend import TorchBackend
 
 from ..models import answer, build, call_of, load_ip_adapter
 
@@ -102,7 +103,7 @@ def test_refused(name: str, changes: dict[str, Any], words: str, traced: Any, mo
     def ran(*args: Any) -> None:
         raise AssertionError("the graph ran")
 
-    monkeypatch.setattr(sdgraph.GraphUNet, "variant", ran)
+    monkeypatch.setattr(TorchBackend, "module", ran)
     with pytest.raises(CallError, match=words) as caught:
         graph(**call)
     assert caught.value.where

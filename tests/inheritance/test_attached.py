@@ -118,7 +118,7 @@ def test_two_pipelines_on_one_unet(
     pipe.unet = caching
     with sdgraph.attach(pipe), sdgraph.attach(second):
         assert torch.equal(run(caching, callback_on_step_end=between), fresh)
-    assert caching.generations.position_sources == []
+    assert caching.tracker.position_sources == []
 
 
 def test_what_cannot_be_attached(pipe: StableDiffusionPipeline) -> None:
@@ -140,7 +140,7 @@ def test_pipelines_that_exchange_processors_are_refused(name: str, caching: Grap
 def test_an_attached_pipeline_is_not_kept(pipe: StableDiffusionPipeline, caching: GraphUNet) -> None:
     other = StableDiffusionPipeline(**{**pipe.components, "unet": caching}, requires_safety_checker=False)
     sdgraph.attach(other)
-    assert len(caching.generations.position_sources) == 1
+    assert len(caching.tracker.position_sources) == 1
     del other
     gc.collect()
-    assert caching.generations.position_sources == []
+    assert caching.tracker.position_sources == []

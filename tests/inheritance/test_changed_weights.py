@@ -225,8 +225,8 @@ def test_what_did_not_change_is_inherited(made: dict[str, GraphUNet]) -> None:
     """A move to where it is, a mark on a module, a hook elsewhere: nothing is computed anew."""
     unet, text = copy.deepcopy(made["inherit"]), torch.randn(2, 5, CROSS)
     reused: list[frozenset[str]] = []
-    step = unet._step
-    unet._step = lambda flat, sites, value: reused.append(sites) or step(flat, sites, value)  # type: ignore[method-assign]
+    compute = unet.backend.compute
+    unet.backend.compute = lambda flat, sites, read: reused.append(sites) or compute(flat, sites, read)  # type: ignore[method-assign]
     with unet.expecting((900, 800, 700)):
         call(unet, 900, text)
         unet.to("cpu", torch.float32)

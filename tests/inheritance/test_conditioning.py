@@ -77,8 +77,8 @@ def test_invariants_serve_all_samples_with_one_prompt(hoisting: GraphUNet, monke
     """Keys and values depend on the prompt alone: they are computed once, whoever comes with it."""
     prompt, hoisted = torch.randn(1, 5, CROSS), frozenset(hoisting.graph.sites)
     reused: list[frozenset[str]] = []
-    variant = hoisting.variant
-    monkeypatch.setattr(hoisting, "variant", lambda given, sites: reused.append(sites) or variant(given, sites))
+    module = hoisting.backend.module
+    monkeypatch.setattr(hoisting.backend, "module", lambda given, sites: reused.append(sites) or module(given, sites))
     for loop, timestep in itertools.product((Loop(hoisting, 0, prompt), Loop(hoisting, 1, prompt)), (900, 800)):
         loop(timestep)
     assert reused == [frozenset(), *[hoisted] * 3]

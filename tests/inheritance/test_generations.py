@@ -151,7 +151,7 @@ def test_a_failed_call_ends_its_generation(caching: GraphUNet, monkeypatch: pyte
     with torch.no_grad():
         caching(**call(0, 900, prompt))
         with monkeypatch.context() as patch:
-            patch.setattr(caching, "variant", lambda *args: 1 / 0)
+            patch.setattr(caching.backend, "module", lambda *args: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 caching(**failing)
         counted = calls_that_compute(caching, monkeypatch)

@@ -64,16 +64,16 @@ def test_a_timetable_says_what_calls_do(
     unet = sdgraph.apply(whole, [InheritFeatures.deep_cache(3, 1), InheritFeatures("**.attn1", Warm(Uniform(2), 2))])
     table = unet.graph.timetable(8)
     ran: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
-    variant = unet.variant
+    module = unet.backend.module
 
     def noted(given: frozenset[str], inherited: frozenset[str] = frozenset()) -> Any:
-        made = variant(given, inherited)
+        made = module(given, inherited)
         ran.append((made.meta["writes"], made.meta["reads"]))
         return made
 
-    monkeypatch.setattr(unet, "variant", noted)
+    monkeypatch.setattr(unet.backend, "module", noted)
     run(unet, steps=8)
-    planned = {call: (v.refreshed, v.inherited) for v in table.variants for call in v.calls}
+    planned = {call: (v.computed, v.reads) for v in table.variants for call in v.calls}
     assert ran == [planned[call] for call in range(8)]
     assert table.bound == 8 * unet.graph.macs / table.macs > 1
     assert "8 calls: ■ computed □ reused · not needed" in str(table)
@@ -144,27 +144,27 @@ class Counted:
         self.macs: list[int] = []
         self.kinds: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
         self.kept: list[int] = []
-        step, variant = unet._step, unet.variant
+        compute, module = unet.backend.compute, unet.backend.module
 
         macs: dict[frozenset[str], int] = {}  # of straight-line modules: counting once is enough, and counting is slow
 
-        def counted(flat: Any, reused: frozenset[str], value: Any) -> Any:
+        def counted(flat: Any, reused: frozenset[str], read: Any) -> Any:
             if reused in macs:
-                result = step(flat, reused, value)
+                result = compute(flat, reused, read)
             else:
                 with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others are not counted
-                    result = step(flat, reused, value)
+                    result = compute(flat, reused, read)
                 macs[reused] = counter.get_total_flops() // 2
             self.macs.append(macs[reused])
             return result
 
-        def noted(given: frozenset[str], inherited: frozenset[str] = frozenset()) -> Any:
-            made = variant(given, inherited)
+        def noted(given: frozenset[str], reused: frozenset[str]) -> Any:
+            made = module(given, reused)
             self.kinds.append((made.meta.get("writes", ()), made.meta.get("reads", ())))
             return made
 
-        monkeypatch.setattr(unet, "_step", counted)
-        monkeypatch.setattr(unet, "variant", noted)
+        monkeypatch.setattr(unet.backend, "compute", counted)
+        monkeypatch.setattr(unet.backend, "module", noted)
         self.unet = unet
 
     def generate(self, scheduler: Any, text_length: int = 77, side: int = 8, batch: int = 1) -> None:
@@ -228,7 +228,7 @@ def test_a_timetable_is_what_is_computed(tiny: GraphUNet, plan: list[Any], solve
     assert len(counted.macs) == table.run.calls
     for call, (macs, (gives, takes)) in enumerate(zip(counted.macs, counted.kinds, strict=True)):
         planned = {
-            (v.macs, tuple(n for n in v.refreshed if n not in may_go), v.inherited)
+            (v.macs, tuple(n for n in v.computed if n not in may_go), v.reads)
             for v in table.variants
             if call in v.calls
         }

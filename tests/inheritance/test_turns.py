@@ -84,8 +84,10 @@ def test_one_image_after_another_with_one_prompt(inheriting: GraphUNet, monkeypa
     """Each inherits like the first, told of the calls or not."""
     prompt, timesteps = torch.randn(1, 5, CROSS), (900, 800, 700, 600)
     reused: list[bool] = []
-    variant = inheriting.variant
-    monkeypatch.setattr(inheriting, "variant", lambda given, sites: reused.append(bool(sites)) or variant(given, sites))
+    module = inheriting.backend.module
+    monkeypatch.setattr(
+        inheriting.backend, "module", lambda given, sites: reused.append(bool(sites)) or module(given, sites)
+    )
     for seed in range(2):
         loop = Loop(inheriting, seed, prompt)
         for timestep in timesteps:

@@ -91,7 +91,7 @@ def test_units_are_broadcast(pipe: StableDiffusionPipeline, run: Callable[..., t
             module.set_processor(Broadcast(2 if name.endswith("attn1") else 3))
     assert torch.equal(run(unet, steps=5), run(reference, steps=5))
     assert len(unet.graph.sites) == 30
-    assert len(unet._variants) == 4  # of the 5 steps, only two of the kinds differ: none, both, one, the other, both
+    assert len(unet.backend) == 4  # of the 5 steps, only two of the kinds differ: none, both, one, the other, both
 
 
 def inherited_output(module: torch.nn.Module, interval: int) -> None:
@@ -249,7 +249,7 @@ def test_what_no_call_needs_is_not_computed(pipe: StableDiffusionPipeline, whole
     inner = "mid_block.attentions.0.transformer_blocks.0.attn2"
     assert table.row(inner) == "■··■··■"
     assert table.row("up_blocks.3.attentions.2.transformer_blocks.0.attn2") == "■□■□■□■"
-    partial_calls = [v for v in table.variants if "up_blocks.3.resnets.2" in v.inherited]
+    partial_calls = [v for v in table.variants if "up_blocks.3.resnets.2" in v.reads]
     assert max(v.macs for v in partial_calls) == reference.graph.call_macs(["up_blocks.3.resnets.2"])
 
 

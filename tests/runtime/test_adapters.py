@@ -97,12 +97,12 @@ def test_scales_of_image_prompts_are_read_at_every_call(passes: str, dtype: torc
             seen.append(answer(unet, call))
             assert torch.equal(seen[-1], answer(graph, call)), scale
             if passes.endswith("HoistInvariants"):  # the keys of the images do not depend on the scale
-                keys = [id(value) for g in graph.generations._known.values() for (_, value), *_ in g.values.values()]
+                keys = [id(value) for g in graph.tracker._known.values() for value in g.cache.kept()]
                 assert number + 1 == len(SCALES) or (keys and kept in (None, keys))
                 kept = keys
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
     assert not traces
-    assert len(graph._variants) <= (2 if passes else 1)
+    assert len(graph.backend) <= (2 if passes else 1)
 
 
 def test_scales_of_image_prompts_in_copies(traces: list[Any]) -> None:

@@ -25,13 +25,13 @@ PLANS: dict[str, Any] = {
 def test_a_generation_builds_nothing_afterwards(plan: Any) -> None:
     unet = sdgraph.apply(build(), plan, verify=False)
     unet.warm_up(8, 12, batch=2, tokens=7, calls=6)
-    ready = len(unet._variants)
+    ready = len(unet.backend)
     assert unet.cache_bytes() == 0
     prompt = torch.randn(2, 7, unet.config.cross_attention_dim)
     with torch.no_grad(), unet.expecting(6):
         for timestep in range(600, 0, -100):
             unet(torch.randn(2, 4, 8, 12), timestep, prompt)
-    assert len(unet._variants) == ready
+    assert len(unet.backend) == ready
 
 
 def test_a_generation_under_way_goes_on() -> None:
@@ -46,7 +46,7 @@ def test_a_generation_under_way_goes_on() -> None:
                 model.warm_up(8, 8, calls=6)
             outputs.append(model(torch.ones(2, 4, 8, 12), 500, prompt).sample)
     assert torch.equal(*outputs)
-    assert len(disturbed._variants) == len(other._variants) == 2  # the second call inherited
+    assert len(disturbed.backend) == len(other.backend) == 2  # the second call inherited
 
 
 @pytest.mark.parametrize("wrong", [{"height": 0}, {"width": -8}, {"batch": 1.5}, {"tokens": "77"}, {"height": True}])

@@ -46,12 +46,12 @@ def run(settings: Settings, model: str, size: str) -> dict[str, Any]:
         flat = {"sample": call["sample"], "timestep": torch.tensor([500.0]), "encoder_hidden_states": prompt}
         sizes = running.manifest.check(flat)
         first = running.manifest.variants[0]
-        known = dict(zip(first.writes, running.sessions.run(first, flat, sizes)[1:], strict=True))
+        known = dict(zip(first.writes, running.backend.run(first, flat, sizes)[1:], strict=True))
         for one in running.manifest.variants:
             given = {**flat, **{f"reused.{site}": known[site] for site in one.reads}}
             module = inheriting.variant(frozenset(flat), frozenset(one.reads))
             methods[f"{one.file}, torch"] = partial(module, *given.values())
-            methods[f"{one.file}, ONNX Runtime"] = partial(running.sessions.run, one, given, sizes)
+            methods[f"{one.file}, ONNX Runtime"] = partial(running.backend.run, one, given, sizes)
         largest = float((methods["inherit"]() - methods["ONNX Runtime, inherit"]()).abs().max())
         samples = timing.in_turns(methods, "cpu", settings.seconds, settings.at_least)
     return {"samples": samples, "largest_difference": largest}
