@@ -111,7 +111,7 @@ class Graph(EditableGraph):
                 raise PathError(
                     f"no site {name!r}", hint=did_you_mean(name, self._sites) or f"sites: {list(self._sites)}"
                 )
-        return replace(self, _sites={**self._sites, **changed}, replays=None)
+        return replace(self, _sites={**self._sites, **changed})
 
     def timetable(self, calls: Any, **sizes: int) -> Timetable:
         """Return what each call of a generation computes, inherits, forecasts and bypasses, and what it costs.

@@ -41,6 +41,8 @@ class ORTUNet(UNetCall):
     `reset` and `cache_bytes` do the same here.
     """
 
+    backend: Sessions
+
     def __init__(self, sessions: Sessions, config: Mapping[str, Any]) -> None:
         self.backend = sessions
         self.manifest = sessions.manifest

@@ -22,8 +22,7 @@ from ..ir.guards import autocast_dtype
 from ..ir.sites import Site
 from ..schedules import SamplingRun
 from .cache import Backend, FeatureCache, apart
-from .constant import Constant
-from .lineage import Lineage
+from .history import ConditioningSnapshot, LatentHistory
 from .position import CallPosition, Expectation, PositionSource
 
 log = logging.getLogger("sdgraph")
@@ -51,18 +50,18 @@ class Generation:
         timestep: the timestep of the last call.
         thread: the thread that its calls come from.
         calls: the number of calls so far.
-        lineage: its last latents and predictions, where nothing vouches for the order.
+        latents: its last latents and predictions, where nothing vouches for the order.
         computed_with: the backend's weights and PyTorch's arithmetic that the values were computed with.
     """
 
     signature: tuple[object, ...]
-    conditioning: tuple[Constant, ...]
+    conditioning: tuple[ConditioningSnapshot, ...]
     loop: object | None
     cache: FeatureCache
     timestep: float
     thread: int = field(default_factory=threading.get_ident)
     calls: int = 0
-    lineage: Lineage = field(default_factory=Lineage)
+    latents: LatentHistory = field(default_factory=LatentHistory)
     computed_with: object = None
 
     def continues(
@@ -91,7 +90,7 @@ class Generation:
             return False
         again = position.timestep == self.timestep  # as PNDM, Heun and DPM2 have it
         if self.loop is None:
-            return self.lineage.leads_to(sample) and not (again and self.lineage.repeats(sample))
+            return self.latents.leads_to(sample) and not (again and self.latents.repeats(sample))
         return not again or (self.calls > 1 and timesteps is None)
 
     def _is_back(self, timestep: float) -> bool:
@@ -158,7 +157,7 @@ class Generation:
     def forget(self) -> None:
         """Drop values and latents, because no call can continue."""
         self.cache.clear()
-        self.lineage = Lineage()
+        self.latents = LatentHistory()
 
 
 class GenerationTracker:
@@ -197,7 +196,7 @@ class GenerationTracker:
                 return output
             cache.write(apart(computed, (*flat.values(), output)))
             if generation.loop is None and not cache.shared:
-                generation.lineage.add(flat["sample"], output)
+                generation.latents.add(flat["sample"], output)
             return apart({"output": output}, cache.kept())["output"]
 
     @contextmanager
@@ -261,7 +260,7 @@ class GenerationTracker:
         for forecast in {site.forecast for site in sites.values()}:
             if doubt := forecast.doubt(position.run):
                 self.warn(doubt)
-        constants = tuple(Constant(tensor, waits=position.loop is None) for tensor in conditioning)
+        constants = tuple(ConditioningSnapshot(tensor, waits=position.loop is None) for tensor in conditioning)
         return Generation(signature, constants, position.loop, cache, position.timestep)
 
     def _find(

@@ -76,6 +76,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 
     __module__ = "sdgraph"  # which diffusers writes into the index of a pipeline, and asks its readers to import
     _supports_gradient_checkpointing = False
+    backend: TorchBackend
 
     @checked(SourceError)
     def __init__(self, graph: Graph, report: Report | None = None) -> None:

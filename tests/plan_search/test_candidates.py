@@ -1,4 +1,4 @@
-"""Candidates: what a plan says is what the step driver does."""
+"""Candidates: what a plan says is what the driver does."""
 
 from __future__ import annotations
 
