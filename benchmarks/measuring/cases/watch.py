@@ -41,7 +41,7 @@ def run(settings: Settings, plan: str) -> dict[str, Any]:
     planned(**call)
 
     def watch() -> None:
-        planned._look()
+        planned.follow_changes()
         planned._watch.weights(True)
 
     calls = {"call": lambda: plain(**call), "watch": watch}
