@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from itertools import zip_longest
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..errors import EditError, ModeError, PathError, SdgraphError, ShapeError, SpecError, TraceError, did_you_mean
+from ..errors import EditError, PathError, SdgraphError, ShapeError, TraceError, did_you_mean
 from ..options import checked
 from ..schedules import Schedule
 from .edits import Removed
-from .guards import Guard, check_condition, probing, satisfied
+from .guards import Guard, check_condition, probing
 from .nodes import called, eliminate_dead_code, scope, values, weights_read
 from .read_only import also_read_only
 from .regions import Region, above, matching, region_at, regions_of
 from .sites import Site, bypass, sites
 from .state import GraphState
 from .tracer import Tracer, tracing
-from .variants import copy_nodes
-from .weights import Scale, Shares, alteration, described, kind
+from .weights import Shares, described
 
 
 class EditableGraph(GraphState):
@@ -55,35 +52,6 @@ class EditableGraph(GraphState):
             `graph.matching("up_blocks.-1.{resnets,attentions}.*")`
         """
         return matching(patterns, self.paths(), self.region)
-
-    def follow_weights(self) -> None:
-        """Adopt the dtype and device that the weights have been moved to since the trace, and exchanged modules.
-
-        Raises:
-            ShapeError: an exchanged module or weight does not take the values that the graph gives it.
-        """
-        self._check_editable()
-        weight = next(iter(self.parameters().values()), None)
-        if weight is None or ((weight.dtype, weight.device) == (self.dtype, self.device) and self._is_evaluated()):
-            return
-        self.dtype, self.device = weight.dtype, weight.device
-        for node in self.fx.nodes:
-            if node.op == "placeholder" and node.meta["val"] is not None and node.meta["val"].is_floating_point():
-                for key in ("val", "probe"):
-                    node.meta[key] = node.meta[key].to(self.probe_dtype(key))
-        self._meta.clear()
-        self.propagate(anew=True)
-
-    def _is_evaluated(self) -> bool:
-        """Return whether the values of nodes are those of the modules and tensors that the graph has now."""
-        for node in self.fx.nodes:
-            path = str(node.target)
-            if node.op == "get_attr" and node.meta["val"].shape != self.tensor(path).shape:
-                return False
-            evaluated = self._meta.get((path, "val")) if node.op == "call_module" else None
-            if evaluated is not None and kind(evaluated) != kind(self.module(path)):
-                return False
-        return True
 
     @checked(EditError)
     def insert(
@@ -348,89 +316,6 @@ class EditableGraph(GraphState):
             if path not in used and path not in recorded
         )
         self.weights.keep_only(used)
-
-    sweep = eliminate_dead_code  # the former name, which passes may still use
-
-    def check_no_adapters(self) -> None:
-        """Refuse a graph whose leaves are wrapped by LoRA layers, which are not part of the graph and would be lost.
-
-        Raises:
-            ModeError: there are LoRA layers.
-        """
-        for path, module in self.weights.named_modules():
-            if hasattr(module, "lora_A"):
-                raise ModeError(
-                    "LoRA is loaded, and its layers are no part of the graph",
-                    where=path,
-                    hint="unet.fuse_lora() and unet.unload_lora() first",
-                )
-
-    def check_unaltered(self) -> None:
-        """Refuse a graph whose leaves do more than their class, options and weights say, which would be lost.
-
-        Raises:
-            ModeError: there are LoRA layers, hooks, methods that were exchanged on a leaf, or leaves of a class that no
-                trace has.
-        """
-        self.check_no_adapters()
-        for path in weights_read(node for node in self.fx.nodes if node.op == "call_module"):
-            module = self.module(path)
-            what = alteration(module)
-            if not what and not type(module).__module__.startswith("torch.nn.modules.") and type(module) is not Scale:
-                what = f"the class {type(module).__name__}"
-            if what:
-                raise ModeError(
-                    f"the module was given {what} since the graph was made, which would be lost",
-                    where=path,
-                    hint="remove it, and give it to the result; or change the source UNet and call sdgraph.apply again",
-                )
-
-    def copy(self) -> Self:
-        """Return a separate graph that shares the storage of the weights; it can be edited.
-
-        Raises:
-            ModeError: there are LoRA layers.
-        """
-        self.check_no_adapters()
-        return replace(
-            self,
-            fx=copy_nodes(self.fx),
-            weights=self.weights.sharing(weights_read(self.fx.nodes)),
-            _frozen=False,
-            config=copy.deepcopy(dict(self.config)),
-            classes=dict(self.classes),
-            _sites=dict(self._sites),
-            _meta=dict(self._meta),
-        )
-
-    def at(self, **sizes: int) -> Self:
-        """Return a copy whose nominal sizes, at which costs are quoted, are others.
-
-        Args:
-            sizes: sizes of the call by symbol: batch `B`, height `H` and width `W` of the latents, length `L` of the
-                text. The others stay.
-        Raises:
-            SpecError: there is no such size, it is no whole number of at least 1, or the graph does not cover it.
-        Example:
-            `graph.at(B=2, H=64, W=96).macs`
-        """
-        symbols = {symbol.name: symbol for symbol in self.dims.symbols}
-        for name, size in sizes.items():
-            if name not in symbols:
-                hint = f"sizes of this UNet's calls: {', '.join(symbols)}"
-                raise SpecError(f"there is no size {name!r} in a call", where="sizes", hint=hint)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise SpecError(f"{name} is {size!r}", where="sizes", hint="a whole number of at least 1")
-        nominal = {name: sizes.get(name, symbol.nominal) for name, symbol in symbols.items()}
-        for guard in self.guards:
-            if not satisfied(guard, nominal):
-                wanted = guard.condition if guard.outcome else f"not {guard.condition}"
-                raise SpecError(f"this graph is for calls with {wanted}", where=guard.where, hint="choose other sizes")
-        copied = self.copy()
-        if sizes:
-            changed = tuple(replace(symbol, nominal=nominal[name]) for name, symbol in symbols.items())
-            copied.evaluate_at(probing(self.guards, changed, len(self.config.get("down_block_types", ()))))
-        return copied
 
     def _own_region(self, region: Region | str) -> Region:
         if isinstance(region, str):

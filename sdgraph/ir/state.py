@@ -1,27 +1,30 @@
-"""What a graph is: nodes, their values at two calls, weights, sizes, sites. Reading and evaluating, no editing."""
+"""The state of a graph, which is read and evaluated: nodes, their values at two calls, weights, sizes, sites."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import networkx as nx
 import torch
 from torch import nn
+from torch.fx import map_arg
 
-from ..errors import EditError, PathError, did_you_mean
+from ..errors import EditError, ModeError, PathError, SdgraphError, ShapeError, SpecError, did_you_mean
 from ..options import checked
 from .decisions import Applied, Decisions
 from .dims import Dims, Symbol
 from .edits import Removed
-from .evaluation import evaluate, infer, propagate
-from .guards import Guard, raised
+from .evaluation import SIGNS, Operation, computed, edit_counts, value_kinds
+from .guards import Guard, probing, raised, satisfied
 from .inputs import Input, example_of
-from .nodes import ancestors, count_macs, scope, values
+from .nodes import ancestors, called, count_macs, residual_like, scope, values, weights_read
 from .sites import Site, changing_nodes, live_nodes, sites
-from .weights import Shares, Weights, kind
+from .variants import copy_nodes
+from .weights import Scale, Shares, Weights, alteration, kind, meta_like, on_meta
 
 
 @dataclass
@@ -161,8 +164,33 @@ class GraphState:
 
         Raises:
             ShapeError: the operation does not accept its inputs.
+            EditError: the operation edits a tensor in place.
         """
-        infer(self, node)
+        node.meta.pop("macs", None)
+        node.meta["evaluated"] = Operation.of(node)
+        before = edit_counts(node)
+        for key in ("val", "probe"):
+            try:
+                node.meta[key] = computed(*self._call(node, key))
+            except SdgraphError:
+                raise
+            except Exception as error:
+                shapes = ", ".join(f"{n.name}: {self.shape(n)}" for n in node.all_input_nodes)
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise ShapeError(
+                    f"{called(node)} cannot take {shapes or 'its arguments'}: {reason}",
+                    where=f"{scope(node) or '(top level)'}, node {node.name}",
+                    hint="the shapes on both sides must agree at every size of the call",
+                ) from error
+        if edit_counts(node) != before:
+            raise EditError(
+                f"{called(node)} edits a tensor in place",
+                where=f"{scope(node) or '(top level)'}, node {node.name}",
+                hint="use the form that returns a new tensor",
+            )
+        nominal, generic = values(node)
+        if isinstance(nominal, int | float) and not isinstance(nominal, bool):
+            node.meta["size"] = self._size(node, nominal, generic)
 
     def probe_dtype(self, key: str) -> torch.dtype:
         """Return the floating dtype of an evaluation: the source's for "val", another one for "probe"."""
@@ -178,7 +206,78 @@ class GraphState:
         Raises:
             ShapeError: an operation does not accept its inputs; the error names the first such node.
         """
-        propagate(self, anew)
+        changed: set[torch.fx.Node] = set()
+        residuals = {i.name for i in self.inputs if i.shape is None}
+        shaped: set[torch.fx.Node] = set()
+        for node in self.fx.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            for arg in node.all_input_nodes:
+                if arg.op == "placeholder" and arg.name in residuals and arg not in shaped:
+                    # Shaped anew, for what it is added to may have changed.
+                    other = next(n for n in node.all_input_nodes if n is not arg)
+                    shaped.add(arg)
+                    if arg.meta["val"] is None or value_kinds(arg) != value_kinds(other):
+                        changed.add(arg)
+                        residual_like(arg, other)
+            current = not anew and node.meta.get("evaluated") == Operation.of(node)
+            if current and changed.isdisjoint(node.all_input_nodes):
+                continue
+            before = value_kinds(node) if "val" in node.meta else None
+            self.infer(node)
+            if before != value_kinds(node):
+                changed.add(node)
+
+    def evaluate(self, node: torch.fx.Node, key: str) -> Any:
+        """Return the value of a node, computed from the values of its inputs.
+
+        Args:
+            key: "val" for the nominal sizes, "probe" for the generic ones.
+        """
+        code, args, kwargs = self._call(node, key)
+        with torch.no_grad():
+            return code(*args, **kwargs)
+
+    def evaluate_elsewhere(self, node: torch.fx.Node, value: Callable[[torch.fx.Node], Any]) -> Any:
+        """Return the value of a node at sizes that are neither nominal nor generic; None if it has none there.
+
+        Args:
+            value: returns the values of its inputs there, which are not None.
+        """
+        try:
+            return computed(*self._call(node, "val", value))
+        except Exception:  # whatever an operation raises at sizes that it does not take
+            return None
+
+    def _call(
+        self, node: torch.fx.Node, key: str, value: Callable[[torch.fx.Node], Any] | None = None
+    ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """Return the callable of a node and its arguments: its inputs' values by a key, or as `value` returns them."""
+        given = (lambda n: n.meta[key]) if value is None else value
+        args, kwargs = map_arg(node.args, given), map_arg(node.kwargs, given)
+        if node.op == "call_module":
+            return self._meta_module(str(node.target), key).forward, args, kwargs
+        if node.op == "call_function":
+            return node.target, args, kwargs  # type: ignore[return-value]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target)), args[1:], kwargs
+        if node.op == "get_attr":
+            return meta_like, (self.tensor(str(node.target)), self.probe_dtype(key)), {}
+        raise EditError(f"a {node.op} node cannot be evaluated", where=node.name)
+
+    def _size(self, node: torch.fx.Node, nominal: Any, generic: Any) -> str | None:
+        """Return a number as an expression in the call's sizes: sizes are recognised, arithmetic is composed."""
+        if node.op == "call_method":
+            return self.dims.name(nominal, generic)
+        sides = [a.meta.get("size") if isinstance(a, torch.fx.Node) else repr(a) for a in node.args]
+        if node.target not in SIGNS or None in sides:
+            return None
+        return f"({sides[0]} {SIGNS[node.target]} {sides[1]})"
+
+    def _meta_module(self, path: str, key: str) -> nn.Module:
+        if (path, key) not in self._meta:
+            self._meta[path, key] = on_meta(self.module(path), self.probe_dtype(key))
+        return self._meta[path, key]
 
     def module(self, path: str) -> nn.Module:
         """Return the leaf module at a path.
@@ -321,5 +420,115 @@ class GraphState:
             raise EditError(f"{node!r} is no node", where="macs_of", hint="pass one of graph.nodes")
         if "macs" not in node.meta:
             module = self.module(str(node.target)) if node.op == "call_module" else None
-            node.meta["macs"] = count_macs(node, module, lambda: evaluate(self, node, "val"))
+            node.meta["macs"] = count_macs(node, module, lambda: self.evaluate(node, "val"))
         return int(node.meta["macs"])
+
+    def follow_weights(self) -> None:
+        """Adopt the dtype and device that the weights have been moved to since the trace, and exchanged modules.
+
+        Raises:
+            ShapeError: an exchanged module or weight does not take the values that the graph gives it.
+        """
+        self._check_editable()
+        weight = next(iter(self.parameters().values()), None)
+        if weight is None or ((weight.dtype, weight.device) == (self.dtype, self.device) and self._is_evaluated()):
+            return
+        self.dtype, self.device = weight.dtype, weight.device
+        for node in self.fx.nodes:
+            if node.op == "placeholder" and node.meta["val"] is not None and node.meta["val"].is_floating_point():
+                for key in ("val", "probe"):
+                    node.meta[key] = node.meta[key].to(self.probe_dtype(key))
+        self._meta.clear()
+        self.propagate(anew=True)
+
+    def _is_evaluated(self) -> bool:
+        """Return whether the values of nodes are those of the modules and tensors that the graph has now."""
+        for node in self.fx.nodes:
+            path = str(node.target)
+            if node.op == "get_attr" and node.meta["val"].shape != self.tensor(path).shape:
+                return False
+            evaluated = self._meta.get((path, "val")) if node.op == "call_module" else None
+            if evaluated is not None and kind(evaluated) != kind(self.module(path)):
+                return False
+        return True
+
+    def check_no_adapters(self) -> None:
+        """Refuse a graph whose leaves are wrapped by LoRA layers, which are not part of the graph and would be lost.
+
+        Raises:
+            ModeError: there are LoRA layers.
+        """
+        for path, module in self.weights.named_modules():
+            if hasattr(module, "lora_A"):
+                raise ModeError(
+                    "LoRA is loaded, and its layers are no part of the graph",
+                    where=path,
+                    hint="unet.fuse_lora() and unet.unload_lora() first",
+                )
+
+    def check_unaltered(self) -> None:
+        """Refuse a graph whose leaves do more than their class, options and weights say, which would be lost.
+
+        Raises:
+            ModeError: there are LoRA layers, hooks, methods that were exchanged on a leaf, or leaves of a class that no
+                trace has.
+        """
+        self.check_no_adapters()
+        for path in weights_read(node for node in self.fx.nodes if node.op == "call_module"):
+            module = self.module(path)
+            what = alteration(module)
+            if not what and not type(module).__module__.startswith("torch.nn.modules.") and type(module) is not Scale:
+                what = f"the class {type(module).__name__}"
+            if what:
+                raise ModeError(
+                    f"the module was given {what} since the graph was made, which would be lost",
+                    where=path,
+                    hint="remove it, and give it to the result; or change the source UNet and call sdgraph.apply again",
+                )
+
+    def copy(self) -> Self:
+        """Return a separate graph that shares the storage of the weights; it can be edited.
+
+        Raises:
+            ModeError: there are LoRA layers.
+        """
+        self.check_no_adapters()
+        return replace(
+            self,
+            fx=copy_nodes(self.fx),
+            weights=self.weights.sharing(weights_read(self.fx.nodes)),
+            _frozen=False,
+            config=copy.deepcopy(dict(self.config)),
+            classes=dict(self.classes),
+            _sites=dict(self._sites),
+            _meta=dict(self._meta),
+        )
+
+    def at(self, **sizes: int) -> Self:
+        """Return a copy whose nominal sizes, at which costs are quoted, are others.
+
+        Args:
+            sizes: sizes of the call by symbol: batch `B`, height `H` and width `W` of the latents, length `L` of the
+                text. The others stay.
+        Raises:
+            SpecError: there is no such size, it is no whole number of at least 1, or the graph does not cover it.
+        Example:
+            `graph.at(B=2, H=64, W=96).macs`
+        """
+        symbols = {symbol.name: symbol for symbol in self.dims.symbols}
+        for name, size in sizes.items():
+            if name not in symbols:
+                hint = f"sizes of this UNet's calls: {', '.join(symbols)}"
+                raise SpecError(f"there is no size {name!r} in a call", where="sizes", hint=hint)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise SpecError(f"{name} is {size!r}", where="sizes", hint="a whole number of at least 1")
+        nominal = {name: sizes.get(name, symbol.nominal) for name, symbol in symbols.items()}
+        for guard in self.guards:
+            if not satisfied(guard, nominal):
+                wanted = guard.condition if guard.outcome else f"not {guard.condition}"
+                raise SpecError(f"this graph is for calls with {wanted}", where=guard.where, hint="choose other sizes")
+        copied = self.copy()
+        if sizes:
+            changed = tuple(replace(symbol, nominal=nominal[name]) for name, symbol in symbols.items())
+            copied.evaluate_at(probing(self.guards, changed, len(self.config.get("down_block_types", ()))))
+        return copied

@@ -27,7 +27,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..errors import EditError, ShapeError, SpecError, TraceError
 from . import guards
 from .dims import Probe, evaluate
-from .evaluation import elsewhere
 from .guards import EQUIVALENT_BRANCHES, Guard, calling_line
 from .nodes import residual_like, values
 from .state import GraphState
@@ -455,7 +454,7 @@ class Tracer(fx.proxy.TracerBase):
                 inputs = [self._at(scale, known, arg) for arg in created.all_input_nodes]
                 there = dict(zip(created.all_input_nodes, inputs, strict=True))
                 missing = any(value is None for value in inputs)
-                known[created] = None if missing else elsewhere(self.owner, created, there.__getitem__)
+                known[created] = None if missing else self.owner.evaluate_elsewhere(created, there.__getitem__)
             value = known.get(node)
             if value is not None and read(value) != read(node.meta["val"]):
                 return False
