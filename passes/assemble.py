@@ -44,7 +44,7 @@ class Assemble(Pass):
 
     def run(self, graph: Graph) -> Findings:
         regions = graph.decide(f"weights from {self.source}", self._take, graph)
-        return Findings(edits=tuple(f"{path} has its weights from {self.source}" for path in regions))
+        return Findings(notes=tuple(f"{path} has its weights from {self.source}" for path in regions))
 
     def _take(self, graph: Graph) -> list[str]:
         unet = GraphUNet.from_pretrained(self.source).to(graph.device, graph.dtype)

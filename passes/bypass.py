@@ -44,9 +44,9 @@ class Bypass(Pass):
             outer = next((other for other in paths if path.startswith(f"{other}.")), None)
             if outer is not None:
                 raise EditError(f"the site {path} is within the site {outer}", where=path, hint="name one of them")
-        edits = []
+        notes = []
         for path in reversed(paths):  # the latest first, so that replacing values are those of the source
             names = graph.bypass(path, self.schedule)
             left = graph.call_macs(names) / graph.call_macs()
-            edits.append(f"{path} is bypassed: {left:.1%} of the multiply-accumulates are left without it")
-        return Findings(edits=tuple(reversed(edits)))
+            notes.append(f"{path} is bypassed: {left:.1%} of the multiply-accumulates are left without it")
+        return Findings(notes=tuple(reversed(notes)))

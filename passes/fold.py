@@ -9,12 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph import Contract, Graph, Pass
 from sdgraph.errors import EditError
 
 from .composed import Layer, branches, multiplied, product, summed
 
 KERNELS: Mapping[Any, Any] = {product: multiplied, branches: summed}
+
+
+def no_layer_is_composed(graph: Graph) -> list[fx.Node]:
+    """No kernel is composed of several parameters."""
+    return [node for node in graph.nodes if node.target in KERNELS]
 
 
 @dataclass(frozen=True)
@@ -34,33 +39,26 @@ class Fold(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.CLOSE
+    postconditions = (no_layer_is_composed,)
 
-    def run(self, graph: Graph) -> Findings:
-        composed = [node for node in graph.nodes if node.target in KERNELS]
+    def run(self, graph: Graph) -> None:
+        composed = no_layer_is_composed(graph)
         layers = [_plain(graph, node) for node in composed]  # all, before any takes the names of its parameters
         first: dict[tuple[str, ...], str] = {}
-        edits = []
         for node, layer in zip(composed, layers, strict=True):
-            path, read = _path(node), _read(node)
-            call = graph.insert(layer, node.args[0], before=node.next, path=path, leaving=[node, *read])
-            graph.rewire(node, call)
+            path, read = graph.module_path(node), _read(graph, node)
+            call = graph.replace(node, layer, node.args[0], leaving=read)
             shared = first.setdefault(tuple(str(tensor.target) for tensor in read), path)
             if shared != path:
                 graph.share(call, shared)
-            edits.append(f"{path}: folded")
-        return Findings(edits=tuple(edits))
 
 
-def _path(node: fx.Node) -> str:
-    return str(next(reversed(node.meta["nn_module_stack"])))
-
-
-def _read(node: fx.Node) -> list[fx.Node]:
+def _read(graph: Graph, node: fx.Node) -> list[fx.Node]:
     """Return the nodes of the parameters of a composed layer."""
     read: list[Any] = [argument for argument in node.args[1:-1] if argument is not None]
     for tensor in read:
         if tensor.op != "get_attr":
-            path = _path(node)
+            path = graph.module_path(node)
             raise EditError(
                 f"{path} cannot be folded: {tensor.name} was put in the place of one of its parameters",
                 where=path,
@@ -72,7 +70,7 @@ def _read(node: fx.Node) -> list[fx.Node]:
 def _plain(graph: Graph, node: fx.Node) -> Layer:
     """Return the plain layer that computes the same as a composed one."""
     options: Any = node.args[-1]
-    targets = {tensor: graph.tensor(str(tensor.target)) for tensor in _read(node)}
+    targets = {tensor: graph.tensor(str(tensor.target)) for tensor in _read(graph, node)}
     *parts, bias = (None if argument is None else targets[argument] for argument in node.args[1:-1])  # type: ignore[index]
     with torch.no_grad():
         kernel: Tensor = KERNELS[node.target](*parts, 1 if options is None else options[3])

@@ -63,11 +63,11 @@ class GRIAttention(Pass):
                 raise EditError(
                     f"no self-attention at level {level}", where="GRIAttention", hint=f"there is some at {known}"
                 )
-        edits: list[str] = []
+        notes: list[str] = []
         misses: list[NearMiss] = []
         device = next(graph.weights.parameters()).device
         for attention, tokens, level in attentions:
-            path = list(attention.meta["nn_module_stack"])[-1]
+            path = graph.module_path(attention)
             if level not in self.levels:
                 continue
             height, width = tokens.meta["val"].shape[-2:]
@@ -75,13 +75,11 @@ class GRIAttention(Pass):
                 misses.append(NearMiss(path, f"a window of {self.window} holds the whole map of {height}x{width}"))
                 continue
             before = graph.call_macs()
-            shift = self.shift if len(edits) % 2 else 0
+            shift = self.shift if len(notes) % 2 else 0
             module = GlobalRegional(attention, self.window, self.pool, shift, self.variant, device)
-            output = graph.insert(module, *attention.args[:3], tokens, before=attention, path=f"{path}.interaction")
-            graph.rewire(attention, output)
-            graph.eliminate_dead_code()
-            edits.append(f"{path}: {graph.call_macs() / before:.1%} of the multiply-accumulates are left")
-        return Findings(edits=tuple(edits), near_misses=tuple(misses))
+            graph.replace(attention, module, *attention.args[:3], tokens, path=f"{path}.interaction")
+            notes.append(f"{path}: {graph.call_macs() / before:.1%} of the multiply-accumulates are left")
+        return Findings(tuple(misses), tuple(notes))
 
 
 class GlobalRegional(nn.Module):
@@ -116,7 +114,7 @@ def self_attentions(graph: Graph) -> list[tuple[fx.Node, fx.Node, int]]:
     for node in graph.nodes:
         if node.target is not F.scaled_dot_product_attention:
             continue
-        path = next(reversed(node.meta.get("nn_module_stack", {"": 0})))
+        path = graph.module_path(node)
         transformer, inside, _ = path.partition(".transformer_blocks.")
         queries: Any = node.args[0]
         keys: Any = node.args[1]

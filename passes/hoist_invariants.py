@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from sdgraph import Contract, Findings, Graph, Pass, inherit
+from sdgraph import Contract, Graph, Pass, inherit
 from sdgraph.schedules import Once
 
 ONCE = Once()
@@ -25,7 +25,7 @@ class HoistInvariants(Pass):
 
     contract: ClassVar[Contract] = Contract.EXACT
 
-    def run(self, graph: Graph) -> Findings:
+    def run(self, graph: Graph) -> None:
         changing = graph.changing_nodes()
         invariants = [
             node
@@ -35,7 +35,6 @@ class HoistInvariants(Pass):
             and isinstance(node.meta["val"], torch.Tensor)
             and any(user in changing or user.op == "output" for user in node.users)
         ]
-        edits: list[str] = []
         names = set(graph.sites)
         for node in invariants:
             source = _costly(graph, node)
@@ -44,8 +43,6 @@ class HoistInvariants(Pass):
                 name = stem if stem not in names else f"{stem}:{source.name}"
                 names.add(name)
                 graph.inherit(node, name, ONCE)
-                edits.append(f"{name} is computed once per generation")
-        return Findings(edits=tuple(edits))
 
 
 def _costly(graph: Graph, node: fx.Node) -> fx.Node | None:

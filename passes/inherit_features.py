@@ -139,7 +139,7 @@ class InheritFeatures(Pass):
             for other in (*paths, *kept):
                 if path.startswith(f"{other}."):
                     raise EditError(f"the site {path} is within the site {other}", where=path, hint="name one of them")
-        edits = []
+        notes = []
         for path in paths:
             values = self._values(graph, graph.region(path))
             names = [path if i == 0 else f"{path}[{i}]" for i in range(len(values))]
@@ -153,8 +153,8 @@ class InheritFeatures(Pass):
                     "inheriting this leaves nothing out: all that it is computed from serves something else as well",
                     where=path, hint="another site",
                 )  # fmt: skip
-            edits.append(f"{path} is inherited: {after / before:.1%} of the multiply-accumulates are left without it")
-        return Findings(edits=tuple(edits))
+            notes.append(f"{path} is inherited: {after / before:.1%} of the multiply-accumulates are left without it")
+        return Findings(notes=tuple(notes))
 
     def _values(self, graph: Graph, region: Region) -> tuple[fx.Node, ...]:
         if self.part == "entry":

@@ -82,7 +82,7 @@ class MECondConv(Pass):
                 "no convolutions were pruned from this graph", where="MECondConv",
                 hint="apply it together with PruneBlocks, after it; or donors='copies'",
             )  # fmt: skip
-        edits = []
+        notes = []
         for node in self._targets(graph):
             path = str(node.target)
             conv = _conv(graph, path)
@@ -101,14 +101,12 @@ class MECondConv(Pass):
                 module = LowRankConv2d(convs, self.experts, width, self.gate, self.temperature, self.rank)
             else:
                 module = ConditionalConv2d(convs, self.experts, width, self.gate, self.temperature)
-            output = graph.insert(module, node.args[0], *routed_by, before=node.next, path=path, leaving=[node])
-            graph.rewire(node, output)
-            graph.eliminate_dead_code()
+            graph.replace(node, module, node.args[0], *routed_by, path=path)
             parts = self.experts - len(convs)
             names = ", ".join(donor.path for donor in donors)
-            origins = [f"experts from {names}"] * bool(donors) + [f"{parts} parts of its own"] * bool(parts)
-            edits.append(f"{path}: {' and '.join(origins)}")
-        return Findings(edits=tuple(edits))
+            origins = [f"experts from {names}"] * bool(donors) + [f"{parts} slices of its kernel"] * bool(parts)
+            notes.append(f"{path}: {' and '.join(origins)}")
+        return Findings(notes=tuple(notes))
 
     def _targets(self, graph: Graph) -> list[fx.Node]:
         paths = graph.matching(self.where) if self.where else _next_to_removed(graph)

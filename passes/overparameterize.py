@@ -49,7 +49,7 @@ class Overparameterize(Pass):
 
     def run(self, graph: Graph) -> Findings:
         calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
-        edits = []
+        notes = []
         for path in graph.matching(self.where):
             layer = graph.module(path) if path in calls else None
             if not isinstance(layer, nn.Conv2d | nn.Linear):
@@ -61,9 +61,8 @@ class Overparameterize(Pass):
                 )
             if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
                 raise EditError(f"{path} pads with other than zeros", where=path, hint="leave it out")
-            node = calls[path]
             module = KINDS[self.kind](layer)
-            graph.rewire(node, graph.insert(module, node.args[0], before=node.next, path=path, leaving=[node]))
+            graph.replace(calls[path], module, path=path)
             added = sum(p.numel() for p in module.parameters()) - sum(p.numel() for p in layer.parameters())
-            edits.append(f"{path}: {added} more parameters")
-        return Findings(edits=tuple(edits))
+            notes.append(f"{path}: {added} more parameters")
+        return Findings(notes=tuple(notes))

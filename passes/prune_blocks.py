@@ -11,7 +11,7 @@ from typing import ClassVar
 import networkx as nx
 import torch
 
-from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph import Contract, Graph, Pass
 from sdgraph.errors import EditError, PathError, SpecError, did_you_mean
 from sdgraph.options import Paths
 
@@ -51,11 +51,9 @@ class PruneBlocks(Pass):
             hint = did_you_mean(blocks, PRESETS) or f"presets: {', '.join(PRESETS)}; or module paths"
             raise SpecError(f"no preset {blocks!r}", where="PruneBlocks", hint=hint)
 
-    def run(self, graph: Graph) -> Findings:
-        paths = self._paths(graph)
-        for path in paths:
+    def run(self, graph: Graph) -> None:
+        for path in self._paths(graph):
             graph.bypass(path)
-        return Findings(edits=tuple(f"removed {path}" for path in paths))
 
     def stages(self, graph: Graph) -> tuple[PruneBlocks, ...]:
         """Return the same removals as several passes, which can be trained apart.
@@ -77,7 +75,7 @@ class PruneBlocks(Pass):
             entry = graph.region(path).main_input
             if entry is not None and entry.target is torch.cat:
                 for skip in entry.all_input_nodes[1:]:
-                    together.add_edge(block, _origin(skip) or block)
+                    together.add_edge(block, _origin(graph, skip) or block)
             if path == block:
                 place = order.index(block)
                 for side in (order[place::-1], order[place:]):
@@ -98,9 +96,9 @@ def _block(path: str) -> str:
     return match[0] if match else ""
 
 
-def _origin(skip: torch.fx.Node) -> str:
+def _origin(graph: Graph, skip: torch.fx.Node) -> str:
     """Return the block that a skip connection comes from, "" if it comes from none."""
-    while not (block := _block(next(iter(skip.meta.get("nn_module_stack", {})), ""))) and skip.all_input_nodes:
+    while not (block := _block(graph.module_path(skip))) and skip.all_input_nodes:
         skip = skip.all_input_nodes[0]  # past the sum with a ControlNet's residual
     return block
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph import Contract, Graph, Pass
 from sdgraph.errors import EditError, SpecError
 from sdgraph.options import Count, Index, Paths, Text
 
@@ -59,12 +59,11 @@ class ShareWeights(Pass):
         """
         return cls(among=among, count=count)
 
-    def run(self, graph: Graph) -> Findings:
+    def run(self, graph: Graph) -> None:
         groups = [graph.matching(group) for group in self.groups]
         if self.among:
             groups = graph.decide("groups of similar regions", self._proposed, graph)
         _check_apart(groups)
-        edits = []
         for group in groups:
             first, *others = group
             if not others:
@@ -75,8 +74,6 @@ class ShareWeights(Pass):
                 _check_alike(graph, first, shared, path, own)
                 for name, node in own.items():
                     graph.share(node, str(shared[name].target))
-                edits.append(f"{path} uses the weights of {first}")
-        return Findings(edits=tuple(edits))
 
     def _proposed(self, graph: Graph) -> list[list[str]]:
         leaves = {path: _leaves(graph, path) for path in graph.matching(self.among)}
@@ -120,7 +117,7 @@ def _leaves(graph: Graph, path: str) -> dict[str, fx.Node]:
         if "Norm" in graph.classes.get(target if node.op == "call_module" else target.rpartition(".")[0], ""):
             continue
         if target in users or not f"{target}.".startswith(f"{path}."):
-            other = next(reversed(users[target].meta["nn_module_stack"])) if target in users else target
+            other = graph.module_path(users[target]) if target in users else target
             raise EditError(
                 f"{path} and {other} share weights already", where=path, hint="name all regions in one group, once"
             )

@@ -16,11 +16,9 @@ class SdgraphError(Exception):
         what: what is wrong, in one sentence.
         where: the module path, node, argument or file that the error is about.
         hint: what the caller can do about it.
-        cure: the former name of `hint`, for passes that were written with it.
     """
 
-    def __init__(self, what: str, *, where: str = "", hint: str = "", cure: str = "") -> None:
-        hint = hint or cure
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
         lines = [what]
         if where:
@@ -84,8 +82,12 @@ class OrderError(PassError):
     """The passes are in an order that one of them forbids."""
 
 
+class PreconditionError(PassError):
+    """The graph does not satisfy a precondition of a pass."""
+
+
 class ContractError(PassError):
-    """A pass broke a structural invariant of the graph, or its own numeric contract."""
+    """A pass broke an invariant of the graph, a postcondition, or its numeric contract."""
 
 
 class ModeError(SdgraphError, AttributeError):

@@ -11,6 +11,7 @@ from .evaluation.evaluate import Evaluation, evaluate
 from .frontend.capture import trace, trace_code
 from .graph import Graph
 from .inheritance.attach import attach
+from .ir.edits import Edit
 from .ir.regions import Region
 from .ir.sites import Site, inherit
 from .ir.variants import per_call
@@ -24,6 +25,7 @@ from .tuning.tune import tune
 __all__ = [
     "Chain",
     "Contract",
+    "Edit",
     "Evaluation",
     "Example",
     "Findings",

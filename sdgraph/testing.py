@@ -11,6 +11,7 @@ from .compiler.rewrite import Rewrite
 from .compiler.runner import run_pass
 from .errors import ContractError, NoChangeError, SdgraphError, SpecError
 from .frontend.capture import trace_code, undisturbed
+from .ir.verify import check_invariants
 from .options import checked
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
@@ -40,6 +41,7 @@ def check(one: Pass, unet: Any = None, *, export: bool = False) -> GraphUNet | N
     if unet is None:
         return None
     changed = apply(unet, [one])
+    check_invariants(changed.graph)
     if export:
         export_unet = importlib.import_module("sdgraph.exporters.onnx").export
         with tempfile.TemporaryDirectory() as folder:

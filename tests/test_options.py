@@ -322,7 +322,7 @@ def test_every_argument_of_every_preset_is_right_or_refused_by_name(spec: type[S
         (lambda: MECondConv(routing="timesteps"), "did you mean 'timestep'"),
         (lambda: ShareWeights("mid_block.*"), "groups is 'mid_block"),
         (lambda: Assemble("mid_block"), "source is ''"),
-        (lambda: sdgraph.Chain((CleanUp(),), repeat=0), "repeat is 0"),
+        (lambda: sdgraph.Fixpoint((CleanUp(),), repeat=0), "repeat is 0"),
         (lambda: sdgraph.Chain(3), "is not a pass"),
         (lambda: Output(weight=-1), "weight is -1"),
         (lambda: Output(weight=math.nan), "weight is nan"),

@@ -186,7 +186,4 @@ class PooledKeys(sdgraph.Pass):
 
         for node, tokens, level in self_attentions(graph):
             if level in self.levels:
-                path = list(node.meta["nn_module_stack"])[-1]
-                output = graph.insert(code, *node.args[:3], tokens, before=node, path=path)
-                graph.rewire(node, output)
-        graph.eliminate_dead_code()
+                graph.replace(node, code, *node.args[:3], tokens)

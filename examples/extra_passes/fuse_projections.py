@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph import Contract, Graph, Pass
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,13 @@ class FuseProjections(Pass):
 
     contract: ClassVar[Contract] = Contract.CLOSE
 
-    def run(self, graph: Graph) -> Findings:
-        edits = []
+    def run(self, graph: Graph) -> None:
         for path, region in graph.regions().items():
             if region.source_class != "Attention":
                 continue
             for tokens, projections in self.projections_by_tokens(graph, path).items():
                 linear = StackedLinear([graph.module(str(node.target)) for node in projections])
-                outputs = graph.insert(linear, tokens, path=f"{path}.to_{len(projections)}")
-                for projection, output in zip(projections, outputs, strict=True):
-                    graph.rewire(projection, output)
-                edits.append(f"{path}: fused {len(projections)} projections")
-        return Findings(tuple(edits))
+                graph.replace(tuple(projections), linear, tokens, path=f"{path}.to_{len(projections)}")
 
     def projections_by_tokens(self, graph: Graph, path: str) -> dict[fx.Node, list[fx.Node]]:
         """Return the projections of an attention by the tokens that they read, where several read the same tokens."""

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from sdgraph import Contract, Findings, Graph, Pass
+from sdgraph import Contract, Graph, Pass
 from sdgraph.errors import EditError
 from sdgraph.options import Bounds
 
@@ -35,7 +35,7 @@ class MergeTokens(Pass):
     contract: ClassVar[Contract] = Contract.APPROXIMATE
     ratio: Annotated[float, Bounds(gt=0, le=0.5)] = 0.5
 
-    def run(self, graph: Graph) -> Findings:
+    def run(self, graph: Graph) -> None:
         regions = [graph.region(path) for path in graph.paths() if path.endswith(".attn1")]
         regions = [region for region in regions if len(region.inputs) == 1]  # others attend to the text as well
         if not regions:
@@ -49,7 +49,6 @@ class MergeTokens(Pass):
             graph.insert_after(region.output, unmerge, places)
             for node in region.nodes:
                 node.replace_input_with(tokens, merged)
-        return Findings(tuple(region.path for region in largest))
 
     def merge(self, tokens: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Merge tokens (B, H·W, C) of an image (B, C, H, W).

@@ -31,7 +31,7 @@ class SeparateConvs(Pass):
     where: Paths = "**.{conv1,conv2}"
 
     def run(self, graph: Graph) -> Findings:
-        edits, misses = [], []
+        misses, notes = [], []
         for path in graph.matching(self.where):
             conv = graph.module(path)
             rank = graph.decide(path, self.rank, conv)
@@ -40,8 +40,8 @@ class SeparateConvs(Pass):
                 misses.append(NearMiss(path, f"rank {rank} would cost more"))
                 continue
             graph.replace(path, Separable(conv, rank))
-            edits.append(f"{path}: rank {rank}, {graph.region(path).macs / before:.0%} of the multiply-accumulates")
-        return Findings(tuple(edits), tuple(misses))
+            notes.append(f"{path}: rank {rank}, {graph.region(path).macs / before:.0%} of the multiply-accumulates")
+        return Findings(tuple(misses), tuple(notes))
 
     def rank(self, conv: Any) -> int:
         """Return the smallest rank that keeps the energy."""

@@ -135,7 +135,8 @@ def _lowered(unet: GraphUNet) -> tuple[GraphUNet, dict[str, int]]:
 
     lowered = sdgraph.apply(unet, ("CleanUp", *ALL), verify=False)  # the export is checked, as a whole
     reports = lowered.report.passes[-len(ALL) :]
-    return lowered, {type(lowering).__name__: len(report.edits) for lowering, report in zip(ALL, reports, strict=True)}
+    counts = [sum(edit.kind == "replaced" for edit in report.edits) for report in reports]
+    return lowered, {type(lowering).__name__: count for lowering, count in zip(ALL, counts, strict=True)}
 
 
 def _export(

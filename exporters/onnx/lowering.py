@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sdgraph import Contract, Findings, Graph, Pass
-from sdgraph.compiler.report import NearMiss
+from sdgraph import Contract, Findings, Graph, NearMiss, Pass
 from sdgraph.errors import EditError
-from sdgraph.ir.nodes import scope
 
 from . import contrib_ops as contrib
 
@@ -25,15 +23,15 @@ CLOSE = Contract.CLOSE(rtol=1e-4, atol=1e-5)
 
 
 class Limit(str):
-    """Why a place is not lowered, where the operator's kernels set the limit and the graph is as it should be."""
+    """The reason why a place is not lowered, where the operator's kernels set the limit."""
 
 
 @dataclass(frozen=True)
 class Lowering(Pass, abstract=True):
-    """Base of these passes: `places` finds where they may apply, `lower` does it or says why not.
+    """The base class of lowerings: `places` finds where a lowering may apply, `lower` applies it.
 
     Raises:
-        EditError: there are places, and it applies to none: something has come between what belongs together.
+        EditError: the pattern occurs but no occurrence can be lowered: an earlier pass has separated its nodes.
     """
 
     contract: ClassVar[Contract] = CLOSE
@@ -46,32 +44,30 @@ class Lowering(Pass, abstract=True):
         """Lower one place.
 
         Returns:
-            why it does not apply; nothing if it did.
+            The reason why it does not apply; empty if it did.
         """
         raise NotImplementedError(f"{type(self).__name__}.lower")
 
     def run(self, graph: Graph) -> Findings:
-        edits, misses, strange = [], [], 0
+        misses, lowered, strange = [], False, False
         for node in list(self.places(graph)):
-            where = f"{scope(node)}, node {node.name}"
+            where = f"{graph.module_path(node)}, node {node.name}"
             reason = self.lower(graph, node)
             if reason:
                 misses.append(NearMiss(where, reason))
-                strange += not isinstance(reason, Limit)
-            else:
-                edits.append(where)
-        graph.eliminate_dead_code()
-        if strange and not edits:
+            lowered |= not reason
+            strange |= bool(reason) and not isinstance(reason, Limit)
+        if strange and not lowered:
             raise EditError(
                 f"none of {len(misses)} places has the form that the operator takes; {misses[0].reason}",
                 where=misses[0].where,
                 hint="export with target='portable'; and please report it",
             )
-        return Findings(tuple(edits), tuple(misses))
+        return Findings(tuple(misses))
 
 
 class Normalise(nn.Module):
-    """What takes the place of a `GroupNorm` module and the SiLU after it; channels are the last dimension inside."""
+    """The replacement of a `GroupNorm` module and the SiLU after it; channels are the last dimension inside."""
 
     def __init__(self, norm: nn.GroupNorm, silu: bool) -> None:
         super().__init__()
@@ -108,13 +104,9 @@ class LowerGroupNorm(Lowering):
         terms = _sum(x)
         path, module = str(node.target), Normalise(norm, silu)
         if terms is None:
-            new = graph.insert(module, x, before=last.next, path=path, leaving=[node])
-            graph.rewire(last, new)
+            graph.replace(last, module, x, path=path)
         else:
-            normed, total = graph.insert(module, *terms, before=x.next, path=path, leaving=[node])
-            graph.rewire(last, normed)
-            graph.rewire(x, total)
-        graph.eliminate_dead_code()
+            graph.replace((last, x), module, *terms, path=path)
         return ""
 
 
@@ -123,7 +115,7 @@ def _is(graph: Graph, node: fx.Node, kind: type[nn.Module]) -> bool:
 
 
 def _sum(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The terms of a sum of maps, or of a map and what is added to all of its positions."""
+    """Return the terms of a sum of maps, or of a map and what is added to all of its positions."""
     if node.target not in (operator.add, torch.add) or node.kwargs or len(node.args) != 2:
         return None
     a: Any = node.args[0]
@@ -169,13 +161,12 @@ class LowerAttention(Lowering):
                 q, k, v = q.float(), k.float(), v.float()
             return contrib.attention(q, k, v, heads, scale).to(dtype)  # type: ignore[no-any-return]
 
-        new = graph.insert(code, *map(_split, node.args), before=joined, path=scope(node))
-        graph.rewire(joined, new)
+        graph.replace(joined, code, *map(_split, node.args), path=graph.module_path(node))
         return ""
 
 
 def _split(node: Any) -> fx.Node:
-    """What heads were split from, (B, N, heads·d), or the node itself, (B, heads, N, d)."""
+    """Return the value that heads were split from, (B, N, heads·d), or the node itself, (B, heads, N, d)."""
     view = node.args[0] if node.target == "transpose" and node.args[1:] == (1, 2) else None
     if isinstance(view, fx.Node) and view.target in ("view", "reshape", "unflatten"):
         whole: Any = view.args[0]
@@ -186,7 +177,7 @@ def _split(node: Any) -> fx.Node:
 
 
 def _joined(node: fx.Node) -> fx.Node | None:
-    """(B, N, heads·d) after an attention, if that is all that is made of it."""
+    """Return the joined heads after an attention, (B, N, heads·d), if nothing else uses it."""
     B, heads, N, d = node.meta["val"].shape
     for target in ("transpose", "reshape"):
         if len(node.users) != 1:
@@ -198,7 +189,7 @@ def _joined(node: fx.Node) -> fx.Node | None:
 
 
 class Gated(nn.Module):
-    """What takes the place of a GEGLU's projection and all that follows in it."""
+    """The replacement of a GEGLU's projection and all that follows in it."""
 
     def __init__(self, project: nn.Linear) -> None:
         super().__init__()
@@ -234,16 +225,12 @@ class LowerGEGLU(Lowering):
             return "the projection has no bias"
         if linear.out_features not in contrib.SPLIT_GELU_WIDTHS:
             return Limit(f"the width {linear.out_features} is none of {contrib.SPLIT_GELU_WIDTHS}")
-        new = graph.insert(
-            Gated(linear), project.args[0], before=node.next, path=str(project.target), leaving=[project]
-        )
-        graph.rewire(node, new)
-        graph.eliminate_dead_code()
+        graph.replace(node, Gated(linear), project.args[0], path=str(project.target))
         return ""
 
 
 class Added(nn.Module):
-    """What takes the place of a projection and the addition after it."""
+    """The replacement of a projection and the addition after it."""
 
     def __init__(self, project: nn.Linear) -> None:
         super().__init__()
@@ -269,16 +256,12 @@ class LowerBiasAdd(Lowering):
         linear: Any = graph.module(str(project.target))
         if linear.bias is None or len(project.users) != 1 or skip.meta["val"].shape != project.meta["val"].shape:
             return "it has no bias, or its output serves something else, or shapes differ"
-        new = graph.insert(
-            Added(linear), project.args[0], skip, before=node.next, path=str(project.target), leaving=[project]
-        )
-        graph.rewire(node, new)
-        graph.eliminate_dead_code()
+        graph.replace(node, Added(linear), project.args[0], skip, path=str(project.target))
         return ""
 
 
 class SkipNormalise(nn.Module):
-    """What takes the place of a `LayerNorm` module and the addition before it."""
+    """The replacement of a `LayerNorm` module and the addition before it."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
@@ -312,10 +295,7 @@ class LowerLayerNorm(Lowering):
         shape = x.meta["val"].shape
         if len(shape) != 3 or norm.normalized_shape != (shape[-1],):
             return "what it normalises are no tokens"
-        normed, total = graph.insert(SkipNormalise(norm), *terms, before=x.next, path=str(node.target), leaving=[node])
-        graph.rewire(node, normed)
-        graph.rewire(x, total)
-        graph.eliminate_dead_code()
+        graph.replace((node, x), SkipNormalise(norm), *terms, path=str(node.target))
         return ""
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import fx
 
+from ..errors import DecisionError, PassError
 from ..graph import Graph
 from ..ir.nodes import scope
 from ..ir.regions import Region
-from .passes import Pass
 
 
-def location(error: BaseException, failed: Pass, graph: Graph) -> str:
+def location(error: BaseException, failed: object, graph: Graph) -> str:
     """Return the last line of the pass's code that an error came through, and its regions and nodes there.
 
     Args:
@@ -29,6 +29,25 @@ def location(error: BaseException, failed: Pass, graph: Graph) -> str:
         return ""
     frame, line = own[-1]
     return f"{frame.f_code.co_filename}:{line}{_working_on([f for f, _ in own], graph)}"
+
+
+def failure(failed: object, error: Exception, graph: Graph) -> PassError:
+    """Return our error for an exception in the code of a pass.
+
+    Args:
+        failed: the pass.
+        error: the exception.
+        graph: the graph that the pass was editing.
+    """
+    where, message = location(error, failed, graph), f"{type(error).__name__}: {error}"
+    if graph.device.type != "meta" or "meta" not in message.lower():
+        return PassError(f"{failed} failed: {message}", where=where, hint="the graph is unchanged; mend the pass")
+    return DecisionError(
+        f"{failed} needs the numbers of weights, and here are only their shapes: {message.splitlines()[0]}",
+        where=where,
+        hint="to decide by numbers: rank = graph.decide(path, code, weight), or by_weights = True on a Rewrite; "
+        "to fill new weights: make them on the device of the old ones (device=weight.device)",
+    )
 
 
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:

@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
+from torch import fx
+
 from ..contract import Contract
-from ..errors import SpecError
+from ..errors import ContractError, PassError, PreconditionError, SdgraphError, SpecError
 from ..graph import Graph
+from ..ir.decisions import Decisions
+from ..ir.edits import Edit
+from ..ir.guards import Guard
+from ..ir.verify import check_interface, check_invariants, fingerprint
 from ..options import Count, checked
 from ..spec import Spec, value_of
-from .report import NearMiss
+from .error_location import failure, location
+from .report import NearMiss, PassReport, Size
+
+Condition = Callable[[Graph], Iterable[fx.Node | str]]  # see `Pass`
+
+
+@dataclass(frozen=True)
+class CompilerRun:
+    """The state of one run of a pass, and of the passes that it consists of.
+
+    Args:
+        original: the graph before the run.
+        decisions: the decisions of the run.
+    """
+
+    original: Graph
+    decisions: Decisions
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The findings of a pass, besides its edits, which the graph records.
+
+    Args:
+        near_misses: places where the pass almost applied.
+        notes: further lines of text for the report.
+    """
+
+    near_misses: tuple[NearMiss, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -22,17 +58,29 @@ class Pass(Spec, abstract=True):
     A pass edits the graph that it is given and nothing else. The runner gives it a copy, checks the edited copy against
     `contract`, and drops the copy if anything fails.
 
+    A condition is a function of a graph. It returns the places at which it does not hold, nodes or module paths; none
+    if it holds. Errors give its name and the first line of its docstring.
+
     Class attributes:
         contract: what the pass promises about the numbers.
         may_change_nothing: whether a run may have no effect; otherwise that is an error.
         requires: names of passes that must have run before.
         not_after: names of passes that must not have run before, with the reasons.
+        preconditions: conditions on the graph that the pass is applied to.
+        postconditions: conditions on the graph that it leaves.
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
     may_change_nothing: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = ()
     not_after: ClassVar[Mapping[str, str]] = {}
+    preconditions: ClassVar[tuple[Condition, ...]] = ()
+    postconditions: ClassVar[tuple[Condition, ...]] = ()
+
+    @property
+    def parts(self) -> tuple[Pass, ...]:
+        """The passes that a pass consists of; none if it edits graphs itself."""
+        return ()
 
     def run(self, graph: Graph) -> Findings | None:
         """Edit the graph; docs/writing-a-pass.md shows how.
@@ -45,6 +93,42 @@ class Pass(Spec, abstract=True):
         """
         raise NotImplementedError(f"{type(self).__name__}.run")
 
+    def apply(self, graph: Graph, run: CompilerRun) -> PassReport:
+        """Run the pass on a graph, and check what must hold before and after.
+
+        Args:
+            graph: the graph to edit.
+            run: the run of the compiler, whose original graph has the inputs and the shape of the output to keep.
+        Returns:
+            The report, without the difference of the outputs.
+        Raises:
+            SdgraphError: the pass raised an error, broke an invariant of the graph, or a condition does not hold.
+        """
+        start, before, guards = time.perf_counter(), Size.of(graph), graph.guards
+        try:
+            with graph.recording(str(self), run.decisions) as recording:
+                self._check(self.preconditions, graph, PreconditionError, "needs")
+                findings = self.run(graph)
+                if not isinstance(findings, Findings | None):
+                    raise PassError(
+                        f"run returned a {type(findings).__name__}",
+                        where=type(self).__qualname__,
+                        hint="edit the graph that run receives, and return None, or Findings with what was found",
+                    )
+                graph.guards = tuple(guard if guard in guards else self._named(guard) for guard in graph.guards)
+                graph.eliminate_dead_code()
+                graph.propagate()
+                check_interface(run.original, graph)
+                check_invariants(graph)
+                self._check(self.postconditions, graph, ContractError, "promises")
+        except SdgraphError as error:
+            ours = type(self).__module__.startswith("sdgraph.")  # errors of ours are for users, not for authors
+            error.came_through(", ".join(filter(None, (str(self), "" if ours else location(error, self, graph)))))
+            raise
+        except Exception as error:
+            raise failure(self, error, graph) from error
+        return self._report(graph, start, before, findings or Findings(), tuple(recording.edits))
+
     def stages(self, graph: Graph) -> Sequence[Pass]:
         """Return passes that do the same one after another, and whose changes can be trained apart; see `incubate`.
 
@@ -55,18 +139,40 @@ class Pass(Spec, abstract=True):
         """
         return (self,)
 
+    def _check(self, conditions: Iterable[Condition], graph: Graph, error: type[PassError], verb: str) -> None:
+        for condition in conditions:
+            places = [f"{p.name} of {graph.module_path(p) or 'the model'}" if isinstance(p, fx.Node) else p
+                      for p in condition(graph)]  # fmt: skip
+            if places:
+                name, about = condition.__name__, (condition.__doc__ or "").strip().partition("\n")[0]
+                more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+                raise error(f"{self} {verb} {name}: {about}", where=", ".join(places[:3]) + more)
 
-@dataclass(frozen=True)
-class Findings:
-    """What a pass reports about its run.
+    def _named(self, guard: Guard) -> Guard:
+        """Return a guard with the name of the pass that it comes from."""
+        return replace(guard, where=f"{self}{f': {guard.where}' if guard.where else ''}")
 
-    Args:
-        edits: its edits, a line of text for each.
-        near_misses: places where it almost applied.
-    """
-
-    edits: tuple[str, ...] = ()
-    near_misses: tuple[NearMiss, ...] = ()
+    def _report(
+        self,
+        graph: Graph,
+        start: float,
+        before: Size,
+        findings: Findings,
+        edits: tuple[Edit, ...],
+        children: tuple[PassReport, ...] = (),
+    ) -> PassReport:
+        return PassReport(
+            str(self),
+            str(self.contract),
+            before,
+            Size.of(graph),
+            None,
+            time.perf_counter() - start,
+            edits,
+            findings.near_misses,
+            findings.notes,
+            children,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,11 +181,9 @@ class Chain(Pass, abstract=True):
 
     Args:
         passes: the passes. Some may change nothing as long as another changes something.
-        repeat: the largest number of rounds; rounds end when nothing changes any more.
     """
 
     passes: Annotated[tuple[Pass, ...], Any] = ()  # texts too, see `as_passes`
-    repeat: Count = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", as_passes(self.passes))
@@ -92,12 +196,58 @@ class Chain(Pass, abstract=True):
     def may_change_nothing(self) -> bool:  # type: ignore[override]
         return all(p.may_change_nothing for p in self.passes)
 
+    @property
+    def parts(self) -> tuple[Pass, ...]:
+        return self.passes
+
+    def apply(self, graph: Graph, run: CompilerRun) -> PassReport:
+        start, before = time.perf_counter(), Size.of(graph)
+        return self._summary(graph, start, before, [self._round(graph, run)])
+
+    def _round(self, graph: Graph, run: CompilerRun) -> list[tuple[PassReport, bool]]:
+        """Apply every pass once; return their reports, and whether they changed the graph."""
+        reports, mark = [], fingerprint(graph)
+        for inner in self.passes:
+            report, before = inner.apply(graph, run), mark
+            mark = fingerprint(graph)
+            reports.append((report, mark != before))
+        return reports
+
+    def _summary(
+        self, graph: Graph, start: float, before: Size, rounds: list[list[tuple[PassReport, bool]]]
+    ) -> PassReport:
+        reports = [report for each in rounds for report in each]
+        misses = tuple(miss for report, _ in rounds[-1] for miss in report.near_misses)
+        notes = tuple(note for report, _ in reports for note in report.notes)
+        edits = tuple(edit for report, _ in reports for edit in report.edits)
+        children = tuple(report for report, changed in reports if changed)
+        return self._report(graph, start, before, Findings(misses, notes), edits, children)
+
 
 @dataclass(frozen=True)
 class Fixpoint(Chain, abstract=True):
-    """A chain that repeats its passes until nothing changes. More than `repeat` rounds are an error."""
+    """A chain that repeats its passes until nothing changes. More than `repeat` rounds are an error.
+
+    Args:
+        passes: the passes, as of a `Chain`.
+        repeat: the largest number of rounds; a single round may change something.
+    """
 
     repeat: Count = 10
+
+    def apply(self, graph: Graph, run: CompilerRun) -> PassReport:
+        start, before, rounds = time.perf_counter(), Size.of(graph), []
+        for _ in range(self.repeat):
+            rounds.append(self._round(graph, run))
+            if not any(changed for _, changed in rounds[-1]):
+                break
+        else:
+            if self.repeat > 1:
+                raise PassError(
+                    f"{self} still changes the graph after {self.repeat} rounds",
+                    hint="raise repeat, or break the cycle",
+                )
+        return self._summary(graph, start, before, rounds)
 
 
 @checked()

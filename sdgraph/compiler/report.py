@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..ir.decisions import Decision
+from ..ir.edits import Edit
+from ..ir.state import GraphState
 from ..views.format import format_table
 
 
@@ -16,6 +18,11 @@ class Size:
     nodes: int
     parameters: int
     macs: int
+
+    @classmethod
+    def of(cls, graph: GraphState) -> Size:
+        """Return the size of a graph."""
+        return cls(len(graph.fx.nodes), sum(p.numel() for p in graph.parameters().values()), graph.macs)
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,9 @@ class PassReport:
         after: the size of the graph after.
         difference: the largest absolute difference of the output on random inputs; None if it was not verified.
         seconds: wall time in seconds, including verification.
-        edits: the edits of the pass, a line of text for each.
+        edits: the edits of the pass, which print as lines of text, in order.
         near_misses: places where the pass almost applied, best first.
+        notes: further lines of text of the pass.
         children: the reports of the passes inside this one.
         decisions: decisions that depended on the values of weights, in order.
     """
@@ -56,8 +64,9 @@ class PassReport:
     after: Size
     difference: float | None
     seconds: float
-    edits: tuple[str, ...] = ()
+    edits: tuple[Edit, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
+    notes: tuple[str, ...] = ()
     children: tuple[PassReport, ...] = ()
     decisions: tuple[Decision, ...] = ()
 

@@ -65,7 +65,7 @@ class Rewrite(Pass, abstract=True):
 
     def run(self, graph: Graph) -> Findings:
         pattern = Pattern(self.pattern, type(self).__name__)
-        edits: list[str] = []
+        found = False
         misses: list[NearMiss] = []
         for node in list(graph.fx.nodes):
             if node.op in ("placeholder", "output") or node._erased:
@@ -77,15 +77,11 @@ class Rewrite(Pass, abstract=True):
                     where = f"{scope(node) or '(top level)'}, node {node.name}"
                     misses.append(NearMiss(where, refused, len(match.taken)))
                 continue
-            replacement = graph.insert(self.replace, *match.arguments(), before=node.next, path=scope(node))
-            graph.rewire(node, replacement)
-            edits.append(f"{scope(node) or '(top level)'}: {node.name} -> {replacement.name}")
-            for replaced in match.taken:  # from the result backwards, so that users go first
-                if not replaced.users:
-                    graph.erase(replaced)
-        if not edits:
+            graph.replace(node, self.replace, *match.arguments(), path=scope(node))
+            found = True
+        if not found:
             misses += _other_spelling(graph, pattern)
-        return Findings(tuple(edits), tuple(sorted(misses, key=lambda m: -m.matched)))
+        return Findings(tuple(sorted(misses, key=lambda m: -m.matched)))
 
     def _refused(self, match: Match, node: fx.Node) -> str | None:
         """Return why the rewrite does not apply with `node` as the result; None if it does."""

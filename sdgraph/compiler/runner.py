@@ -7,16 +7,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..contract import Contract
-from ..errors import ContractError, DecisionError, NoChangeError, OrderError, PassError, SdgraphError, SpecError
+from ..errors import ContractError, NoChangeError, OrderError, SdgraphError, SpecError
 from ..graph import Graph
 from ..ir.decisions import Applied, Decision, Decisions
-from ..ir.guards import Guard
 from ..ir.read_only import read_only
 from ..ir.verify import fingerprint
-from .error_location import location
+from .error_location import failure
 from .numerics import Call, first_difference, generations, largest_difference, play
-from .passes import Chain, Findings, Pass
-from .report import NearMiss, PassReport, Size
+from .passes import CompilerRun, Pass
+from .report import PassReport, Size
 
 
 def check_order(done: tuple[Applied, ...], passes: Iterable[Pass]) -> None:
@@ -30,7 +29,7 @@ def check_order(done: tuple[Applied, ...], passes: Iterable[Pass]) -> None:
     """
     earlier = [name for applied in done for name in _names(applied)]
     for pass_ in passes:
-        for inner in _flat(pass_):
+        for inner in _leaves(pass_):
             name = type(inner).__name__
             for needed in inner.requires:
                 if needed not in earlier:
@@ -64,34 +63,23 @@ def run_pass(
             where=type(pass_).__name__,
             hint="annotate it as no option: contract: ClassVar[Contract] = Contract.EXACT",
         )
-    decisions = Decisions(recorded)
-    size_before = size(graph)  # before the copy, which takes over what its nodes cost
+    run = CompilerRun(graph, Decisions(recorded))
+    before = Size.of(graph)  # before the copy, which takes over what its nodes cost
     after = graph.copy()
     with read_only(graph.tensors(), lambda name: _written(pass_, name)):
-        findings, children = _edit(pass_, graph, after, decisions)
+        report = pass_.apply(after, run)
         if fingerprint(after) == fingerprint(graph) and not pass_.may_change_nothing:
-            closest = "; ".join(f"{m.where}: {m.reason}" for m in findings.near_misses[:3])
+            closest = "; ".join(f"{m.where}: {m.reason}" for m in report.near_misses[:3])
             raise NoChangeError(
                 f"{pass_} changed nothing",
                 where=f"nearest misses: {closest}" if closest else "",
                 hint="drop it, or set may_change_nothing = True on the pass",
             )
         difference = _verify(pass_, graph, after) if verify else None
-    applied = Applied(pass_, decisions.finish())
-    after.passes = (*graph.passes, applied)
+    decisions = run.decisions.finish()
+    after.passes = (*graph.passes, Applied(pass_, decisions))
     seconds = time.perf_counter() - start
-    return after, PassReport(
-        str(pass_),
-        str(pass_.contract),
-        size_before,
-        size(after),
-        difference,
-        seconds,
-        findings.edits,
-        findings.near_misses,
-        children,
-        applied.decisions,
-    )
+    return after, replace(report, before=before, difference=difference, seconds=seconds, decisions=decisions)
 
 
 def _written(pass_: Pass, name: str) -> ContractError:
@@ -114,110 +102,6 @@ def replay(passes: Iterable[Applied], graph: Graph) -> Graph:
         assert isinstance(applied.one, Pass)
         graph, _ = run_pass(applied.one, graph, verify=False, recorded=applied.decisions)
     return graph
-
-
-def _edit(pass_: Pass, original: Graph, work: Graph, decisions: Decisions) -> tuple[Findings, tuple[PassReport, ...]]:
-    """Run a pass on a copy of a graph, and return its findings and the reports of inner passes.
-
-    Args:
-        original: the graph before the outermost pass.
-        work: the copy, with the edits of earlier inner passes.
-    """
-    if isinstance(pass_, Chain):
-        return _edit_in_turn(pass_, original, work, decisions)
-    guards = work.guards
-    work._decisions, work._editor = decisions, str(pass_)
-    try:
-        findings = pass_.run(work)
-        if not isinstance(findings, Findings | None):
-            raise PassError(
-                f"run returned a {type(findings).__name__}",
-                where=type(pass_).__qualname__,
-                hint="edit the graph that run receives, and return None, or Findings with what was found",
-            )
-        work.guards = tuple(g if g in guards else _named(g, pass_) for g in work.guards)
-        _settle(pass_, original, work)
-    except SdgraphError as error:
-        ours = type(pass_).__module__.startswith(
-            "sdgraph."
-        )  # our passes' errors are for their users, who do not read their code
-        error.came_through(", ".join(filter(None, (str(pass_), "" if ours else location(error, pass_, work)))))
-        raise
-    except Exception as error:
-        raise _failed(pass_, error, work) from error
-    work._decisions, work._editor = Decisions(), ""
-    return findings or Findings(), ()
-
-
-def _named(guard: Guard, pass_: Pass) -> Guard:
-    """Return the guard with the name of the pass that it comes from."""
-    return replace(guard, where=f"{pass_}{f': {guard.where}' if guard.where else ''}")
-
-
-def _failed(pass_: Pass, error: Exception, graph: Graph) -> PassError:
-    """Return our error for an exception in the code of a pass."""
-    where, message = location(error, pass_, graph), f"{type(error).__name__}: {error}"
-    if graph.device.type != "meta" or "meta" not in message.lower():
-        return PassError(f"{pass_} failed: {message}", where=where, hint="the graph is unchanged; mend the pass")
-    return DecisionError(
-        f"{pass_} needs the numbers of weights, and here are only their shapes: {message.splitlines()[0]}",
-        where=where,
-        hint="to decide by numbers: rank = graph.decide(path, code, weight), or by_weights = True on a Rewrite; "
-        "to fill new weights: make them on the device of the old ones (device=weight.device)",
-    )
-
-
-def _edit_in_turn(
-    pass_: Chain, original: Graph, work: Graph, decisions: Decisions
-) -> tuple[Findings, tuple[PassReport, ...]]:
-    reports: list[PassReport] = []
-    edits: list[str] = []
-    misses: list[NearMiss] = []
-    mark, size_before = fingerprint(work), size(work)
-    for _ in range(pass_.repeat):
-        mark_before, misses = mark, []
-        for inner in pass_.passes:
-            start = time.perf_counter()
-            findings, children = _edit(inner, original, work, decisions)
-            mark_after = fingerprint(work)
-            if mark_after != mark:
-                seconds = time.perf_counter() - start
-                sizes = size_before, size(work)
-                reports.append(
-                    PassReport(str(inner), str(inner.contract), *sizes, None, seconds, findings.edits, (), children)
-                )
-                mark, size_before = mark_after, sizes[1]
-            edits += findings.edits
-            misses += findings.near_misses
-        if mark == mark_before:
-            break
-    else:
-        if pass_.repeat > 1:
-            raise PassError(
-                f"{pass_} still changes the graph after {pass_.repeat} rounds", hint="raise repeat, or break the cycle"
-            )
-    return Findings(tuple(edits), tuple(misses)), tuple(reports)
-
-
-def _settle(pass_: Pass, before: Graph, after: Graph) -> None:
-    """Remove dead code, evaluate changed values, and check what must hold after every pass."""
-    after.eliminate_dead_code()
-    after.propagate()
-    after.fx.lint()
-    if after.dims is not before.dims:  # the pass requires certain sizes: compare at those
-        before = before.copy()
-        before.evaluate_at(after.dims.symbols)
-    names = [[n.name for n in g.fx.nodes if n.op == "placeholder"] for g in (before, after)]
-    if names[0] != names[1]:
-        raise ContractError(f"{pass_} changed the inputs", where=str(set(names[0]) ^ set(names[1])), hint="keep them")
-    for key in ("val", "probe"):
-        old, new = before.output.meta[key], after.output.meta[key]
-        if old.shape != new.shape or old.dtype != new.dtype:
-            raise ContractError(
-                f"{pass_} changed the output from {before.shape(before.output)} to {after.shape(after.output)}",
-                where=after.output.name,
-                hint="keep its shape and dtype",
-            )
 
 
 def _verify(pass_: Pass, before: Graph, after: Graph) -> float:
@@ -244,7 +128,7 @@ def _compare(
     except SdgraphError:
         raise
     except Exception as error:
-        raise _failed(pass_, error, after) from error
+        raise failure(pass_, error, after) from error
     differences = [largest_difference(a, b) for a, b in zip(expected, outputs, strict=True)]
     difference = max(differences)
     wrong = [
@@ -256,8 +140,7 @@ def _compare(
         noise = max(map(largest_difference, expected, play(before, calls, old)))
         if difference <= 4 * noise:
             return difference  # the device's kernels do not repeat bit for bit either
-    if isinstance(pass_, Chain):
-        _blame(pass_, before)
+    _blame(pass_, before)
     number = wrong[0]
     inherited = new if number else frozenset()
     where = (
@@ -274,24 +157,20 @@ def _compare(
     )
 
 
-def _blame(pass_: Chain, graph: Graph) -> None:
-    """Run the passes of a failed sequence one by one, so that the error names the guilty pass."""
-    for inner in pass_.passes:
+def _blame(pass_: Pass, graph: Graph) -> None:
+    """Apply the parts of a failed pass one by one, so that the error names the guilty one."""
+    for inner in pass_.parts:
         after = graph.copy()
-        _edit(inner, graph, after, Decisions())
+        inner.apply(after, CompilerRun(graph, Decisions()))
         _verify(inner, graph, after)
         graph = after
 
 
-def size(graph: Graph) -> Size:
-    """Return the size of a graph."""
-    return Size(len(graph.fx.nodes), sum(p.numel() for p in graph.parameters().values()), graph.macs)
-
-
-def _flat(pass_: Pass) -> list[Pass]:
-    return [p for inner in pass_.passes for p in _flat(inner)] if isinstance(pass_, Chain) else [pass_]
+def _leaves(pass_: Pass) -> list[Pass]:
+    """Return the passes that edit graphs themselves."""
+    return [leaf for part in pass_.parts for leaf in _leaves(part)] or [pass_]
 
 
 def _names(applied: Applied) -> list[str]:
-    inner = _flat(applied.one) if isinstance(applied.one, Pass) else []
+    inner = _leaves(applied.one) if isinstance(applied.one, Pass) else []
     return [type(pass_).__name__ for pass_ in (applied.one, *inner)]

@@ -1,30 +1,34 @@
-"""Edits of a graph: inserting code, replacing and removing regions, removing unused nodes and weights."""
+"""The editor of a graph: it inserts code, replaces and removes nodes and regions, adds sites, and records edits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import fx, nn
 
 from ..errors import EditError, PathError, SdgraphError, ShapeError, TraceError, did_you_mean
+from ..forecasts import Forecast, Order, as_forecast
 from ..options import checked
 from ..schedules import Schedule
-from .edits import Removed
+from .decisions import Decisions
+from .edits import Edit, EditKind, Recording, Removed
 from .guards import Guard, check_condition, probing
 from .nodes import called, eliminate_dead_code, scope, values, weights_read
 from .read_only import also_read_only
 from .regions import Region, above, matching, region_at, regions_of
-from .sites import Site, bypass, sites
+from .sites import Site, bypass, inherit, sites
 from .state import GraphState
 from .tracer import Tracer, tracing
 from .weights import Shares, described
 
 
 class EditableGraph(GraphState):
-    """A graph whose regions can be found and edited. `sdgraph.Graph` adds views, and sites with their timetable."""
+    """A graph whose regions can be found and edited. Every edit is an event, see `recording`."""
 
     @checked(PathError)
     def region(self, path: str) -> Region:
@@ -53,6 +57,40 @@ class EditableGraph(GraphState):
         """
         return matching(patterns, self.paths(), self.region)
 
+    @contextlib.contextmanager
+    def recording(self, by: str = "", decisions: Decisions | None = None) -> Iterator[Recording]:
+        """Record the edits and decisions in this context; the recording before goes on afterwards.
+
+        Args:
+            by: the pass that edits, as text.
+            decisions: the decisions of the pass; by default it takes them.
+        Example:
+            `with graph.recording() as recording: graph.bypass("mid_block")`, then `recording.edits`
+        """
+        outer, self._recording = self._recording, Recording(by, decisions or Decisions())
+        try:
+            yield self._recording
+        finally:
+            self._recording = outer
+
+    def decide(self, about: str, code: Callable[..., Any], *args: Any) -> Any:
+        """Return the result of `code(*args)` and record it with the pass.
+
+        A pass calls this for every decision that depends on the values of weights. A saved UNet is loaded by running
+        its passes again on the shapes of weights alone, and then the recorded result is returned instead. New weights
+        that are computed from old ones need no decision, because their values are saved.
+
+        Args:
+            about: what is decided, such as a module path; the report names it.
+            code: returns numbers, text, or lists and dicts of them (`tensor.item()`, `tensor.tolist()`).
+        Returns:
+            The result as it comes back from a file: tuples are lists.
+        Raises:
+            DecisionError: the result cannot be recorded, or the recorded decision is about something else.
+        """
+        decisions = self._recording.decisions if self._recording is not None else Decisions()
+        return decisions.decide(str(about), lambda: code(*args))
+
     @checked(EditError)
     def insert(
         self,
@@ -69,16 +107,16 @@ class EditableGraph(GraphState):
             args: the arguments of `code`. A node of the graph stands for its value; anything else is passed as it is.
             before: the node that the new nodes come before; by default the earliest place where all arguments exist.
             path: the scope of the new nodes; for a module, also the path at which it is registered.
-            leaving: nodes that will be removed, so that new weights may take the names of their weights.
+            leaving: the nodes that will be removed, so that new weights may take the names of their weights.
         Returns:
             The node of the value that the code returns, or a tuple of nodes.
         Raises:
             EditError: a module is inserted without a path.
             TraceError, ShapeError: the code cannot be traced; the graph is unchanged.
         """
-        self._check_editable()
-        self._check_own(*(arg for arg in (*args, before) if isinstance(arg, torch.fx.Node)))
-        return insert(self, code, args, before, path, leaving)
+        value, inserted = self._trace(code, args, before or self._earliest_place(args), path, leaving)
+        self._record("inserted", path, inserted)
+        return value
 
     @checked(EditError)
     def insert_after(
@@ -91,36 +129,67 @@ class EditableGraph(GraphState):
         Raises:
             ShapeError: the result does not have the shape and dtype of `node`.
         """
-        self._check_own(node)
-        users = list(node.users)
-        result = self.insert(code, node, *args, path=path or scope(node))
-        check_same_shape(self, node, result, path or scope(node))
+        users, path = list(node.users), path or scope(node)
+        result, _ = self._trace(code, (node, *args), self._earliest_place((node, *args)), path)
+        self._check_same_shape(node, result, path)
         for user in users:
             user.replace_input_with(node, result)
+        self._record("replaced", path, [node], [result.name])
         return result  # type: ignore[no-any-return]
 
     @checked(EditError)
-    def replace(self, region: Region | str, code: Callable[..., Any] | nn.Module) -> torch.fx.Node:
-        """Replace a region that has one output by PyTorch code.
+    def replace(
+        self,
+        old: torch.fx.Node | Region | str | tuple[torch.fx.Node, ...],
+        code: Callable[..., Any] | nn.Module,
+        *inputs: Any,
+        path: str = "",
+        leaving: Iterable[torch.fx.Node] = (),
+    ) -> Any:
+        """Replace a node, several nodes or a region by PyTorch code, and remove what only they were computed from.
 
         Args:
-            region: the region, or its path.
-            code: a function or module, which is called with the region's tensor inputs in graph order
-                (`region.inputs`).
+            old: a node; nodes, in the order of the values that the code returns; or a region with one output, or its
+                path.
+            code: a function, or a module, which is registered at `path` with its parameters.
+            inputs: the arguments of `code`. A node of the graph stands for its value. By default the arguments of the
+                first node, or the tensor inputs of the region in graph order (`region.inputs`).
+            path: the scope of the new nodes; by default that of the first node, or the path of the region.
+            leaving: further nodes that will be removed, so that new weights may take the names of their weights.
         Returns:
-            The node of the new output.
+            The node of the new value; for several nodes a tuple.
         Raises:
-            EditError: the region has several outputs, or sites of feature inheritance.
-            ShapeError: the new output does not have the shape and dtype of the old one.
+            EditError: the region has several outputs, or sites of feature inheritance; or the code returns another
+                number of values.
+            ShapeError: a new value does not have the shape and dtype of the old one.
+        Example:
+            `graph.replace(node, F.hardswish)`
         """
-        region = self._own_region(region)
-        self._keep_sites(region)
-        old = region.output
-        new = self.insert(code, *region.inputs, before=old.next, path=region.path, leaving=region.nodes)
-        check_same_shape(self, old, new, region.path)
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-        self._leave(region)
-        return new  # type: ignore[no-any-return]
+        self._check_editable()
+        nodes: tuple[torch.fx.Node, ...]
+        inside: tuple[torch.fx.Node, ...] = ()
+        if isinstance(old, Region | str):
+            region = self._own_region(old)
+            self._keep_sites(region)
+            nodes, inside, args, path = (region.output,), region.nodes, inputs or region.inputs, path or region.path
+        else:
+            nodes = old if isinstance(old, tuple) else (old,)
+            self._check_own(*nodes)
+            args, path = inputs or nodes[0].args, path or scope(nodes[0])
+        order = {node: number for number, node in enumerate(self.fx.nodes)}
+        first = min(nodes, key=order.__getitem__)
+        going = {*inside, *leaving, *self._needed_by(nodes, keep=args)}
+        value, inserted = self._trace(code, args, first.next, path, going)
+        values = value if isinstance(old, tuple) else (value,)
+        if not isinstance(values, tuple | list) or len(values) != len(nodes):
+            raise EditError(f"the code must return {len(nodes)} values", where=path, hint="one for each old node")
+        for node, new in zip(nodes, values, strict=True):
+            self._redirect(node, new, path, keep=inserted)
+        self._record("replaced", path, nodes, [new.name for new in values])
+        gone = self._erase_unused((*nodes, *reversed(inside)))
+        self._record_erased(node for node in gone if node not in nodes and node not in inside)
+        self._settle_sizes(inside)
+        return value
 
     @checked(EditError)
     def bypass(self, region: Region | str, schedule: Schedule | None = None) -> tuple[str, ...]:
@@ -150,11 +219,16 @@ class EditableGraph(GraphState):
         region = self._own_region(region)
         if schedule is None:
             self._keep_sites(region)
+            replaced = []
             for output in region.outputs:
                 old, new = region.stand_in(output)
                 old.replace_all_uses_with(new)
-            self.removals += (Removed(region.path, self._editor),)
-            self._leave(region)
+                replaced.append(old)
+            self.removals += (Removed(region.path, self._by),)
+            self._record("erased", region.path)
+            gone = self._erase_unused((*replaced, *reversed(region.nodes)))
+            self._record_erased(node for node in gone if node not in region.nodes)
+            self._settle_sizes(region.nodes)
             return ()
         names = tuple(f"{region.path}[{i}]" if i else region.path for i in range(len(region.outputs)))
         for name, output in zip(names, region.outputs, strict=True):
@@ -162,16 +236,86 @@ class EditableGraph(GraphState):
         return names
 
     def _bypass_by_call(self, value: torch.fx.Node, instead: torch.fx.Node, name: str, schedule: Schedule) -> None:
+        self._check_new_site(name, value)
+        self._check_same_shape(value, instead, name)
+        self._add_site(name, Site(schedule, bypassed=True), value, value, bypass, (value, instead, name))
+
+    @checked(EditError)
+    def inherit(
+        self, node: torch.fx.Node, name: str, schedule: Schedule, forecast: Forecast | Order = 0, path: str = ""
+    ) -> torch.fx.Node:
+        """Make the value of `node` a site: calls at which `schedule` does not refresh it inherit it from earlier calls.
+
+        Args:
+            node: the node of the value, a tensor.
+            name: the name of the site.
+            schedule: the calls at which the value is computed.
+            forecast: what inherited values are, a forecast or its order; see `sdgraph.Site`.
+            path: the scope of the new node; by default the scope of `node`.
+        Returns:
+            The node that now stands for the value; all earlier users of `node` use it.
+        Raises:
+            EditError: there is a site of this name, or the value is no tensor.
+        """
+        self._check_editable()
+        self._check_own(node)
+        self._check_new_site(name, node)
+        if not isinstance(node.meta["val"], torch.Tensor):
+            raise EditError(f"{node.name} is no tensor", where=scope(node), hint="inherit a tensor")
+        after = node if node.op != "placeholder" else self._first_operation().prev
+        return self._add_site(name, Site(schedule, as_forecast(forecast)), node, after, inherit, (node, name), path)
+
+    def _check_new_site(self, name: str, node: torch.fx.Node) -> None:
         if name in sites(self.fx):
-            raise EditError(f"there is a site {name!r} already", where=scope(value), hint="bypass another module")
-        check_same_shape(self, value, instead, name)
-        made = Site(schedule, bypassed=True)  # before the graph is edited
-        with self.fx.inserting_after(value):
-            site = self.fx.call_function(bypass, (value, instead, name))
-        site.meta["nn_module_stack"] = dict(value.meta.get("nn_module_stack", {}))
-        self.infer(site)
-        value.replace_all_uses_with(site, delete_user_cb=lambda user: user is not site)
-        self._sites[name] = made
+            raise EditError(f"there is a site {name!r} already", where=scope(node), hint="choose another name")
+
+    def _add_site(
+        self,
+        name: str,
+        site: Site,
+        value: torch.fx.Node,
+        after: torch.fx.Node,
+        mark: Callable[..., torch.Tensor],
+        args: tuple[Any, ...],
+        path: str = "",
+    ) -> torch.fx.Node:
+        """Insert the node of a site and give it to all users of the value."""
+        with self.fx.inserting_after(after):
+            node = self.fx.call_function(mark, args)
+        stack = self._module_stack(path) if path else value.meta.get("nn_module_stack", {})
+        node.meta["nn_module_stack"] = dict(stack)
+        self.infer(node)
+        value.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+        self._sites[name] = site
+        self._record("inserted", scope(node), [node])
+        return node
+
+    @checked(PathError)
+    def reschedule(self, name: str, schedule: Schedule) -> None:
+        """Give a site another schedule.
+
+        Raises:
+            PathError: there is no site of this name.
+        """
+        self._check_editable()
+        if name not in self.sites:
+            raise PathError(f"no site {name!r}", hint=did_you_mean(name, self.sites) or f"sites: {list(self.sites)}")
+        self._sites[name] = replace(self._sites[name], schedule=schedule)
+
+    def rescheduled(self, changed: Mapping[str, Site]) -> Self:
+        """Return the graph with other schedules and forecasts of its sites, over the same nodes and weights.
+
+        Args:
+            changed: the sites that differ, by name.
+        Raises:
+            PathError: there is no site of a name.
+        """
+        for name in changed:
+            if name not in self._sites:
+                raise PathError(
+                    f"no site {name!r}", hint=did_you_mean(name, self._sites) or f"sites: {list(self._sites)}"
+                )
+        return replace(self, _sites={**self._sites, **changed})
 
     @checked(EditError)
     def rewire(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
@@ -182,8 +326,13 @@ class EditableGraph(GraphState):
         """
         self._check_editable()
         self._check_own(old, new)
-        check_same_shape(self, old, new, scope(old))
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self._redirect(old, new, scope(old))
+        self._record("replaced", scope(old), [old], [new.name])
+
+    def _redirect(self, old: torch.fx.Node, new: Any, path: str, keep: Collection[torch.fx.Node] = ()) -> None:
+        """Give `new` to all users of `old` but those to keep."""
+        self._check_same_shape(old, new, path)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and user not in keep)
 
     @checked(EditError)
     def share(self, node: torch.fx.Node, path: str) -> None:
@@ -212,6 +361,7 @@ class EditableGraph(GraphState):
             )
         node.target = path
         self.infer(node)
+        self._record("replaced", own, by=[path])
 
     @checked(EditError)
     def take_weights(self, regions: str | Iterable[str], other: GraphState) -> tuple[str, ...]:
@@ -233,7 +383,33 @@ class EditableGraph(GraphState):
             `graph.take_weights(["mid_block", "up_blocks.*"], tuned.graph)`
         """
         self._check_editable()
-        return take_weights(self, self.matching(regions), other)
+        paths = self.matching(regions)
+        inside: set[torch.fx.Node] = set()
+        for path in paths:
+            region = region_at(self, path)
+            _check_same(region, region_at(other, path))
+            inside.update(region.nodes)
+        names = tuple(weights_read(node for node in self.fx.nodes if node in inside))
+        outside = weights_read(node for node in self.fx.nodes if node not in inside)
+        held = {name: other.weights.get(name) for name in names}
+        for name, value in held.items():
+            _check_fits(name, self.weights.get(name), value)
+            if name in outside:
+                raise EditError(
+                    f"{name} is used outside of {', '.join(paths)} as well",
+                    where=name,
+                    hint="take all regions that share these weights",
+                )
+        also_read_only(other.tensors())
+        shares = Shares()
+        for name, value in held.items():
+            if isinstance(value, nn.Module):
+                self.add_module(name, value, shares)
+            else:
+                self.add_tensor(name, value, shares)
+        for path in paths:
+            self._record("replaced", path)
+        return names
 
     @checked(EditError)
     def erase(self, node: torch.fx.Node) -> None:
@@ -248,6 +424,7 @@ class EditableGraph(GraphState):
             names = ", ".join(n.name for n in node.users)
             raise EditError(f"{node.name} is used by {names}", where=scope(node), hint="rewire its users first")
         self.fx.erase_node(node)
+        self._record("erased", scope(node), [node])
 
     @checked(EditError)
     def add_parameter(self, name: str, tensor: torch.Tensor, before: torch.fx.Node | None = None) -> torch.fx.Node:
@@ -268,10 +445,11 @@ class EditableGraph(GraphState):
         if not tensor.is_floating_point():
             raise EditError(f"{name} is a tensor of {tensor.dtype}", where=name, hint="parameters are floating-point")
         self.add_tensor(name, nn.Parameter(tensor))
-        with self.fx.inserting_before(before or first_operation(self)):
+        with self.fx.inserting_before(before or self._first_operation()):
             node = self.fx.get_attr(name)
-        node.meta["nn_module_stack"] = module_stack(self, name.rpartition(".")[0])
+        node.meta["nn_module_stack"] = self._module_stack(name.rpartition(".")[0])
         self.infer(node)
+        self._record("inserted", scope(node), [node])
         return node
 
     @checked(EditError)
@@ -304,18 +482,136 @@ class EditableGraph(GraphState):
     def eliminate_dead_code(self) -> None:
         """Remove nodes that the output does not depend on, except inputs, and then unused weights.
 
-        Leaf modules that go are recorded in `removals`.
+        Leaf modules that go are recorded in `removals`. The runner does this after every pass.
         """
         self._check_editable()
+        nodes = self.nodes
         eliminate_dead_code(self.fx)
+        self._drop_unused_weights()
+        self._record_erased(node for node in nodes if node._erased)
+
+    def _drop_unused_weights(self) -> None:
         used = weights_read(self.fx.nodes)
         recorded = {removed.path for removed in self.removals if removed.module is not None}
         self.removals += tuple(
-            Removed(path, self._editor, Shares().module(module))
+            Removed(path, self._by, Shares().module(module))
             for path, module in self.weights.leaves()
             if path not in used and path not in recorded
         )
         self.weights.keep_only(used)
+
+    def _needed_by(self, nodes: Iterable[torch.fx.Node], keep: Iterable[Any]) -> set[torch.fx.Node]:
+        """Return the nodes that nothing uses once some nodes and what depends on these alone are gone."""
+        needed, stack = set(nodes), list(nodes)
+        kept = {value for value in keep if isinstance(value, torch.fx.Node)}
+        while stack:
+            for node in stack.pop().all_input_nodes:
+                if node not in kept and node.op != "placeholder" and needed.issuperset(node.users):
+                    needed.add(node)
+                    stack.append(node)
+        return needed
+
+    def _erase_unused(self, nodes: Iterable[torch.fx.Node]) -> list[torch.fx.Node]:
+        """Erase those of the nodes that nothing uses, and what only they were computed from; return what is gone."""
+        stack, gone = list(nodes), list[torch.fx.Node]()
+        while stack:
+            node = stack.pop(0)
+            if not (node._erased or node.users or node.op in ("placeholder", "output")):
+                stack += node.all_input_nodes
+                self.fx.erase_node(node)
+                gone.append(node)
+        if weights_read(gone):
+            self._drop_unused_weights()
+        return gone
+
+    @property
+    def _by(self) -> str:
+        """The pass that edits the graph, as text; empty outside of passes."""
+        return self._recording.by if self._recording is not None else ""
+
+    def _record(self, kind: EditKind, path: str, nodes: Iterable[torch.fx.Node] = (), by: Iterable[str] = ()) -> None:
+        if self._recording is not None:
+            self._recording.edits.append(Edit(kind, path, tuple(node.name for node in nodes), tuple(by)))
+
+    def _record_erased(self, nodes: Iterable[torch.fx.Node]) -> None:
+        """Record erased nodes, by module path."""
+        by_path: dict[str, list[torch.fx.Node]] = {}
+        for node in nodes:
+            by_path.setdefault(scope(node), []).append(node)
+        for path, gone in by_path.items():
+            self._record("erased", path, gone)
+
+    def _trace(
+        self,
+        code: Callable[..., Any] | nn.Module,
+        args: Sequence[Any],
+        before: torch.fx.Node,
+        path: str,
+        leaving: Iterable[torch.fx.Node] = (),
+    ) -> tuple[Any, list[torch.fx.Node]]:
+        """Trace code into the graph; return its value, and the new nodes."""
+        self._check_editable()
+        self._check_own(before, *(arg for arg in args if isinstance(arg, torch.fx.Node)))
+        is_module = isinstance(code, nn.Module)
+        if is_module and not path:
+            raise EditError("a module is inserted without a path", hint="pass path=, where it is registered")
+        tracer = Tracer(self, code if isinstance(code, nn.Module) else None, prefix=path, leaving=leaving)
+        tracer.module_stack = self._module_stack(path.rpartition(".")[0] if is_module else path)
+        nodes_before = set(self.fx.nodes)
+        try:
+            with self.fx.inserting_before(before), tracing(tracer):
+                result = code(*[tracer.proxy(arg) if isinstance(arg, torch.fx.Node) else arg for arg in args])
+                new_value = tracer.create_arg(result)
+        except BaseException as error:
+            for node in reversed([n for n in self.fx.nodes if n not in nodes_before]):
+                self.fx.erase_node(node)
+            for name, displaced in reversed(tracer.displaced.items()):
+                if displaced is not None:
+                    self._put(name, displaced)
+            self.weights.keep_only(weights_read(self.fx.nodes))
+            # within a pass the error is that of the pass, which names its line
+            if self._by or isinstance(error, SdgraphError) or not isinstance(error, Exception):
+                raise
+            raise TraceError(
+                f"the code that is inserted failed while being traced: {type(error).__name__}: {error}",
+                where=path or tracer.failed_at,
+                hint="it is called with values of the graph, whose sizes are free; check that it runs on tensors",
+            ) from error
+        self.guards = tuple(dict.fromkeys((*self.guards, *tracer.guards)))
+        return new_value, [node for node in self.fx.nodes if node not in nodes_before]
+
+    def _earliest_place(self, args: Sequence[Any]) -> torch.fx.Node:
+        """Return the first operation before which all arguments exist."""
+        order = {node: number for number, node in enumerate(self.fx.nodes)}
+        nodes = [arg for arg in args if isinstance(arg, torch.fx.Node) and arg.op != "placeholder"]
+        self._check_own(*nodes)
+        return max(nodes, key=order.__getitem__).next if nodes else self._first_operation()
+
+    def _first_operation(self) -> torch.fx.Node:
+        """Return the first node that is no input."""
+        first: torch.fx.Node = next(node for node in self.fx.nodes if node.op != "placeholder")
+        return first
+
+    def _module_stack(self, path: str) -> dict[str, Any]:
+        """Return the module stack of a path: that of a node already there, or one made from its parts."""
+        for node in self.fx.nodes:
+            stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
+            if path in stack:
+                return {p: stack[p] for p in list(stack)[: list(stack).index(path) + 1]}
+        holders = [p for p in reversed(list(above(path))) if p in self.classes]
+        return {p: (p, self.classes.get(p, "")) for p in (*holders, path) if p}
+
+    def _check_same_shape(self, old: torch.fx.Node, new: Any, path: str) -> None:
+        """Refuse a new value that has another shape or dtype than the old one, at either call."""
+        if not isinstance(new, torch.fx.Node) or not isinstance(new.meta["val"], torch.Tensor):
+            raise EditError("the code must return one tensor", where=path, hint="return the new value alone")
+        for was, now in zip(values(old), values(new), strict=True):
+            if was.shape != now.shape or was.dtype != now.dtype:
+                raise ShapeError(
+                    f"the new value is {self.shape(new)} {now.dtype}, the old one is {self.shape(old)} {was.dtype}",
+                    where=path,
+                    hint="return a tensor of the old shape and dtype, at every size and model dtype",
+                )
 
     def _own_region(self, region: Region | str) -> Region:
         if isinstance(region, str):
@@ -342,123 +638,13 @@ class EditableGraph(GraphState):
                     hint="remove and replace modules before features are inherited",
                 )  # fmt: skip
 
-    def _leave(self, region: Region) -> None:
-        """Remove a region that nothing uses. Sizes read in it that others use stay, in the scope of their source."""
-        self.eliminate_dead_code()
-        for node in region.nodes:
+    def _settle_sizes(self, gone: Collection[torch.fx.Node]) -> None:
+        """Move sizes that were read in a region that is gone, and that others use, to the scope of their source."""
+        for node in gone:
             if not node._erased and not isinstance(node.meta["val"], torch.Tensor) and len(node.all_input_nodes) == 1:
                 source = node.all_input_nodes[0]
-                if source not in region.nodes:
+                if source not in gone:
                     node.meta["nn_module_stack"] = dict(source.meta.get("nn_module_stack", {}))
-
-
-def insert(
-    graph: GraphState,
-    code: Callable[..., Any] | nn.Module,
-    args: Sequence[Any],
-    before: fx.Node | None,
-    path: str,
-    leaving: Iterable[fx.Node],
-) -> Any:
-    """Trace code into a graph; see `Graph.insert`."""
-    is_module = isinstance(code, nn.Module)
-    if is_module and not path:
-        raise EditError("a module is inserted without a path", hint="pass path=, where it is registered")
-    tracer = Tracer(graph, code if isinstance(code, nn.Module) else None, prefix=path, leaving=leaving)
-    tracer.module_stack = module_stack(graph, path.rpartition(".")[0] if is_module else path)
-    nodes_before = set(graph.fx.nodes)
-    try:
-        with graph.fx.inserting_before(before or _earliest_place(graph, args)), tracing(tracer):
-            result = code(*[tracer.proxy(a) if isinstance(a, fx.Node) else a for a in args])
-            new_value = tracer.create_arg(result)
-    except BaseException as error:
-        for node in reversed([n for n in graph.fx.nodes if n not in nodes_before]):
-            graph.fx.erase_node(node)
-        for name, displaced in reversed(tracer.displaced.items()):
-            if displaced is not None:
-                graph._put(name, displaced)
-        graph.weights.keep_only(weights_read(graph.fx.nodes))
-        # within a pass the error is that of the pass, which names its line
-        if graph._editor or isinstance(error, SdgraphError) or not isinstance(error, Exception):
-            raise
-        raise TraceError(
-            f"the code that is inserted failed while being traced: {type(error).__name__}: {error}",
-            where=path or tracer.failed_at,
-            hint="it is called with values of the graph, whose sizes are free; check that it runs on tensors",
-        ) from error
-    graph.guards = tuple(dict.fromkeys((*graph.guards, *tracer.guards)))
-    return new_value
-
-
-def _earliest_place(graph: GraphState, args: Sequence[Any]) -> fx.Node:
-    """The first operation before which all arguments exist."""
-    order = {node: i for i, node in enumerate(graph.fx.nodes)}
-    nodes = [a for a in args if isinstance(a, fx.Node) and a.op != "placeholder"]
-    if not nodes:
-        return first_operation(graph)
-    last = max(nodes, key=lambda n: order[n])
-    return last.next
-
-
-def first_operation(graph: GraphState) -> fx.Node:
-    """The first node that is no input."""
-    first: fx.Node = next(n for n in graph.fx.nodes if n.op != "placeholder")
-    return first
-
-
-def module_stack(graph: GraphState, path: str) -> dict[str, Any]:
-    """The module stack of a path: that of a node already there, or one made from its parts."""
-    for node in graph.fx.nodes:
-        stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
-        if path in stack:
-            return {p: stack[p] for p in list(stack)[: list(stack).index(path) + 1]}
-    holders = [p for p in reversed(list(above(path))) if p in graph.classes]
-    return {p: (p, graph.classes.get(p, "")) for p in (*holders, path) if p}
-
-
-def check_same_shape(graph: GraphState, old: fx.Node, new: Any, path: str) -> None:
-    """Refuse a new value that has another shape or dtype than the old one, at either call.
-
-    Args:
-        path: where it is, for the error.
-    """
-    if not isinstance(new, fx.Node) or not isinstance(new.meta["val"], torch.Tensor):
-        raise EditError("the code must return one tensor", where=path, hint="return the new value alone")
-    for was, now in zip(values(old), values(new), strict=True):
-        if was.shape != now.shape or was.dtype != now.dtype:
-            raise ShapeError(
-                f"the new value is {graph.shape(new)} {now.dtype}, the old one is {graph.shape(old)} {was.dtype}",
-                where=path,
-                hint="return a tensor of the old shape and dtype, at every size and model dtype",
-            )
-
-
-def take_weights(graph: GraphState, paths: Sequence[str], other: GraphState) -> tuple[str, ...]:
-    """Take the weights of regions; see `EditableGraph.take_weights`."""
-    inside: set[fx.Node] = set()
-    for path in paths:
-        region = region_at(graph, path)
-        _check_same(region, region_at(other, path))
-        inside.update(region.nodes)
-    names = tuple(weights_read(node for node in graph.fx.nodes if node in inside))
-    outside = weights_read(node for node in graph.fx.nodes if node not in inside)
-    held = {name: other.weights.get(name) for name in names}
-    for name, value in held.items():
-        _check_fits(name, graph.weights.get(name), value)
-        if name in outside:
-            raise EditError(
-                f"{name} is used outside of {', '.join(paths)} as well",
-                where=name,
-                hint="take all regions that share these weights",
-            )
-    also_read_only(other.tensors())
-    shares = Shares()
-    for name, value in held.items():
-        if isinstance(value, nn.Module):
-            graph.add_module(name, value, shares)
-        else:
-            graph.add_tensor(name, value, shares)
-    return names
 
 
 def _check_same(mine: Region, its: Region) -> None:

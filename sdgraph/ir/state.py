@@ -15,9 +15,9 @@ from torch.fx import map_arg
 
 from ..errors import EditError, ModeError, PathError, SdgraphError, ShapeError, SpecError, did_you_mean
 from ..options import checked
-from .decisions import Applied, Decisions
+from .decisions import Applied
 from .dims import Dims, Symbol
-from .edits import Removed
+from .edits import Recording, Removed
 from .evaluation import SIGNS, Operation, computed, edit_counts, value_kinds
 from .guards import Guard, probing, raised, satisfied
 from .inputs import Input, example_of
@@ -65,9 +65,8 @@ class GraphState:
     removals: tuple[Removed, ...] = ()
     source: Any = field(default=None, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
-    _decisions: Decisions = field(default_factory=Decisions, repr=False)
     _frozen: bool = field(default=False, repr=False)
-    _editor: str = field(default="", repr=False)  # the pass that is running, as text
+    _recording: Recording | None = field(default=None, repr=False)  # of the pass that is running
     _meta: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -123,6 +122,10 @@ class GraphState:
                 spec = replace(spec, shape=self.dims.expressions(*values(node)))
             resolved.append(spec)
         return tuple(resolved)
+
+    def module_path(self, node: torch.fx.Node) -> str:
+        """Return the path of the innermost module that a node belongs to; "" is the model itself."""
+        return scope(node)
 
     def paths(self) -> list[str]:
         """Return the paths of all regions, in graph order."""
@@ -502,6 +505,7 @@ class GraphState:
             classes=dict(self.classes),
             _sites=dict(self._sites),
             _meta=dict(self._meta),
+            _recording=None,
         )
 
     def at(self, **sizes: int) -> Self:

@@ -18,7 +18,7 @@ class Scale(Pass):
     def run(self, graph: Graph) -> Findings:
         out = graph.output
         graph.insert_after(out, lambda x: x * self.by)
-        return Findings((f"scaled {out.name}",))
+        return Findings(notes=(f"scaled {out.name}",))
 
 
 @dataclass(frozen=True)

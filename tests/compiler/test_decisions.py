@@ -40,7 +40,7 @@ class DropThinnest(Pass):
     def run(self, graph: Graph) -> Findings:
         path = graph.decide("the thinnest convolution", lambda: thinnest(graph))
         graph.insert_after(graph.region(path).output, lambda x: x * 0.0)
-        return Findings((path,))
+        return Findings(notes=(path,))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def test_regions_have_the_other_weights_and_the_rest_its_own(one: GraphUNet, oth
         taken = name.startswith(("mid_block.", "up_blocks.0.resnets.0.", "up_blocks.0.attentions.0."))
         assert torch.equal(weight, (its if taken else mine)[name]), name
         assert not torch.equal(mine[name], its[name])
-    assert result.report.passes[-1].edits[0] == f"mid_block has its weights from {folder}"
+    assert result.report.passes[-1].notes[0] == f"mid_block has its weights from {folder}"
 
 
 def test_weights_are_not_copied(one: GraphUNet, other: GraphUNet) -> None:

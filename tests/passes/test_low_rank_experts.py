@@ -104,7 +104,7 @@ def test_nothing_changes_at_first_and_every_sample_has_its_own_kernel(routing: s
     pruned = sdgraph.apply(source, PRUNE)
     unet = sdgraph.apply(source, [PRUNE, MECondConv(routing=routing, experts=3, rank=2)])
     assert unet.report.passes[-1].contract == "EXACT"
-    assert "experts from" in " ".join(unet.report.passes[-1].edits)
+    assert "experts from" in " ".join(unet.report.passes[-1].notes)
     call = call_of(source, B=3, timestep=torch.tensor([3, 500, 900]))
     assert torch.equal(answer(unet, call), answer(pruned, call))
     with pytest.raises(ModeError):

@@ -198,9 +198,9 @@ def test_experts_are_what_was_pruned() -> None:
                 used += bool(inherited)
                 assert inherited or torch.equal(expert[expert != 0], own.flatten()[expert != 0])
     assert used >= 4
-    told = " ".join(unet.report.passes[1].edits)
+    told = " ".join(unet.report.passes[1].notes)
     assert "experts from" in told
-    assert "parts of its own" in told
+    assert "slices of its kernel" in told
 
 
 @pytest.mark.slow
