@@ -8,7 +8,6 @@ from typing import Any
 from .errors import SpecError
 from .ir.editor import EditableGraph
 from .options import checked
-from .schedules import SamplingRun
 from .views.drawing import draw_graph
 from .views.text import format_graph
 from .views.timetable import Timetable, timetable
@@ -61,4 +60,4 @@ class Graph(EditableGraph):
         Example:
             `pipe.scheduler.set_timesteps(25)`, then `print(unet.graph.timetable(pipe.scheduler, B=2))`
         """
-        return timetable(self.at(**sizes) if sizes else self, Run.of(calls))
+        return timetable(self.at(**sizes) if sizes else self, SamplingRun.of(calls))
