@@ -8,6 +8,7 @@ from typing import Any
 from .errors import SpecError
 from .ir.editor import EditableGraph
 from .options import checked
+from .schedules import SamplingRun
 from .views.drawing import draw_graph
 from .views.text import format_graph
 from .views.timetable import Timetable, timetable
