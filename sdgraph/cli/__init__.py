@@ -1,8 +1,7 @@
 """The command line: one module for each command, whose docstring is its help.
 
 The module of a command has `add_arguments(parser)`, which declares its arguments, and `run(args)`, which executes it.
-`arguments.add_overwrite` declares the options that name its outputs, so that nothing is loaded if an output must not be
-written.
+`arguments.add_output` declares an option that names an output, so that nothing is loaded if it must not be written.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from ..progress import silent
 from ..spec import import_module
 from ..version import __version__
 from . import apply, bench, evaluate, export, inspect, passes, search, show, tune
-from .arguments import add_quiet, check_outputs, threads
-from .quiet import quiet
-from .terminal import interruptible, outputs
+from .arguments import add_overwrite, add_quiet, check_outputs, threads
+from .terminal import interruptible, outputs, quiet_libraries
 
 __all__ = ["main"]
 
@@ -85,7 +83,7 @@ def _status(arguments: Sequence[str] | None) -> int:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments of a command. An option that there is not ends the process with the nearest name."""
+    """Return the arguments of a command. An unknown option ends the process, with the nearest name in the message."""
     args, unknown = _parser().parse_known_args(arguments)
     args.words = sys.argv[1:] if arguments is None else arguments
     if unknown:
@@ -100,7 +98,7 @@ def _execute(args: argparse.Namespace) -> None:
     check_outputs(args)
     for module in getattr(args, "imports", ()):
         import_module(module)
-    with silent(args.quiet), threads(args), quiet():
+    with silent(args.quiet), threads(args), quiet_libraries():
         args.run(args)
 
 
@@ -141,6 +139,7 @@ def _add_command(commands: argparse._SubParsersAction[_Command], module: ModuleT
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    add_overwrite(parser)
     add_quiet(parser)
     required = [action for action in parser._actions if action.required]
     words = [" ".join([*action.option_strings, str(action.metavar)]) for action in required]

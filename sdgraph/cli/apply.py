@@ -9,9 +9,8 @@ The command prints what each pass changed. Without --save it only tries the pass
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .arguments import add_dtype, add_imports, add_model, add_overwrite, add_threads
+from .arguments import add_dtype, add_imports, add_model, add_output, add_threads
 from .plans import add_passes, read_passes
 from .sources import load_unet
 
@@ -19,10 +18,9 @@ from .sources import load_unet
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_passes(parser, "passes")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="folder to save the resulting UNet in")
+    add_output(parser, "--save", "DIR", "folder to save the resulting UNet in")
     add_dtype(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not check the passes against their contracts")
-    add_overwrite(parser, "save")
     add_threads(parser, "PyTorch")
     add_imports(parser)
 
@@ -30,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..runtime.apply import apply
 
-    given = read_passes(args.passes)
+    requested = read_passes(args.passes)
     source = load_unet(args.model, args.dtype, args.variant)
-    given.check_unet(source.config)
-    unet = apply(source, given.passes, verify=not args.no_verify, progress=True)
+    requested.check_unet(source.config)
+    unet = apply(source, requested.passes, verify=not args.no_verify, progress=True)
     print(unet.report)
     if args.save is not None:
         unet.save_pretrained(args.save)

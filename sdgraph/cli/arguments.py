@@ -15,19 +15,9 @@ from typing import Any
 from ..errors import SpecError
 from ..progress import note
 
-PICTURES = ("picture", "timetable")  # options that name files of pictures
 CALLS = 50
-INPUTS = (
-    "model",
-    "pipeline",
-    "directory",
-    "change",
-    "passes",
-    "prompts",
-    "held_out",
-    "cost",
-    "clip",
-)  # which may be paths
+# The arguments that may name files or folders, which no command writes to.
+INPUTS = ("model", "pipeline", "directory", "change", "reference", "passes", "prompts", "held_out", "cost", "clip")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -88,7 +78,7 @@ def device(text: str) -> str:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL, the UNet that a command changes."""
+    """Add MODEL, the UNet that a command changes, and --variant."""
     parser.add_argument(
         "model", metavar="MODEL", help="folder of a diffusers pipeline or of a UNet, or its name on the hub"
     )
@@ -96,7 +86,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pipeline(parser: argparse.ArgumentParser) -> None:
-    """Add PIPELINE, which a command generates images with."""
+    """Add PIPELINE, which a command generates images with, and --variant."""
     parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a diffusers pipeline, or its name on the hub")
     add_variant(parser)
 
@@ -109,11 +99,6 @@ def add_variant(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_bundle(parser: argparse.ArgumentParser) -> None:
-    """Add DIR, the directory of an exported UNet."""
-    parser.add_argument("directory", metavar="DIR", help="directory that `sdgraph export` wrote")
-
-
 def add_dtype(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = DTYPES) -> None:
     """Add --dtype, one of the names in `dtypes`."""
     parser.add_argument(
@@ -122,11 +107,11 @@ def add_dtype(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = DTYPES)
 
 
 def add_provider(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --provider and --precision, which say how ONNX Runtime runs exported models.
+    """Add --provider and --precision, with which ONNX Runtime runs exported models.
 
     Args:
         parser: the parser of the command.
-        default: what happens without them, for the help.
+        default: the default provider, for the help.
     """
     parser.add_argument(
         "--provider", metavar="NAME",
@@ -135,7 +120,7 @@ def add_provider(parser: argparse.ArgumentParser, default: str) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16"),
-        help="what OpenVINO's provider computes in (default: float32); others compute in the dtype of the models",
+        help="precision of OpenVINO's provider (default: float32); others compute in the dtype of the exported UNet",
     )  # fmt: skip
 
 
@@ -160,7 +145,7 @@ def add_threads(parser: argparse.ArgumentParser, *libraries: str) -> None:
 
 @contextlib.contextmanager
 def threads(args: argparse.Namespace) -> Iterator[None]:
-    """Give PyTorch the number of threads that a command was asked for, and say how many compute."""
+    """Set the number of PyTorch's threads during a command, and print it."""
     if not hasattr(args, "threads"):  # the command computes nothing
         yield
         return
@@ -175,57 +160,86 @@ def threads(args: argparse.Namespace) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def add_number(parser: argparse.ArgumentParser, name: str, meaning: str, default: int | None = None) -> None:
+    """Add an option whose value is a whole number of at least 1.
+
+    Args:
+        parser: the parser of the command.
+        name: the name of the option, with dashes.
+        meaning: the help text.
+        default: the default, which the help text then ends with.
+    """
+    meaning += "" if default is None else " (default: %(default)s)"
+    parser.add_argument(name, type=positive, default=default, metavar="N", help=meaning)
+
+
 def add_calls(parser: argparse.ArgumentParser, default: int = CALLS) -> None:
-    """Add --calls, the length of a generation; it is None where the command line does not say it."""
-    parser.add_argument(
-        "--calls",
-        type=positive,
-        metavar="N",
-        help=f"UNet calls per generation (default: those of a plan, or {default})",
-    )
+    """Add --calls, the length of a generation, which is None where the command line does not give it."""
+    add_number(parser, "--calls", f"UNet calls per generation (default: those of a plan, or {default})")
 
 
 def add_imports(parser: argparse.ArgumentParser) -> None:
     """Add --import, which names modules of passes to import before the command parses any pass."""
     parser.add_argument(
         "--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="Python module with passes of your own, installed or in the current folder; may be repeated",
+        help="Python module with your own passes, installed or in the current folder; may be repeated",
     )  # fmt: skip
 
 
-def add_overwrite(parser: argparse.ArgumentParser, *outputs: str) -> None:
-    """Add --overwrite, and declare the outputs that it applies to.
+def add_output(
+    parser: argparse.ArgumentParser,
+    name: str,
+    metavar: str,
+    meaning: str,
+    *,
+    required: bool = False,
+    figure: bool = False,
+) -> None:
+    """Add an option that names a file or a folder which the command writes.
 
     Args:
         parser: the parser of the command.
-        outputs: the names of the options, without dashes, whose values are the paths that the command writes.
+        name: the name of the option, with dashes.
+        metavar: the kind of output, FILE, DIR or PLAN.
+        meaning: the help text.
+        required: whether the option must be given.
+        figure: whether the output is a figure, an SVG or PNG file.
     """
-    parser.add_argument("--overwrite", action="store_true", help="replace output that already exists")
-    parser.set_defaults(outputs=outputs)
+    option = parser.add_argument(name, type=Path, required=required, metavar=metavar, help=meaning)
+    parser.set_defaults(outputs={**(parser.get_default("outputs") or {}), option.dest: figure})
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add --overwrite, if the command has outputs."""
+    if parser.get_default("outputs"):
+        parser.add_argument("--overwrite", action="store_true", help="replace output that already exists")
 
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Refuse to replace existing output without --overwrite, before anything is loaded.
 
+    Args:
+        args: the arguments of the command.
     Raises:
         SpecError: a file or a folder that is not empty already exists where the command would write; it cannot write
             there; or the command would write to what it reads, which --overwrite does not allow either.
-        ExtraError: a picture is wanted, and matplotlib is not installed.
+        ExtraError: an output is a figure, and matplotlib is not installed.
     """
     from ..atomic import check_apart
 
+    outputs: dict[str, bool] = getattr(args, "outputs", None) or {}
     named = {option: getattr(args, option) for option in INPUTS if getattr(args, option, None)}
     inputs = [(option, Path(path).expanduser()) for option, path in named.items()]
     inputs = [(option, path) for option, path in inputs if os.path.exists(path)]
-    for option in (*getattr(args, "outputs", ()), "folder"):
+    for option in (*outputs, "folder"):
         path: Path | None = getattr(args, option, None)
         if path is None:
             continue
         check_apart(path, inputs, SpecError, f"--{option}", around=False)
-        if option not in args.outputs:  # measurements are kept there and read again
+        if option not in outputs:  # the folder of a search, whose measurements are read again
             continue
         _check_writable(path, f"--{option}")
-        if option in PICTURES:
+        if outputs[option]:
             from ..views.figure import check_figure_path
 
             check_figure_path(path)

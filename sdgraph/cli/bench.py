@@ -3,22 +3,21 @@
   sdgraph bench PIPELINE "InheritFeatures.damped(2)" --height 256 --width 256 --steps 10 --threads 2
   sdgraph bench unet-ort --calls 20 --height 512 --width 512
 
-Of a pipeline, the command makes images with every engine that is installed, in float32 and in less, with the passes
-and without, each way in a process of its own. It prints seconds per image, seconds to the first image, peak memory and
-the PSNR to the source in float32, and the lines of Python for the fastest way. Of the directory of an exported UNet, it
-times each graph and whole generations on random inputs.
+With a pipeline, the command makes images with every installed engine, in float32 and in lower precisions, with and
+without the passes, each in a separate process. It prints seconds per image, seconds to the first image, peak memory and
+the PSNR to the source in float32, and the lines of Python for the fastest engine. With the directory of an exported
+UNet, it times each graph and whole generations on random inputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
 from typing import Any
 
 from ..errors import SpecError
-from .arguments import add_imports, add_overwrite, add_provider, add_threads, add_variant, positive, write_json
-from .generation import UNIT, add_images, call_of, check_scheduler, check_size, scheduler_class
+from .arguments import add_imports, add_number, add_output, add_provider, add_threads, add_variant, write_json
+from .generation import UNIT, add_images, call_of, scheduler_class
 from .plans import add_passes, read_passes
 from .sources import load_bundle, local_folder, read_prompts
 
@@ -40,23 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="engine to leave out: PyTorch, compiled, 'ONNX Runtime' or OpenVINO; may be repeated. The first row, "
         "PyTorch in float32, is always measured",
     )  # fmt: skip
-    parser.add_argument(
-        "--rounds", type=positive, metavar="N", help="processes for each way, which take turns (default: 2)"
-    )
-    parser.add_argument(
-        "--calls", type=positive, metavar="N", help=f"UNet calls per generation of an exported UNet (default: {CALLS})"
-    )
-    parser.add_argument(
-        "--batch", type=positive, metavar="N",
-        help=f"samples per call of an exported UNet; guidance needs two per image (default: {BATCH})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--repeats", type=positive, metavar="N", help="measured runs after the first (default: 2 images, 3 generations)"
-    )
+    add_number(parser, "--rounds", "processes for each engine, which take turns (default: 2)")
+    add_number(parser, "--calls", f"UNet calls per generation of an exported UNet (default: {CALLS})")
+    batch = f"samples per call of an exported UNet; guidance needs two per image (default: {BATCH})"
+    add_number(parser, "--batch", batch)
+    add_number(parser, "--repeats", "measured runs after the first (default: 2 images, 3 generations)")
     add_provider(parser, "the fastest that is installed, by the kind of processor")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the figures")
+    add_output(parser, "--out", "FILE", "JSON file for the figures")
     add_threads(parser, "PyTorch", "ONNX Runtime")
-    add_overwrite(parser, "out")
     add_imports(parser)
 
 
@@ -65,9 +55,9 @@ def run(args: argparse.Namespace) -> None:
     exported = folder is not None and (folder / "model.onnx").is_file()
     for name in OF_A_PIPELINE if exported else OF_A_BUNDLE:
         if getattr(args, name) not in (None, ""):
-            kinds = ("a pipeline", "an exported UNet") if exported else ("an exported UNet", "a pipeline")
+            other, kind = ("a pipeline", "an exported UNet") if exported else ("an exported UNet", "a pipeline")
             raise SpecError(
-                f"{args.pipeline} is {kinds[1]}, and this option is of {kinds[0]}",
+                f"{args.pipeline} is {kind}, and this option is for {other}",
                 where="PASSES" if name == "passes" else f"--{name.replace('_', '-')}",
                 hint="leave it out",
             )
@@ -96,19 +86,16 @@ def _engines(args: argparse.Namespace) -> Any:
     """Return the comparison of the engines of this machine, on the images of a pipeline."""
     from ..exporters import engines
 
-    given = read_passes(args.passes)
-    check_size(args, args.pipeline, given.passes)
-    given.check_steps(args.steps)
-    call = call_of(args, given.steps)
+    requested = read_passes(args.passes)
+    call = call_of(args, requested)
     steps = call.pop("num_inference_steps")
-    check_scheduler(args.scheduler, args.pipeline, steps)
     prompts = engines.PROMPTS if args.prompts is None else read_prompts(args.prompts)
     scheduler = None
     if args.scheduler is not None:
         kind, options = scheduler_class(args.scheduler)
         scheduler = kind.__name__, options
     return engines.compare(
-        args.pipeline, given.passes, prompts=prompts, steps=steps, call=call, scheduler=scheduler, variant=args.variant,
-        imports=args.imports, threads=args.threads, device=args.device, leave_out=args.without or (),
-        rounds=args.rounds or 2, repeats=args.repeats or 2,
+        args.pipeline, requested.passes, prompts=prompts, steps=steps, call=call, scheduler=scheduler,
+        variant=args.variant, imports=args.imports, threads=args.threads, device=args.device,
+        leave_out=args.without or (), rounds=args.rounds or 2, repeats=args.repeats or 2,
     )  # fmt: skip

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..errors import SpecError, did_you_mean
 from ..progress import note
-from .arguments import add_imports, add_overwrite, add_pipeline, add_provider, add_threads, bound, positive, seed
+from .arguments import add_imports, add_number, add_output, add_pipeline, add_provider, add_threads, bound, seed
 from .generation import add_generation, call_of, check_graph_size, check_scheduler, check_size, made_scheduler
-from .plans import PASSES, Given, read_passes
+from .plans import PASSES, RequestedPasses, read_passes
 from .sources import load_bundle, load_pipeline, load_unet, read_prompts
 
 PERCEPTUAL = ("lpips", "clip")
@@ -35,21 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation(parser)
     parser.add_argument(
         "--reference", metavar="CHANGE",
-        help="what to compare with, named as CHANGE is; a tuned UNet is compared with its teacher, for example "
+        help="passes or a folder to compare with, in the form of CHANGE, such as the teacher of a tuned UNet "
         "(default: the UNet of the pipeline)",
     )  # fmt: skip
-    parser.add_argument(
-        "--reference-steps", type=positive, metavar="N", help="inference steps of the reference (default: --steps)"
-    )
+    add_number(parser, "--reference-steps", "inference steps of the reference (default: --steps)")
     parser.add_argument(
         "--reference-scheduler", metavar="NAME", help="scheduler of the reference (default: --scheduler)"
     )
     parser.add_argument(
         "--seeds", type=seed, nargs="+", default=[0], metavar="SEED", help="seeds for every prompt (default: 0)"
     )
-    parser.add_argument(
-        "--batch", type=positive, default=1, metavar="N", help="images per pipeline call (default: %(default)s)"
-    )
+    add_number(parser, "--batch", "images per pipeline call", default=1)
     parser.add_argument(
         "--require", type=bound, nargs="+", default=[], metavar="NAME=MIN",
         help=f"smallest values of figures, such as psnr=30 ssim=0.9; the figures are {', '.join(FIGURES)}",
@@ -64,8 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip", metavar="MODEL", help="folder of a CLIP model, or its name on the hub (default: OpenAI's ViT-B/16)"
     )
     add_provider(parser, "the fastest that is installed, by the kind of processor")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for evaluation.json and evaluation.png")
-    add_overwrite(parser, "out")
+    add_output(parser, "--out", "DIR", "folder for evaluation.json and evaluation.png")
     add_threads(parser, "PyTorch", "ONNX Runtime")
     add_imports(parser)
 
@@ -73,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..evaluation.evaluate import evaluate
     from ..evaluation.metrics import CLIP
-    from ..runtime.apply import apply
     from ..runtime.unet import GraphUNet
     from ..solvers import name_of
 
@@ -87,44 +82,35 @@ def run(args: argparse.Namespace) -> None:
             "there is nothing to compare", where="CHANGE",
             hint="name a change, such as passes, or other steps with --reference-steps, or another --reference",
         )  # fmt: skip
-    exported = [text for text in (args.change, args.reference) if text and (Path(text) / "model.onnx").is_file()]
-    if (args.provider is not None or args.precision is not None) and not exported:
+    change, reference = _Side.of(args.change), _Side.of(args.reference)
+    if (args.provider is not None or args.precision is not None) and not (change.exported or reference.exported):
         hint = "export the UNet, and evaluate the folder"
         raise SpecError("a provider of ONNX Runtime runs exported UNets", where="--provider, --precision", hint=hint)
     prompts = read_prompts(args.prompts)
-    passes, reference_passes = _passes(args.change), _passes(args.reference)
-    passes.check_steps(args.steps)
-    call = call_of(args, passes.steps)
+    call = call_of(args, change.requested)
     reference_steps = args.reference_steps or call["num_inference_steps"]
-    reference_passes.check_steps(reference_steps)
-    check_scheduler(args.scheduler, args.pipeline, call["num_inference_steps"])
     reference_scheduler = args.reference_scheduler or args.scheduler
+    reference.requested.check_steps(reference_steps)
     check_scheduler(reference_scheduler, args.pipeline, reference_steps, "--reference-scheduler")
-    for side in (passes, reference_passes):
-        check_size(args, args.pipeline, side.passes)
-    change, reference = (_loaded(text, args) for text in (args.change, args.reference))
-    for unet in (change, reference):
-        check_graph_size(args, args.pipeline, unet)
+    check_size(args, args.pipeline, reference.requested.passes)
+    unets = [side.loaded(args) for side in (change, reference)]
     pipe = load_pipeline(args.pipeline, args.dtype, args.device, args.variant)
-    for side in (passes, reference_passes):
-        side.check_unet(pipe.unet.config)
+    for side in (change, reference):
+        side.requested.check_unet(pipe.unet.config)
     own = pipe.scheduler
     pipe.scheduler = made_scheduler(args.scheduler, own)
-    first = copy.copy(pipe)
-    first.scheduler = made_scheduler(reference_scheduler, own, "--reference-scheduler")
-    if reference_passes.passes:
-        first.unet = apply(pipe.unet, reference_passes.passes)
-    elif reference is not None:
-        first.unet = reference
-    after = pipe if args.change is None else passes.passes if change is None else change
-    passes.check_solver(name_of(pipe.scheduler))
-    reference_passes.check_solver(name_of(first.scheduler))
-    if args.reference is None and passes.passes and isinstance(pipe.unet, GraphUNet):
+    before = copy.copy(pipe)
+    before.scheduler = made_scheduler(reference_scheduler, own, "--reference-scheduler")
+    before.unet = reference.unet(pipe, unets[1])
+    change.requested.check_solver(name_of(pipe.scheduler))
+    reference.requested.check_solver(name_of(before.scheduler))
+    if args.reference is None and change.requested.passes and isinstance(pipe.unet, GraphUNet):
         applied = ", ".join(map(str, pipe.unet.graph.passes)) or "no passes"
         note(f"the reference is the UNet of {args.pipeline} itself ({applied}); --reference names another")
+    after = pipe if args.change is None else change.requested.passes if unets[0] is None else unets[0]
     required = {*args.perceptual, *at_least, *at_most}
     evaluation = evaluate(
-        first, after, prompts, pipe=pipe, seeds=args.seeds, batch=args.batch, clip=args.clip or CLIP,
+        before, after, prompts, pipe=pipe, seeds=args.seeds, batch=args.batch, clip=args.clip or CLIP,
         perceptual=[name for name in PERCEPTUAL if name in required],
         before_call={"num_inference_steps": reference_steps}, **call,
     )  # fmt: skip
@@ -138,15 +124,45 @@ def run(args: argparse.Namespace) -> None:
     evaluation.require(**at_least, at_most=at_most)
 
 
-def _passes(text: str | None) -> Given:
-    """Return the passes that a change consists of; none if it is the folder of a UNet."""
-    return Given(()) if text is None or Path(text).expanduser().is_dir() else read_passes(text, folders=True)
+@dataclass(frozen=True)
+class _Side:
+    """One side of a comparison, as CHANGE or --reference names it.
 
+    Args:
+        requested: the passes; none if the side is the folder of a UNet, or the UNet of the pipeline.
+        folder: the folder of a saved or exported UNet, or None.
+    """
 
-def _loaded(text: str | None, args: argparse.Namespace) -> Any:
-    """Return the UNet of a folder; None if a change is no folder."""
-    if text is None or not Path(text).expanduser().is_dir():
-        return None
-    if (Path(text).expanduser() / "model.onnx").is_file():
-        return load_bundle(text, args.provider, args.precision)
-    return load_unet(text, args.dtype).to(args.device)
+    requested: RequestedPasses
+    folder: str | None = None
+
+    @classmethod
+    def of(cls, text: str | None) -> Self:
+        """Return the side that a text names; without one, the UNet of the pipeline."""
+        if text is None or Path(text).expanduser().is_dir():
+            return cls(RequestedPasses(()), text)
+        return cls(read_passes(text, folders=True))
+
+    @property
+    def exported(self) -> bool:
+        """Whether the side is an exported UNet."""
+        return self.folder is not None and (Path(self.folder).expanduser() / "model.onnx").is_file()
+
+    def loaded(self, args: argparse.Namespace) -> Any:
+        """Return the UNet of the folder, which must cover the size of the images; None without a folder."""
+        if self.folder is None:
+            return None
+        if self.exported:
+            unet = load_bundle(self.folder, args.provider, args.precision)
+        else:
+            unet = load_unet(self.folder, args.dtype).to(args.device)
+        check_graph_size(args, args.pipeline, unet)
+        return unet
+
+    def unet(self, pipe: Any, loaded: Any) -> Any:
+        """Return the UNet of this side: the loaded one, or that of the pipeline after the passes."""
+        from ..runtime.apply import apply
+
+        if self.requested.passes:
+            return apply(pipe.unet, self.requested.passes)
+        return pipe.unet if loaded is None else loaded

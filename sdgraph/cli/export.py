@@ -10,9 +10,8 @@ graph agrees with PyTorch.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .arguments import CALLS, add_calls, add_dtype, add_imports, add_model, add_overwrite, add_provider, add_threads
+from .arguments import CALLS, add_calls, add_dtype, add_imports, add_model, add_output, add_provider, add_threads
 from .plans import add_passes, read_passes
 from .sources import load_unet
 
@@ -22,7 +21,7 @@ CHOICES = ("target", "layout", "inputs", "overwrite", "provider", "precision")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_passes(parser, "--passes", default="")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to export to")
+    add_output(parser, "--out", "DIR", "directory to export to", required=True)
     parser.add_argument(
         "--target", default="portable", choices=("portable", "cuda"),
         help="portable: standard operators for any provider; cuda: also fused operators of the CUDA provider "
@@ -39,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="optional inputs to export, such as ControlNet's mid_block_additional_residual",
     )  # fmt: skip
     add_provider(parser, "none; the CPU's is always compared with PyTorch, and this one too")
-    add_overwrite(parser, "out")
     add_threads(parser, "PyTorch", "ONNX Runtime")
     add_imports(parser)
 
@@ -49,12 +47,12 @@ def run(args: argparse.Namespace) -> None:
     from ..runtime.apply import apply
 
     check_target(args.overwrite, args.out)  # before the minutes that the export takes
-    given = read_passes(args.passes)
-    given.check_calls(args.calls)
+    requested = read_passes(args.passes)
+    requested.check_calls(args.calls)
     source = load_unet(args.model, args.dtype, args.variant)
-    given.check_unet(source.config)
-    unet = apply(source, given.passes)
+    requested.check_unet(source.config)
+    unet = apply(source, requested.passes)
     if unet.graph.passes:
         print(unet.report)
     options = {name: getattr(args, name) for name in CHOICES}
-    print(export(unet, args.out, calls=args.calls or given.calls or CALLS, **options))
+    print(export(unet, args.out, calls=args.calls or requested.calls or CALLS, **options))

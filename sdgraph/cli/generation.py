@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DecisionError, SpecError, did_you_mean
-from .arguments import add_dtype, device, number, positive
+from .arguments import add_dtype, add_number, device, number, positive
 from .sources import local_folder, read_object, sketch
 
 if TYPE_CHECKING:
     from ..compiler.passes import Pass
     from ..ir.guards import Guard
+    from .plans import RequestedPasses
 
 STEPS = 50
 UNIT = 8  # pixels that the pipelines of Stable Diffusion divide height and width by
@@ -40,12 +41,9 @@ def add_images(parser: argparse.ArgumentParser, prompts_required: bool = False) 
         help="text file with one prompt per line" + " (default: two prompts)" * (not prompts_required),
     )  # fmt: skip
     parser.add_argument(
-        "--negative-prompt", metavar="TEXT", help="what images should not show, for all prompts (default: nothing)"
+        "--negative-prompt", metavar="TEXT", help="negative prompt of all images (default: an empty text)"
     )
-    parser.add_argument(
-        "--steps", type=positive, metavar="N",
-        help=f"inference steps of the scheduler (default: those of a plan, otherwise {STEPS})",
-    )  # fmt: skip
+    add_number(parser, "--steps", f"inference steps of the scheduler (default: those of a plan, or {STEPS})")
     add_scheduler(parser)
     parser.add_argument(
         "--guidance-scale", type=number, metavar="SCALE", help="guidance scale (default: that of the pipeline)"
@@ -58,7 +56,7 @@ def add_scheduler(parser: argparse.ArgumentParser) -> None:
     """Add --scheduler."""
     parser.add_argument(
         "--scheduler", metavar="NAME",
-        help="scheduler of diffusers, with options if need be, as in "
+        help="scheduler of diffusers, with or without options, as in "
         "'DPMSolverMultistepScheduler(use_karras_sigmas=True)' (default: that of the pipeline)",
     )  # fmt: skip
 
@@ -71,15 +69,22 @@ def add_size(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def call_of(args: argparse.Namespace, steps: int | None = None) -> dict[str, Any]:
-    """Return the arguments of a pipeline's call.
+def call_of(args: argparse.Namespace, requested: RequestedPasses) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call, after the checks that need no weights.
 
     Args:
         args: the arguments of the command.
-        steps: the number of steps if the command line has none.
+        requested: the passes, whose plan has a number of steps.
+    Raises:
+        SpecError: the plan is for another number of steps, the pipeline cannot have the scheduler or make the steps,
+            or its UNet does not have the height or the width.
     """
+    requested.check_steps(args.steps)
+    steps = args.steps or requested.steps or STEPS
+    check_scheduler(args.scheduler, args.pipeline, steps)
+    check_size(args, args.pipeline, requested.passes)
     call = {
-        "num_inference_steps": args.steps or steps or STEPS,
+        "num_inference_steps": steps,
         "guidance_scale": args.guidance_scale,
         "negative_prompt": args.negative_prompt,
         "height": args.height,
@@ -107,7 +112,7 @@ def check_scheduler(text: str | None, source: str, steps: int, where: str = "--s
     own = own_scheduler(source)
     if own is not None:
         scheduler = made_scheduler(text, own, where)
-        steps_of(scheduler, steps)
+        set_steps(scheduler, steps)
 
 
 def own_scheduler(source: str) -> Any:
@@ -150,11 +155,15 @@ def made_scheduler(text: str | None, own: Any, where: str = "--scheduler") -> An
         ) from error
 
 
-def steps_of(scheduler: Any, steps: int, where: str = "--steps") -> None:
-    """Let a scheduler make a number of steps.
+def set_steps(scheduler: Any, steps: int, where: str = "--steps") -> None:
+    """Set the timesteps of a scheduler.
 
+    Args:
+        scheduler: the scheduler of diffusers, which is changed.
+        steps: the number of steps.
+        where: the option of the command line that gives the number.
     Raises:
-        SpecError: it cannot.
+        SpecError: the scheduler cannot make as many steps.
     """
     most = scheduler.config.get("num_train_timesteps") or steps
     try:
@@ -171,12 +180,16 @@ def steps_of(scheduler: Any, steps: int, where: str = "--steps") -> None:
 def with_calls(scheduler: Any, calls: int, where: str = "--calls") -> Any:
     """Return a scheduler that makes a number of calls of the UNet, which may be more than its steps.
 
+    Args:
+        scheduler: the scheduler of diffusers, which is changed.
+        calls: the number of calls.
+        where: the option of the command line that gives the number.
     Raises:
-        SpecError: no number of steps takes as many calls.
+        SpecError: no number of steps makes as many calls.
     """
     near = []
     for steps in range(calls, 0, -1):
-        steps_of(scheduler, steps, where)
+        set_steps(scheduler, steps, where)
         near.append(len(scheduler.timesteps))
         if near[-1] == calls:
             return scheduler
@@ -191,6 +204,9 @@ def with_calls(scheduler: Any, calls: int, where: str = "--calls") -> Any:
 def scheduler_class(text: str, where: str = "--scheduler") -> tuple[Any, dict[str, Any]]:
     """Return the class and the options in the text of a scheduler.
 
+    Args:
+        text: the name of the scheduler, with or without options.
+        where: the option of the command line that names the scheduler.
     Raises:
         SpecError: there is no such scheduler or option.
     """
@@ -209,7 +225,7 @@ def scheduler_class(text: str, where: str = "--scheduler") -> tuple[Any, dict[st
             raise SpecError(f"cannot read the scheduler {text!r}: {error}", where=where, hint=hint) from error
         name, options = text, {}
     every = [n for n in dir(schedulers) if n.endswith("Scheduler") and not n.startswith("Flax")]
-    known = list(dict.fromkeys([*_usual(), *every]))  # what is usual is proposed first
+    known = list(dict.fromkeys([*_usual(), *every]))  # the usual ones are proposed first
     if name not in known:
         short = {n.removesuffix("Scheduler").lower(): n for n in known}
         word = name.lower().removesuffix("scheduler")
@@ -246,8 +262,8 @@ def check_size(args: argparse.Namespace, source: str, passes: Sequence[Pass] = (
         source: the folder of the pipeline, or its name on the hub.
         passes: the passes.
     Raises:
-        SpecError: it is no multiple of what the VAE and the pipeline divide by, or a condition of the graph does not
-            hold; the hint has the nearest sizes that will do.
+        SpecError: it is no multiple of the factor of the VAE and the pipeline, or a condition of the graph does not
+            hold; the hint has the nearest valid sizes.
     """
     unit = math.lcm(UNIT, latent_unit(source))
     for name in ("height", "width"):
@@ -257,7 +273,7 @@ def check_size(args: argparse.Namespace, source: str, passes: Sequence[Pass] = (
     if (args.height, args.width) != (None, None) and local_folder(source) is not None:
         from ..runtime.apply import apply
 
-        with contextlib.suppress(DecisionError):  # of a pass that looks at weights
+        with contextlib.suppress(DecisionError):  # a pass looks at weights
             check_graph_size(args, source, apply(sketch(source), passes, verify=False))
 
 

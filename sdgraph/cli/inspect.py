@@ -3,8 +3,8 @@
   sdgraph inspect unet-ort
   sdgraph inspect tuned/checkpoint-500
 
-The command prints the passes that were applied, what calls inherit, the sizes and the files. Of an exported UNet it
-prints all graphs and inputs. It runs nothing.
+The command prints the passes that were applied, the features that calls reuse, the sizes and the files, and for an
+exported UNet all graphs and inputs. It runs nothing.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _run(folder: Path) -> Iterator[str]:
     if steps or (folder / TUNING).is_file():
         kept = ", ".join(map(str, steps)) or "none"
         ended = (folder / TUNING).is_file()
-        end = "it has ended" if ended else "it has not ended: the same command goes on from the last"
+        end = "it has ended" if ended else "it has not ended, and the same command continues from the last"
         yield f"{folder}: a training run; checkpoints of the steps {kept}; {end}"
 
 
@@ -110,7 +110,7 @@ def _pipeline(folder: Path) -> Iterator[str]:
 
 
 def _unet(unet: Path, folder: Path, calls: int) -> str:
-    """Describe a UNet, plain or changed by passes, with the timetable of what it inherits."""
+    """Describe a UNet, plain or changed by passes, with the timetable of its calls."""
     from ..views.format import format_count, format_macs, format_names
 
     weights = list(_weights(unet))

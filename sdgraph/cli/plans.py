@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SpecError
+from ..plan_search import PLAN_FORMAT
 from ..progress import note
 from ..text import from_json, read_text
 
@@ -35,30 +36,32 @@ def add_passes(parser: argparse.ArgumentParser, *names: str, **options: Any) -> 
 
 
 @dataclass(frozen=True)
-class Given:
-    """Passes of the command line, and what a search has found out about them.
+class RequestedPasses:
+    """The passes that a command line names, and the plans that they come from.
 
     Args:
         passes: the passes.
-        plan: the plans that they come from, by the names of their files; each is what `SearchResult.as_dict` returns.
+        plans: the plans by the names of their files, each as `SearchResult.as_dict` returns it.
     """
 
     passes: tuple[Pass, ...]
-    plan: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    plans: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int | None:
         """The number of steps that a plan is for."""
-        return next((plan["steps"] for plan in self.plan.values()), None)
+        return next((plan["steps"] for plan in self.plans.values()), None)
 
     @property
     def calls(self) -> int | None:
         """The number of calls that a plan is for."""
-        return next((plan["timetable"]["calls"] for plan in self.plan.values()), None)
+        return next((plan["timetable"]["calls"] for plan in self.plans.values()), None)
 
     def check_steps(self, steps: int | None) -> None:
         """Refuse another number of steps than that of a plan.
 
+        Args:
+            steps: the number of steps; None if the command line has none.
         Raises:
             SpecError: the numbers differ.
         """
@@ -67,6 +70,8 @@ class Given:
     def check_calls(self, calls: int | None) -> None:
         """Refuse another number of calls than that of a plan.
 
+        Args:
+            calls: the number of calls; None if the command line has none.
         Raises:
             SpecError: the numbers differ.
         """
@@ -75,7 +80,7 @@ class Given:
     def _check_number(self, name: str, planned: int | None, number: int | None) -> None:
         if planned is not None and number not in (None, planned):
             raise SpecError(
-                f"the plan is for {planned} {name}, not for {number}", where=", ".join(self.plan),
+                f"the plan is for {planned} {name}, not for {number}", where=", ".join(self.plans),
                 hint=f"leave --{name} out, or search for a plan of {number}",
             )  # fmt: skip
 
@@ -85,10 +90,10 @@ class Given:
         Args:
             config: the configuration of the UNet that the passes are for.
         Raises:
-            SpecError: the configurations differ; the error says in what.
+            SpecError: the configurations differ; the error names the differences.
         """
         here = json.loads(json.dumps(dict(config), default=str))
-        for file, plan in self.plan.items():
+        for file, plan in self.plans.items():
             there = plan["unet"]
             names = [name for name in {**there, **here} if not name.startswith("_") and name != "sample_size"]
             off = [name for name in names if there.get(name) != here.get(name)]
@@ -103,9 +108,13 @@ class Given:
                 )
 
     def check_solver(self, solver: str) -> None:
-        """Say so if a plan was found with another solver than that of the images."""
-        for file, plan in self.plan.items():
-            if plan.get("solver") and plan["solver"] != solver:
+        """Print a note if a plan was found with another solver.
+
+        Args:
+            solver: the class name of the scheduler that generates the images.
+        """
+        for file, plan in self.plans.items():
+            if plan["solver"] != solver:
                 note(f"{file} was found with {plan['solver']}; with {solver} its errors are not known")
 
 
@@ -114,7 +123,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def read_passes(texts: str | Sequence[str], *, folders: bool = False) -> Given:
+def read_passes(texts: str | Sequence[str], *, folders: bool = False) -> RequestedPasses:
     """Read passes from text and from files.
 
     Args:
@@ -126,13 +135,13 @@ def read_passes(texts: str | Sequence[str], *, folders: bool = False) -> Given:
     passes: list[Pass] = []
     plans: dict[str, Mapping[str, Any]] = {}
     for text in (texts,) if isinstance(texts, str) else texts:
-        given = _read(text, folders)
-        passes += given.passes
-        plans |= given.plan
-    return Given(tuple(passes), plans)
+        requested = _read(text, folders)
+        passes += requested.passes
+        plans |= requested.plans
+    return RequestedPasses(tuple(passes), plans)
 
 
-def _read(text: str, folders: bool) -> Given:
+def _read(text: str, folders: bool) -> RequestedPasses:
     from ..compiler.passes import Pass, parse
     from ..spec import known
 
@@ -142,20 +151,20 @@ def _read(text: str, folders: bool) -> Given:
     if path is not None and path.is_file():
         return _read_file(path)
     if path is None or not FILE.fullmatch(text) or text.partition(".")[0] in known(Pass):
-        return Given(parse(text))
+        return RequestedPasses(parse(text))
     beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
     near = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, beside)]
     meant = f"did you mean {' or '.join(map(repr, near))}?" if near else f"give {PASSES}"
     raise SpecError(f"there is no folder {text}, and no file" if folders else f"there is no file {text}", hint=meant)
 
 
-def _read_file(path: Path) -> Given:
+def _read_file(path: Path) -> RequestedPasses:
     from ..compiler.passes import parse
 
     text = read_text(path, SpecError, hint=f"give {PASSES}")
     if text.lstrip().startswith("{"):
         plan = _plan(text, path)
-        return Given(parse(plan["passes"]), {str(path): plan})
+        return RequestedPasses(parse(plan["passes"]), {str(path): plan})
     hint = "write one on each line"
     try:
         statements = ast.parse(text).body
@@ -167,7 +176,7 @@ def _read_file(path: Path) -> Given:
     if not values or len(values) < len(statements):
         raise SpecError(f"{path} holds no passes", where=str(path), hint=hint)
     calls = [call for value in values for call in (value.elts if isinstance(value, ast.Tuple) else [value])]
-    return Given(tuple(one for call in calls for one in parse(ast.unparse(call))))
+    return RequestedPasses(tuple(one for call in calls for one in parse(ast.unparse(call))))
 
 
 def _plan(text: str, path: Path) -> Mapping[str, Any]:
@@ -176,8 +185,14 @@ def _plan(text: str, path: Path) -> Mapping[str, Any]:
         plan = from_json(text)
     except (ValueError, RecursionError) as error:
         raise SpecError(f"{path} is not JSON: {error}", where=str(path), hint=hint) from error
-    kinds = {"passes": str, "steps": int, "unet": dict, "timetable": dict}
+    kinds = {"format": int, "passes": str, "steps": int, "solver": str, "unet": dict, "timetable": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(plan.get(name), kind)]
     if wrong or not isinstance(plan["timetable"].get("calls"), int):
         raise SpecError(f"{path} is no plan: it has no {' and no '.join(wrong) or 'calls'}", where=str(path), hint=hint)
+    if plan["format"] != PLAN_FORMAT:
+        raise SpecError(
+            f"{path} is a plan of format {plan['format']}, and this version reads format {PLAN_FORMAT}",
+            where=str(path),
+            hint="search again, or install the version that saved it",
+        )
     return plan  # type: ignore[no-any-return]

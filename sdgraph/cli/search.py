@@ -1,14 +1,15 @@
-"""Search for what the calls of a generation inherit.
+"""Search for the calls of a generation that compute and those that reuse features.
 
   sdgraph search stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.txt --steps 20 --budget 0.55 \\
       --save plan.json
   sdgraph evaluate stable-diffusion-v1-5/stable-diffusion-v1-5 plan.json --prompts others.txt
 
-The search decides what each call of a generation computes, inherits, forecasts or bypasses, so that the images lose as
+The search decides what each call of a generation computes, reuses, forecasts or bypasses, so that the images lose as
 little as possible within a budget of time. Each CANDIDATE is an InheritFeatures or Bypass pass, whose schedule and
-forecast the search replaces. Use 24 prompts or more. Some are tuned on, some validate, and some are held out: these say
-what to expect, beside the best even spacing and fewer steps of the same solver in the same time. Measurements are kept
-in --folder, so that an interrupted search resumes, and a search for another budget reuses them.
+forecast the search replaces. Use 24 prompts or more: they are split into tuning, validation and held-out prompts. The
+errors on the held-out prompts are printed beside those of the best even spacing, and of fewer steps of the same solver
+in the same time. Measurements are kept in --folder, so that an interrupted search resumes, and a search for another
+budget reuses them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_imports, add_overwrite, add_pipeline, add_threads, positive, seed, write_json
-from .generation import add_generation, call_of, check_scheduler, check_size, made_scheduler
-from .plans import read_passes
+from .arguments import add_imports, add_number, add_output, add_pipeline, add_threads, seed, write_json
+from .generation import add_generation, call_of, made_scheduler
+from .plans import RequestedPasses, read_passes
 from .sources import load_pipeline, read_prompts
 
 BRANCHES = tuple(f"InheritFeatures.damped(branch={branch})" for branch in range(3))
@@ -45,22 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--held-out", type=Path, metavar="FILE",
         help="text file with the prompts to hold out (default: every third of --prompts)",
     )  # fmt: skip
-    parser.add_argument(
-        "--reference-steps", type=positive, metavar="N",
-        help="steps of the generation whose latents are aimed at (default: 100, or twice --steps)",
-    )  # fmt: skip
-    parser.add_argument("--trials", type=positive, default=60, metavar="N", help="moves to try (default: %(default)s)")
+    add_number(parser, "--reference-steps", "steps of the reference generation (default: 100, or twice --steps)")
+    add_number(parser, "--trials", "moves to try", default=60)
     parser.add_argument("--seed", type=seed, default=0, help="seed of the first latents (default: %(default)s)")
     parser.add_argument(
         "--folder", type=Path, default=Path("out/search"), metavar="DIR",
         help="folder to keep measurements in (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--save", type=Path, metavar="PLAN",
-        help="JSON file for the plan, which all commands take in the place of passes, and its errors",
-    )  # fmt: skip
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="SVG or PNG file for a figure of the timetable")
-    add_overwrite(parser, "save", "picture")
+    add_output(
+        parser,
+        "--save",
+        "PLAN",
+        "JSON file for the plan, which all commands take in the place of passes",
+    )
+    add_output(parser, "--picture", "FILE", "SVG or PNG file for a figure of the timetable", figure=True)
     add_threads(parser, "PyTorch")
     add_imports(parser)
 
@@ -68,17 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..plan_search.search import check_settings, search
 
-    given, call = read_passes(args.candidates), call_of(args)
-    prompts = read_prompts(args.prompts)
+    candidates, prompts = read_passes(args.candidates), read_prompts(args.prompts)
     held_out = () if args.held_out is None else read_prompts(args.held_out)
-    check_scheduler(args.scheduler, args.pipeline, call["num_inference_steps"])
+    call = call_of(args, RequestedPasses(candidates.passes))  # the steps of a plan are not those of the search
     check_settings(prompts, args.budget, held_out, args.cost)
-    check_size(args, args.pipeline, given.passes)
     pipe = load_pipeline(args.pipeline, args.dtype, args.device, args.variant)
     pipe.scheduler = made_scheduler(args.scheduler, pipe.scheduler)
-    given.check_unet(pipe.unet.config)
+    candidates.check_unet(pipe.unet.config)
     result = search(
-        pipe, given.passes, prompts, budget=args.budget, held_out=held_out, cost=args.cost, seed=args.seed,
+        pipe, candidates.passes, prompts, budget=args.budget, held_out=held_out, cost=args.cost, seed=args.seed,
         reference_steps=args.reference_steps, trials=args.trials, folder=args.folder, **call,
     )  # fmt: skip
     if args.save is not None:

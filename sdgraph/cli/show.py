@@ -3,18 +3,17 @@
   sdgraph show stable-diffusion-v1-5/stable-diffusion-v1-5 "InheritFeatures.deep_cache(3)" --calls 25 --height 768 \\
       --picture unet.svg --timetable calls.svg
 
-The command prints the regions of the UNet with their cost, and what each call of a generation computes, inherits,
+The command prints the regions of the UNet with their cost, and what each call of a generation computes, reuses,
 forecasts or bypasses. It computes nothing, and reads no weights unless a pass looks at them.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..errors import DecisionError
-from .arguments import CALLS, add_calls, add_imports, add_model, add_overwrite, positive
+from .arguments import CALLS, add_calls, add_imports, add_model, add_number, add_output
 from .generation import add_scheduler, add_size, check_size, latent_unit, made_scheduler, own_scheduler, with_calls
 from .plans import add_passes, read_passes
 from .sources import load_unet, sketch
@@ -26,41 +25,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_calls(parser)
     add_scheduler(parser)
     add_size(parser)
-    parser.add_argument(
-        "--depth", type=positive, default=3, metavar="N",
-        help="levels of regions: 2 shows blocks, 3 layers, 4 their parts (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--picture", type=Path, metavar="FILE",
-        help="SVG or PNG file for a figure of the UNet and of what passes changed",
-    )  # fmt: skip
-    parser.add_argument("--timetable", type=Path, metavar="FILE", help="SVG or PNG file for a figure of the calls")
-    add_overwrite(parser, "picture", "timetable")
+    add_number(parser, "--depth", "levels of regions: 2 shows blocks, 3 layers, 4 their parts", default=3)
+    add_output(
+        parser, "--picture", "FILE", "SVG or PNG file for a figure of the UNet and of what passes changed", figure=True
+    )
+    add_output(parser, "--timetable", "FILE", "SVG or PNG file for a figure of the calls", figure=True)
     add_imports(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from ..runtime.apply import apply
 
-    given = read_passes(args.passes)
-    given.check_calls(args.calls)
+    requested = read_passes(args.passes)
+    requested.check_calls(args.calls)
     check_size(args, args.model)
-    calls = args.calls or given.calls or CALLS
+    calls = args.calls or requested.calls or CALLS
     run = _run(args, calls)
     graph = sketch(args.model, args.variant)
-    given.check_unet(graph.config)
+    requested.check_unet(graph.config)
     try:
-        after = apply(graph, given.passes, verify=False).graph
-    except DecisionError:  # of a pass that looks at weights
+        after = apply(graph, requested.passes, verify=False).graph
+    except DecisionError:  # a pass looks at weights
         graph = apply(load_unet(args.model, "float32", args.variant)).graph
-        after = apply(graph, given.passes, verify=False).graph
+        after = apply(graph, requested.passes, verify=False).graph
     pixels = latent_unit(args.model)
     sides = {"H": args.height, "W": args.width}
     sizes = {symbol: side // pixels for symbol, side in sides.items() if side is not None}
     graph, after = (one.at(**sizes) for one in (graph, after))
     timetable = after.timetable(run)
     if args.picture is not None:
-        after.draw(args.picture, before=graph if given.passes else None)
+        after.draw(args.picture, before=graph if requested.passes else None)
     if args.timetable is not None:
         timetable.draw(args.timetable)
     print(f"{after.text(args.depth)}\n\n{timetable}")

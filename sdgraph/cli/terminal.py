@@ -1,14 +1,17 @@
-"""A command and its terminal: signals that stop it, and streams whose readers may leave."""
+"""A command and its terminal: signals that stop it, streams whose readers may leave, and quiet libraries."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import io
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, TextIO
@@ -88,3 +91,26 @@ def outputs() -> Iterator[None]:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Let diffusers and transformers print errors only, because our own messages and bars report the progress.
+
+    Deprecation warnings are silenced too, because they concern developers.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", module=r"(diffusers|transformers|huggingface_hub)\b")
+        for library in ("diffusers", "transformers"):
+            if importlib.util.find_spec(library) is None:
+                continue
+            logging = importlib.import_module(f"{library}.utils.logging")
+            stack.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+            if logging.is_progress_bar_enabled():
+                stack.callback(logging.enable_progress_bar)
+            logging.disable_progress_bar()
+        yield

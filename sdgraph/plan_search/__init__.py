@@ -3,3 +3,5 @@
 The package is not called `search`, because a submodule of that name would replace the function `sdgraph.search`. It
 imports `runtime` and the layers below; it trains nothing.
 """
+
+PLAN_FORMAT = 1  # of the plans that `SearchResult.as_dict` returns and the command line reads

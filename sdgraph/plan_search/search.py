@@ -32,6 +32,7 @@ from ..runtime.apply import apply
 from ..schedules import Steps
 from ..views.format import format_table
 from ..views.timetable import Timetable, timetable
+from . import PLAN_FORMAT
 from .candidates import SHAPES, Candidates, Plan
 from .costs import seconds_of
 from .evaluator import HELD_OUT, TUNING, VALIDATION, Evaluator, Measurements, PlannedPipeline
@@ -126,6 +127,7 @@ class SearchResult:
     def as_dict(self) -> dict[str, Any]:
         """Return the result as plain data, whose passes `sdgraph.parse` reads."""
         return {
+            "format": PLAN_FORMAT,
             "passes": str(self.passes),
             "steps": self.steps,
             "solver": self.timetable.run.solver,

@@ -56,8 +56,8 @@ def test_options_of_images_reach_the_comparison(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--calls", "5"], "examples/scenes/model is a pipeline, and this option is of an exported UNet"),
-        (["--provider", "CPUExecutionProvider"], "this option is of an exported UNet"),
+        (["--calls", "5"], "examples/scenes/model is a pipeline, and this option is for an exported UNet"),
+        (["--provider", "CPUExecutionProvider"], "this option is for an exported UNet"),
         (["--height", "65"], "cannot run at a height of 65 pixels"),
         (["--scheduler", "Karras"], "diffusers has no scheduler 'Karras'"),
         (["Prune"], "Prune"),

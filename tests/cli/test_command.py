@@ -215,6 +215,7 @@ WRITING = [
     ["bench", "{model}", "--out"],
     ["evaluate", "{model}", "CleanUp", "--prompts", "{prompts}", "--out"],
     ["evaluate", "other/pipeline", "{model}", "--prompts", "{prompts}", "--out"],
+    ["evaluate", "other/pipeline", "CleanUp", "--reference", "{model}", "--prompts", "{prompts}", "--out"],
     ["search", "{model}", "--prompts", "{prompts}", "--budget", "0.5", "--save"],
     ["search", "{model}", "--prompts", "{prompts}", "--budget", "0.5", "--picture"],
     ["search", "{model}", "--prompts", "{prompts}", "--budget", "0.5", "--folder"],
@@ -234,7 +235,7 @@ def test_no_command_writes_to_its_model(
     named = [word.format(model=tmp_path / "model", prompts=prompts) for word in words]
     overwrite = ["--overwrite"]
     assert main([*named, str(tmp_path / "model" / place), *overwrite]) == 2
-    assert re.search(r"(is|lies within) (model|directory|pipeline|change), ", capsys.readouterr().err)
+    assert re.search(r"(is|lies within) (model|directory|pipeline|change|reference), ", capsys.readouterr().err)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -21,8 +21,8 @@ import sdgraph
 from sdgraph.atomic import owned
 from sdgraph.cli import main, tune
 from sdgraph.cli.configuration import read
-from sdgraph.cli.quiet import quiet
 from sdgraph.cli.sources import load_pipeline, load_unet
+from sdgraph.cli.terminal import quiet_libraries
 from sdgraph.errors import SpecError, TuningError
 
 from ..models import answer, build, call_of
@@ -205,7 +205,7 @@ def test_a_run_ends_with_a_pipeline_that_other_commands_load(
     assert {"model_index.json", "unet", "vae", "scheduler", "checkpoint-2", "checkpoint-3", "validation"} <= names
     images = sorted(path.name for path in Path("tuned/validation").iterdir())
     assert images == ["validation-000002.png", "validation-000003.png"]
-    with quiet():
+    with quiet_libraries():
         tuned = load_pipeline("tuned", "float32", "cpu").unet
         untuned = sdgraph.apply(load_unet(str(model), "float32"), PASSES[0], verify=False)
         plain = diffusers.DiffusionPipeline.from_pretrained("tuned").unet
@@ -222,7 +222,7 @@ def test_a_run_ends_with_a_pipeline_that_other_commands_load(
         pretrained_teacher_model=str(model), data_cache="encoded",
     )  # fmt: skip
     assert main(["tune", str(second)]) == 0
-    with quiet():
+    with quiet_libraries():
         applied = [str(a.one) for a in load_unet("second", "float32").graph.passes]
     assert applied == [*PASSES, "PruneBlocks('mid_block')"]
 
@@ -246,7 +246,7 @@ def test_a_run_from_images_with_captions_that_have_none(model: Path, prompts: Pa
     weights = []
     for folder, more in (("images", {}), ("more", {"prompts": str(prompts)})):
         assert main(["tune", str(written(output_dir=folder, **run, **more))]) == 0
-        with quiet():
+        with quiet_libraries():
             unet = load_pipeline(folder, "float32", "cpu").unet
         weights.append(unet.state_dict()["conv_in.weight"])
     assert not torch.equal(*weights)
@@ -258,7 +258,7 @@ def test_stages_are_trained_apart_and_assembled(model: Path, capsys: pytest.Capt
     config = written(pretrained_model_name_or_path=str(model), stage_steps=1, max_train_steps=1)
     assert main(["tune", str(config)]) == 0
     assert capsys.readouterr().out.count("1 step in") == 3  # two stages, and the whole
-    with quiet():
+    with quiet_libraries():
         tuned = load_pipeline("tuned", "float32", "cpu").unet
         stage = sdgraph.GraphUNet.from_pretrained("tuned/stage-1/unet")
         untuned = sdgraph.apply(load_unet(str(model), "float32"), PASSES, verify=False)
