@@ -94,7 +94,7 @@ def main(out: Path) -> None:
             f"{parameters / 1e6:.2f} M",
             f"{graph.timetable(STEPS).macs / STEPS / 1e6:.0f}",
             f"{seconds / source_seconds:.2f}",
-            f"{evaluation.alike['psnr']:.1f} dB",
+            f"{evaluation.pairwise['psnr']:.1f} dB",
             *(f"{100 * share:.0f} %" for share in correct),
         )
 
@@ -124,7 +124,7 @@ says. The model card of the tuned UNet, with 1,000 images: examples/scenes/stude
   graph-before.txt, graph-after.txt     the graph as text
   unet-onnx/                            the exported UNet"""
     )
-    if evaluations["traced, no passes"].alike["equal"] != 1:
+    if evaluations["traced, no passes"].pairwise["equal"] != 1:
         raise SystemExit("the images of the traced UNet differ from the source's: this is a defect, please report it")
 
 

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         evaluation.save(args.out)
     print(evaluation)
-    if evaluation.alike["equal"] == 1:
+    if evaluation.pairwise["equal"] == 1:
         print("the images are equal: both sides compute the same")
     if args.out is not None:
         print(f"written to {args.out}: evaluation.json, evaluation.png")

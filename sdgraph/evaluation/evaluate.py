@@ -46,8 +46,8 @@ class Evaluation:
         after: a description of the second side.
         prompts: the prompt of each image, the same on both sides.
         seeds: the seed of each image, the same on both sides.
-        alike: figures that compare the two sides: "psnr" in dB, "ssim", "largest" (the largest absolute difference of
-            values in [0, 1]), "equal" (the share of images without any difference), and "lpips" on request.
+        pairwise: figures that compare the two sides: "psnr" in dB, "ssim", "largest" (the largest absolute difference
+            of values in [0, 1]), "equal" (the share of images without any difference), and "lpips" on request.
         figures: figures of each side by itself, as pairs (before, after): those of the judge, and "clip" on request.
         seconds: seconds per image, (before, after), the median over the batches. The sides take turns, so that the
             ratio also holds on a busy machine. The first batch is a warm-up, and counts only if it is the only one.
@@ -58,7 +58,7 @@ class Evaluation:
     after: str
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    alike: Mapping[str, float]
+    pairwise: Mapping[str, float]
     figures: Mapping[str, tuple[float, float]]
     seconds: tuple[float, float]
     images: tuple[Images, Images] = field(repr=False)
@@ -68,25 +68,25 @@ class Evaluation:
         rows += [(name, f"{a:.4g}", f"{b:.4g}", f"{b - a:+.4g}") for name, (a, b) in self.figures.items()]
         a, b = self.seconds
         rows += [("seconds per image", f"{a:.3g}", f"{b:.3g}", f"x {b / a:.3f}")]
-        rows += [(name, "", "", f"{value:.4g}{' dB' * (name == 'psnr')}") for name, value in self.alike.items()]
+        rows += [(name, "", "", f"{value:.4g}{' dB' * (name == 'psnr')}") for name, value in self.pairwise.items()]
         head = [f"before: {self.before}", f"after:  {self.after}", f"{len(self.prompts)} images", ""]
         return "\n".join([*head, format_table(rows)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the images as plain data. The PSNR of equal images is None: JSON has no infinity."""
-        alike = {name: value if math.isfinite(value) else None for name, value in self.alike.items()}
+        pairwise = {name: value if math.isfinite(value) else None for name, value in self.pairwise.items()}
         return {
             "before": self.before,
             "after": self.after,
             "images": [{"prompt": p, "seed": s} for p, s in zip(self.prompts, self.seeds, strict=True)],
-            "alike": alike,
+            "pairwise": pairwise,
             "figures": {name: {"before": a, "after": b} for name, (a, b) in self.figures.items()},
             "seconds per image": {"before": self.seconds[0], "after": self.seconds[1]},
         }
 
     @checked(SpecError)
     def save(self, folder: Text | Path, rows: Count = 8) -> None:
-        """Write the figures to `evaluation.json`, and `picture(rows)` to `evaluation.png`.
+        """Write the figures to `evaluation.json`, and `draw(rows)` to `evaluation.png`.
 
         Args:
             folder: the folder of the two files, which is created if necessary.
@@ -94,10 +94,10 @@ class Evaluation:
         """
         with written(Path(folder, "evaluation.json")) as figures, written(Path(folder, "evaluation.png")) as picture:
             figures.write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n")
-            self.picture(rows).save(picture)
+            self.draw(rows).save(picture)
 
     @checked(SpecError)
-    def picture(self, rows: Count = 8) -> Any:
+    def draw(self, rows: Count = 8) -> Any:
         """Draw the first images before and after the change, and their difference, in one row for each prompt.
 
         Args:
@@ -141,7 +141,7 @@ class Evaluation:
             QualityError: a figure misses its bound: "PSNR below 30 dB: 24.1".
             SpecError: no such figure was measured.
         """
-        measured = {**{name: after for name, (_, after) in self.figures.items()}, **self.alike}
+        measured = {**{name: after for name, (_, after) in self.figures.items()}, **self.pairwise}
         bounds = [(name, "below", bound) for name, bound in at_least.items()]
         bounds += [(name, "above", bound) for name, bound in (at_most or {}).items()]
         for name, _, _ in bounds:
@@ -247,8 +247,8 @@ def evaluate(
         )  # fmt: skip
     image_prompts = tuple(prompt for prompt, _ in runs)
     largest = np.abs(a - b).max((1, 2, 3))
-    alike = {"psnr": metrics.psnr(a, b), "ssim": metrics.ssim(a, b)}
-    alike |= {"largest": float(largest.max()), "equal": float(np.mean(largest == 0))}
+    pairwise = {"psnr": metrics.psnr(a, b), "ssim": metrics.ssim(a, b)}
+    pairwise |= {"largest": float(largest.max()), "equal": float(np.mean(largest == 0))}
     figures: dict[str, tuple[float, float]] = {}
     if judge is not None:
         judged = judge(a, image_prompts), judge(b, image_prompts)
@@ -256,14 +256,14 @@ def evaluate(
     if "clip" in perceptual:
         figures["clip"] = metrics.clip_score(a, image_prompts, clip), metrics.clip_score(b, image_prompts, clip)
     if "lpips" in perceptual:
-        alike["lpips"] = metrics.lpips(a, b)
+        pairwise["lpips"] = metrics.lpips(a, b)
     warm = [side[1:] or side for side in seconds]
     return Evaluation(
         before=first.name,
         after=second.name,
         prompts=image_prompts,
         seeds=tuple(seed for _, seed in runs),
-        alike=alike,
+        pairwise=pairwise,
         figures=figures,
         seconds=(statistics.median(warm[0]), statistics.median(warm[1])),
         images=(a, b),

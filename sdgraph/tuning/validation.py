@@ -48,8 +48,8 @@ class ValidationImages:
         evaluation = evaluate(
             self.pipe, unet, self.prompts, seeds=[self.seed], progress=False, num_inference_steps=steps, **guidance
         )
-        sheet = evaluation.picture(rows=len(self.prompts))
-        return {"psnr": evaluation.alike["psnr"], "ssim": evaluation.alike["ssim"], "validation": sheet}
+        sheet = evaluation.draw(rows=len(self.prompts))
+        return {"psnr": evaluation.pairwise["psnr"], "ssim": evaluation.pairwise["ssim"], "validation": sheet}
 
 
 def record(results: Mapping[str, Any], step: int, output_dir: Path, accelerator: Any) -> None:

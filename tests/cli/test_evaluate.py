@@ -86,18 +86,18 @@ def test_evaluate_compares_steps_schedulers_and_references(
     said, _, written = evaluated(capsys, out, *common, "--reference-steps", "2")
     assert "(num_inference_steps=2)" in written["before"]
     assert "(num_inference_steps=1)" in written["after"]
-    assert written["alike"]["equal"] == 0
+    assert written["pairwise"]["equal"] == 0
     said, _, written = evaluated(capsys, out, *common, "--reference-scheduler", "EulerDiscreteScheduler")
     assert "(EulerDiscreteScheduler)" in written["before"]
     assert "(DDIMScheduler)" in written["after"]
-    assert written["alike"]["equal"] == 0
+    assert written["pairwise"]["equal"] == 0
     # the same change on both sides
     said, _, written = evaluated(capsys, out, PRUNE, "--reference", PRUNE, *common)
-    assert written["alike"]["equal"] == 1
+    assert written["pairwise"]["equal"] == 1
     assert "the images are equal: both sides compute the same" in said
     # options of both sides
     plain = evaluated(capsys, out, "CleanUp", *common)[2]
-    assert plain["alike"]["equal"] == 1
+    assert plain["pairwise"]["equal"] == 1
     sized = [*common, "--height", "72", "--width", "80", "--guidance-scale", "2", "--negative-prompt", "blue"]
     evaluated(capsys, out, "CleanUp", *sized, "--scheduler", "EulerDiscreteScheduler")
     with Image.open(out / "evaluation.png") as sheet:

@@ -132,4 +132,4 @@ def test_the_steps_of_a_plan_are_those_of_the_images(
     assert main(["evaluate", str(MODEL), str(plan), "--prompts", str(prompts), "--out", str(out)]) == 0
     evaluated.append(json.loads((out / "evaluation.json").read_text()))
     assert "was found with other" in capsys.readouterr().err
-    assert evaluated[0]["alike"]["equal"] == 0
+    assert evaluated[0]["pairwise"]["equal"] == 0

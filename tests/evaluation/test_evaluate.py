@@ -69,7 +69,7 @@ def test_clip_score_is_the_cosine(pipe: StableDiffusionPipeline, tmp_path: Path)
 def test_a_traced_unet_makes_the_same_images(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     own = pipe.unet
     found = sdgraph.evaluate(pipe, [], PROMPTS, seeds=(0, 1), batch=2, **CALL)
-    assert found.alike == {"psnr": math.inf, "ssim": pytest.approx(1), "largest": 0, "equal": 1}
+    assert found.pairwise == {"psnr": math.inf, "ssim": pytest.approx(1), "largest": 0, "equal": 1}
     assert found.require(psnr=30, ssim=0.99, at_most={"largest": 0}) is found
     assert found.prompts == (PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1])
     assert found.seeds == (0, 1, 0, 1)
@@ -77,7 +77,7 @@ def test_a_traced_unet_makes_the_same_images(pipe: StableDiffusionPipeline, tmp_
     assert not hasattr(pipe, "_progress_bar_config")
     found.save(tmp_path)
     written = json.loads((tmp_path / "evaluation.json").read_text())
-    assert written["alike"]["psnr"] is None
+    assert written["pairwise"]["psnr"] is None
     assert len(written["images"]) == 4
 
 
@@ -92,8 +92,8 @@ def test_images_are_those_of_the_pipeline(pipe: StableDiffusionPipeline) -> None
             found.prompts[i], generator=torch.Generator().manual_seed(4), num_inference_steps=2, output_type="np"
         )
         assert np.allclose(found.images[0][i], own.images[0], atol=1e-5)
-    assert found.alike["psnr"] == similarity.psnr(*found.images)
-    assert 0 < found.alike["largest"] <= 1
+    assert found.pairwise["psnr"] == similarity.psnr(*found.images)
+    assert 0 < found.pairwise["largest"] <= 1
     del pipe._progress_bar_config
 
 
@@ -104,7 +104,7 @@ def test_a_pass_list_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -
         return {"brightness": float(images.mean())}
 
     found = sdgraph.evaluate(pipe, PRUNE, PROMPTS[0], judge=judge, **CALL)
-    psnr = found.alike["psnr"]
+    psnr = found.pairwise["psnr"]
     assert math.isfinite(psnr)
     with pytest.raises(QualityError, match=rf"PSNR below 200 dB: {psnr:.4g}\n  where: PruneBlocks"):
         found.require(psnr=200)
@@ -126,9 +126,9 @@ def test_a_pass_list_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -
 def test_two_unets_in_a_pipeline(pipe: StableDiffusionPipeline) -> None:
     pruned = sdgraph.apply(pipe.unet, PRUNE)
     found = sdgraph.evaluate(pruned, "CleanUp", PROMPTS[0], pipe=pipe, **CALL)  # applied to the pruned one
-    assert found.alike["equal"] == 1
+    assert found.pairwise["equal"] == 1
     whole = sdgraph.evaluate(pruned, pipe.unet, PROMPTS[0], pipe=pipe, **CALL)
-    assert whole.alike["equal"] == 0
+    assert whole.pairwise["equal"] == 0
 
 
 CACHE = "InheritFeatures.deep_cache(2)"
@@ -163,8 +163,8 @@ def test_passes_on_a_unet_that_inherits(pipe: StableDiffusionPipeline, monkeypat
         assert np.array_equal(found.images[side], again.images[side])
     assert again.before.startswith("GraphUNet: CleanUp(), InheritFeatures(")
     twice = sdgraph.evaluate(pipe, "CleanUp", PROMPTS[0], **call)
-    assert twice.alike["equal"] == 1
-    assert sdgraph.evaluate(own, inheriting, PROMPTS[0], pipe=pipe, **call).alike["equal"] == 0
+    assert twice.pairwise["equal"] == 1
+    assert sdgraph.evaluate(own, inheriting, PROMPTS[0], pipe=pipe, **call).pairwise["equal"] == 0
 
 
 def test_bad_input(pipe: StableDiffusionPipeline) -> None:

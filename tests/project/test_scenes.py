@@ -347,6 +347,6 @@ def test_evaluate_takes_the_judge(judge: Judge) -> None:
         load(), [], captions, judge=quality.Quality(judge, references=200), batch=4, progress=False,
         num_inference_steps=4,
     )  # fmt: skip
-    assert found.alike["equal"] == 1
+    assert found.pairwise["equal"] == 1
     assert {"shape and colour", "place", "frechet"} <= found.figures.keys()
     assert all(a == b or math.isnan(a) for a, b in found.figures.values())
