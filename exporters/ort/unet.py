@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Self
@@ -17,7 +17,6 @@ from diffusers.configuration_utils import FrozenDict
 from sdgraph.errors import ModeError, SpecError
 from sdgraph.inheritance.cache import no_value
 from sdgraph.inheritance.tracker import GenerationTracker
-from sdgraph.ir.inputs import Input
 from sdgraph.options import Bounds, Text, checked
 from sdgraph.runtime.diffusers_api import UNetCall
 from sdgraph.untrusted import read_config, require_folder
@@ -50,6 +49,7 @@ class ORTUNet(UNetCall):
         self.dtype = self.manifest.torch_dtype
         self.device = sessions.device
         self.tracker = GenerationTracker()
+        self.call_inputs = self.manifest.inputs
         self._conditioning = tuple(i.name for i in self.manifest.inputs if i.conditioning)
         if config.get("addition_embed_type") == "text_time":  # SDXL's pipelines read this size from the module
             width = config.get("projection_class_embeddings_input_dim")
@@ -123,9 +123,6 @@ class ORTUNet(UNetCall):
         """
         with torch.no_grad():
             return self.forward(*args, **kwargs)
-
-    def call_inputs(self) -> Sequence[Input]:
-        return self.manifest.inputs
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the noise prediction; tensors on the session's device are not copied.

@@ -59,6 +59,7 @@ class UNetCall:
 
     backend: Backend[Mapping[str, torch.Tensor], torch.Tensor]
     tracker: GenerationTracker
+    call_inputs: Sequence[Input]  # those that a call may have
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the prediction of a call, (B, out_channels, H, W).
@@ -84,18 +85,6 @@ class UNetCall:
         Args:
             sizes: the sizes of the call by symbol, such as `{"B": 2, "H": 64, "W": 64, "L": 77}`.
         """
-        raise NotImplementedError
-
-    def whole(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the prediction of a call without bookkeeping between calls, as `torch.export` exports it.
-
-        Args:
-            flat: the inputs of the call, by name.
-        """
-        raise NotImplementedError
-
-    def call_inputs(self) -> Sequence[Input]:
-        """Return the inputs that a call may have."""
         raise NotImplementedError
 
     def forward(
@@ -161,8 +150,7 @@ class UNetCall:
             "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        flat = flatten(call, self.call_inputs())
-        result = self.whole(flat) if torch.compiler.is_exporting() else self.run(flat)
+        result = self.run(flatten(call, self.call_inputs))
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
 
     def expecting(self, calls: Any) -> AbstractContextManager[None]:

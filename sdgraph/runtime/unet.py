@@ -6,7 +6,7 @@ import copy
 import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Concatenate, ParamSpec, Self
 
 import torch
@@ -97,7 +97,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         graph.freeze()
         passes = {PASSES: plain_passes(graph.passes)} if graph.passes else {}
         self.register_to_config(**graph.config, **passes)
-        self._inputs = graph.resolved_inputs()
+        self.call_inputs = graph.resolved_inputs()
         self._conditioning = tuple(i.name for i in graph.inputs if i.conditioning)
         graph.weights.settle(graph.source, {str(node.target) for node in graph.fx.nodes if node.op == "call_module"})
         for kind in TREE:  # one tree: what is exchanged in the one is exchanged in the other
@@ -148,10 +148,9 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         with self.adapters.scaled(self, kwargs) as call:
             return super().forward(*args, **call)
 
-    def call_inputs(self) -> Sequence[Input]:
-        return self._inputs
-
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            return self._run_stateless(flat)
         self._accept(flat)
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if learning and not transformed():  # whose weights are no parameters of this module
@@ -167,7 +166,8 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             return self.backend.compute(flat, frozenset(), no_value)[0]
         return self.tracker.run(flat, self._conditioning, self.backend, self._watch.weights)
 
-    def whole(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _run_stateless(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the prediction of a call without bookkeeping between calls, as `torch.export` exports it."""
         if all(isinstance(size, int) for value in flat.values() for size in value.shape):
             self._accept(flat)  # where sizes are free, torch.export states what must hold for them
         if flat["timestep"].shape[0] != 1 and any(node.target is per_call for node in self.graph.fx.nodes):
@@ -185,7 +185,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             *((n, v.shape, v.dtype, v.device) for n, v in flat.items()),
         )
         if signature not in self._accepted:
-            check_call(self._graph.resolved_inputs(), self._graph.guards, flat, self.dtype)
+            check_call(self.call_inputs, self._graph.guards, flat, self.dtype)
             self._accepted.add(signature)
 
     def _accept_values(self, flat: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
@@ -194,7 +194,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         for site, value in values.items():
             shape = self._graph.dims.expressions(nodes[site].meta["val"], nodes[site].meta["probe"])
             if "?" not in shape:
-                known = (*self._graph.resolved_inputs(), Input(site, (f"values[{site!r}]",), shape, kind="mask"))
+                known = (*self.call_inputs, Input(site, (f"values[{site!r}]",), shape, kind="mask"))
                 check_call(known, self._graph.guards, {**flat, site: value}, self.dtype)
 
     @checked(CallError)
@@ -218,6 +218,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         Example:
             `output, computed = unet.compute(values, reused, sample=..., timestep=..., ...); values |= computed`
         """
+        self.follow_changes()
         chosen, known_sites = frozenset(values if reused is None else reused), self.backend.sites
         for site in chosen:
             if site not in known_sites or not (site in values or known_sites[site].bypassed):
@@ -227,8 +228,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
                     where="reused",
                     hint=did_you_mean(site, known) or f"values are given of {', '.join(known) or 'none'}",
                 )
-        self.follow_changes()
-        flat = flatten(call, self.call_inputs())
+        flat = flatten(call, self.call_inputs)
         self._accept(flat)
         self._accept_values(flat, {site: values[site] for site in chosen if site in values})
         output, computed = self.backend.compute(flat, chosen, values.__getitem__)

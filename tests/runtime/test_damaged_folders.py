@@ -63,7 +63,7 @@ def flip(path: Path) -> None:
         (lambda f: recipe(f, files=[WEIGHTS]), "files: expected `object`, got `array`"),
         (lambda f: recipe(f, format=True), "format: expected `int`, got `bool`"),
         (lambda f: recipe(f, format=-1), "format: expected `int` >= 1"),
-        (lambda f: recipe(f, models=[]) or drop(f, "passes"), "an exported directory"),
+        (lambda f: recipe(f, variants=[]) or drop(f, "passes"), "an exported directory"),
         (lambda f: drop(f, "passes"), "missing required field `passes`"),
         (lambda f: config(f, in_channels="x"), "in_channels: expected `int`, got `str`"),
         (lambda f: config(f, block_out_channels=[10**9]), "block_out_channels.*expected `int` <="),
