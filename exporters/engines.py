@@ -38,6 +38,13 @@ from sdgraph.views.format import format_table
 
 from .ort.providers import CPU, CUDA, OPENVINO, choose
 
+__all__ = ["Comparison", "Job", "Row", "Way", "compare"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 ENGINES = ("PyTorch", "compiled", "ONNX Runtime", "OpenVINO")
 BUNDLES = "unet-onnx"
 PROMPTS = ("a photograph of a mountain lake at dawn", "a red bicycle in front of a brick wall")
@@ -96,11 +103,19 @@ class Way:
         return self.engine in ("ONNX Runtime", "OpenVINO")
 
     def bundle(self, job: Job) -> str:
-        """Return the folder of the exported UNet that this way runs."""
+        """Return the folder of the exported UNet that this way runs.
+
+        Args:
+            job: the images to make.
+        """
         return os.path.join(job.bundles, "with-passes" if self.passes else "source")
 
     def export(self, job: Job) -> tuple[str, ...]:
-        """Return the words of the command that writes the bundle."""
+        """Return the words of the command that writes the bundle.
+
+        Args:
+            job: the images to make.
+        """
         words = ["sdgraph", "export", job.pipeline, "--out", self.bundle(job)]
         words += ["--passes", self.passes] * bool(self.passes)
         words += [word for name in job.imports for word in ("--import", name)]
@@ -109,7 +124,11 @@ class Way:
         return (*words, "--calls", str(job.call["num_inference_steps"]))
 
     def code(self, job: Job) -> str:
-        """Return the lines of Python that load the pipeline, ready to be called as `pipe`."""
+        """Return the lines of Python that load the pipeline, ready to be called as `pipe`.
+
+        Args:
+            job: the images to make.
+        """
         options = f", variant={job.variant!r}" * (job.variant is not None)
         imports = [
             "import torch",

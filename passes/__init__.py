@@ -25,3 +25,7 @@ __all__ = [
     "PruneBlocks",
     "ShareWeights",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from .version import __version__ as __version__
 
+_PACKAGES = ("exporters", "forecasts", "options", "passes", "schedules", "testing", "tuning")  # the public ones
+
 if TYPE_CHECKING:
     from .public import *  # noqa: F403
 
@@ -24,4 +26,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})
+    return sorted({*__getattr__("__all__"), *_PACKAGES})

@@ -8,14 +8,43 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+__all__ = [
+    "CallError",
+    "ContractError",
+    "DecisionError",
+    "EditError",
+    "ExportError",
+    "ExtraError",
+    "ModeError",
+    "NoChangeError",
+    "OrderError",
+    "ParityError",
+    "PassError",
+    "PathError",
+    "QualityError",
+    "SavedError",
+    "ScheduleError",
+    "SdgraphError",
+    "ShapeError",
+    "SourceError",
+    "SpecError",
+    "TraceError",
+    "TuningError",
+    "did_you_mean",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class SdgraphError(Exception):
     """The base class of all errors of sdgraph.
 
     Args:
-        what: what is wrong, in one sentence.
+        what: the fault, in one sentence.
         where: the module path, node, argument or file that the error is about.
-        hint: what the caller can do about it.
+        hint: the remedy, as an instruction to the caller.
     """
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
@@ -28,7 +57,11 @@ class SdgraphError(Exception):
         super().__init__("\n".join(lines))
 
     def came_through(self, what: str) -> None:
-        """Add to the message the pass that was running, and the line of its code."""
+        """Add the pass that was running to the message.
+
+        Args:
+            what: the pass as text, and the line of its code where it is known.
+        """
         self.args = (f"{self.args[0]}\n  pass:  {what}",)
 
 
@@ -119,7 +152,15 @@ class ExtraError(SdgraphError, ImportError):
 
 
 def did_you_mean(word: object, known: Iterable[str], count: int = 3) -> str:
-    """Return `"did you mean 'a' or 'b'?"` for the known words closest to `word`, or "" if none is close."""
+    """Return `"did you mean 'a' or 'b'?"` for the known words closest to a word, or "" if none is close.
+
+    Args:
+        word: the word that is not known.
+        known: the known words.
+        count: the largest number of suggestions.
+    Example:
+        `did_you_mean("PruneBlock", ["PruneBlocks", "CleanUp"])` is `"did you mean 'PruneBlocks'?"`
+    """
     if not isinstance(word, str):
         return ""
     others = [name for name in known if name != word]  # the word itself may be known, and be wrong here

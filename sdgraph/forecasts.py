@@ -18,6 +18,13 @@ from .options import Bounds, Finite
 from .schedules import SamplingRun
 from .spec import Spec
 
+__all__ = ["DAMPING", "Fitted", "Forecast", "Order", "Polynomial"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Order = Literal[0, 1, 2]
 Coordinate = Literal["call", "lambda", "sigma"]
 DAMPINGS = -1.0, 2.0

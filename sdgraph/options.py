@@ -21,6 +21,31 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar, Union
 
 from .errors import SdgraphError, SpecError, did_you_mean
 
+__all__ = [
+    "Bounds",
+    "Count",
+    "Finite",
+    "Index",
+    "Misfit",
+    "NotNegative",
+    "Number",
+    "Paths",
+    "Positive",
+    "Seed",
+    "Share",
+    "Text",
+    "annotations_of",
+    "check",
+    "checked",
+    "described",
+    "fitted",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -182,7 +207,13 @@ def _plain(value: Any) -> Any:
 
 
 def described(kind: Any) -> str:
-    """Return the values that an annotation accepts, in words, such as "a whole number of at least 1"."""
+    """Return the values that an annotation accepts, in words.
+
+    Args:
+        kind: the annotation.
+    Example:
+        `described(Count)` is `"a whole number of at least 1"`
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         text = described(arguments[0])
@@ -217,6 +248,8 @@ def annotations_of(owner: Any) -> dict[str, Any]:
 
     Args:
         owner: the class, including the annotations of its bases, or the function.
+    Example:
+        `annotations_of(Uniform)["interval"]` is `Count`
     """
     if owner in _resolved:
         return _resolved[owner]
@@ -247,6 +280,8 @@ def check(instance: Any, refusal: type[SdgraphError] = SpecError, where: str = "
         where: the place that the error names; by default the name of the field.
     Raises:
         SdgraphError: a field has another type than it is annotated with, or is out of range.
+    Example:
+        `check(self, ScheduleError)`, in the `__post_init__` of a dataclass
     """
     hints = annotations_of(type(instance))
     for field in dataclasses.fields(instance):

@@ -10,19 +10,22 @@ from .errors import SdgraphError
 from .evaluation.evaluate import Evaluation, evaluate
 from .frontend.capture import trace, trace_code
 from .graph import Graph
-from .inheritance.attach import attach
+from .inheritance.attach import Attachment, attach
 from .ir.edits import Edit
 from .ir.regions import Region
 from .ir.sites import Site, inherit
 from .ir.variants import per_call
 from .plan_search.fit_forecast import Fit, fit_forecast
+from .plan_search.result import SearchResult
 from .plan_search.search import search
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 from .spec import Spec
 from .tuning.tune import tune
+from .views.timetable import Timetable
 
 __all__ = [
+    "Attachment",
     "Chain",
     "Contract",
     "Edit",
@@ -41,8 +44,10 @@ __all__ = [
     "Report",
     "Rewrite",
     "SdgraphError",
+    "SearchResult",
     "Site",
     "Spec",
+    "Timetable",
     "apply",
     "attach",
     "errors",

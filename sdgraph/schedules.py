@@ -18,6 +18,26 @@ from .options import Bounds, Count, Index, Number, checked
 from .solvers import is_random, lambdas_of, name_of
 from .spec import Spec
 
+__all__ = [
+    "DenseCenter",
+    "DenseEarly",
+    "DenseLate",
+    "Drift",
+    "Explicit",
+    "Gate",
+    "Once",
+    "Range",
+    "SamplingRun",
+    "Schedule",
+    "Uniform",
+    "Warm",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 TRAINED = 1000  # the number of timesteps that Stable Diffusion is trained with
 MOST = 100_000  # the largest number of calls of a generation
 Steps = Annotated[int, Bounds(ge=1, le=MOST)]

@@ -16,6 +16,12 @@ from .options import checked
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 
+__all__ = ["check", "check_examples"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 @checked(SpecError)
 def check(one: Pass, unet: Any = None, *, export: bool = False) -> GraphUNet | None:

@@ -8,3 +8,7 @@ from .parity import ExportReport
 from .request import check_target
 
 __all__ = ["ExportReport", "check_target", "export"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,3 +6,7 @@ It imports `bundle`.
 from .unet import ORTUNet, load_pipeline
 
 __all__ = ["ORTUNet", "load_pipeline"]
+
+
+def __dir__() -> list[str]:
+    return __all__

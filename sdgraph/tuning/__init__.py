@@ -62,3 +62,7 @@ __all__ = [
     "tune",
     "unpacked",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
