@@ -16,8 +16,7 @@ from .ir.regions import Region
 from .ir.sites import Site, inherit
 from .ir.variants import per_call
 from .plan_search.fit_forecast import Fit, fit_forecast
-from .plan_search.result import SearchResult
-from .plan_search.search import search
+from .plan_search.search import SearchResult, search
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 from .spec import Spec

@@ -20,7 +20,6 @@ NOT_YET = (
     "sdgraph/frontend",
     "sdgraph/inheritance",
     "sdgraph/ir",
-    "sdgraph/plan_search",
     "sdgraph/tuning",
     "sdgraph/tuning/losses",
     "sdgraph/tuning/sources",
