@@ -115,7 +115,7 @@ class Attachment(PositionSource):
         return getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
 
     def _calls(self) -> int | None:
-        """How many calls the pipeline makes, where it stops before the last timestep; None if it does not.
+        """Return the number of calls of a pipeline that stops before the last timestep; None if it does not.
 
         Pipelines may share a scheduler, and a loop of the user's own may use it, while each pipeline remembers its
         last run only. So the number counts where it is needed (SDXL's `denoising_end`), and if all pipelines agree.

@@ -12,7 +12,7 @@ from ..schedules import Drift, SamplingRun
 from .cache import Backend, FeatureCache
 
 Gaps = dict[Drift, tuple[int, int]]
-WAYS = 500  # that are told apart by their gaps
+WAYS = 500  # with separate gaps, before those with equal caches are merged
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Plan:
     Where a schedule follows the drift of features, a call has several possibilities, and costs have bounds.
 
     Args:
-        calls: for each call its possible sets of reused sites, each with the possible sets of sites among them that are
+        calls: the possible sets of reused sites of each call, each with the possible sets of sites among them that are
             forecast from several earlier values.
         least: the least that all calls cost together.
         most: the most that all calls cost together.

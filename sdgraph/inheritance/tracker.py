@@ -30,9 +30,9 @@ log = logging.getLogger("sdgraph")
 PROMPT = "encoder_hidden_states"
 ENDED = object()  # the loop of generations whose `expecting` block is over
 SHARED = (
-    "a generation began with the prompt of another one that is not over, in the same loop: whose calls are whose "
-    "cannot be told, and nothing is inherited. Call unet.reset() after an interrupted generation, give samples that "
-    "take turns prompts of their own, and tell `expecting` the timesteps if they rise"
+    "a generation began with the prompt of another one that is not over, in the same loop: it is unknown whose calls "
+    "are whose, and nothing is inherited. Call unet.reset() after an interrupted generation, give samples that take "
+    "turns separate prompts, and pass the timesteps to `expecting` if they rise"
 )
 
 Flat = Mapping[str, torch.Tensor]

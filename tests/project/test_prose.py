@@ -18,7 +18,6 @@ NOT_YET = (
     "sdgraph/cli",
     "sdgraph/compiler",
     "sdgraph/frontend",
-    "sdgraph/inheritance",
     "sdgraph/ir",
     "sdgraph/tuning",
     "sdgraph/tuning/losses",
