@@ -13,12 +13,25 @@ from typing import Any
 import torch
 
 from ..tables import QUICK as SMOKE_TEST
-from . import apply, attention, deploy, experts, export, forward, inherit, layers, memory, prune, watch
+from . import apply, attention, bookkeeping, deploy, experts, export, forward, inherit, layers, memory, prune, watch
 from .settings import Settings
 
 KINDS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (forward, apply, prune, inherit, experts, layers, attention, export, deploy, memory, watch)
+    for module in (
+        forward,
+        apply,
+        prune,
+        inherit,
+        experts,
+        layers,
+        attention,
+        export,
+        deploy,
+        memory,
+        watch,
+        bookkeeping,
+    )
 }
 ALL = tuple(f"{kind}/{size}" for kind, module in KINDS.items() for size in module.SIZES)
 QUICK = tuple(f"{kind}/{size}" for kind, module in KINDS.items() for size in module.QUICK)

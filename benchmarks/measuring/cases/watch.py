@@ -21,7 +21,7 @@ from .. import random_unets, timing
 from ..tables import markdown, ratio
 from .settings import Settings
 
-MODEL = Path(__file__).parents[2] / "examples/scenes/model/unet"
+MODEL = Path(__file__).parents[3] / "examples/scenes/model/unet"
 PLANS = {
     "none": "",
     "hoist": "HoistInvariants()",
