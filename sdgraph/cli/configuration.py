@@ -1,4 +1,4 @@
-"""What `sdgraph tune` is told: a file with the argument names of diffusers' training scripts."""
+"""The configuration of `sdgraph tune`: a file with the argument names of diffusers' training scripts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a training run is of. The settings of `sdgraph.tuning.Settings` stand beside these in the file.
+    """The models, data and validation of a training run. `sdgraph.tuning.Settings` are in the same file.
 
     Args:
         pretrained_model_name_or_path: folder of a diffusers pipeline, or its name on the hub.
@@ -58,8 +58,8 @@ class Configuration:
         dataloader_num_workers: the number of processes that read and decode images; 0 does so in that of the run.
         data_cache: the folder to keep encoded data in; for prompts by default `data` in `output_dir`.
         data_cache_limit: the largest size of that folder, in bytes.
-        num_inference_steps: of the teacher's generations from prompts, and of validation.
-        guidance_scale: of the same; by default the pipeline's own.
+        num_inference_steps: the steps of the teacher's generations from prompts, and of validation.
+        guidance_scale: the guidance of both; by default the pipeline's own.
         calls_per_prompt: the calls that are kept of a generation from a prompt.
         validation_prompts: prompts to generate from at every validation.
         resume_from_checkpoint: "latest", or a folder checkpoint-N.

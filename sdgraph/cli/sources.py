@@ -140,12 +140,12 @@ def load_pipeline(source: str, dtype: str, device: str, variant: str | None = No
 
 
 def load_unet(source: str, dtype: str, variant: str | None = None) -> Any:
-    """Load the UNet of a pipeline, or a UNet from a folder of its own.
+    """Load the UNet of a pipeline, or a UNet from a separate folder.
 
     Args:
         source: the folder of a pipeline or of a UNet, or the name of a pipeline on the hub.
         dtype: name of the dtype to load in.
-        variant: as in `load_pipeline`.
+        variant: the variant of the weights, as for `load_pipeline`.
     Returns:
         A `GraphUNet` if the folder holds a saved one, otherwise a `UNet2DConditionModel`.
     Raises:
@@ -169,7 +169,7 @@ def load_unet(source: str, dtype: str, variant: str | None = None) -> Any:
 
 
 def sketch(source: str, variant: str | None = None) -> Graph:
-    """Return the graph of the UNet of a pipeline, or of a UNet in a folder of its own.
+    """Return the graph of the UNet of a pipeline, or of a UNet in a separate folder.
 
     The weights of a UNet of diffusers are not read, and are on the meta device.
 

@@ -131,7 +131,7 @@ def check_output(config: Configuration, file: Path) -> None:
         config: the configuration.
         file: its file.
     Raises:
-        SpecError: see there.
+        SpecError: the folder is one of these.
     """
     from ..atomic import check_apart, lies_in
     from ..tuning.checks import DATA

@@ -29,10 +29,12 @@ class Batch:
         clean: clean latents, (B, C, H, W).
         noise: the noise that was added to them, (B, C, H, W); None on a teacher's trajectory.
         noisy: noised latents, (B, C, H, W).
-        timesteps: (B,), whole numbers.
+        timesteps: the timesteps, (B,), whole numbers.
         conditions: the other inputs of the UNet, by name.
         own: (B,), whether the caption of a row is that of its image, or left out; None if all are.
-        pairs: rows are the same two by two, but for the caption, which every second row leaves out.
+        pairs: whether two rows each are the same but for the caption, which every second row leaves out.
+    Example:
+        `unet(**batch.inputs)`
     """
 
     clean: Tensor
@@ -49,7 +51,11 @@ class Batch:
         return {"sample": self.noisy, "timestep": self.timesteps, **self.conditions}
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
+        """Return the batch on a device.
+
+        Args:
+            device: the device.
+        """
         moved = {name: getattr(self, name).to(device) for name in ("clean", "noisy", "timesteps")}
         for name in ("noise", "own"):
             moved[name] = None if getattr(self, name) is None else getattr(self, name).to(device)
@@ -76,6 +82,8 @@ class Batches:
         noise_offset: the factor of a random number per sample and channel that is added to the noise.
     Raises:
         TuningError: there are captions without images, and no random conditioning.
+    Example:
+        `Batches(data, NoiseSchedule.of(pipe.scheduler), size=16, seed=0).batch(step, range(16))`
     Source:
         Kim et al., "Random Conditioning with Distillation for Data-Efficient Diffusion Model Compression", 2025; one
         interval per batch: Fang et al., "Remix-DiT: Mixing Diffusion Transformers for Multi-Expert Denoising", 2024.

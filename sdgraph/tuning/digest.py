@@ -136,9 +136,9 @@ def hash_files(paths: Sequence[Path], known: Path | None = None) -> list[str]:
 
     Args:
         paths: the files.
-        known: a file that keeps their hashes with their sizes and times, so that files which nobody has written to
-            since are not read again. The time of the last change of a file's entry counts as well, which no program can
-            set back; files that were changed within the last two seconds are read again the next time.
+        known: the file that keeps their hashes with their sizes and times, so that unchanged files are not read again.
+            The time of the last change of a file's entry counts as well, which no program can set back; files that were
+            changed within the last two seconds are read again the next time.
     """
     kept = _read_known(known)
     before, now = {str(path.absolute()): path.stat() for path in paths}, time.time_ns()

@@ -26,6 +26,8 @@ class Tap:
         path: a module path, such as `up_blocks.1`.
         part: "output": what the module returns, of a down block the hidden state and not the skips; "query" or "key":
             what its attention compares, (B, heads, tokens, features).
+    Example:
+        `Tap("up_blocks.1")`, `Tap("mid_block.attentions.0.transformer_blocks.0.attn2", "query")`
     """
 
     path: Text
@@ -37,6 +39,8 @@ class Tap:
     def node(self, graph: Graph) -> fx.Node:
         """Return the node of the value.
 
+        Args:
+            graph: the graph of the UNet.
         Raises:
             PathError: the graph has no such module; the error names the nearest ones.
             TuningError: the module has no attention that PyTorch's function computes.
@@ -65,12 +69,14 @@ class FeatureExtractor(nn.Module):
     Args:
         unet: the UNet.
         taps: the values to return.
-        given: the inputs of its calls, by name.
-        gradient_checkpointing: compute the blocks again on the way back, to save memory.
+        inputs: the names of the inputs of its calls.
+        gradient_checkpointing: whether to recompute the blocks in the backward pass, which saves memory.
+    Example:
+        `FeatureExtractor(unet, [Tap("mid_block")], frozenset(inputs))(inputs)`
     """
 
     def __init__(
-        self, unet: GraphUNet, taps: Sequence[Tap], given: frozenset[str], gradient_checkpointing: bool = False
+        self, unet: GraphUNet, taps: Sequence[Tap], inputs: frozenset[str], gradient_checkpointing: bool = False
     ) -> None:
         super().__init__()
         graph = unet.graph
@@ -79,14 +85,18 @@ class FeatureExtractor(nn.Module):
         output = nodes.output_node()
         output.args = ((output.args[0], *(copies[tap.node(graph).name] for tap in taps)),)
         # Specialized with the further outputs in place, so that they follow where a node is replaced by another.
-        call = Variant.split(nodes, missing={i.name for i in graph.inputs} - given)
+        call = Variant.split(nodes, missing={i.name for i in graph.inputs} - inputs)
         if call.returns_tuple:
             output = call.nodes.output_node()
             output.args = (output.args[0][0],)  # type: ignore[index]
-        self.order = tuple(i.name for i in graph.inputs if i.name in given)
+        self.order = tuple(i.name for i in graph.inputs if i.name in inputs)
         module = fx.GraphModule(unet, call.nodes, class_name="FeatureExtractor")
         self.graph_module = checkpoint_blocks(module) if gradient_checkpointing else module
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Return the prediction (B, C, H, W), and the values of the taps in order."""
+        """Return the prediction (B, C, H, W), and the values of the taps in order.
+
+        Args:
+            inputs: the inputs of the UNet by name, (B, ...) each.
+        """
         return self.graph_module(*(inputs[name] for name in self.order))  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the blocks of a graph are computed again on the way back, instead of being kept."""
+"""Gradient checkpointing: the blocks of a graph are recomputed in the backward pass instead of being kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = re.compile(r"down_blocks\.\d+|mid_block|up_blocks\.\d+")
 
 
 class Checkpointed(nn.Module):
-    """A part of a graph, of which only the inputs are kept for the way back."""
+    """A part of a graph, of which only the inputs are kept for the backward pass."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -26,10 +26,10 @@ class Checkpointed(nn.Module):
 
 
 def checkpoint_blocks(module: fx.GraphModule) -> fx.GraphModule:
-    """Return a module over the same weights that computes its blocks again on the way back.
+    """Return a module over the same weights that recomputes its blocks in the backward pass.
 
     Args:
-        module: straight-line code whose nodes know the module paths that they come from.
+        module: the straight-line code, whose nodes know the module paths that they come from.
     """
     parts: dict[fx.Node, int] = {}
     blocks: set[int] = set()

@@ -1,4 +1,4 @@
-"""What decides the result of a run: by it a checkpoint is recognised as one of the same run."""
+"""The identity of a run: all that decides its result, by which a checkpoint is recognised as one of the same run."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Identity:
             noise_schedule: the noise schedule.
             losses: the terms.
             train: the patterns of the modules that are trained.
-            batch: the number of samples per step.
-            precision: in which the models are called, as accelerate names it.
+            batch: the number of samples per step, of all processes.
+            precision: the precision in which the models are called, as accelerate names it.
         """
         contents = getattr(source, "contents", None)
         if contents is None:

@@ -37,8 +37,10 @@ class IncubationReport:
     """The logs of an incubation.
 
     Args:
-        stages: of the stages, in order.
-        whole: of the tuning of the assembled student.
+        stages: the logs of the stages, in order.
+        whole: the log of the tuning of the assembled student.
+    Example:
+        `print(report)` after `tuned, report = sdgraph.tuning.incubate(...)`
     """
 
     stages: tuple[TuningReport, ...]
@@ -69,21 +71,22 @@ def incubate(
     A stage is a pass that changes some blocks. Its blocks are trained while all others are the teacher's and stay as
     they are, on the teacher's output through the rest of the teacher, and on the features of the blocks themselves.
     Stages do not depend on each other, so they may run at the same time. Every stage, and the tuning, is a resumable
-    run of `sdgraph.tune` in a folder of its own.
+    run of `sdgraph.tune` in a separate folder.
 
     Args:
         teacher: the UNet to learn from.
         stages: the passes, whose changes lie in different blocks, such as `PruneBlocks("bk-sdm-base").stages(graph)`.
-        data: see `sdgraph.tune`.
-        scheduler: see `sdgraph.tune`.
+        data: the latents and conditions, as for `sdgraph.tune`.
+        scheduler: the diffusers scheduler, as for `sdgraph.tune`.
         stage_steps: the number of optimizer steps of every stage.
         max_train_steps: the number of optimizer steps of the assembled student; alternatively `num_train_epochs`.
         output_dir: the folder of all runs: `stage-1/`, `stage-2/`, ... and `whole/`.
-        losses, validate: of the assembled student, see `sdgraph.tune`.
+        losses: the terms that the assembled student minimises, as for `sdgraph.tune`.
+        validate: the validation of the assembled student, as for `sdgraph.tune`.
         progressive: train a stage inside the teacher with all earlier stages in place, one after the other.
-        processes: the number of stages that are trained at the same time, in processes of their own. The data must be
-            picklable then.
-        settings: see `sdgraph.tuning.Settings`.
+        processes: the number of stages that are trained at the same time, in separate processes. The data must then be
+            picklable.
+        settings: further options, those of `sdgraph.tuning.Settings`.
     Returns:
         The tuned student in evaluation mode, and the logs of all runs.
     Raises:
@@ -161,7 +164,7 @@ def chain(
 
     Args:
         teacher: the first teacher.
-        passes: the passes of the links, in order.
+        passes: the passes of the links, in order; each is a pass or the text of several.
         data: the data, as for `sdgraph.tune`.
         max_train_steps: the number of optimizer steps of every link; alternatively `num_train_epochs`.
         output_dir: the folder of the runs: `link-1/`, `link-2/`, ...
@@ -213,7 +216,7 @@ class Job:
 
     @property
     def begin(self) -> Path:
-        """The folder of the student before its first step, for a process of its own."""
+        """The folder of the student before its first step, for a separate process."""
         return self.output_dir.with_name(f"{self.output_dir.name}-begin")
 
     def run(self, student: GraphUNet, teacher: GraphUNet, data: Source) -> GraphUNet:
@@ -285,11 +288,15 @@ def assemble(student: GraphUNet, parts: Iterable[tuple[Sequence[str], GraphUNet]
 
     Args:
         student: the UNet whose graph is kept; it stays as it is.
-        parts: blocks, and the UNet whose weights they get.
+        parts: the parts, each of them paths of blocks and the UNet that they take their weights from.
+    Returns:
+        A new UNet with the student's graph.
     Raises:
-        EditError, ShapeError: a block is not the same in both UNets, see `sdgraph.Graph.take_weights`.
+        EditError, ShapeError: a block is not the same in both UNets, as for `sdgraph.Graph.take_weights`.
     Example:
         `assemble(student, [(("mid_block",), tuned)])`
+    Source:
+        Ni et al., "Deep Incubation: Training Large Models by Divide-and-Conquering", 2023.
     """
     graph = student.graph.copy()
     for blocks, unet in parts:
@@ -298,7 +305,7 @@ def assemble(student: GraphUNet, parts: Iterable[tuple[Sequence[str], GraphUNet]
 
 
 def _run_apart(jobs: Sequence[Job], students: Sequence[GraphUNet], teacher: Path, data: Source, processes: int) -> None:
-    """Run stages in processes of their own."""
+    """Run stages in separate processes."""
     try:
         pickle.dumps((data, [job.options for job in jobs]))
     except Exception as error:  # whatever the data hold

@@ -19,7 +19,12 @@ class NoiseSchedule:
 
     Args:
         alphas: the cumulative products of 1 - beta, (T,).
-        prediction: what the UNet predicts: "epsilon", "v_prediction" or "sample".
+        prediction: the quantity that the UNet predicts: "epsilon", "v_prediction" or "sample".
+    Example:
+        `NoiseSchedule.of(pipe.scheduler).noised(clean, noise, timesteps)`
+    Source:
+        Ho et al., "Denoising Diffusion Probabilistic Models", 2020; "v_prediction": Salimans and Ho, "Progressive
+        Distillation for Fast Sampling of Diffusion Models", 2022.
     """
 
     alphas: Tensor
@@ -29,6 +34,8 @@ class NoiseSchedule:
     def of(cls, scheduler: Any) -> NoiseSchedule:
         """Return the noise schedule of a diffusers scheduler.
 
+        Args:
+            scheduler: the scheduler, with `alphas_cumprod` and a prediction type.
         Raises:
             TuningError: the scheduler has no such schedule, as those of flow matching.
         """
@@ -44,19 +51,35 @@ class NoiseSchedule:
         return cls(torch.as_tensor(alphas, dtype=torch.float32), prediction)
 
     def to(self, device: torch.device) -> NoiseSchedule:
-        """Return the schedule on a device."""
+        """Return the schedule on a device.
+
+        Args:
+            device: the device.
+        """
         return NoiseSchedule(self.alphas.to(device), self.prediction)
 
     def __len__(self) -> int:
         return len(self.alphas)
 
     def noised(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return noised latents (B, C, H, W) at timesteps (B,)."""
+        """Return noised latents, (B, C, H, W).
+
+        Args:
+            clean: the clean latents, (B, C, H, W).
+            noise: the noise, (B, C, H, W).
+            timesteps: the timesteps, (B,).
+        """
         signal, spread = self._at(timesteps)
         return signal * clean + spread * noise
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the UNet should predict, (B, C, H, W)."""
+        """Return the target of the prediction, (B, C, H, W).
+
+        Args:
+            clean: the clean latents, (B, C, H, W).
+            noise: the noise that is added to them, (B, C, H, W).
+            timesteps: the timesteps, (B,).
+        """
         signal, spread = self._at(timesteps)
         return {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}[self.prediction]
 
@@ -64,6 +87,11 @@ class NoiseSchedule:
         """Return the clean latents (B, C, H, W) that a prediction implies.
 
         Where a schedule ends without signal, none follow from predicted noise; those that are returned are finite.
+
+        Args:
+            noisy: the noised latents, (B, C, H, W).
+            prediction: the prediction of a UNet for them, (B, C, H, W).
+            timesteps: the timesteps, (B,).
         """
         signal, spread = self._at(timesteps)
         if self.prediction == "epsilon":
@@ -71,10 +99,10 @@ class NoiseSchedule:
         return signal * noisy - spread * prediction if self.prediction == "v_prediction" else prediction
 
     def min_snr(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Return the weights (B,) of the squared errors at timesteps (B,).
+        """Return the weights of the squared errors, (B,).
 
         Args:
-            timesteps: the timesteps.
+            timesteps: the timesteps, (B,).
             gamma: the signal-to-noise ratio above which all timesteps have the same weight on the clean latents.
         Source:
             Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", 2023.

@@ -1,4 +1,4 @@
-"""What a training run did: the terms of the loss by step, as numbers, as text and as a picture."""
+"""The log of a training run: the terms of the loss by step, as numbers, as text and as a picture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class TuningReport:
     Args:
         output_dir: the folder of the run.
         names: the columns: "step", "seconds", "learning_rate", "gradient_norm", "loss", and the terms of the loss.
-        rows: a row for every step.
+        rows: the figures of every step, in the order of the columns; seconds are those since the run began.
+    Example:
+        `report.column("loss")[-1]`, `print(report)`
     """
 
     output_dir: Path
@@ -47,7 +49,11 @@ class TuningReport:
         return cls(output_dir, names, tuple(tuple(map(float, row)) for row in rows))
 
     def column(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """Return a column by name."""
+        """Return a column, (steps,).
+
+        Args:
+            name: the name of the column.
+        """
         return np.array([row[self.names.index(name)] for row in self.rows])
 
     def __str__(self) -> str:

@@ -20,7 +20,7 @@ from ..options import Bounds, Count, Index, NotNegative, Positive, Seed, check
 FREE = ("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to", "mixed_precision")
 UNENDING = ("constant", "constant_with_warmup", "piecewise_constant")  # rates that do not depend on the last step
 LAST_RATE = 1e-7  # of "polynomial", in diffusers
-EMPTY = 0.1  # the share of captions to leave out, where nothing else is asked for
+EMPTY = 0.1  # the default share of captions to leave out
 
 Rates = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
@@ -49,8 +49,8 @@ class Settings:
         lr_warmup_steps: steps over which the learning rate rises from 0.
         lr_num_cycles: the number of cycles of "cosine_with_restarts".
         lr_power: the power of "polynomial".
-        step_rules: of "piecewise_constant": factors of the learning rate and the steps before which they hold, and the
-            factor of the rest; "1:10,0.1:20,0.01" multiplies by 0.1 from step 10 to step 19.
+        step_rules: the rules of "piecewise_constant": factors of the learning rate with the steps before which they
+            hold, and the factor of the rest; "1:10,0.1:20,0.01" multiplies by 0.1 from step 10 to step 19.
         adam_beta1: decay of the mean of the gradient, per step.
         adam_beta2: decay of its mean square.
         adam_weight_decay: decay of the weights, relative to the learning rate.
@@ -71,7 +71,7 @@ class Settings:
         random_conditioning: give very noisy rows another caption of the data, see `sdgraph.tuning.Batches`.
         timestep_intervals: draw the timesteps of a batch from one of so many equal parts of the schedule, in turns.
         guidance_pairs: fill two rows with every noisy latent, one of them without its caption; batches are even then.
-        seed: of all random numbers.
+        seed: the seed of all random numbers.
         checkpointing_steps: steps between two checkpoints.
         checkpoints_total_limit: the number of checkpoints to keep; older ones are deleted. None keeps all.
         validation_steps: steps between two validations, of which one is at the end; by default as between checkpoints.
@@ -79,6 +79,8 @@ class Settings:
             for none.
     Raises:
         TuningError: a setting has another type, is out of range, or has no effect beside the others.
+    Example:
+        `sdgraph.tune(..., max_train_steps=5000, learning_rate=5e-5, lr_scheduler="cosine", use_ema=True)`
     Source:
         diffusers' `train_text_to_image.py`; Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy",
         2023; the offset of the noise: Guttenberg, "Diffusion with Offset Noise", 2023.
@@ -179,6 +181,8 @@ class Settings:
     def of(cls, options: Mapping[str, Any]) -> Settings:
         """Return the settings of options by name, for a run on this machine.
 
+        Args:
+            options: the values by the names of the settings.
         Raises:
             TuningError: there is no such option, or its value is impossible, or this machine has no such precision or
                 tracker.
@@ -215,7 +219,7 @@ class Settings:
         return self.max_train_steps
 
     def counted(self, rows: int, size: int) -> Settings:
-        """Return the settings with the number of steps where epochs are asked for.
+        """Return the settings with the number of steps, computed from epochs if they have these.
 
         Args:
             rows: the number of rows of the data.
@@ -234,7 +238,7 @@ class Settings:
         return launched or ("bf16" if bf16 else "no")
 
     def for_data(self, has_empty: bool) -> Settings:
-        """Return the settings with the share of captions that is left out where none was asked for.
+        """Return the settings with the default share of captions that are left out, if they have none.
 
         Args:
             has_empty: whether the data have the conditions of an empty caption.
@@ -280,7 +284,7 @@ HUB = (
     "a run writes to its folder only, so that no setting publishes anything; the result is a folder that diffusers "
     "loads: look at its images, and upload it with `hf upload NAME FOLDER`"
 )
-ELSEWHERE = {  # names of diffusers' scripts for what is said otherwise here
+ELSEWHERE = {  # names of diffusers' scripts, and of others, for what has another name here
     "prediction_type": "pass a scheduler with this prediction_type",
     "dataloader_num_workers": "it is an option of the data: sdgraph.tuning.Images(..., dataloader_num_workers=4)",
     "push_to_hub": HUB,
@@ -315,7 +319,7 @@ def _check_launched() -> None:
     """Refuse an accumulation of gradients by accelerate, which would divide the loss once more."""
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
         raise TuningError(
-            "accelerate launch was told to accumulate gradients, and so is the run, by its own setting",
+            "accelerate launch accumulates gradients, and so does the run, by its own setting",
             where="accelerate launch --gradient_accumulation_steps",
             hint="leave it out there, and set gradient_accumulation_steps of the run",
         )

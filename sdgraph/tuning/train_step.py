@@ -25,6 +25,7 @@ from .random_numbers import generator
 from .settings import Settings
 
 DEFAULT = (Output(), Features("stage", weight=10.0), Denoising(weight=0.01))
+"""The losses of a run for which none are named; `Denoising` counts where noise was added to the data."""
 
 
 class Student(nn.Module):

@@ -42,7 +42,12 @@ class ValidationImages:
         check(self, TuningError, "ValidationImages")
 
     def __call__(self, unet: GraphUNet, step: int) -> dict[str, Any]:
-        """Return PSNR in dB and SSIM of the student's images to the teacher's, and the images as a sheet."""
+        """Return PSNR in dB and SSIM of the student's images to the teacher's, and the images as a sheet.
+
+        Args:
+            unet: the student.
+            step: the number of steps so far.
+        """
         guidance: dict[str, Any] = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
         steps = self.num_inference_steps
         evaluation = evaluate(

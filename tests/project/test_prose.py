@@ -11,7 +11,6 @@ from .prose import of_code, of_page
 NOT_YET = (
     "docs/command-line.md",
     "docs/inheriting-features.md",
-    "docs/tuning.md",
     "docs/writing-a-pass.md",
     "exporters/onnx",
     "passes",
@@ -19,9 +18,6 @@ NOT_YET = (
     "sdgraph/compiler",
     "sdgraph/frontend",
     "sdgraph/ir",
-    "sdgraph/tuning",
-    "sdgraph/tuning/losses",
-    "sdgraph/tuning/sources",
 )
 CODE = [
     path for top in ("sdgraph", "passes", "exporters", "benchmarks", "examples") for path in ROOT.glob(f"{top}/**/*.py")

@@ -36,6 +36,14 @@ class AttentionMaps(Loss):
     at: tuple[Text, ...] = ()
 
     def taps(self, student: Graph, teacher: Graph) -> TapPairs:
+        """Return the values that the loss compares, as `Loss.taps`.
+
+        Args:
+            student: the graph of the student.
+            teacher: the graph of the teacher.
+        Raises:
+            PathError: the models share no cross-attention.
+        """
         known = set(student.paths())
         paths = self.at or [p for p in teacher.paths() if re.fullmatch(CROSS, p) and p in known]
         if not paths:

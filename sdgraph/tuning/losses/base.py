@@ -1,4 +1,4 @@
-"""What a loss is: a small frozen dataclass that compares a student with its teacher on one batch."""
+"""The base class of losses, and the comparison of a student with its teacher on one batch that they are computed on."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ class Comparison:
     """A batch and what the two models predict for it.
 
     Args:
-        batch: the inputs.
+        batch: the inputs of both models.
         noise_schedule: the noise schedule.
         student: the student's prediction, (B, C, H, W).
         teacher: the teacher's prediction, (B, C, H, W).
+    Example:
+        `(comparison.student - comparison.teacher).square().mean()`
     """
 
     batch: Batch
@@ -41,13 +43,20 @@ class Comparison:
 class Loss(Spec, abstract=True):
     """A term of what training minimises. Terms add up by their weights, and are logged apart, without weights.
 
-    A loss of your own is a frozen dataclass with `__call__`, and with `taps` if it compares values inside the models.
-    It is the mean of what it says about single rows: then accumulated batches, and processes, have the gradient of one
-    large batch. What is divided by a sum over rows has not.
+    Your own loss is a frozen dataclass with `__call__`, and with `taps` if it compares values inside the models. It is
+    the mean of the losses of single rows: then accumulated batches, and several processes, have the gradient of one
+    large batch. A term that is divided by a sum over rows does not.
 
     Args:
         weight: the factor of the term in the sum.
         until: the share of the run at whose end the weight has fallen to zero, linearly; None keeps it.
+    Example:
+        ```python
+        @dataclass(frozen=True)
+        class Largest(Loss):
+            def __call__(self, comparison: Comparison, values: Values) -> Tensor:
+                return (comparison.student - comparison.teacher).abs().amax((1, 2, 3)).mean()
+        ```
     """
 
     has_text: ClassVar[bool] = False  # a loss may hold a model, such as a decoder
@@ -56,14 +65,18 @@ class Loss(Spec, abstract=True):
     until: Annotated[float, Bounds(gt=0, le=1)] | None = field(default=None, kw_only=True)
 
     def weight_at(self, progress: float) -> float:
-        """Return the weight after a share of the run."""
+        """Return the weight at a moment of the run.
+
+        Args:
+            progress: the share of the run that is over, from 0 to 1.
+        """
         return self.weight if self.until is None else self.weight * max(0.0, 1 - progress / self.until)
 
     def check(self, batch: Batch) -> None:
         """Refuse data that the loss cannot be computed on, before a run begins.
 
         Args:
-            batch: a row of the data.
+            batch: a batch of one row of the data.
         Raises:
             TuningError: the row does not have what the loss needs.
         """
@@ -71,7 +84,12 @@ class Loss(Spec, abstract=True):
     def taps(self, student: Graph, teacher: Graph) -> TapPairs:
         """Return the values inside the student and the teacher that the loss compares, in pairs.
 
-        None in the place of the teacher's asks for the student's alone.
+        Args:
+            student: the graph of the student.
+            teacher: the graph of the teacher.
+        Returns:
+            Pairs of a value of the student and one of the teacher; None in the place of the teacher's asks for the
+            student's alone.
         """
         return ()
 
@@ -79,7 +97,7 @@ class Loss(Spec, abstract=True):
         """Return the term, a scalar, the mean over rows.
 
         Args:
-            comparison: the batch and the predictions.
-            values: the values of `taps`, of the student and the teacher, in pairs; an empty tensor for None.
+            comparison: the batch and the predictions of both models for it.
+            values: the values of `taps`, of the student and the teacher, in pairs; an empty tensor in place of None.
         """
         raise TuningError("the loss computes nothing", where=str(self), hint="define __call__ of it")

@@ -58,6 +58,15 @@ class Features(Loss):
             raise SpecError(f"there are no features named {self.at!r}", where="Features", hint=hint)
 
     def taps(self, student: Graph, teacher: Graph) -> TapPairs:
+        """Return the values that the loss compares, as `Loss.taps`.
+
+        Args:
+            student: the graph of the student.
+            teacher: the graph of the teacher.
+        Raises:
+            PathError: the models share no such features, or lack a module that is named.
+            TuningError: modules that are named have features of different resolutions.
+        """
         if not isinstance(self.at, str):
             pairs = [(path, path) if isinstance(path, str) else path for path in self.at]
             taps = [(Tap(mine), Tap(its)) for mine, its in pairs]
@@ -93,17 +102,19 @@ class Features(Loss):
 
 @dataclass(frozen=True)
 class Similarity(Features):
-    """Similarity-preserving distillation: samples that are alike to the teacher shall be alike to the student.
+    """Similarity-preserving distillation: samples that are similar to the teacher become similar to the student.
 
     It compares the matrices of products between the samples of a group, with rows of unit length, so the widths of the
-    two models may differ. A group is so many samples of a batch in a row, and so the same however a batch is parted
-    into accumulated ones and processes; in the paper it is the batch.
+    two models may differ. A group consists of consecutive samples of a batch, so that it does not depend on how a batch
+    is divided into accumulated ones and processes; in the paper it is the batch.
 
     Args:
-        at: see `Features`.
+        at: the values to compare, as for `Features`.
         group: the number of samples that are compared with one another; `train_batch_size` is a multiple of it.
     Raises:
         TuningError: the samples of a forward pass are no whole groups; raised at the first step.
+    Example:
+        `Similarity("stage", group=8)`
     Source:
         Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019.
     """

@@ -77,8 +77,10 @@ class Wavelet(Loss):
     bands. Rows with much noise count as 0, because the high bands of a prediction from much noise are noise.
 
     Args:
-        levels: how often the low band is split.
+        levels: the number of times that the low band is split.
         below: the share of the schedule, from its clean end, that counts.
+    Example:
+        `Wavelet(levels=2, below=0.3, weight=0.1)`
     Source:
         Zhang et al., "Wavelet Knowledge Distillation: Towards Efficient Image-to-Image Translation", 2022.
     """

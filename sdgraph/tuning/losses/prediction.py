@@ -24,7 +24,9 @@ class Denoising(Loss):
     Rows with the caption of another image count as 0: their noise says nothing about that caption.
 
     Args:
-        snr_gamma: weigh timesteps by min-SNR with this limit, 5 in the paper; None weighs all alike.
+        snr_gamma: the limit of the min-SNR weights of timesteps, 5 in the paper; None weighs all alike.
+    Example:
+        `Denoising(weight=0.01)`
     Source:
         Ho et al., "Denoising Diffusion Probabilistic Models", 2020; Hang et al., 2023 (min-SNR).
     """
@@ -55,7 +57,9 @@ class Output(Loss):
     """Distillation of the output: the mean squared error to the teacher's prediction.
 
     Args:
-        snr_gamma: see `Denoising`.
+        snr_gamma: the limit of the min-SNR weights of timesteps, as for `Denoising`.
+    Example:
+        `Output(snr_gamma=5.0)`
     Source:
         Kim et al., "BK-SDM: A Lightweight, Fast, and Cheap Version of Stable Diffusion", 2024.
     """
@@ -76,7 +80,7 @@ class Guidance(Loss):
 
     Args:
         scale: the guidance scale of the pipeline.
-        snr_gamma: see `Denoising`.
+        snr_gamma: the limit of the min-SNR weights of timesteps, as for `Denoising`.
     Example:
         `sdgraph.tune(..., losses=[*DEFAULT, Guidance(7.5)], guidance_pairs=True)`
     Source:
@@ -104,7 +108,8 @@ class Guidance(Loss):
 class RoutingPrior(Loss):
     """The cross-entropy of routing to an expert for each of equal parts of the schedule, the first for the least noise.
 
-    It parts experts that would do without each other otherwise. With `until` it fades, so that they may meet again.
+    It makes experts specialise by noise level; without it they tend to collapse. With `until` its weight decays to
+    zero, so that timesteps may be routed differently later.
 
     Args:
         at: a pattern of the modules that return the logits of experts, (B, E).
@@ -117,6 +122,14 @@ class RoutingPrior(Loss):
     at: Paths = "**.routing"
 
     def taps(self, student: Graph, teacher: Graph) -> TapPairs:
+        """Return the values that the loss compares, as `Loss.taps`.
+
+        Args:
+            student: the graph of the student.
+            teacher: the graph of the teacher.
+        Raises:
+            PathError: no module of the student matches `at`.
+        """
         try:
             return [(Tap(path), None) for path in student.matching(self.at)]
         except PathError as error:

@@ -1,5 +1,7 @@
-"""What a model is tuned on: tensors, a folder of images with captions, or prompts alone. It imports of `sdgraph.tuning`
-only random numbers, digests and processes."""
+"""The data that a model is tuned on: tensors, a folder of images with captions, or prompts alone.
+
+They import `random_numbers`, `digest`, `processes` and `noise_schedule` of `sdgraph.tuning`, and the layers below it.
+"""
 
 from .base import Samples, Source
 from .captions import MoreCaptions

@@ -1,4 +1,4 @@
-"""What a source is: rows of clean latents, and of the conditions that the UNet is called with."""
+"""The protocol of sources: rows of clean latents, and of the conditions that the UNet is called with."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ class Samples:
         latents: clean latents, (B, C, H, W), scaled as the UNet expects them.
         noisy: noised latents (B, C, H, W) where the source has its own, as on a teacher's trajectory; otherwise noise
             is added to `latents`.
-        timesteps: the timesteps (B,) of `noisy`.
-        conditions: what the UNet is told of the latents rather than of a caption, as SDXL of the sizes of an image; it
-            replaces what the caption says of it, which may be that of another row, or none.
+        timesteps: the timesteps of `noisy`, (B,).
+        conditions: the inputs of the UNet that describe the latents rather than a caption, as SDXL's sizes of an image;
+            they replace those of the caption, which may be that of another row, or empty.
+    Example:
+        `Samples(latents[rows])`
     """
 
     latents: Tensor
@@ -60,7 +62,17 @@ class Contents:
 
 @runtime_checkable
 class Source(Protocol):
-    """Data that are read by row, so that what a step reads follows from its number."""
+    """Data that are read by row, so that the rows of a step follow from its number.
+
+    Example:
+        ```python
+        class Files(Source):
+            def __len__(self): return len(self.paths)
+            def samples(self, rows, generators): return Samples(torch.stack([load(self.paths[row]) for row in rows]))
+            def conditions(self, rows): return {"encoder_hidden_states": ...}
+            def fingerprint(self): return hash_of(self.paths)
+        ```
+    """
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -69,8 +81,9 @@ class Source(Protocol):
         """Return rows.
 
         Args:
-            rows: the numbers of the rows.
-            generators: the random numbers of each row, for crops, flips or a sample of the VAE's distribution.
+            rows: the numbers of the rows, (B,).
+            generators: the generators of the random numbers of each row, for crops, flips or a sample of the VAE's
+                distribution.
         """
 
     def conditions(self, rows: Sequence[int | None]) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class Captions:
         return {name: encoded[2 * i + guided].cpu() for i, name in enumerate(names)}  # pairs: the caption, none
 
 
-class MoreCaptions:
+class MoreCaptions(Source):
     """A source, and captions of which there are no images, for `random_conditioning=True`.
 
     Very noisy latents are given a caption that is drawn from these and from those of the rows, and the student learns

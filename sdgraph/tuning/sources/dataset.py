@@ -38,12 +38,14 @@ def unpacked(
     is deleted.
 
     Args:
-        dataset_name: a folder that `datasets` has saved or can read, or the name of a dataset on the hub, which is a
+        dataset_name: the folder that `datasets` has saved or can read, or the name of a dataset on the hub, which is a
             download. Its split "train" is read where it has several.
         folder: the folder, which is new or was written by an earlier call.
         dataset_config_name: the configuration of the dataset.
         image_column: the column of the images.
         caption_column: the column of the captions, one text in a row.
+    Returns:
+        The folder.
     Raises:
         TuningError: the dataset cannot be read, or has no such column; or the folder holds something else.
         ExtraError: `datasets` is not installed.

@@ -20,7 +20,7 @@ from ...options import Count, Index, Text, checked
 from ..digest import as_number, hash_files, hash_model, hash_text
 from ..processes import begin_worker
 from ..random_numbers import generator
-from .base import Contents, Samples
+from .base import Contents, Samples, Source
 from .captions import Captions, as_texts, time_ids, with_empty
 from .image_folder import Captioned, Crop, captioned, colour, pixels
 from .latents import as_pipelines_run_it, encoded, scaled
@@ -29,11 +29,11 @@ from .tensor_cache import FILES, GIGABYTE, TensorCache, begin
 BATCH = 16  # images that are encoded at a time
 
 
-class Images:
+class Images(Source):
     """A folder of images with captions, as diffusers' scripts read `--train_data_dir`.
 
     The shorter side of an image becomes `resolution`, and a square is cut out of it. Its latents are a sample of the
-    VAE's distribution, another one whenever the row is read. SDXL is told the original size and the corner of the crop.
+    VAE's distribution, another one whenever the row is read. SDXL gets the original size and the corner of the crop.
     An image is what a viewer shows: upright, in sRGB, in front of a background where it is transparent. All images are
     looked at first, and what viewers show differently, such as animations and 32-bit TIFF, is refused.
 
@@ -41,16 +41,16 @@ class Images:
         folder: the folder. Captions are in `metadata.jsonl` or `metadata.csv`, with columns `file_name` and
             `caption_column`, or else in NAME.txt beside each image. Folders below it count as well.
         pipe: the pipeline of the teacher; its VAE and text encoder encode the data where they are.
-        resolution: height and width of the crops, in pixels.
-        center_crop: cut out the centre; otherwise a random place, which an image keeps in all epochs.
-        random_flip: mirror half of the images before they are cropped, other ones in every epoch.
+        resolution: the height and width of the crops, in pixels.
+        center_crop: whether to crop at the centre; otherwise at a random place, which an image keeps in all epochs.
+        random_flip: whether to mirror half of the images before they are cropped, other ones in every epoch.
         background: the colour behind transparent places, as HTML names it.
         caption_column: the column of the captions.
-        skip_broken: leave out images that are missing, that cannot be read or that viewers show differently; the log
-            counts and names them. All images are decoded first then, whenever a run begins or goes on.
+        skip_broken: whether to leave out images that are missing, that cannot be read or that viewers show differently;
+            the log counts and names them. All images are decoded first then, whenever a run begins or goes on.
         dataloader_num_workers: the number of processes that read and decode images; 0 does so in this one. The rows are
             the same. A script that asks for some has its code under `if __name__ == "__main__":`.
-        seed: of the crops.
+        seed: the seed of the crops.
         cache: a folder to keep everything encoded in, so that training runs neither VAE nor text encoder; None encodes
             the rows of every step anew. Encoding that was stopped goes on there.
         cache_limit: the largest size of that folder, in bytes.
@@ -59,6 +59,9 @@ class Images:
             finite; the cache is of something else, or too large.
     Example:
         `Images("photos", pipe, resolution=512, cache="photos-encoded")`
+    Source:
+        `--train_data_dir` of diffusers' `train_text_to_image.py`; the condition on sizes: Podell et al., "SDXL:
+        Improving Latent Diffusion Models for High-Resolution Image Synthesis", 2023.
     """
 
     @checked(TuningError)

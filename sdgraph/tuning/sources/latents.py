@@ -44,7 +44,7 @@ def scaled(vae_config: Any, latents: Tensor) -> Tensor:
 
     Args:
         vae_config: the configuration of the VAE.
-        latents: as the VAE encodes them.
+        latents: the latents as the VAE encodes them, (B, C, H, W).
     """
     mean, std = _statistics(vae_config, latents)
     return (latents - mean) / std * float(vae_config.scaling_factor)

@@ -19,12 +19,12 @@ from ...runtime.pipelines import without_bar
 from ..digest import as_number, hash_model, hash_text
 from ..noise_schedule import NoiseSchedule
 from ..random_numbers import generator
-from .base import Contents, Samples
+from .base import Contents, Samples, Source
 from .captions import Captions, as_texts, time_ids, with_empty
 from .tensor_cache import GIGABYTE, TensorCache
 
 
-class Prompts:
+class Prompts(Source):
     """Prompts without images: the latents that the teacher's UNet was called with while it generated from them.
 
     The pipeline generates with its own scheduler and with guidance, once, and keeps some calls of every generation in
@@ -37,10 +37,10 @@ class Prompts:
         num_inference_steps: the steps of a generation.
         guidance_scale: the guidance; by default the pipeline's own.
         calls_per_prompt: the calls that are kept of a generation, drawn at random from equal parts of it.
-        height: of the images, in pixels; by default the pipeline's own.
-        width: of the images, in pixels.
+        height: the height of the images, in pixels; by default the pipeline's own.
+        width: the width of the images, in pixels; by default the pipeline's own.
         batch: the prompts of a call of the pipeline.
-        seed: of the initial latents and the choice of calls.
+        seed: the seed of the initial latents and of the choice of calls.
         cache_limit: the largest size of the folder, in bytes.
     Raises:
         TuningError: there are no prompts; the scheduler noises otherwise than in training; latents are not finite; the

@@ -56,7 +56,7 @@ class TensorCache:
 
         Args:
             compute: returns the tensors of rows, by name, (rows, ...) each.
-            title: of the progress bar.
+            title: the title of the progress bar.
         Raises:
             TuningError: the rows would take more than the limit or than the disk has; or nothing can be written.
         """
@@ -65,7 +65,7 @@ class TensorCache:
         missing = list({key: row for row, key in enumerate(self._keys) if key not in self._places}.values())
         chunks = [missing[i : i + self._size] for i in range(0, len(missing), self._size)]
         with Bar(total=len(chunks), desc=title, unit="batch", disable=not chunks) as bar:
-            for wait in (False, True):  # first those that no other process is at, then those that others have left
+            for wait in (False, True):  # first unclaimed chunks, then chunks whose writer has died
                 for number, rows in enumerate(chunks):
                     path = self._path(rows)
                     with contextlib.suppress(Timeout), _alone(path.with_suffix(LOCK), wait):
@@ -220,7 +220,7 @@ def _opened(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _alone(path: Path, wait: bool) -> Iterator[None]:
-    """A context that one process at a time is in, by a file that is gone afterwards.
+    """Return a context that one process at a time is in, by a lock file that is removed afterwards.
 
     Raises:
         Timeout: another process is in it, and `wait` is False.

@@ -15,7 +15,7 @@ from ..digest import hash_rows, hash_tensors
 from .base import Contents, Samples, Source
 
 
-class Tensors:
+class Tensors(Source):
     """Latents and conditions in memory.
 
     Args:
@@ -88,7 +88,7 @@ class Tensors:
 
         Args:
             rows: dicts of tensors without batch dimension: `latents`, and the other inputs of the UNet by name.
-            empty: see `Tensors`.
+            empty: the conditions of an empty caption, as for `Tensors`.
         Raises:
             TuningError: there are no rows, or they have different names or shapes.
         """
