@@ -37,7 +37,7 @@ MARKS = ("loss.csv", "tuning.json", "whole")  # by which a folder is known to be
 
 if TYPE_CHECKING:
     from ..runtime.unet import GraphUNet
-    from ..tuning.incubate import IncubationReport
+    from ..tuning.incubation import IncubationReport
     from ..tuning.report import TuningReport
     from ..tuning.sources import Source
     from .configuration import Configuration
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     from ..extra import imported
     from ..runtime.apply import apply
     from ..spec import read as read_spec
-    from ..tuning.incubate import incubate
+    from ..tuning.incubation import incubate
     from ..tuning.losses import Loss
     from ..tuning.processes import alone
     from ..tuning.tune import tune

@@ -1,12 +1,12 @@
 """Training: a student learns from its teacher what a pass has lost. It may import every layer below the command line.
 
 A `Source` gives rows, `Batches` turns the rows of a step into noised latents and captions, `TrainStep` compares what
-teacher and student predict for them by its losses, and `tune` takes the steps and keeps the state.
+teacher and student predict for them by its losses, and `sdgraph.tune` takes the steps and keeps the state.
 """
 
 from .batch import Batch, Batches
 from .feature_extractor import FeatureExtractor, Tap
-from .incubate import IncubationReport, assemble, chain, incubate
+from .incubation import IncubationReport, assemble, chain, incubate
 from .losses import (
     AttentionMaps,
     Comparison,
@@ -25,7 +25,6 @@ from .report import TuningReport
 from .settings import Settings
 from .sources import Images, MoreCaptions, Prompts, Samples, Source, Tensors, unpacked
 from .train_step import DEFAULT
-from .tune import tune
 from .validation import ValidationImages
 
 __all__ = [
@@ -59,7 +58,6 @@ __all__ = [
     "assemble",
     "chain",
     "incubate",
-    "tune",
     "unpacked",
 ]
 

@@ -40,7 +40,7 @@ class TuningReport:
 
     @classmethod
     def of(cls, output_dir: Path) -> TuningReport:
-        """Read the log of a run.
+        """Return the log of a run, read from its folder.
 
         Args:
             output_dir: the folder of the run.

@@ -22,7 +22,7 @@ from sdgraph import errors
 from sdgraph.atomic import owned
 from sdgraph.passes import PruneBlocks
 from sdgraph.tuning import Images, IncubationReport, Output, Prompts, Tensors, assemble, chain, incubate
-from sdgraph.tuning.incubate import changed_blocks
+from sdgraph.tuning.incubation import changed_blocks
 from sdgraph.tuning.random_numbers import generator
 
 from ..models import build
