@@ -14,7 +14,6 @@ NOT_YET = (
     "docs/writing-a-pass.md",
     "exporters/onnx",
     "passes",
-    "sdgraph/cli",
     "sdgraph/compiler",
     "sdgraph/frontend",
     "sdgraph/ir",
