@@ -1,0 +1,315 @@
+"""`analyse`: remove one region at a time, and measure what that changes and what it saves."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..atomic import owned
+from ..errors import EditError, ShapeError, SpecError
+from ..graph import Graph
+from ..options import Bounds, Count, Seed, Text, checked
+from ..plan_search.final_latents import check_request, final_latents, relative_errors, typical
+from ..plan_search.measurements import Measurements
+from ..progress import Bar
+from ..runtime.apply import apply
+from ..runtime.unet import GraphUNet
+from ..tuning.digest import hash_model
+from .redundancy import LEVELS, Pair, Redundancy, Removal
+
+Target = Literal["eager", "compiled"]
+TURNS = 7  # timed calls of a region, of which the first two warm up
+LEVEL = {
+    "block": re.compile(r"(down_blocks|up_blocks)\.\d+|mid_block"),
+    "layer": re.compile(r".*_blocks?(\.\d+)?\.(resnets|attentions)\.\d+"),
+    "unit": re.compile(r".*\.transformer_blocks\.\d+\.(attn\d|ff)"),
+}
+
+
+@checked(SpecError)
+def analyse(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    levels: Annotated[Sequence[Literal["block", "layer", "unit"]], Bounds(length=1)] = LEVELS,
+    target: Target = "eager",
+    calls: Count = 8,
+    latents: bool = False,
+    pairs: bool = False,
+    seed: Seed = 0,
+    folder: Text | Path | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> Redundancy:
+    """Measure how redundant the blocks, layers and units of a pipeline's UNet are, each removed alone.
+
+    The output error of a region is measured on calls of real generations, which the whole UNet made: the squared
+    difference of the predicted noise without the region, relative to the squared prediction. It is nearly additive over
+    regions, so that `Redundancy.cheapest` can choose several.
+
+    Args:
+        pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. It is as it was afterwards.
+        prompts: the prompts to measure on; 4 to 16 with different words.
+        levels: the levels of regions: "block", "layer" (resnets and attentions), "unit" (attn1, attn2, ff).
+        target: what is timed: PyTorch on the pipeline's device, "eager" or "compiled".
+        calls: the number of calls of a generation on which errors are measured, spread evenly.
+        latents: whether the error of the final latents is measured too, which takes a generation per region.
+        pairs: whether pairs of neighbouring regions of one block are removed together, for what is not additive.
+        seed: the seed of the first image's latents; the others count up from it.
+        folder: the folder of measurements. With it, an analysis that was stopped goes on.
+        progress: whether a bar is shown.
+        call: further arguments of the pipeline, such as `num_inference_steps=20`.
+    Returns:
+        The redundancy, which prints as a table.
+    Raises:
+        SourceError: the pipeline has no UNet, or its solver adds random numbers.
+        SpecError: there are no prompts, the prompts all have the same effect, no region of these levels can be removed,
+            or another analysis writes to the folder.
+    Example:
+        `print(sdgraph.analyse(pipe, prompts, num_inference_steps=20))`
+    Source:
+        Zhang et al., "LAPTOP-Diff", 2024, whose criterion is the output error of one removal. A-SDM explores the same
+        redundancy.
+    """
+    check_request("analyse", pipe, prompts, call)
+    whole = apply(pipe.unet, ())
+    if whole.graph.sites:
+        raise SpecError(
+            f"the UNet inherits or bypasses features at {next(iter(whole.graph.sites))}",
+            where="pipe.unet",
+            hint="analyse the UNet before these passes, and apply them to the pruned one",
+        )
+    paths, fixed = _removable(whole.graph, levels)
+    if not paths:
+        others = ", ".join(level for level in LEVELS if level not in levels) or "none"
+        raise SpecError(f"no region of {', '.join(levels)} can be removed", where="levels", hint=f"add levels: {others}")
+    digest = hash_model(whole)
+    request = (digest, *prompts, f"{seed} {calls} {target}", repr(sorted(call.items())))
+    alone = owned(Path(folder), SpecError, "folder") if folder else contextlib.nullcontext()
+    with alone:
+        known = Measurements(Path(folder) if folder else None, "\n".join(request).encode())
+        recorder = _Recorder(whole.graph.copy())
+        reference, _ = final_latents(pipe, recorder, prompts, seed, call)
+        _check_variation(recorder.calls[0], len(prompts))
+        trial = _Trial(whole, _spread(recorder.calls, calls), known, target)
+        couples = _neighbours(paths) if pairs else ()
+        removals, joint = [], []
+        with Bar(total=len(paths) + len(couples), desc="analyse", unit="region", disable=not progress) as bar:
+            for path, level in paths.items():
+                without = _Lazy(whole, (path,))
+                drift = None
+                if latents:
+
+                    def drifted(without: _Lazy = without) -> Array:
+                        made, _ = final_latents(pipe, without.unet, prompts, seed, call)
+                        return np.array([typical(relative_errors(made, reference))])
+
+                    drift = float(known.numbers("latents", path, drifted)[0])
+                removals.append(trial.removal(path, level, without, drift))
+                bar.update()
+            for both in couples:
+                joint.append(Pair(both, trial.output_errors(_Lazy(whole, both))))
+                bar.update()
+    noise = _noise(pipe.scheduler, trial.timesteps)
+    return Redundancy(
+        digest, target, len(prompts), trial.timesteps, noise, tuple(removals), tuple(joint), fixed
+    )
+
+
+class _Recorder(GraphUNet):
+    """A UNet that records the flat inputs of its calls."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
+        self.calls: list[Mapping[str, Tensor]] = []
+
+    def run(self, flat: Mapping[str, Tensor]) -> Tensor:
+        self.calls.append({name: value.clone() for name, value in flat.items()})
+        return super().run(flat)
+
+
+class _Lazy:
+    """A UNet without some regions, which is made when something about it is not known yet."""
+
+    def __init__(self, whole: GraphUNet, paths: tuple[str, ...]) -> None:
+        self.whole, self.paths = whole, paths
+        self._unet: GraphUNet | None = None
+
+    @property
+    def unet(self) -> GraphUNet:
+        if self._unet is None:
+            self._unet = apply(self.whole, f"PruneBlocks({self.paths!r})", verify=False)
+        return self._unet
+
+
+class _Trial:
+    """The measurements of one removal.
+
+    Args:
+        whole: the UNet with all of its regions.
+        calls: the flat inputs of the calls on which errors are measured.
+        known: what was measured before.
+        target: what is timed.
+    """
+
+    def __init__(
+        self, whole: GraphUNet, calls: Sequence[Mapping[str, Tensor]], known: Measurements, target: Target
+    ) -> None:
+        self._whole, self._calls, self._known, self._target = whole, calls, known, target
+        self.timesteps = tuple(float(flat["timestep"].reshape(-1)[0]) for flat in calls)
+        self._timed = _ready(whole, target)
+        with torch.no_grad():
+            self._outputs = [whole.run(flat) for flat in calls]
+
+    def removal(self, path: str, level: Any, without: _Lazy, drift: float | None) -> Removal:
+        """Return what is known of the removal of one region."""
+        graph = self._whole.graph
+
+        def sizes() -> Array:
+            left = without.unet.graph
+            parameters = sum(p.numel() for p in left.parameters().values())
+            return np.array([parameters, left.macs], dtype=np.float64)
+
+        parameters, macs = self._known.numbers("sizes", path, sizes)
+        saved = self._known.numbers("seconds", path, lambda: self._seconds(without.unet))
+        return Removal(
+            path,
+            level,
+            1 - parameters / sum(p.numel() for p in graph.parameters().values()),
+            1 - macs / graph.macs,
+            1 - float(saved[0]),
+            self.output_errors(without),
+            float(self._known.numbers("similarity", path, lambda: np.array([self._similarity(path)]))[0]),
+            drift,
+        )
+
+    def output_errors(self, without: _Lazy) -> tuple[float, ...]:
+        """Return the squared error of the output without some regions, relative to the squared output, by call."""
+
+        @torch.no_grad()
+        def measure() -> Array:
+            found = []
+            for flat, output in zip(self._calls, self._outputs, strict=True):
+                off = (without.unet.run(flat).double() - output.double()).square().flatten(1).mean(1)
+                found.append(float((off / output.double().square().flatten(1).mean(1)).mean()))
+            return np.array(found)
+
+        return tuple(map(float, self._known.numbers("output", " + ".join(without.paths), measure)))
+
+    def _seconds(self, without: GraphUNet) -> Array:
+        """Return the time of a call without a region relative to that of the whole UNet, in turns."""
+        timed, flat = _ready(without, self._target), self._calls[0]
+        ratios = [_timed(timed, flat) / _timed(self._timed, flat) for _ in range(TURNS)]
+        return np.array([statistics.median(ratios[2:])])
+
+    @torch.no_grad()
+    def _similarity(self, path: str) -> float:
+        """Return the cosine similarity of a region's output and of the value that would replace it."""
+        region = self._whole.graph.region(path)
+        pairs = [tuple(node.name for node in region.stand_in(output)) for output in region.outputs]
+        reader = _Reader(self._whole.graph_module, {name for pair in pairs for name in pair})
+        found = []
+        for flat in self._calls[:: max(1, len(self._calls) // 2)]:
+            reader.run(*(flat.get(str(node.target)) for node in self._whole.graph.fx.find_nodes(op="placeholder")))
+            for pair in pairs:
+                before, after = (reader.values[name].double().flatten() for name in pair)
+                found.append(float(torch.nn.functional.cosine_similarity(before, after, dim=0)))
+        return statistics.mean(found)
+
+
+class _Reader(torch.fx.Interpreter):
+    """An interpreter that keeps the values of some nodes.
+
+    Args:
+        module: the module to run.
+        names: the names of the nodes.
+    """
+
+    def __init__(self, module: torch.fx.GraphModule, names: set[str]) -> None:
+        super().__init__(module)
+        self._names, self.values = names, dict[str, Tensor]()
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._names:
+            self.values[n.name] = value
+        return value
+
+
+def _removable(graph: Graph, levels: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the level of each region that can be removed alone, and the reason of each that cannot."""
+    removable, fixed = dict[str, str](), dict[str, str]()
+    for path in graph.paths():
+        level = next((name for name in levels if LEVEL[name].fullmatch(path)), None)
+        if level is None:
+            continue
+        try:
+            apply(graph.copy(), f"PruneBlocks({(path,)!r})", verify=False)
+        except (EditError, ShapeError) as error:
+            fixed[path] = error.what
+        else:
+            removable[path] = level
+    return removable, fixed
+
+
+def _neighbours(paths: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Return the pairs of regions that follow each other in a block and of which none lies in the other."""
+    ordered = list(paths)
+    return tuple(
+        (first, second)
+        for first, second in zip(ordered, ordered[1:], strict=False)
+        if block_of(first) == block_of(second) and not second.startswith(f"{first}.")
+    )
+
+
+def _spread(calls: Sequence[Mapping[str, Tensor]], number: int) -> list[Mapping[str, Tensor]]:
+    """Return calls that are spread evenly over a generation, the first and the last among them."""
+    places = np.linspace(0, len(calls) - 1, min(number, len(calls))).round().astype(int)
+    return [calls[place] for place in places]
+
+
+def _check_variation(flat: Mapping[str, Tensor], prompts: int) -> None:
+    """Refuse prompts that are all encoded alike.
+
+    Raises:
+        SpecError: they are.
+    """
+    texts = flat["encoder_hidden_states"]
+    if prompts > 1 and bool((texts[-prompts:] == texts[-1:]).all()):
+        raise SpecError("all prompts are encoded alike", where="prompts", hint="prompts with different words")
+
+
+def _noise(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
+    """Return the share of noise in the samples at timesteps, by which errors are weighted; 1 if it is not known."""
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        return (1.0,) * len(timesteps)
+    return tuple(1 - float(alphas[round(t)]) for t in timesteps)
+
+
+def _ready(unet: GraphUNet, target: Target) -> GraphUNet:
+    if target == "eager":
+        return unet
+    compiled = apply(unet, (), verify=False)
+    compiled.compile()
+    return compiled
+
+
+@torch.no_grad()
+def _timed(unet: GraphUNet, flat: Mapping[str, Tensor]) -> float:
+    """Return the seconds of a call."""
+    start = time.perf_counter()
+    unet.run(flat)
+    if flat["sample"].is_cuda:
+        torch.cuda.synchronize(flat["sample"].device)
+    return time.perf_counter() - start
