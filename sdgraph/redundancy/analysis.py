@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import itertools
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from ..atomic import owned
 from ..errors import EditError, ShapeError, SpecError
 from ..graph import Graph
+from ..ir.variants import Variant, copy_nodes
 from ..options import Bounds, Count, Seed, Text, checked
-from ..plan_search.final_latents import check_request, final_latents, relative_errors, typical
+from ..plan_search.final_latents import Array, check_request, final_latents, relative_errors, typical
 from ..plan_search.measurements import Measurements
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from ..tuning.digest import hash_model
-from .redundancy import LEVELS, Pair, Redundancy, Removal
+from .redundancy import LEVELS, Pair, Redundancy, Removal, block_of
 
 Target = Literal["eager", "compiled"]
 TURNS = 7  # timed calls of a region, of which the first two warm up
@@ -91,39 +94,35 @@ def analyse(
         )
     paths, fixed = _removable(whole.graph, levels)
     if not paths:
-        others = ", ".join(level for level in LEVELS if level not in levels) or "none"
-        raise SpecError(f"no region of {', '.join(levels)} can be removed", where="levels", hint=f"add levels: {others}")
+        hint = f"add levels: {', '.join(level for level in LEVELS if level not in levels) or 'there are no more'}"
+        raise SpecError(f"no region of {', '.join(levels)} can be removed", where="levels", hint=hint)
     digest = hash_model(whole)
     request = (digest, *prompts, f"{seed} {calls} {target}", repr(sorted(call.items())))
     alone = owned(Path(folder), SpecError, "folder") if folder else contextlib.nullcontext()
     with alone:
         known = Measurements(Path(folder) if folder else None, "\n".join(request).encode())
+
+        def generate(unet: GraphUNet) -> Tensor:
+            return final_latents(pipe, unet, prompts, seed, call)[0]
+
         recorder = _Recorder(whole.graph.copy())
-        reference, _ = final_latents(pipe, recorder, prompts, seed, call)
+        reference = generate(recorder)
         _check_variation(recorder.calls[0], len(prompts))
         trial = _Trial(whole, _spread(recorder.calls, calls), known, target)
         couples = _neighbours(paths) if pairs else ()
+        alike = known.numbers("similarity", " ".join(paths), lambda: trial.similarities(list(paths)))
         removals, joint = [], []
         with Bar(total=len(paths) + len(couples), desc="analyse", unit="region", disable=not progress) as bar:
-            for path, level in paths.items():
-                without = _Lazy(whole, (path,))
-                drift = None
-                if latents:
-
-                    def drifted(without: _Lazy = without) -> Array:
-                        made, _ = final_latents(pipe, without.unet, prompts, seed, call)
-                        return np.array([typical(relative_errors(made, reference))])
-
-                    drift = float(known.numbers("latents", path, drifted)[0])
-                removals.append(trial.removal(path, level, without, drift))
+            for (path, level), similarity in zip(paths.items(), alike, strict=True):
+                without = _Without(whole, (path,))
+                drift = trial.drift(without, generate, reference) if latents else None
+                removals.append(trial.removal(path, level, without, float(similarity), drift))
                 bar.update()
             for both in couples:
-                joint.append(Pair(both, trial.output_errors(_Lazy(whole, both))))
+                joint.append(Pair(both, trial.output_errors(_Without(whole, both))))
                 bar.update()
     noise = _noise(pipe.scheduler, trial.timesteps)
-    return Redundancy(
-        digest, target, len(prompts), trial.timesteps, noise, tuple(removals), tuple(joint), fixed
-    )
+    return Redundancy(digest, target, len(prompts), trial.timesteps, noise, tuple(removals), tuple(joint), fixed)
 
 
 class _Recorder(GraphUNet):
@@ -138,18 +137,21 @@ class _Recorder(GraphUNet):
         return super().run(flat)
 
 
-class _Lazy:
-    """A UNet without some regions, which is made when something about it is not known yet."""
+class _Without:
+    """The UNet without some regions, which is made when something about it is not known yet.
+
+    Args:
+        whole: the UNet with all of its regions.
+        paths: the module paths of the regions.
+    """
 
     def __init__(self, whole: GraphUNet, paths: tuple[str, ...]) -> None:
         self.whole, self.paths = whole, paths
-        self._unet: GraphUNet | None = None
 
-    @property
+    @cached_property
     def unet(self) -> GraphUNet:
-        if self._unet is None:
-            self._unet = apply(self.whole, f"PruneBlocks({self.paths!r})", verify=False)
-        return self._unet
+        """The pruned UNet."""
+        return apply(self.whole, f"PruneBlocks({self.paths!r})", verify=False)
 
 
 class _Trial:
@@ -171,7 +173,7 @@ class _Trial:
         with torch.no_grad():
             self._outputs = [whole.run(flat) for flat in calls]
 
-    def removal(self, path: str, level: Any, without: _Lazy, drift: float | None) -> Removal:
+    def removal(self, path: str, level: str, without: _Without, similarity: float, drift: float | None) -> Removal:
         """Return what is known of the removal of one region."""
         graph = self._whole.graph
 
@@ -189,11 +191,24 @@ class _Trial:
             1 - macs / graph.macs,
             1 - float(saved[0]),
             self.output_errors(without),
-            float(self._known.numbers("similarity", path, lambda: np.array([self._similarity(path)]))[0]),
+            similarity,
             drift,
         )
 
-    def output_errors(self, without: _Lazy) -> tuple[float, ...]:
+    def similarities(self, paths: Sequence[str]) -> Array:
+        """Return the similarities of regions, the mean over the first, a middle and the last call."""
+        few = _spread(self._calls, 3)
+        return np.mean([_similarities(self._whole, paths, flat) for flat in few], axis=0)  # type: ignore[no-any-return]
+
+    def drift(self, without: _Without, generate: Callable[[GraphUNet], Tensor], reference: Tensor) -> float:
+        """Return the error of the final latents that a pruned UNet generates, the geometric mean over the prompts."""
+
+        def measure() -> Array:
+            return np.array([typical(relative_errors(generate(without.unet), reference))])
+
+        return float(self._known.numbers("latents", " + ".join(without.paths), measure)[0])
+
+    def output_errors(self, without: _Without) -> tuple[float, ...]:
         """Return the squared error of the output without some regions, relative to the squared output, by call."""
 
         @torch.no_grad()
@@ -212,38 +227,26 @@ class _Trial:
         ratios = [_timed(timed, flat) / _timed(self._timed, flat) for _ in range(TURNS)]
         return np.array([statistics.median(ratios[2:])])
 
-    @torch.no_grad()
-    def _similarity(self, path: str) -> float:
-        """Return the cosine similarity of a region's output and of the value that would replace it."""
-        region = self._whole.graph.region(path)
-        pairs = [tuple(node.name for node in region.stand_in(output)) for output in region.outputs]
-        reader = _Reader(self._whole.graph_module, {name for pair in pairs for name in pair})
-        found = []
-        for flat in self._calls[:: max(1, len(self._calls) // 2)]:
-            reader.run(*(flat.get(str(node.target)) for node in self._whole.graph.fx.find_nodes(op="placeholder")))
-            for pair in pairs:
-                before, after = (reader.values[name].double().flatten() for name in pair)
-                found.append(float(torch.nn.functional.cosine_similarity(before, after, dim=0)))
-        return statistics.mean(found)
 
-
-class _Reader(torch.fx.Interpreter):
-    """An interpreter that keeps the values of some nodes.
-
-    Args:
-        module: the module to run.
-        names: the names of the nodes.
-    """
-
-    def __init__(self, module: torch.fx.GraphModule, names: set[str]) -> None:
-        super().__init__(module)
-        self._names, self.values = names, dict[str, Tensor]()
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self._names:
-            self.values[n.name] = value
-        return value
+@torch.no_grad()
+def _similarities(whole: GraphUNet, paths: Sequence[str], flat: Mapping[str, Tensor]) -> Array:
+    """Return the cosine similarity of each region's outputs and of the values that would replace them, at a call."""
+    graph = whole.graph
+    regions = [graph.region(path) for path in paths]
+    pairs = [[region.stand_in(output) for output in region.outputs] for region in regions]
+    nodes = copy_nodes(graph.fx)
+    copies = {node.name: node for node in nodes.nodes}
+    read = [copies[node.name] for pair in itertools.chain.from_iterable(pairs) for node in pair]
+    output = nodes.output_node()
+    output.args = ((output.args[0], *read),)
+    given = [i.name for i in graph.inputs if i.name in flat]
+    variant = Variant.split(nodes, missing={i.name for i in graph.inputs}.difference(given))
+    values = iter(fx.GraphModule(whole, variant.nodes)(*(flat[name] for name in given))[1:])
+    found = []
+    for pair in pairs:
+        both = [(next(values).double().flatten(), next(values).double().flatten()) for _ in pair]
+        found.append(statistics.mean(float(F.cosine_similarity(kept, instead, dim=0)) for kept, instead in both))
+    return np.array(found)
 
 
 def _removable(graph: Graph, levels: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -253,12 +256,16 @@ def _removable(graph: Graph, levels: Sequence[str]) -> tuple[dict[str, str], dic
         level = next((name for name in levels if LEVEL[name].fullmatch(path)), None)
         if level is None:
             continue
+        region = graph.region(path)
         try:
-            apply(graph.copy(), f"PruneBlocks({(path,)!r})", verify=False)
+            shapes = [[node.meta["val"].shape for node in region.stand_in(output)] for output in region.outputs]
         except (EditError, ShapeError) as error:
             fixed[path] = error.what
-        else:
+            continue
+        if all(kept == instead for kept, instead in shapes):
             removable[path] = level
+        else:
+            fixed[path] = "its output has another size than its input"
     return removable, fixed
 
 
@@ -267,7 +274,7 @@ def _neighbours(paths: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str, st
     ordered = list(paths)
     return tuple(
         (first, second)
-        for first, second in zip(ordered, ordered[1:], strict=False)
+        for first, second in itertools.pairwise(ordered)
         if block_of(first) == block_of(second) and not second.startswith(f"{first}.")
     )
 
