@@ -27,6 +27,7 @@ KINDS = {
     "tuning": tables.tuning,
     "gpu": tables.gpu,
     "providers": tables.engines,
+    "images": tables.images,
     "drop_in": tables.drop_in,
 }
 EXTRACTS = ("front",)  # tables that are shown by name only

@@ -223,6 +223,29 @@ def engines(result: Result) -> dict[str, str]:
     return {"conditions": conditions.rstrip(), "engines": markdown(rows)}
 
 
+def images(result: Result) -> dict[str, str]:
+    """Return the tables of `images.py`."""
+    rows = [("engine", "UNet", "steps", "seconds per image", "relative", "first image", "peak memory", "PSNR")]
+    first, call = result["rows"][0], result["job"]["call"]
+    for row in result["rows"]:
+        name = f"{row['engine']} {row['dtype']}{', channels last' * row['channels_last']}"
+        steps = str(row["steps"] or call["num_inference_steps"])
+        head = (name, "with passes" if row["passes"] else "source", steps)
+        if row["failure"] is not None:
+            rows.append((*head, row["failure"], "", "", "", ""))
+            continue
+        relative = f"{row['seconds'] / first['seconds']:.2f}"
+        memory, psnr = f"{row['memory'] / 1e9:.1f} GB", "" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+        rows.append((*head, f"{row['seconds']:.3g}", relative, f"{row['first']:.0f} s", memory, psnr))
+    missing = "".join(f" {engine}: {reason}." for engine, reason in result["missing"].items())
+    conditions = (
+        f"{result['device']}, {result['threads']} threads, images of {call['width']}x{call['height']}; torch "
+        f"{result['torch']}, onnxruntime {result['on'].get('onnxruntime', 'none')} ({result['date'][:10]}, "
+        f"{result['commit']}). PSNR to the images of the first row.{missing}"
+    )
+    return {"conditions": conditions, "images": markdown(rows)}
+
+
 def drop_in(result: Result) -> dict[str, str]:
     """Return the tables of `drop_in.py`."""
     rows = [("UNet", "suite", "tests", "fail with both", "fail only with ours", "pass with both", "other numbers")]

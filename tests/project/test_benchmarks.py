@@ -205,6 +205,18 @@ def test_the_providers_are_measured(tmp_path: Path) -> None:
         assert row.get("failed") or all(len(samples) >= 3 for samples in row["samples"].values())
 
 
+@pytest.mark.long
+def test_images_are_measured(tmp_path: Path) -> None:
+    command, out = [*PYTHON, "benchmarks.images", "--quick"], tmp_path / "result.json"
+    run = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {(row["engine"], row["dtype"], bool(row["passes"])) for row in rows if row["steps"] is None} == {
+        ("PyTorch", dtype, passes) for dtype in ("float32", "bfloat16") for passes in (False, True)
+    }
+    assert "| PyTorch bfloat16, channels last | with passes |" in run.stdout
+
+
 @pytest.mark.full
 def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     """So that nothing is found broken on the day that there is a GPU."""
