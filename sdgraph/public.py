@@ -17,6 +17,8 @@ from .ir.sites import Site, inherit
 from .ir.variants import per_call
 from .plan_search.fit_forecast import Fit, fit_forecast
 from .plan_search.search import SearchResult, search
+from .redundancy.analysis import analyse
+from .redundancy.redundancy import Redundancy
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 from .spec import Spec
@@ -39,6 +41,7 @@ __all__ = [
     "NoMatch",
     "Pass",
     "PassReport",
+    "Redundancy",
     "Region",
     "Report",
     "Rewrite",
@@ -47,6 +50,7 @@ __all__ = [
     "Site",
     "Spec",
     "Timetable",
+    "analyse",
     "apply",
     "attach",
     "errors",
