@@ -23,7 +23,7 @@ from ..graph import Graph
 from ..ir.variants import Variant, copy_nodes
 from ..options import Bounds, Count, Seed, Text, checked
 from ..plan_search.final_latents import Array, check_request, final_latents, relative_errors, typical
-from ..plan_search.measurements import Measurements
+from ..plan_search.evaluator import Measurements
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
