@@ -3,7 +3,7 @@
     python -m benchmarks.checkpoint out/sd15
     python -m benchmarks.images out/sd15 --threads 1
 
-Every engine makes the images in a process of its own, so that memory and the first image are those of a deployment.
+Every engine makes the images in a separate process, so that memory and the first image are those of a deployment.
 """
 
 from __future__ import annotations

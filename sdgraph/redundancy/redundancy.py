@@ -76,7 +76,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Redundancy:
-    """How redundant the regions of a UNet are. Prints as a table, the most redundant region first.
+    """The redundancy of the regions of a UNet. Prints as a table, the most redundant region first.
 
     Args:
         model: the hash of the UNet: of its operations and weights.
@@ -120,8 +120,8 @@ class Redundancy:
             time: the seconds of a call that may be left, as a share of those of the whole UNet.
             macs: the multiply-accumulates of a call that may be left, as a share.
             parameters: the parameters that may be left, as a share.
-            neighbours: at most how many of how many layers that follow each other in a block are removed, because runs
-                of removals recover badly; None for no limit.
+            neighbours: N and M: of M layers that follow each other in a block at most N are removed, because runs of
+                removals recover badly; None for no limit.
         Returns:
             The choice, whose `paths` are those of a `PruneBlocks`.
         Raises:
