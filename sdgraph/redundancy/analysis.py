@@ -22,8 +22,8 @@ from ..errors import EditError, ShapeError, SpecError
 from ..graph import Graph
 from ..ir.variants import Variant, copy_nodes
 from ..options import Bounds, Count, Seed, Text, checked
-from ..plan_search.final_latents import Array, check_request, final_latents, relative_errors, typical
 from ..plan_search.evaluator import Measurements
+from ..plan_search.final_latents import Array, check_request, final_latents, relative_errors, typical
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
