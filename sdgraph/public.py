@@ -18,7 +18,7 @@ from .ir.variants import per_call
 from .plan_search.fit_forecast import Fit, fit_forecast
 from .plan_search.search import SearchResult, search
 from .redundancy.analysis import analyse
-from .redundancy.redundancy import Redundancy
+from .redundancy.redundancy import JointRemoval, PruningChoice, Redundancy, Removal
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 from .spec import Spec
@@ -37,12 +37,15 @@ __all__ = [
     "Fixpoint",
     "Graph",
     "GraphUNet",
+    "JointRemoval",
     "NearMiss",
     "NoMatch",
     "Pass",
     "PassReport",
+    "PruningChoice",
     "Redundancy",
     "Region",
+    "Removal",
     "Report",
     "Rewrite",
     "SdgraphError",

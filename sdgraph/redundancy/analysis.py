@@ -28,7 +28,7 @@ from ..progress import Bar
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from ..tuning.digest import hash_model
-from .redundancy import LEVELS, Pair, Redundancy, Removal, block_of
+from .redundancy import LEVELS, JointRemoval, Redundancy, Removal, block_of
 
 Target = Literal["eager", "compiled"]
 TURNS = 7  # timed calls of a region, of which the first two warm up
@@ -119,7 +119,7 @@ def analyse(
                 removals.append(trial.removal(path, level, without, float(similarity), drift))
                 bar.update()
             for both in couples:
-                joint.append(Pair(both, trial.output_errors(_Without(whole, both))))
+                joint.append(JointRemoval(both, trial.output_errors(_Without(whole, both))))
                 bar.update()
     noise = _noise(pipe.scheduler, trial.timesteps)
     return Redundancy(digest, target, len(prompts), trial.timesteps, noise, tuple(removals), tuple(joint), fixed)

@@ -62,7 +62,7 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class Pair:
+class JointRemoval:
     """The removal of two neighbouring regions together.
 
     Args:
@@ -95,11 +95,17 @@ class Redundancy:
     timesteps: tuple[float, ...]
     noise: tuple[float, ...]
     removals: tuple[Removal, ...]
-    pairs: tuple[Pair, ...] = ()
+    pairs: tuple[JointRemoval, ...] = ()
     fixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def error(self, removal: Removal | Pair) -> float:
-        """Return the mean of the errors of a removal over the calls, weighted by their noise."""
+    def error(self, removal: Removal | JointRemoval) -> float:
+        """Return the mean of the errors of a removal over the calls, weighted by their noise.
+
+        Args:
+            removal: the removal of one region, or of two together.
+        Returns:
+            The squared error of the output, relative to the squared output.
+        """
         return float(np.average(removal.errors, weights=self.noise))
 
     @checked(SpecError)
@@ -110,7 +116,7 @@ class Redundancy:
         macs: Share | None = None,
         parameters: Share | None = None,
         neighbours: tuple[int, int] | None = (2, 3),
-    ) -> Choice:
+    ) -> PruningChoice:
         """Choose the removals with the least error for one or more budgets, by integer programming.
 
         Errors and savings are added up over the removals; pairs that were measured together correct the sum of their
@@ -150,7 +156,7 @@ class Redundancy:
                 + (", or neighbours=None" if neighbours else ""),
             )
         picked = tuple(self.removals[i] for i in chosen)
-        return Choice(
+        return PruningChoice(
             tuple(one.path for one in picked),
             program.error(chosen),
             {name: 1 - sum(float(getattr(one, name)) for one in picked) for name in BUDGETS},
@@ -186,6 +192,8 @@ class Redundancy:
 
         Args:
             path: the file.
+        Returns:
+            The analysis, equal to the one that was saved.
         Raises:
             SavedError: the file is missing, damaged, incomplete or of another format.
         """
@@ -198,7 +206,7 @@ class Redundancy:
                 Removal(**{**one, "errors": tuple(map(_number, one["errors"]))}) for one in plain.pop("removals")
             )
             pairs = tuple(
-                Pair((one["paths"][0], one["paths"][1]), tuple(map(_number, one["errors"])))
+                JointRemoval((one["paths"][0], one["paths"][1]), tuple(map(_number, one["errors"])))
                 for one in plain.pop("pairs")
             )
             for one in removals:
@@ -239,7 +247,7 @@ class Redundancy:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PruningChoice:
     """Removals that were chosen for a budget.
 
     Args:

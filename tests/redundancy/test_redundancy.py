@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from sdgraph.errors import SavedError, SpecError
-from sdgraph.redundancy.redundancy import Pair, Redundancy, Removal
+from sdgraph.redundancy.redundancy import JointRemoval, Redundancy, Removal
 
 PATHS = (
     "down_blocks.0.resnets.0",
@@ -30,7 +30,7 @@ def removal(path: str, error: float, saved: float, **others: float) -> Removal:
     return Removal(path, level, errors=(error, error), similarity=0.5, **shares)
 
 
-def analysis(errors: Any, saved: Any, pairs: tuple[Pair, ...] = ()) -> Redundancy:
+def analysis(errors: Any, saved: Any, pairs: tuple[JointRemoval, ...] = ()) -> Redundancy:
     removals = tuple(removal(path, e, s) for path, e, s in zip(PATHS, errors, saved, strict=True))
     return Redundancy("0" * 32, "eager", 2, (900.0, 100.0), (0.9, 0.1), removals, pairs)
 
@@ -61,7 +61,10 @@ def test_a_choice_is_the_best_of_all_subsets(data: st.DataObject) -> None:
     tenths = st.integers(0, 10).map(lambda n: n / 10)
     errors = data.draw(st.lists(tenths, min_size=6, max_size=6))
     saved = data.draw(st.lists(st.integers(-1, 4).map(lambda n: n / 10), min_size=6, max_size=6))
-    pairs = (Pair((PATHS[0], PATHS[1]), (data.draw(tenths),) * 2), Pair((PATHS[1], PATHS[2]), (data.draw(tenths),) * 2))
+    pairs = (
+        JointRemoval((PATHS[0], PATHS[1]), (data.draw(tenths),) * 2),
+        JointRemoval((PATHS[1], PATHS[2]), (data.draw(tenths),) * 2),
+    )
     found = analysis(errors, saved, pairs)
     budget, neighbours = (
         data.draw(st.sampled_from([0.35, 0.55, 0.75, 0.95])),
@@ -104,7 +107,7 @@ def test_a_budget_that_nothing_meets_names_the_least_possible() -> None:
 
 
 def test_an_analysis_is_read_as_it_was_written(tmp_path: Path) -> None:
-    found = analysis([0.1] * 6, [0.2] * 6, (Pair((PATHS[0], PATHS[1]), (0.1, 0.3)),))
+    found = analysis([0.1] * 6, [0.2] * 6, (JointRemoval((PATHS[0], PATHS[1]), (0.1, 0.3)),))
     found.save(tmp_path / "analysis.json")
     assert Redundancy.load(tmp_path / "analysis.json") == found
     assert "mid_block.resnets.0" in str(found)
@@ -127,7 +130,7 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
-    found = analysis([0.1] * 6, [0.2] * 6, (Pair((PATHS[0], PATHS[1]), (0.1, 0.3)),))
+    found = analysis([0.1] * 6, [0.2] * 6, (JointRemoval((PATHS[0], PATHS[1]), (0.1, 0.3)),))
     file = tmp_path / "analysis.json"
     found.save(file)
     plain = json.loads(file.read_text())
