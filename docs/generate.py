@@ -1,4 +1,4 @@
-"""The parts of the documentation that show code: figures, text of a region, help of commands, and settings.
+"""The parts of the documentation that show code: figures, text of a region, help of commands, settings, and laws.
 
     python docs/generate.py
 
@@ -7,6 +7,7 @@ Stable Diffusion 1.5 is at full size. Graphs do not look at weights, so its memo
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
@@ -26,6 +27,16 @@ FIGURE = DOCS / "sd15-bk-sdm-base.svg"
 PASSES = "CleanUp, PruneBlocks('bk-sdm-base')"
 SHOWN = "mid_block.attentions.0.transformer_blocks.0.attn2"
 WIDTH = 100  # of the help, in characters
+ROOMS = {
+    "frontend": "Traces",
+    "compiler": "Passes and their contracts",
+    "passes": "The passes of sdgraph",
+    "inheritance": "Features that calls reuse",
+    "runtime": "A traced UNet in use",
+    "exporters": "Exports",
+    "tuning": "Training",
+    "": "Text",
+}
 
 
 def graphs() -> tuple[sdgraph.Graph, sdgraph.Graph]:
@@ -66,6 +77,20 @@ def settings() -> str:
     return "\n".join(lines) + "\n"
 
 
+def laws() -> str:
+    """The sentences of tests that are marked as laws, by the rooms of the tests."""
+    sections = {room: [f"## {title}", ""] for room, title in ROOMS.items()}
+    for path in sorted((DOCS.parent / "tests").rglob("test_*.py")):
+        room = path.relative_to(DOCS.parent / "tests").parts[0]
+        for node in ast.parse(path.read_text()).body:
+            for mark in getattr(node, "decorator_list", ()):
+                if ast.unparse(mark).startswith("pytest.mark.law("):
+                    link = f"../{path.relative_to(DOCS.parent).as_posix()}"
+                    law = ast.literal_eval(mark.args[0])
+                    sections[room if room in ROOMS else ""].append(f"- {law} [`{node.name}`]({link})")
+    return "\n" + "\n\n".join("\n".join(lines) for lines in sections.values()) + "\n\n"
+
+
 def filled(page: Path, marker: str, text: str) -> str:
     """A page with a text between the markers of its kind."""
     start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
@@ -81,6 +106,7 @@ def pages(after: sdgraph.Graph) -> dict[Path, str]:
         ideas: filled(ideas, "region", f"```text\n{region(after).rstrip()}\n```\n"),
         commands: filled(commands, "commands", helps()),
         tuning: filled(tuning, "settings", settings()),
+        DOCS / "laws.md": filled(DOCS / "laws.md", "laws", laws()),
         architecture.PAGE: architecture.page(),
     }
 

@@ -79,7 +79,7 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def run(document: Path, patch: pytest.MonkeyPatch, instead: Mapping[str, str] | None = None) -> dict[str, Any]:
+def assert_runs(document: Path, patch: pytest.MonkeyPatch, instead: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run the Python blocks of a document in order, in one namespace, which is returned.
 
     Args:

@@ -347,6 +347,7 @@ def test_options_that_make_no_sense(make: Any, words: str) -> None:
         make()
 
 
+@pytest.mark.law("The text of a pass parses back to the same pass.")
 @given(st.integers(1, 99), st.lists(st.integers(0, 99), max_size=5), st.floats(-1, 2), st.sampled_from([0, 1, 2]))
 @settings(derandomize=True)
 def test_right_options_survive_text(interval: int, calls: list[int], damping: float, order: int) -> None:

@@ -68,6 +68,7 @@ class DecideBy(Pass):
         Scale(0.5).run(graph)
 
 
+@pytest.mark.law("Decisions by values of weights are recorded and replayed.")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "one",
@@ -120,9 +121,7 @@ def test_what_cannot_be_recorded_is_no_decision(graph: Graph, value: str, words:
 
 
 @pytest.mark.slow
-def test_decisions_that_do_not_fit_the_pass_are_refused(
-    unet: UNet2DConditionModel, graph: Graph, tmp_path: Path
-) -> None:
+def test_decisions_that_do_not_fit_the_pass_are_refused(unet: UNet2DConditionModel, tmp_path: Path) -> None:
     sdgraph.apply(unet, [DropThinnest()], verify=False).save_pretrained(tmp_path / "unet")
     file = tmp_path / "unet" / "sdgraph.json"
     recipe = json.loads(file.read_text())

@@ -161,9 +161,7 @@ def made(source: UNet2DConditionModel) -> sdgraph.GraphUNet:
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable", "ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("how", WRITES)
 @pytest.mark.parametrize("kind", [Writes, WritesBeside])
-def test_the_source_is_as_before(
-    how: str, kind: type[Writes], source: UNet2DConditionModel, before: State, made: sdgraph.GraphUNet
-) -> None:
+def test_the_source_is_as_before(how: str, kind: type[Writes], before: State, made: sdgraph.GraphUNet) -> None:
     for one in (kind(how=how), Chain((kind(how=how),))):
         with contextlib.suppress(SdgraphError):
             sdgraph.apply(made, [one], verify=kind is Writes)
@@ -171,6 +169,7 @@ def test_the_source_is_as_before(
     State(made).check()
 
 
+@pytest.mark.law("A pass cannot write to the weights that the source shares.")
 @pytest.mark.parametrize("one", [Writes(), Chain((Writes(),)), WritesWhileRewriting()], ids=str)
 @pytest.mark.parametrize("verb", [sdgraph.apply, sdgraph.testing.check])
 def test_writing_is_refused_with_the_weight_and_the_line(
@@ -183,7 +182,7 @@ def test_writing_is_refused_with_the_weight_and_the_line(
     before.check()
 
 
-def test_weights_that_are_taken_are_read_only_too(source: UNet2DConditionModel, made: sdgraph.GraphUNet) -> None:
+def test_weights_that_are_taken_are_read_only_too(made: sdgraph.GraphUNet) -> None:
     other = sdgraph.apply(load_ip_adapter(build(**ONE_LEVEL, seed=5), "base", scale=0.0))
     state = State(other)
 

@@ -80,6 +80,7 @@ def test_a_pass_requires_sizes_and_calls_that_have_others_are_refused(
     assert graph.dims.symbols != squares.graph.dims.symbols
 
 
+@pytest.mark.law("The sizes that a pass requires are required of calls of the exported UNet as well.")
 @pytest.mark.slow
 def test_what_a_pass_requires_is_exported(tmp_path: Path) -> None:
     unet = build(**ONE_LEVEL)

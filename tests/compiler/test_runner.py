@@ -87,6 +87,7 @@ def test_a_pass_does_what_it_does(unet: UNet2DConditionModel, graph: Graph) -> N
     assert scaled.report.passes[0].notes == ("scaled conv_out",)
 
 
+@pytest.mark.law("A pass that breaks its contract is refused, and the first node that differs is named.")
 def test_a_lying_pass_is_caught_and_the_first_node_named(graph: Graph) -> None:
     with pytest.raises(ContractError, match=r"LyingScale\(\) promises EXACT") as caught:
         sdgraph.apply(graph, [LyingScale()])
@@ -112,6 +113,7 @@ def test_a_pass_that_changes_nothing_is_an_error_unless_it_says_so(graph: Graph)
     assert sdgraph.apply(graph, [NothingAndFine()]).report.passes[0].difference == 0
 
 
+@pytest.mark.law("A pass that fails leaves the graph unchanged.")
 @pytest.mark.parametrize(
     ("one", "error", "words"),
     [

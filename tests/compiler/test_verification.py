@@ -90,6 +90,7 @@ def test_what_is_tried(name: str) -> None:
         assert same == spec.conditioning, spec.name
 
 
+@pytest.mark.law("Contracts hold at calls that reuse features, too.")
 @pytest.mark.slow
 def test_exact_passes_after_inheriting_ones_are_compared_at_inherited_calls(traced: Callable[[str], Any]) -> None:
     _, unet = traced("sd15-levels")

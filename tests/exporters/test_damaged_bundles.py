@@ -187,6 +187,7 @@ def refused(damaged: Path, name: str, provider: str) -> None:
     assert caught.value.where
 
 
+@pytest.mark.law("Damaged bundles are refused before anything runs.")
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_files_are_refused_before_anything_runs(damaged: Path, name: str) -> None:
     refused(damaged, name, CPU)

@@ -96,9 +96,7 @@ def test_wrong_options_are_refused_before_anything_runs(wrong: dict[str, Any]) -
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")
-def test_a_process_runs_the_lines_and_reports_the_images(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_runs_the_lines_and_reports_the_images(job: Job, tmp_path: Path) -> None:
     """The measured images are those of the printed lines."""
     way = Way("PyTorch", "float32", PASSES)
     task = {

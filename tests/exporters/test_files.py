@@ -69,6 +69,7 @@ def test_manifest_and_report(exported: Callable[..., Exported]) -> None:
     assert "3x4x16x24" in str(made.report)
 
 
+@pytest.mark.law("An export whose outputs are out of bounds writes nothing.")
 def test_out_of_bounds_leaves_nothing(exported: Callable[..., Exported], tmp_path: Path) -> None:
     with pytest.raises(errors.ParityError, match="OUT OF BOUNDS") as caught:
         export(exported("sd15").unet, tmp_path / "deep" / "out", atol=0.0, rtol=0.0, progress=False)
@@ -76,6 +77,7 @@ def test_out_of_bounds_leaves_nothing(exported: Callable[..., Exported], tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.law("An export that fails leaves the existing directory.")
 def test_an_existing_directory_survives_a_failure(
     exported: Callable[..., Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def latents(pipe: Any, unet: Any, scheduler: Any = None, **options: Any) -> torc
         return make(own, call, steps=6, output_type="latent")
 
 
+@pytest.mark.law("Generations on ONNX Runtime equal PyTorch's within the bounds of the export.")
 @pytest.mark.parametrize("name", [pytest.param(each, marks=LONG * (each != "deep cache")) for each in PRESETS])
 def test_generations_equal_pytorchs(pipe: Any, exported: Callable[[str], Exported], provider: str, name: str) -> None:
     """At two shapes and batches."""
@@ -92,6 +93,7 @@ def test_in_other_pipelines(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(images[1], images[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.law("On ONNX Runtime, too, no generation reuses features of another one.")
 def test_nothing_comes_from_another_generation(exported: Callable[[str], Exported], provider: str) -> None:
     """The driver is that of the PyTorch module; here are a batch that changes, an interruption, and another prompt."""
     unet, directory, _ = exported("deep cache")
@@ -108,9 +110,7 @@ def test_nothing_comes_from_another_generation(exported: Callable[[str], Exporte
         running(**{**call, "sample": call["sample"][:, :3]})
 
 
-def test_a_kind_of_call_that_was_not_exported_computes_more(
-    exported: Callable[[str], Exported], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_kind_of_call_that_was_not_exported_computes_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = "down_blocks.0.resnets.0", "up_blocks.0.resnets.0"
     passes = [InheritFeatures(first, Explicit((0, 1))), InheritFeatures(second, Explicit((0, 1, 2)))]
     unet = sdgraph.apply(build(**ONE_LEVEL), passes, verify=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,7 +105,7 @@ def test_stands_in_for_the_unet_of_an_sdxl_pipeline(exported: Callable[..., Expo
     torch.testing.assert_close(make(pipe, call, steps=4), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_source_is_left_as_it_was(tmp_path: Path, exported: Callable[..., Exported]) -> None:
+def test_the_source_is_left_as_it_was(exported: Callable[..., Exported]) -> None:
     made = exported("sd15")
     assert not made.unet.training
     call = call_of(made.unet)

@@ -23,6 +23,7 @@ from ..models import (
 )
 
 
+@pytest.mark.law("One trace equals its source bit for bit at every batch, size and length of text.")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_trace_serves_all_calls(name: str, traced: Any) -> None:
@@ -30,6 +31,7 @@ def test_one_trace_serves_all_calls(name: str, traced: Any) -> None:
     assert [same(unet, graph, **sizes) for sizes in CALLS] == [True] * len(CALLS)
 
 
+@pytest.mark.law("A trace shares the weights of its source, by name and storage.")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_weights_are_the_sources_by_name_and_storage(name: str, traced: Any) -> None:
     unet, graph = traced(name)
@@ -136,6 +138,7 @@ def test_fused_projections() -> None:
     assert all(same(unet, trace(unet), **sizes) for sizes in FEW)
 
 
+@pytest.mark.law("Tracing does not change the source.")
 def test_tracing_leaves_the_source_alone() -> None:
     unet = build()
     before = {n: (id(p), p.data_ptr(), p.dtype, p.requires_grad, p._version) for n, p in unet.named_parameters()}

@@ -53,6 +53,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.law("Any configuration of a UNet is traced exactly or refused.")
 @pytest.mark.slow
 @hypothesis.given(
     config=configurations(),

@@ -65,6 +65,7 @@ def test_an_attached_pipeline_tells_the_run(
         run(unet)
 
 
+@pytest.mark.law("With an attached scheduler no value is read back from the device between calls.")
 def test_no_value_is_read_once_attached(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], caching: GraphUNet
 ) -> None:

@@ -180,6 +180,7 @@ def assert_computed_anew(
             assert torch.equal(call(inheriting, 700, text), call(plain, 700, text))
 
 
+@pytest.mark.law("A value that is kept between calls is dropped when its weights change.")
 @pytest.mark.parametrize("edit", EDITS)
 def test_invariants_follow_every_edit(made: dict[str, GraphUNet], edit: Callable[[Any], None]) -> None:
     """`HoistInvariants` is exact, however a weight that keys and values depend on was changed."""
@@ -196,7 +197,7 @@ def test_without_a_word_about_calls_too(made: dict[str, GraphUNet]) -> None:
     assert_computed_anew(made, "hoist", lambda unet: by_data(unet.get_submodule(KEYS)), told=False)
 
 
-def test_an_edit_of_the_source_is_seen(made: dict[str, GraphUNet]) -> None:
+def test_an_edit_of_the_source_is_seen() -> None:
     """A result shares its weights with the source, and with other results."""
     source = build(**ONE_LEVEL).requires_grad_(False)
     hoisted = sdgraph.apply(source, HoistInvariants(), verify=False)

@@ -33,6 +33,7 @@ def in_place(prompt: Tensor) -> None:
     prompt.mul_(2)
 
 
+@pytest.mark.law("A prompt that is edited in place begins a new generation.")
 @pytest.mark.parametrize("edit", [in_place, by_data, by_numpy])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_an_edited_prompt_is_noticed(edit: Callable[[Tensor], None], mode: Any, unet: Any, hoisting: Any) -> None:

@@ -75,6 +75,7 @@ def test_calls_are_counted_under_every_scheduler(
     assert counted == expected
 
 
+@pytest.mark.law("Earlier generations never change an image.")
 @pytest.mark.slow
 def test_no_history_changes_an_image(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], caching: GraphUNet
@@ -145,6 +146,7 @@ def test_a_generation_is_recognised_by_its_calls(caching: GraphUNet, monkeypatch
         assert counted == [True, True]
 
 
+@pytest.mark.law("A call that fails ends its generation.")
 def test_a_failed_call_ends_its_generation(caching: GraphUNet, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = torch.randn(1, 24, models.TEXT_WIDTH)
     failing = call(0, 800, prompt)
@@ -160,7 +162,7 @@ def test_a_failed_call_ends_its_generation(caching: GraphUNet, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_values_are_kept_no_longer_than_the_prompt(pipe: StableDiffusionPipeline, whole: Graph) -> None:
+def test_values_are_kept_no_longer_than_the_prompt(whole: Graph) -> None:
     unet = sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=1))
     prompt = torch.randn(1, 24, models.TEXT_WIDTH)
     with torch.no_grad():
@@ -174,7 +176,8 @@ def test_values_are_kept_no_longer_than_the_prompt(pipe: StableDiffusionPipeline
     assert site == "up_blocks.3.resnets.1"
 
 
-def test_threads_do_not_meet(pipe: StableDiffusionPipeline, caching: GraphUNet) -> None:
+@pytest.mark.law("Threads share no features.")
+def test_threads_do_not_meet(caching: GraphUNet) -> None:
     """Two threads with the same prompt object and other samples, their calls interleaved."""
     prompt = torch.randn(1, 24, models.TEXT_WIDTH)
     turns = threading.Barrier(2)
@@ -244,7 +247,7 @@ def test_guidance_switched_off_midway(
     assert counted == [True, False, False, True, True, False, True, False]
 
 
-def test_the_functional_form(pipe: StableDiffusionPipeline, caching: GraphUNet) -> None:
+def test_the_functional_form(caching: GraphUNet) -> None:
     """What the module keeps between calls goes in and comes out instead."""
     prompt = torch.randn(1, 24, models.TEXT_WIDTH)
     copy_of = copy.deepcopy(caching)

@@ -159,6 +159,7 @@ def test_the_noise_levels_of_a_part_are_those_of_the_part() -> None:
     assert late.lambdas == whole.lambdas[3:]
 
 
+@pytest.mark.law("Fitted forecasts are used only for the solver and the calls that they were fitted for.")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "told"),

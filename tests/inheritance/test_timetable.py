@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler
 from hypothesis import assume, given, settings, strategies
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +40,7 @@ from ..models import CROSS, build
 
 
 @pytest.mark.slow
-def test_what_a_step_costs(pipe: StableDiffusionPipeline, whole: Graph) -> None:
+def test_what_a_step_costs(whole: Graph) -> None:
     unet = sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=0))
     (site,) = unet.graph.sites
     assert re.search(r"inherited\n  Uniform\(3\): up_blocks.3.resnets.2; without: \d+.\d% of the MACs", str(unet.graph))
@@ -55,7 +55,6 @@ def test_what_a_step_costs(pipe: StableDiffusionPipeline, whole: Graph) -> None:
 
 @pytest.mark.slow
 def test_a_timetable_says_what_calls_do(
-    pipe: StableDiffusionPipeline,
     run: Callable[..., torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Any,
@@ -193,6 +192,7 @@ def _draws(scheduler: Any) -> bool:
     return isinstance(scheduler, diffusers.LCMScheduler | diffusers.EulerAncestralDiscreteScheduler)
 
 
+@pytest.mark.law("A timetable lists exactly what the calls of a generation compute and reuse.")
 @pytest.mark.slow
 @settings(max_examples=15)
 @given(

@@ -60,6 +60,7 @@ def test_samples_by_turns_with_one_prompt(turns: str, inheriting: GraphUNet) -> 
     check_turns(turns, inheriting)
 
 
+@pytest.mark.law("No sample reuses features of another one, in whatever order calls of several samples come.")
 @hypothesis.given(st.lists(st.tuples(st.sampled_from("AB"), st.integers(1, 9)), min_size=3, max_size=9))
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_samples_by_any_turns(inheriting: GraphUNet, turns: list[tuple[str, int]]) -> None:

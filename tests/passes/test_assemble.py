@@ -85,7 +85,7 @@ def test_the_result_is_loaded_without_the_folder_and_takes_other_passes(
     assert not torch.equal(answer(result, calls[0]), answer(loaded, calls[0]))
 
 
-def test_it_is_cast_to_the_dtype_of_the_graph(one: GraphUNet, folder: Path) -> None:
+def test_it_is_cast_to_the_dtype_of_the_graph(folder: Path) -> None:
     half = sdgraph.apply(build(layers_per_block=2).half(), [PRUNED, Assemble("mid_block", str(folder))], verify=False)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
 
@@ -108,7 +108,7 @@ def test_what_is_refused(
         sdgraph.apply(one, Assemble(*given))
 
 
-def test_regions_that_differ_are_refused(one: GraphUNet, other: GraphUNet, folder: Path, tmp_path: Path) -> None:
+def test_regions_that_differ_are_refused(one: GraphUNet, other: GraphUNet, folder: Path) -> None:
     def refused(unet: GraphUNet, regions: Any, error: type[Exception], complaint: str) -> None:
         with pytest.raises(error, match=complaint):
             unet.graph.copy().take_weights(regions, other.graph)

@@ -57,6 +57,7 @@ def source() -> Graph:
     return sdgraph.trace(build("sd15-levels", sample_size=16))
 
 
+@pytest.mark.law("Two passes compose in both orders, or one order is refused.")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "other"),

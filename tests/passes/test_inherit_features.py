@@ -47,6 +47,7 @@ def test_one_value_is_inherited(small: Graph, part: str, inherited: str, user: s
     assert after.sites[site].schedule == Uniform(2)
 
 
+@pytest.mark.law("The DeepCache preset equals DeepCache bit for bit.")
 @pytest.mark.slow
 @pytest.mark.parametrize(("interval", "branch"), intervals_and_branches())
 def test_deep_cache_is_deep_cache(
@@ -240,7 +241,7 @@ def test_forecasts(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tenso
 
 
 @pytest.mark.slow
-def test_what_no_call_needs_is_not_computed(pipe: StableDiffusionPipeline, whole: Graph) -> None:
+def test_what_no_call_needs_is_not_computed(whole: Graph) -> None:
     """Attention that is due at a call which inherits all that comes of it waits for the next call that needs it."""
     passes = [InheritFeatures.deep_cache(3, 0), InheritFeatures("**.attn2", Uniform(2))]
     unet = sdgraph.apply(whole, passes)
@@ -254,9 +255,7 @@ def test_what_no_call_needs_is_not_computed(pipe: StableDiffusionPipeline, whole
 
 
 @pytest.mark.slow
-def test_it_composes_with_pruning(
-    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph
-) -> None:
+def test_it_composes_with_pruning(run: Callable[..., torch.Tensor], whole: Graph) -> None:
     passes = [PruneBlocks("bk-sdm-small"), InheritFeatures.deep_cache(2, branch=1)]
     unet = sdgraph.apply(whole, passes)
     reference = sdgraph.apply(whole, passes[0]).to_diffusers()
@@ -280,9 +279,7 @@ def test_it_composes_with_pruning(
 @pytest.mark.parametrize(
     "preset", ["bk-sdm-base", *(pytest.param(f"bk-sdm-{size}", marks=pytest.mark.long) for size in ("small", "tiny"))]
 )
-def test_it_composes_in_every_order(
-    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], preset: str, whole: Graph
-) -> None:
+def test_it_composes_in_every_order(run: Callable[..., torch.Tensor], preset: str, whole: Graph) -> None:
     """Pruning, cleaning up, hoisting, inheriting: the same images in whichever order."""
     prune, clean, hoist = PruneBlocks(preset), CleanUp(), HoistInvariants()
     entry = InheritFeatures("up_blocks.3.resnets.2", Uniform(3), part="entry")
@@ -297,14 +294,14 @@ def test_it_composes_in_every_order(
     assert all(torch.equal(image, images[0]) for image in images[1:])
 
 
-def test_a_site_is_not_pruned_away(pipe: StableDiffusionPipeline, whole: Graph) -> None:
+def test_a_site_is_not_pruned_away(whole: Graph) -> None:
     for first in (InheritFeatures("**.attn2"), HoistInvariants()):
         with pytest.raises(EditError, match=r"has the site '.*attn2(.*\n)*.*before features"):
             sdgraph.apply(whole, [first, PruneBlocks("bk-sdm-base")], verify=False)
 
 
 @pytest.mark.slow
-def test_a_pass_with_a_schedule_is_text(pipe: StableDiffusionPipeline, tmp_path: Any, whole: Graph) -> None:
+def test_a_pass_with_a_schedule_is_text(tmp_path: Any, whole: Graph) -> None:
     one = InheritFeatures("up_blocks.-1.attentions.*", Warm(Gate(10, Uniform(5)), first=2), part="branch")
     assert sdgraph.parse(str(one)) == (one,)
     unet = sdgraph.apply(whole, one)
@@ -328,8 +325,6 @@ def test_a_pass_with_a_schedule_is_text(pipe: StableDiffusionPipeline, tmp_path:
         ({"sites": "up_blocks.-1.resnets.-4", "part": "entry"}, PathError, "up_blocks.-1"),
     ],
 )
-def test_bad_sites(
-    pipe: StableDiffusionPipeline, options: dict[str, Any], error: type[Exception], complaint: str, whole: Graph
-) -> None:
+def test_bad_sites(options: dict[str, Any], error: type[Exception], complaint: str, whole: Graph) -> None:
     with pytest.raises(error, match=complaint):
         sdgraph.apply(whole, InheritFeatures(**options))

@@ -85,6 +85,7 @@ def test_a_resnet_is_removed_and_its_input_goes_on(small: sdgraph.Graph) -> None
     assert small.parameters().keys() - after.parameters().keys() == {n for n in small.parameters() if path in n}
 
 
+@pytest.mark.law("A BK-SDM preset equals the plain model of that shape, bit for bit.")
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", [n if n == "sd15" else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES])

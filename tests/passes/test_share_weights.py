@@ -86,6 +86,7 @@ def test_an_export_has_shared_weights_once(tmp_path: Path) -> None:
     torch.testing.assert_close(answer(running, call), answer(unet, call), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.law("Shared weights are trained once.")
 def test_shared_weights_are_trained_once(tmp_path: Path) -> None:
     """Their gradient is the sum of those of both regions, and one step of the optimizer changes them."""
     source = build(**ONE_LEVEL)

@@ -21,7 +21,7 @@ from sdgraph.cli.configuration import read
 from sdgraph.spec import read as read_spec
 from sdgraph.tuning import Loss
 
-from ..documents import ROOT, blocks, commands, inline_code, links, prose, run
+from ..documents import ROOT, assert_runs, blocks, commands, inline_code, links, prose
 from ..models import build
 from ..photos import write_photos
 
@@ -66,7 +66,7 @@ def test_the_python_blocks_run_in_order(document: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", tiny)
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos")
-    run(document, monkeypatch, QUICKER)
+    assert_runs(document, monkeypatch, QUICKER)
 
 
 def test_documents_have_code_that_runs() -> None:

@@ -93,7 +93,7 @@ def inheriting() -> GraphUNet:
     return sdgraph.apply(build(**ONE_LEVEL), f"InheritFeatures('{SITE}')", verify=False)
 
 
-def refused_or_accepted(entry: Callable[..., Any], *args: Any) -> None:
+def assert_refused_or_accepted(entry: Callable[..., Any], *args: Any) -> None:
     with contextlib.suppress(SdgraphError):  # any other exception is a defect
         entry(*args)
 
@@ -101,13 +101,13 @@ def refused_or_accepted(entry: Callable[..., Any], *args: Any) -> None:
 @pytest.mark.parametrize("name", WITH_GRAPH)
 def test_methods_of_a_graph(name: str, small: Graph) -> None:
     for value in VALUES:
-        refused_or_accepted(WITH_GRAPH[name], small, value)
+        assert_refused_or_accepted(WITH_GRAPH[name], small, value)
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_functions(name: str) -> None:
     for value in VALUES:
-        refused_or_accepted(ALONE[name], value)
+        assert_refused_or_accepted(ALONE[name], value)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_options(entry: str, option: str) -> None:
 @pytest.mark.parametrize("option", ["height", "width", "batch", "tokens", "calls"])
 def test_warming_up(option: str, inheriting: GraphUNet) -> None:
     for value in VALUES:
-        refused_or_accepted(
+        assert_refused_or_accepted(
             lambda value: inheriting.warm_up(**{"height": 8, "width": 8, "calls": 2, option: value}), value
         )
 
@@ -141,14 +141,14 @@ def test_what_a_generation_is_expected_to_be(inheriting: GraphUNet) -> None:
             pass
 
     for value in VALUES:
-        refused_or_accepted(expect, value)
+        assert_refused_or_accepted(expect, value)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["timestep", "encoder_hidden_states", "class_labels", "added_cond_kwargs"])
 def test_arguments_of_a_call(name: str, inheriting: GraphUNet) -> None:
     for value in VALUES:
-        refused_or_accepted(lambda value: inheriting(**{**call_of(inheriting), name: value}), value)
+        assert_refused_or_accepted(lambda value: inheriting(**{**call_of(inheriting), name: value}), value)
 
 
 def test_nodes_of_another_graph_are_refused(small: Graph) -> None:

@@ -36,7 +36,8 @@ def test_the_custom_pass_claims_what_it_does(custom_pass: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_the_custom_pass_reads_fewer_keys_at_every_size(custom_pass: ModuleType) -> None:
+@pytest.mark.usefixtures("custom_pass")
+def test_the_custom_pass_reads_fewer_keys_at_every_size() -> None:
     unet = build(sample_size=16)
     thinned = sdgraph.apply(unet, "SubsampleKeys(2, at_least=256)")
     attentions = [n for n in thinned.graph.nodes if "scaled_dot_product_attention" in str(n.target)]

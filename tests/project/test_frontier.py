@@ -103,7 +103,7 @@ def test_sada_skips_calls_and_predicts_the_next_latents(skipped: tuple[int, ...]
     assert (latents - image).abs().max() < 0.02
 
 
-def test_sada_computes_the_first_calls_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sada_computes_the_first_calls_and_the_last() -> None:
     published = module("published")
     unet = SimpleNamespace(config=None, dtype=None, device=None)
     sada = published.Sada(unet, None)

@@ -190,6 +190,7 @@ def test_what_is_exchanged_is_kept(traced: GraphUNet, name: str, verb: str, tmp_
     assert equal_or_refused(traced, ACT[name], lambda unet: GO_ON[verb](unet, tmp_path / "unet"), called=True)
 
 
+@pytest.mark.law("Every change of the modules of a result acts or is refused.")
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("name", MAYBE)
 def test_any_change_acts_or_is_refused(traced: GraphUNet, name: str, called: bool, tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_no_change_is_lost(traced: GraphUNet, name: str, tmp_path: Path) -> None
         equal_or_refused(traced, MAYBE[name], lambda unet, v=verb: GO_ON[v](unet, tmp_path / "unet"), called=True)
 
 
-def test_hooks_of_leaves_and_of_the_whole_act(traced: GraphUNet, tmp_path: Path) -> None:
+def test_hooks_of_leaves_and_of_the_whole_act(traced: GraphUNet) -> None:
     for name in ("hook", "hook at the top", "hook of the whole", "forward", "class", "padding", "quantised"):
         assert equal_or_refused(traced, MAYBE[name], lambda unet: unet, called=True)
 

@@ -7,9 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._dynamo
-from diffusers import (
-    StableDiffusionPipeline,
-)
 from torch._dynamo.testing import CompileCounter
 
 import sdgraph
@@ -18,9 +15,7 @@ from sdgraph.passes import InheritFeatures
 
 
 @pytest.mark.slow
-def test_variants_compile_without_breaks(
-    pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph
-) -> None:
+def test_variants_compile_without_breaks(run: Callable[..., torch.Tensor], whole: Graph) -> None:
     """One compilation for each variant, whole, and none again over generations."""
     unet = sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=1))
     expected = run(unet)

@@ -17,6 +17,7 @@ from sdgraph.passes import HoistInvariants, InheritFeatures
 from ..models import call_of
 
 
+@pytest.mark.law("Gradients of a trace are those of its source.")
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["sample", "encoder_hidden_states"])
 @pytest.mark.parametrize(

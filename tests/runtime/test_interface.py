@@ -42,6 +42,7 @@ def public(*classes: type) -> set[str]:
     return {name for cls in classes for name in vars(cls) if not name.startswith("_")}
 
 
+@pytest.mark.law("Every method of diffusers' UNet is implemented, refused or reviewed.")
 def test_nothing_of_diffusers_is_left_by_accident() -> None:
     """Whatever diffusers' class has is written anew here, or on the list above."""
     above = [cls for cls in UNet2DConditionModel.__mro__ if cls not in (torch.nn.Module, object)]
@@ -68,7 +69,7 @@ def test_what_is_refused_names_the_cure(traced: Any) -> None:
         graph.enable_group_offload(torch.device("cpu"))
 
 
-def test_it_is_a_unet_to_whoever_asks(traced: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_a_unet_to_whoever_asks(traced: Any) -> None:
     unet, graph = traced("sd15")
     assert isinstance(graph, UNet2DConditionModel)
     assert graph.attn_processors.keys() == unet.attn_processors.keys()

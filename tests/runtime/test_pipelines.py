@@ -20,6 +20,7 @@ FIRST = ("text", "image", "inpaint-9", "controlnet", "xl-text", "lcm", "ip-adapt
 REST = [pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES if name not in FIRST]
 
 
+@pytest.mark.law("A pipeline makes the same images with a traced UNet, bit for bit.")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*FIRST, *REST])
 def test_same_images(name: str) -> None:

@@ -75,6 +75,7 @@ def check(unet: GraphUNet, folder: Path, plain_exists: bool, **options: Any) -> 
         assert "sdgraph.GraphUNet.from_pretrained" in (folder / "README.md").read_text()
 
 
+@pytest.mark.law("diffusers without sdgraph reads the same UNet from a saved folder, or none.")
 @pytest.mark.slow
 @pytest.mark.parametrize("passes", STUDENTS)
 def test_diffusers_reads_the_same_unet_or_none(passes: str, tmp_path: Path) -> None:

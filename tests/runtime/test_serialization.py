@@ -20,6 +20,7 @@ from sdgraph.schedules import Uniform
 from ..models import answer, build, call_of, load_ip_adapter
 
 
+@pytest.mark.law("A saved UNet comes back with the same outputs, bit for bit.")
 @pytest.mark.slow
 def test_round_trip(pruned: GraphUNet, folder: Path) -> None:
     back = GraphUNet.from_pretrained(folder)
@@ -84,6 +85,7 @@ def test_saving_again_replaces_and_leaves_nothing_else(pruned: GraphUNet, folder
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.law("A save that fails leaves the old folder.")
 def test_a_failed_save_leaves_the_old_folder(pruned: GraphUNet, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 

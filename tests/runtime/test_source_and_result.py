@@ -67,6 +67,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.law("Nothing that is done to a result changes its source.")
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize(
@@ -85,6 +86,7 @@ def test_the_source_never_changes(change: str, flags: str) -> None:
     state.check()
 
 
+@pytest.mark.law("A step of training a trace is a step of training its source.")
 def test_a_step_of_training_is_the_sources() -> None:
     """The result trains: same loss, same gradients, same weights after a step."""
     unet, graph = build(), sdgraph.apply(build())
@@ -108,6 +110,7 @@ def test_loaded_weights_are_used() -> None:
         assert torch.equal(answer(other, call_of(other)), answer(graph, call_of(other)))
 
 
+@pytest.mark.law("Copies are independent.")
 @pytest.mark.slow
 def test_copies_are_independent() -> None:
     unet = build()

@@ -27,6 +27,7 @@ def rows(count: int) -> Tensors:
     return Tensors(latents, {"encoder_hidden_states": captions}, {"encoder_hidden_states": torch.full((1, 1), -1.0)})
 
 
+@pytest.mark.law("The random numbers of a step depend on the seed and the number of the step alone.")
 def test_numbers_follow_from_their_counters_alone() -> None:
     draw = generator(1, "noise", 3, 2).standard_normal(4)
     generator(1, "noise", 3, 1).standard_normal(1000)

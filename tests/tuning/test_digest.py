@@ -34,6 +34,7 @@ def rows(count: int = 5) -> dict[str, Tensor]:
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("A change of any number in the data makes another training run.")
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_number_of_any_row_counts(data: st.DataObject) -> None:

@@ -143,6 +143,7 @@ def identity(**changes: Any) -> Identity:
     return Identity.of(rest["student"], rest["teacher"], rest["data"], noise_schedule, *(rest[name] for name in names))
 
 
+@pytest.mark.law("A run is not resumed with a setting that changes its result.")
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_decides_the_result_is_refused_by_name(name: str) -> None:
     changed, reason = CHANGES[name]
@@ -395,7 +396,7 @@ def test_a_run_does_not_write_to_what_it_reads(
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(tune: Tune, tmp_path: Path) -> None:
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(tune: Tune) -> None:
     refused: list[str] = []
 
     def second(*_: Any) -> dict[str, float]:

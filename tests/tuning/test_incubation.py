@@ -103,6 +103,7 @@ def test_incubated_stages_are_assembled(
     assert equal(tensors(tuned), tensors(again))
 
 
+@pytest.mark.law("Stages that are trained in several processes equal those of one process.")
 @pytest.mark.long
 def test_processes_give_what_one_process_gives(
     stages: tuple[PruneBlocks, ...], teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path

@@ -35,6 +35,7 @@ def loss_of(unet: torch.nn.Module, data: Tensors, scheduler: DDPMScheduler) -> t
     return F.mse_loss(unet(noisy, timesteps, captions, return_dict=False)[0], noise)
 
 
+@pytest.mark.law("A tuned student trains as in diffusers' script.")
 def test_the_loop_of_train_text_to_image(student: sdgraph.GraphUNet, data: Tensors, tmp_path: Path) -> None:
     """Accelerate, a moving average that diffusers saves and loads, and checkpoints by accelerate's hooks."""
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)

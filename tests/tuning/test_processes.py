@@ -80,6 +80,7 @@ def launched(folder: Path, *stops: int, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.law("Two training processes equal one with the whole batch.")
 @pytest.mark.long
 @pytest.mark.parametrize("spread", [False, True], ids=["whole", "spread"])
 def test_two_processes_are_one_with_the_whole_batch(

@@ -28,6 +28,7 @@ from .conftest import Tune, equal, tensors
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.law("A resumed training run equals an uninterrupted one, bit for bit.")
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_a_resumed_run_equals_an_uninterrupted_one(tune: Tune, use_ema: bool, tmp_path: Path) -> None:
     settings = {"use_ema": use_ema, "checkpointing_steps": 2, "random_conditioning": True}
@@ -56,9 +57,10 @@ sdgraph.tune(student, teacher, data, scheduler=DDPMScheduler(), max_train_steps=
 """
 
 
+@pytest.mark.law("A training run that is killed at any moment continues bit for bit.")
 @pytest.mark.long
 def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(
-    tune: Tune, student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, tmp_path: Path
+    student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, tmp_path: Path
 ) -> None:
     draw = torch.Generator().manual_seed(1)
     kept = {
@@ -154,9 +156,7 @@ def test_a_finished_run_returns_its_result_again(tune: Tune) -> None:
     assert same.rows == report.rows
 
 
-def test_a_changed_run_is_not_resumed(
-    tune: Tune, data: Tensors, student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, tmp_path: Path
-) -> None:
+def test_a_changed_run_is_not_resumed(tune: Tune, data: Tensors, student: sdgraph.GraphUNet, tmp_path: Path) -> None:
     tune()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     with pytest.raises(errors.TuningError, match=r"learning_rate=0\.002, and now it is 0\.1"):

@@ -230,7 +230,7 @@ def test_bad_folders_are_refused(photos: Path, tmp_path: Path, pipe: Any) -> Non
     refused(damaged, "metadata.jsonl cannot be read(.|\n)*row 1")
 
 
-def test_an_image_that_ends_early_is_named(photos: Path, tmp_path: Path, pipe: Any) -> None:
+def test_an_image_that_ends_early_is_named(tmp_path: Path, pipe: Any) -> None:
     cut = write_photos(tmp_path / "cut")
     (cut / "3.png").write_bytes((cut / "3.png").read_bytes()[:900])
     with pytest.raises(TuningError, match=r"cannot be read(.|\n)*3.png"):
@@ -262,7 +262,7 @@ def test_broken_images_are_left_out_on_request(
 
 
 @pytest.mark.slow
-def test_other_processes_decode_the_same(photos: Path, tmp_path: Path, pipe: Any) -> None:
+def test_other_processes_decode_the_same(tmp_path: Path, pipe: Any) -> None:
     folder = write_photos(tmp_path / "photos")
     plain, shared = (
         Images(folder, pipe, resolution=16, random_flip=True, dataloader_num_workers=workers) for workers in (0, 2)

@@ -167,6 +167,7 @@ def recorded(keys: list[str], asked: list[str]) -> Compute:
     return compute
 
 
+@pytest.mark.law("Every row of a cache is computed once.")
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=15), min_size=1, max_size=5))
 def test_every_row_is_computed_once_however_rows_come_and_go(states: list[list[int]]) -> None:
