@@ -131,7 +131,7 @@ def fitted(generator: Generator, method: Method) -> Any:
     def fit() -> Any:
         generator.direct(method, generator.source)
         return sdgraph.fit_forecast(
-            generator.pipe, method.passes, prompts, reference_steps=8 if generator.quick else 100, rounds=1,
+            generator.pipe, method.passes, prompts, reference_steps=8 if generator.quick else 100, iterations=1,
             num_inference_steps=method.steps,
         ).fitted  # fmt: skip
 

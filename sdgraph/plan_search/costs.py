@@ -59,7 +59,7 @@ def seconds_of(path: Path) -> Cost:
         path: a JSON file with the seconds of graphs under "variants", and under "reused" the sites that each does not
             compute.
     Raises:
-        SpecError: the file cannot be read, or says something else.
+        SpecError: the file cannot be read, or holds no times of variants.
         ScheduleError: a variant is not among those that were measured; raised where its cost is asked for.
     """
     hint = "'time', 'macs', or the JSON file of `sdgraph bench BUNDLE --out FILE`"

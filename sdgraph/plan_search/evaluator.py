@@ -1,4 +1,4 @@
-"""The evaluator of plans: their costs and the errors of their final latents, each measured once."""
+"""The evaluator of proposals: their costs and the errors of their final latents, each measured once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..forecasts import DAMPINGS
 from ..runtime.unet import GraphUNet
 from ..schedules import SamplingRun
 from ..text import json_object
-from .candidates import Candidates, Plan
+from .candidates import Candidates, Proposal
 from .costs import Cost, seconds_here, seconds_of
 from .final_latents import Array, final_latents, relative_errors
 from .fit_forecast import gauss_newton
@@ -29,13 +29,13 @@ from .fit_forecast import gauss_newton
 TUNING, VALIDATION, HELD_OUT = "tuning", "validation", "held-out"
 
 
-class PlannedPipeline:
-    """A pipeline that generates by plans, for groups of prompts.
+class SearchedPipeline:
+    """A pipeline that generates by proposals, for groups of prompts.
 
     Args:
         pipe: the pipeline, which every method leaves as it was.
         source: the UNet without the candidates.
-        candidates: the passes that plans refer to.
+        candidates: the passes that proposals refer to.
         groups: the prompts, by the name of their group.
         seed: the seed of the first image's latents; those of the others, of all groups in order, count up from it.
         call: further arguments of the pipeline.
@@ -57,28 +57,30 @@ class PlannedPipeline:
         for name, prompts in groups.items():
             self._seeds[name], seed = seed, seed + len(prompts) * images
         generated = {name: self._generate(candidates.unet, name, call) for name in groups}
-        self.unplanned = {name: latents for name, (latents, _) in generated.items()}  # everything computed
+        self.unchanged = {name: latents for name, (latents, _) in generated.items()}  # by the pipeline as it is
         self.run: SamplingRun = next(run for _, run in generated.values())
         if self.run.calls is None:
             hint = "pass a pipeline of diffusers"
             raise ScheduleError("its calls do not follow its scheduler", where=type(pipe).__name__, hint=hint)
 
-    def latents(self, plan: Plan, group: str) -> Tensor:
-        """Return the final latents of a group with a plan, (images, channels, height, width)."""
-        return self._generate(self.candidates.play(plan, self.run), group, self._call)[0]
+    def latents(self, proposal: Proposal, group: str) -> Tensor:
+        """Return the final latents of a group with a proposal, (images, channels, height, width)."""
+        unet = self.candidates.unet
+        unet.reschedule(self.candidates.sites(proposal, self.run))
+        return self._generate(unet, group, self._call)[0]
 
     def computed(self, steps: int, group: str) -> Tensor:
         """Return the final latents of a group with another number of steps, if every call computes everything."""
         others = {name: value for name, value in self._call.items() if name not in ("timesteps", "sigmas")}
         return self._generate(self._source, group, {**others, "num_inference_steps": steps})[0]
 
-    def fitted(self, plan: Plan, group: str, reference: Tensor) -> Array:
-        """Return the dampings of a plan's damped calls, fitted to the error of the final latents of a group."""
-        free = self.candidates.free(plan)
-        begun = np.array([plan.calls[number].damping for number in free])
+    def fitted(self, proposal: Proposal, group: str, reference: Tensor) -> Array:
+        """Return the dampings of a proposal's damped calls, fitted to the error of the final latents of a group."""
+        free = self.candidates.damped_calls(proposal)
+        begun = np.array([proposal.calls[number].damping for number in free])
 
         def residual(dampings: Array) -> Array:
-            now = self.latents(with_dampings(plan, free, dampings), group)
+            now = self.latents(with_dampings(proposal, free, dampings), group)
             return (now.double() - reference.double()).flatten(1).cpu().numpy()
 
         return gauss_newton(residual, begun, float(np.median(begun)), 1).round(4)
@@ -96,11 +98,11 @@ class PlannedPipeline:
         return final_latents(self._pipe, unet, self._groups[group], self._seeds[group], call)
 
 
-def with_dampings(plan: Plan, calls: Sequence[int], dampings: Array) -> Plan:
-    """Return the plan with other dampings of some calls."""
+def with_dampings(proposal: Proposal, calls: Sequence[int], dampings: Array) -> Proposal:
+    """Return the proposal with other dampings of some calls."""
     within = np.clip(dampings, *DAMPINGS).tolist()
     changed = dict(zip(calls, within, strict=True))
-    return Plan(tuple(replace(c, damping=changed.get(n, c.damping)) for n, c in enumerate(plan.calls)))
+    return Proposal(tuple(replace(c, damping=changed.get(n, c.damping)) for n, c in enumerate(proposal.calls)))
 
 
 class _FirstCall(Exception):
@@ -165,20 +167,20 @@ class Measurements:
 
 
 class Evaluator:
-    """The costs and the errors of plans.
+    """The costs and the errors of proposals.
 
     Args:
         pipeline: the pipeline, with the candidates and the groups of prompts.
         measurements: the measurements that are known.
         cost: the measure of costs, see `search`.
         reference_steps: the number of steps of the reference latents.
-        budget: the largest cost of a plan, as a share of the cost of computing everything.
+        budget: the largest cost of a proposal, as a share of the cost of computing everything.
         progress: the bar, which counts generations.
     """
 
     def __init__(
         self,
-        pipeline: PlannedPipeline,
+        pipeline: SearchedPipeline,
         measurements: Measurements,
         cost: str | Path,
         reference_steps: int,
@@ -191,25 +193,25 @@ class Evaluator:
         self._measure: Cost | None = None
         self._references = {
             group: measurements.latents(group, partial(pipeline.computed, reference_steps, group))
-            for group in pipeline.unplanned
+            for group in pipeline.unchanged
         }
-        self._full_cost = self._cost_of(Plan.spaced(self.calls, self.calls, frozenset(), 0.0))
+        self._full_cost = self._cost_of(Proposal.spaced(self.calls, self.calls, frozenset(), 0.0))
 
-    def share(self, plan: Plan) -> float:
-        """Return the cost of a plan as a share of the cost of computing everything."""
-        return self._cost_of(plan) / self._full_cost
+    def share(self, proposal: Proposal) -> float:
+        """Return the cost of a proposal as a share of the cost of computing everything."""
+        return self._cost_of(proposal) / self._full_cost
 
-    def fits(self, plan: Plan) -> bool:
-        """Return whether a plan meets the budget, which may itself be a share that was computed."""
-        return self.share(plan) <= self.budget * (1 + 1e-9)
+    def fits(self, proposal: Proposal) -> bool:
+        """Return whether a proposal meets the budget, which may itself be a share that was computed."""
+        return self.share(proposal) <= self.budget * (1 + 1e-9)
 
-    def errors(self, plan: Plan, group: str) -> Array:
-        """Return the relative errors of the final latents of a group with a plan, (images,)."""
-        return self._errors(group, str(plan), lambda: self.pipeline.latents(plan, group))
+    def errors(self, proposal: Proposal, group: str) -> Array:
+        """Return the relative errors of the final latents of a group with a proposal, (images,)."""
+        return self._errors(group, str(proposal), lambda: self.pipeline.latents(proposal, group))
 
-    def gains(self, before: Plan, after: Plan, group: str) -> Array:
+    def gains(self, before: Proposal, after: Proposal, group: str) -> Array:
         """Return the logarithms of the factors by which the errors of a group fall, (images,)."""
-        errors = [np.maximum(self.errors(plan, group), 1e-12) for plan in (before, after)]
+        errors = [np.maximum(self.errors(proposal, group), 1e-12) for proposal in (before, after)]
         gains: Array = np.log(errors[0] / errors[1])
         return gains
 
@@ -217,13 +219,15 @@ class Evaluator:
         """Return the relative errors of the held-out prompts with a number of steps, if everything is computed."""
         return self._errors(HELD_OUT, f"{steps} steps", lambda: self.pipeline.computed(steps, HELD_OUT))
 
-    def fitted(self, plan: Plan) -> Plan:
-        """Return the plan with dampings that are fitted to the tuning prompts."""
-        free = self.candidates.free(plan)
+    def fitted(self, proposal: Proposal) -> Proposal:
+        """Return the proposal with dampings that are fitted to the tuning prompts."""
+        free = self.candidates.damped_calls(proposal)
         if not free:
-            return plan
-        fit = partial(self.pipeline.fitted, plan, TUNING, self._references[TUNING])
-        return self.candidates.plain(with_dampings(plan, free, self.measurements.numbers("fit", str(plan), fit)))
+            return proposal
+        fit = partial(self.pipeline.fitted, proposal, TUNING, self._references[TUNING])
+        return self.candidates.simplified(
+            with_dampings(proposal, free, self.measurements.numbers("fit", str(proposal), fit))
+        )
 
     def _errors(self, group: str, subject: str, generate: Callable[[], Tensor]) -> Array:
         def measure() -> Array:
@@ -232,8 +236,8 @@ class Evaluator:
 
         return self.measurements.numbers(group, subject, measure)
 
-    def _cost_of(self, plan: Plan) -> float:
-        return self.candidates.cost(plan, self.pipeline.run, self._cost_of_call)
+    def _cost_of(self, proposal: Proposal) -> float:
+        return self.candidates.cost(proposal, self.pipeline.run, self._cost_of_call)
 
     def _cost_of_call(self, reused: frozenset[str]) -> float:
         if reused not in self._costs:

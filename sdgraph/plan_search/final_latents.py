@@ -58,10 +58,13 @@ def final_latents(
     """Generate with a UNet in the place of the pipeline's, attached to the scheduler.
 
     Args:
+        pipe: the pipeline, which is left as it was.
+        unet: the UNet.
+        prompts: the prompts.
         seed: the seed of the first image's latents; the others count up from it.
         call: further arguments of the pipeline.
     Returns:
-        The final latents, (prompts, channels, height, width), and the run that the UNet was called in.
+        The final latents, (images, channels, height, width), and the sampling run.
     """
     seeds = range(seed, seed + len(prompts) * int(call.get("num_images_per_prompt") or 1))
     with with_unet(pipe, unet), attach(pipe) as attachment:
@@ -70,12 +73,21 @@ def final_latents(
 
 
 def relative_errors(latents: Tensor, reference: Tensor) -> Array:
-    """Return the root mean square of the error of each image's latents, relative to that of its reference."""
+    """Return the root mean square of the error of each image's latents, relative to its reference, (images,).
+
+    Args:
+        latents: the latents, (images, channels, height, width).
+        reference: the reference latents, (images, channels, height, width).
+    """
     off = (latents.double() - reference.double()).square().flatten(1).mean(1)
     errors: Array = (off / reference.double().square().flatten(1).mean(1)).sqrt().cpu().numpy()
     return errors
 
 
 def typical(errors: Array) -> float:
-    """Return the geometric mean of the errors of prompts, some of which are a hundred times as large as others."""
+    """Return the geometric mean of the errors of images, which differ by a factor of a hundred.
+
+    Args:
+        errors: the errors, (images,).
+    """
     return float(np.exp(np.log(np.maximum(errors, 1e-300)).mean()))

@@ -24,7 +24,7 @@ from ..schedules import SamplingRun, Steps
 from ..views.timetable import timetable
 from .final_latents import Array, check_request, final_latents, typical
 
-STEP = 0.25  # of a damping, to see what it does
+STEP = 0.25  # of a damping, for finite differences
 RIDGE = 0.03  # weight of the distance from the damping that all calls share, beside the error of the latents
 
 
@@ -34,16 +34,16 @@ class Fit:
 
     Args:
         fitted: the pass with the fitted forecast.
-        damping: (calls,) the damping of every call that inherits from two refreshes, in order.
-        before: mean squared error of the final latents with the forecast that the fit began with, the geometric mean
-            over the prompts that were fitted on.
+        dampings: the damping of every call that forecasts from two refreshes, in order, (calls,).
+        before: the mean squared error of the final latents with the forecast that the fit began with, as the geometric
+            mean over the prompts that were fitted on.
         after: the same with the fitted forecast.
         held_out_before: the same as `before`, on the held-out prompts; nan without any.
         held_out_after: the same as `after`, on the held-out prompts; nan without any.
     """
 
     fitted: Pass
-    damping: tuple[float, ...]
+    dampings: tuple[float, ...]
     before: float
     after: float
     held_out_before: float
@@ -52,7 +52,7 @@ class Fit:
     def __str__(self) -> str:
         errors = f"{self.before:.3g} -> {self.after:.3g}"
         held_out = f"{self.held_out_before:.3g} -> {self.held_out_after:.3g}"
-        dampings = " ".join(f"{damping:.2f}" for damping in self.damping)
+        dampings = " ".join(f"{damping:.2f}" for damping in self.dampings)
         return f"{self.fitted}\n  error of the final latents: {errors}; on held-out prompts: {held_out}\n  {dampings}"
 
 
@@ -64,12 +64,12 @@ def fit_forecast(
     *,
     held_out: Sequence[str] = (),
     reference_steps: Steps | None = None,
-    rounds: Index = 2,
+    iterations: Index = 2,
     seed: Seed = 0,
     progress: bool = True,
     **call: Any,
 ) -> Fit:
-    """Fit the damping of every inherited call to the error of the final latents, for the pipeline's solver and steps.
+    """Fit the dampings of all calls that forecast to the error of the final latents, for a solver and number of steps.
 
     Use it when the schedule is settled; `search` also chooses the schedule, and fits the dampings as part of it.
 
@@ -78,10 +78,10 @@ def fit_forecast(
         inherit: a pass with `schedule` and `forecast`, such as `InheritFeatures.damped(2)`. The fit begins with its
             forecast, of order 0 or 1, and keeps the dampings near that of this forecast where the error allows.
         prompts: the prompts to fit on, in one batch.
-        held_out: prompts on which the result is measured only.
-        reference_steps: the number of steps of the generation whose final latents are aimed at. By default it is that
-            of `call`, with everything computed; many steps aim at the converged image.
-        rounds: the number of Gauss-Newton steps, each of which makes a generation for every inherited call.
+        held_out: the prompts on which only the result is measured.
+        reference_steps: the number of steps of the reference generation, which computes everything and whose final
+            latents are the aim. By default it is that of `call`; many steps aim at the converged image.
+        iterations: the number of Gauss-Newton steps, each of which makes a generation for every fitted call.
         seed: the seed of the latents.
         progress: whether to show a bar.
         call: further arguments of the pipeline, such as `num_inference_steps=20`.
@@ -90,7 +90,7 @@ def fit_forecast(
     Raises:
         SourceError: the pipeline has no UNet, or its solver adds random numbers.
         SpecError: the pass has no sites or another forecast, or there are no prompts.
-        ScheduleError: no call has two refreshes before it from which to inherit.
+        ScheduleError: no call forecasts from two refreshes.
     Example:
         `fit = sdgraph.fit_forecast(pipe, InheritFeatures.damped(2), prompts, num_inference_steps=20)`
     """
@@ -119,26 +119,26 @@ def fit_forecast(
     free = [number for number, calls in known.items() if len(calls) == 2]
     if not free:
         raise ScheduleError(
-            f"there is nothing to fit in {run.calls} calls: none inherits from two refreshes",
+            f"there is nothing to fit in {run.calls} calls: none forecasts from two refreshes",
             where=str(inherit),
             hint="more steps, or a schedule that refreshes at some calls only",
         )
 
     def fitted(dampings: Array) -> Fitted:
-        """The forecast with a damping for every call of `free`."""
+        """Return the forecast with a damping for every call of `free`."""
         within = np.clip(dampings, *DAMPINGS)
         damped = {n: Polynomial(1, float(d), start.along) for n, d in zip(free, within, strict=True)}
         rows = [damped.get(n, REPEAT).weights(known[n], n, run) if n in known else () for n in range(run.calls or 0)]
         return Fitted.of(rows, run, start)
 
     begun = float(start.damping) if start.order else 0.0
-    with Bar(total=rounds * (1 + len(free)), desc="fit", unit="run", disable=not progress) as bar:
+    with Bar(total=iterations * (1 + len(free)), desc="fit", unit="run", disable=not progress) as bar:
 
         def off(dampings: Array) -> Array:
             bar.update()
             return residual(fitted(dampings), groups[0])[0]
 
-        dampings = gauss_newton(off, np.full(len(free), begun), begun, rounds)
+        dampings = gauss_newton(off, np.full(len(free), begun), begun, iterations)
     after = [residual(fitted(dampings), group) for group in groups]
     errors = [typical((error**2).mean(1)) for error, _run in (*before, *after)]
     best = replace(inherit, forecast=fitted(dampings))  # type: ignore[call-arg]
@@ -149,7 +149,7 @@ def fit_forecast(
 
 
 def _forecast_of(inherit: Pass) -> Polynomial:
-    """The forecast that the fit of a pass begins with.
+    """Return the forecast that the fit of a pass begins with.
 
     Raises:
         SpecError: the pass has no schedule and forecast, or a forecast of another kind.
@@ -162,16 +162,16 @@ def _forecast_of(inherit: Pass) -> Polynomial:
     return forecast
 
 
-def gauss_newton(residual: Callable[[Array], Array], dampings: Array, shared: float, rounds: int) -> Array:
-    """Return the dampings with the least error, near the damping that they share otherwise.
+def gauss_newton(residual: Callable[[Array], Array], dampings: Array, shared: float, iterations: int) -> Array:
+    """Return the dampings with the least error, regularised towards a shared damping, (calls,).
 
     Args:
-        residual: returns, of dampings (calls,), what the final latents are off by, (prompts, numbers).
-        dampings: (calls,) the dampings to begin with.
-        shared: the damping that is kept where the error does not tell.
-        rounds: the number of steps, each of which measures the residual once and for every damping.
+        residual: the function that maps dampings, (calls,), to the errors of the final latents, (prompts, numbers).
+        dampings: the dampings to begin with, (calls,).
+        shared: the damping that calls keep where the error does not depend on it.
+        iterations: the number of steps, each of which measures the residual once and for every damping.
     """
-    for _ in range(rounds):
+    for _ in range(iterations):
         now = residual(dampings)
         columns = [(residual(dampings + moved) - now) / STEP for moved in STEP * np.eye(len(dampings))]
         dampings = _least_squares(now, np.array(columns), dampings, shared)
@@ -179,15 +179,15 @@ def gauss_newton(residual: Callable[[Array], Array], dampings: Array, shared: fl
 
 
 def _least_squares(now: Array, columns: Array, chosen: Array, shared: float) -> Array:
-    """Return the dampings with the least error, all prompts counting alike, near the damping that they share otherwise.
+    """Return the dampings with the least error, with equal weights of prompts, regularised towards a shared damping.
 
     Args:
-        now: (prompts, numbers), what the final latents are off by.
-        columns: (calls, prompts, numbers), the derivatives of `now` by the dampings.
-        chosen: (calls,) dampings so far.
-        shared: the damping that they share otherwise.
+        now: the errors of the final latents, (prompts, numbers).
+        columns: the derivatives of the errors by the dampings, (calls, prompts, numbers).
+        chosen: the dampings so far, (calls,).
+        shared: the shared damping.
     """
-    scale = np.sqrt((now**2).mean(1, keepdims=True)) + 1e-12  # some prompts are a hundred times as touchy as others
+    scale = np.sqrt((now**2).mean(1, keepdims=True)) + 1e-12  # the errors of prompts differ by a factor of a hundred
     rows, target = (columns / scale).reshape(len(columns), -1).T, -(now / scale).reshape(-1)
     strength = np.sqrt(RIDGE * len(target))
     rows = np.concatenate([rows, strength * np.eye(len(columns))])

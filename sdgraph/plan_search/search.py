@@ -4,7 +4,7 @@ Every measurement is of a whole generation, by the pipeline's own solver and ste
 neighbouring calls cancel or add up, so the error of a part of a generation does not predict its error in another plan.
 
 The prompts are dealt into three groups. The search begins with the best of a few simple plans: even spacings and
-others, of each candidate, with a few dampings, and every plan of earlier searches that fits the budget. It fits the
+others, of each candidate, with a few dampings, and every proposal of earlier searches that fits the budget. It fits the
 dampings of all calls on the *tuning* prompts, and then tries moves: two neighbouring calls change places, a call leaves
 out something else, or a damping is changed. A change is accepted if it is better on the tuning prompts and also on the
 *validation* prompts, by more than the standard error. The *held-out* prompts give the error to expect. If the plan is
@@ -33,9 +33,9 @@ from ..schedules import Steps
 from ..views.format import format_table
 from ..views.timetable import Timetable, timetable
 from . import PLAN_FORMAT
-from .candidates import SHAPES, Candidates, Plan
+from .candidates import SHAPES, Candidates, Proposal
 from .costs import seconds_of
-from .evaluator import HELD_OUT, TUNING, VALIDATION, Evaluator, Measurements, PlannedPipeline
+from .evaluator import HELD_OUT, TUNING, VALIDATION, Evaluator, Measurements, SearchedPipeline
 from .final_latents import check_request, typical
 
 Budget = Annotated[float, Bounds(gt=0, le=1)]
@@ -199,16 +199,16 @@ def search(
     groups = {TUNING: prompts[0::dealt], VALIDATION: prompts[1::dealt], HELD_OUT: held_out or prompts[2::dealt]}
     source = apply(pipe.unet, ())
     options = Candidates(source, candidates)
-    pipeline = PlannedPipeline(pipe, source, options, groups, seed, call)
+    pipeline = SearchedPipeline(pipe, source, options, groups, seed, call)
     steps = int(call.get("num_inference_steps") or pipeline.run.calls or 0)
     aim = max(CONVERGED, 2 * steps) if reference_steps is None else reference_steps
     key = "\n".join([*map(str, options.passes), str(aim)]).encode()
-    key += b"".join(latents.cpu().float().numpy().tobytes() for latents in pipeline.unplanned.values())
+    key += b"".join(latents.cpu().float().numpy().tobytes() for latents in pipeline.unchanged.values())
     alone = owned(Path(folder), SpecError, "folder") if folder else contextlib.nullcontext()
     with alone, Bar(desc="search", unit="generation", disable=not progress) as bar:
         measurements = Measurements(Path(folder) if folder else None, key)
         evaluator = Evaluator(pipeline, measurements, cost, aim, budget, bar)
-        even, start = starting_plans(evaluator)
+        even, start = starting_proposals(evaluator)
         improved = improve(evaluator, start, trials, seed)
         moved = bool(evaluator.gains(even, improved, HELD_OUT).mean() > 0)
         chosen = improved if moved else even
@@ -238,29 +238,29 @@ def check_settings(prompts: Sequence[str], budget: Budget, held_out: Sequence[st
         seconds_of(Path(cost))  # a bad file is refused before anything is generated
 
 
-def _row(evaluator: Evaluator, name: str, plan: Plan) -> Row:
-    """Return the row of a plan."""
-    validated, held_out = (typical(evaluator.errors(plan, group)) for group in (VALIDATION, HELD_OUT))
-    return Row(name, evaluator.share(plan), validated, held_out)
+def _row(evaluator: Evaluator, name: str, proposal: Proposal) -> Row:
+    """Return the row of a proposal."""
+    validated, held_out = (typical(evaluator.errors(proposal, group)) for group in (VALIDATION, HELD_OUT))
+    return Row(name, evaluator.share(proposal), validated, held_out)
 
 
-def starting_plans(evaluator: Evaluator) -> tuple[Plan, Plan]:
-    """Return the best even spacing, and the best of it, of other spacings and of all plans that are known.
+def starting_proposals(evaluator: Evaluator) -> tuple[Proposal, Proposal]:
+    """Return the best even spacing, and the best of it, of other spacings and of all known proposals.
 
     Args:
-        evaluator: the evaluator of plans.
+        evaluator: the evaluator of proposals.
     Raises:
-        ScheduleError: no plan meets the budget.
+        ScheduleError: no proposal meets the budget.
     """
     options, calls = evaluator.candidates, evaluator.calls
 
-    def error(plan: Plan) -> float:
-        return typical(evaluator.errors(plan, VALIDATION))  # known plans may be fitted to the tuning prompts
+    def error(proposal: Proposal) -> float:
+        return typical(evaluator.errors(proposal, VALIDATION))  # known proposals may be fitted to the tuning prompts
 
-    choices = [reused for reused in options.kinds() if reused]
+    choices = [reused for reused in options.choices() if reused]
     most = {reused: _most_refreshes(evaluator, reused) for reused in choices}
     if not any(most.values()):
-        least = min(evaluator.share(Plan.spaced(calls, 1, reused, 0.0)) for reused in choices)
+        least = min(evaluator.share(Proposal.spaced(calls, 1, reused, 0.0)) for reused in choices)
         raise ScheduleError(
             f"no plan meets a budget of {evaluator.budget:.3g}: these candidates need at least {least:.3g}",
             where="search",
@@ -273,47 +273,48 @@ def starting_plans(evaluator: Evaluator) -> tuple[Plan, Plan]:
         for number in dict.fromkeys((largest, -(-calls // -(-calls // largest))))  # the second is that of a Uniform
         for damping in DAMPINGS
     ]
-    best = min(spacings, key=lambda spacing: error(options.plain(Plan.spaced(calls, *spacing))))
-    even = options.plain(Plan.spaced(calls, *best))
+    best = min(spacings, key=lambda spacing: error(options.simplified(Proposal.spaced(calls, *spacing))))
+    even = options.simplified(Proposal.spaced(calls, *best))
     number, reused, damping = max(best[0], most[best[1]]), best[1], best[2]
-    shaped = [options.plain(Plan.spaced(calls, number, reused, damping, shape)) for shape in SHAPES]
-    known = map(Plan.read, evaluator.measurements.subjects(VALIDATION))
-    others = [plan for plan in (*shaped, options.given(evaluator.pipeline.run), *known) if evaluator.fits(plan)]
+    shaped = [options.simplified(Proposal.spaced(calls, number, reused, damping, shape)) for shape in SHAPES]
+    known = map(Proposal.read, evaluator.measurements.subjects(VALIDATION))
+    others = [*shaped, options.own_proposal(evaluator.pipeline.run), *known]
+    others = [proposal for proposal in others if evaluator.fits(proposal)]
     return even, min((even, *others), key=error)
 
 
 def _most_refreshes(evaluator: Evaluator, reused: frozenset[int]) -> int:
     """Return the largest number of calls that may compute everything, if the others reuse the same; 0 if none may."""
     numbers = range(evaluator.calls, 0, -1)
-    return next((n for n in numbers if evaluator.fits(Plan.spaced(evaluator.calls, n, reused, 0.0))), 0)
+    return next((n for n in numbers if evaluator.fits(Proposal.spaced(evaluator.calls, n, reused, 0.0))), 0)
 
 
-def improve(evaluator: Evaluator, plan: Plan, trials: int, seed: int) -> Plan:
-    """Return the plan after fits and moves, each accepted if it is better on tuning and on validation prompts.
+def improve(evaluator: Evaluator, proposal: Proposal, trials: int, seed: int) -> Proposal:
+    """Return the proposal after fits and moves, each accepted if it is better on tuning and on validation prompts.
 
     Args:
-        evaluator: the evaluator of plans.
-        plan: the plan to begin with.
+        evaluator: the evaluator of proposals.
+        proposal: the proposal to begin with.
         trials: the number of moves that are tried.
         seed: the seed of the order of moves.
     """
 
-    def better(other: Plan) -> bool:
+    def better(other: Proposal) -> bool:
         for group in (TUNING, VALIDATION):
-            gains = evaluator.gains(plan, other, group)
+            gains = evaluator.gains(proposal, other, group)
             if gains.mean() <= gains.std() / np.sqrt(len(gains)):
                 return False
         return True
 
-    random, tried = np.random.default_rng(seed), {plan}
-    plan = fitted if better(fitted := evaluator.fitted(plan)) else plan
+    random, tried = np.random.default_rng(seed), {proposal}
+    proposal = fitted if better(fitted := evaluator.fitted(proposal)) else proposal
     while len(tried) <= trials:
-        moves = [evaluator.candidates.plain(move) for move in plan.neighbours(evaluator.candidates.kinds())]
+        moves = [evaluator.candidates.simplified(move) for move in proposal.neighbours(evaluator.candidates.choices())]
         random.shuffle(moves)
         move = next((move for move in moves if move not in tried and evaluator.fits(move)), None)
         if move is None:
             break
         tried.add(move)
         if better(move):
-            plan = move
-    return fitted if better(fitted := evaluator.fitted(plan)) else plan
+            proposal = move
+    return fitted if better(fitted := evaluator.fitted(proposal)) else proposal

@@ -1,4 +1,4 @@
-"""Candidates: what a plan says is what the driver does."""
+"""Candidates: a proposal costs and does what its passes do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdgraph import GraphUNet
 from sdgraph.errors import SpecError
 from sdgraph.forecasts import Fitted, Polynomial
 from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures
-from sdgraph.plan_search.candidates import Call, Candidates, Plan
+from sdgraph.plan_search.candidates import Candidates, Proposal, ProposedCall
 from sdgraph.schedules import Explicit, SamplingRun, Uniform
 
 from ..models import build
@@ -33,20 +33,20 @@ def options(source: GraphUNet) -> Candidates:
 
 
 def test_a_site_behind_another_makes_no_difference(options: Candidates) -> None:
-    assert options.kinds() == [frozenset(), frozenset({0}), frozenset({1}), frozenset({2})]
-    assert str(options.plain(Plan.read("* 0+1:0.5 1+2:0.5 0+2:0.5 * 2:0.5"))) == "* 0:0 1:0 0:0.5 * 2:0"
+    assert options.choices() == [frozenset(), frozenset({0}), frozenset({1}), frozenset({2})]
+    assert str(options.simplified(Proposal.read("* 0+1:0.5 1+2:0.5 0+2:0.5 * 2:0.5"))) == "* 0:0 1:0 0:0.5 * 2:0"
 
 
 def test_a_damping_counts_from_the_second_refresh(options: Candidates) -> None:
-    plan = options.plain(Plan.read("* 0:0.5 * 0:0.5 1:0.5 0:0.5 2:0.5 1:0.5"))
-    assert options.free(plan) == (3, 4, 5, 7)
-    assert str(plan) == "* 0:0 * 0:0.5 1:0.5 0:0.5 2:0 1:0.5"
+    proposal = options.simplified(Proposal.read("* 0:0.5 * 0:0.5 1:0.5 0:0.5 2:0.5 1:0.5"))
+    assert options.damped_calls(proposal) == (3, 4, 5, 7)
+    assert str(proposal) == "* 0:0 * 0:0.5 1:0.5 0:0.5 2:0 1:0.5"
 
 
 def test_the_passes_of_a_plan(options: Candidates) -> None:
-    chain = options.chain(Plan.read("* 0:0 * 0:0.5 * 0:0.5 * 0:0.5"), RUN)
+    chain = options.chain(Proposal.read("* 0:0 * 0:0.5 * 0:0.5 * 0:0.5"), RUN)
     assert chain.passes == (InheritFeatures.damped(2),)
-    chain = options.chain(Plan.read("* 0:0 * 0:0.5 0:0.75 * 2:0 *"), RUN)
+    chain = options.chain(Proposal.read("* 0:0 * 0:0.5 0:0.75 * 2:0 *"), RUN)
     inherit, bypass = chain.passes
     assert isinstance(inherit, InheritFeatures)
     assert isinstance(bypass, Bypass)
@@ -56,23 +56,23 @@ def test_the_passes_of_a_plan(options: Candidates) -> None:
     )
     assert bypass.schedule == Explicit((0, 2, 5, 7), 8)
     assert sdgraph.parse(str(chain)) == (chain,)
-    assert options.chain(Plan.read("* * * *"), SamplingRun(4)).passes == ()
-    assert options.chain(Plan.read("* 1:0 * 1:0"), SamplingRun(4)).passes == (InheritFeatures.deep_cache(2, 1),)
+    assert options.chain(Proposal.read("* * * *"), SamplingRun(4)).passes == ()
+    assert options.chain(Proposal.read("* 1:0 * 1:0"), SamplingRun(4)).passes == (InheritFeatures.deep_cache(2, 1),)
 
 
 def test_plans_cost_and_do_what_their_passes_do(options: Candidates, source: GraphUNet) -> None:
     rng = np.random.default_rng(0)
-    kinds = options.kinds()
+    kinds = options.choices()
     for _ in range(6):
-        drawn = [Call(kinds[rng.integers(len(kinds))], 0.5) for _ in range(7)]
-        plan = options.plain(Plan((Call(), *drawn)))
-        alone = sdgraph.apply(source, options.chain(plan, RUN), verify=False)
-        assert options.cost(plan, RUN, options.unet.graph.call_macs) == alone.graph.timetable(8).macs
+        drawn = [ProposedCall(kinds[rng.integers(len(kinds))], 0.5) for _ in range(7)]
+        proposal = options.simplified(Proposal((ProposedCall(), *drawn)))
+        alone = sdgraph.apply(source, options.chain(proposal, RUN), verify=False)
+        assert options.cost(proposal, RUN, options.unet.graph.call_macs) == alone.graph.timetable(8).macs
 
 
 def test_the_plan_of_schedules_that_were_given(source: GraphUNet) -> None:
     given = [InheritFeatures.damped(2, damping=0.75), Bypass("mid_block", Uniform(3))]
-    assert str(Candidates(source, given).given(SamplingRun(7))) == "* 0:0 1:0 0:0.75 1:0 0:0.75 *"
+    assert str(Candidates(source, given).own_proposal(SamplingRun(7))) == "* 0:0 1:0 0:0.75 1:0 0:0.75 *"
 
 
 @pytest.mark.parametrize("one", [CleanUp(), HoistInvariants()])

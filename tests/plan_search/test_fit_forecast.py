@@ -33,7 +33,7 @@ def test_the_error_falls_on_the_trained_model(scenes: Any) -> None:
     _, prompts = held_out_captions(8)
     own = scenes.unet
     fit = sdgraph.fit_forecast(
-        scenes, InheritFeatures.damped(2), prompts[:4], held_out=prompts[4:], rounds=1, progress=False,
+        scenes, InheritFeatures.damped(2), prompts[:4], held_out=prompts[4:], iterations=1, progress=False,
         num_inference_steps=8,
     )  # fmt: skip
     assert scenes.unet is own
@@ -64,7 +64,7 @@ def test_other_sites_keep_their_schedules_and_forecasts(scenes: Any) -> None:
     own = scenes.unet
     scenes.unet = sdgraph.apply(own, [HoistInvariants(), Bypass("mid_block", Uniform(3))])
     fit = sdgraph.fit_forecast(
-        scenes, InheritFeatures.damped(2), ["a red circle"], rounds=1, progress=False, num_inference_steps=5
+        scenes, InheritFeatures.damped(2), ["a red circle"], iterations=1, progress=False, num_inference_steps=5
     )
     unet = sdgraph.apply(scenes.unet, fit.fitted)
     scenes.unet = own

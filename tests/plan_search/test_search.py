@@ -20,8 +20,8 @@ import sdgraph
 from sdgraph.atomic import owned
 from sdgraph.errors import ScheduleError, SourceError, SpecError
 from sdgraph.passes import Bypass, CleanUp, HoistInvariants, InheritFeatures
-from sdgraph.plan_search.candidates import Call, Candidates, Plan
-from sdgraph.plan_search.evaluator import TUNING, VALIDATION, Evaluator, PlannedPipeline
+from sdgraph.plan_search.candidates import Candidates, Proposal, ProposedCall
+from sdgraph.plan_search.evaluator import TUNING, VALIDATION, Evaluator, SearchedPipeline
 from sdgraph.plan_search.search import Row, SearchResult, improve
 
 CANDIDATES = (InheritFeatures.damped(), Bypass("mid_block"))
@@ -50,10 +50,10 @@ def test_a_plan_generates_what_its_passes_do(pipe: StableDiffusionPipeline) -> N
     call = {"num_inference_steps": 5, "num_images_per_prompt": 2}
     source = sdgraph.apply(pipe.unet, (), verify=False)
     options = Candidates(source, CANDIDATES)
-    pipeline = PlannedPipeline(pipe, source, options, {TUNING: PROMPTS[:1], VALIDATION: PROMPTS[1:2]}, 7, call)
-    plan = options.plain(Plan.read("* 0:0.5 * 0:0.75 1:0"))
-    found = pipeline.latents(plan, VALIDATION)
-    own, pipe.unet = pipe.unet, sdgraph.apply(source, options.chain(plan, pipeline.run), verify=False)
+    pipeline = SearchedPipeline(pipe, source, options, {TUNING: PROMPTS[:1], VALIDATION: PROMPTS[1:2]}, 7, call)
+    proposal = options.simplified(Proposal.read("* 0:0.5 * 0:0.75 1:0"))
+    found = pipeline.latents(proposal, VALIDATION)
+    own, pipe.unet = pipe.unet, sdgraph.apply(source, options.chain(proposal, pipeline.run), verify=False)
     try:
         with sdgraph.attach(pipe):
             generators = [torch.Generator().manual_seed(seed) for seed in (9, 10)]
@@ -61,9 +61,9 @@ def test_a_plan_generates_what_its_passes_do(pipe: StableDiffusionPipeline) -> N
     finally:
         pipe.unet = own
     assert torch.equal(found, expected)
-    assert not torch.equal(found, pipeline.unplanned[VALIDATION])
-    everything = Plan.spaced(5, 5, frozenset(), 0.0)
-    assert torch.equal(pipeline.latents(everything, VALIDATION), pipeline.unplanned[VALIDATION])
+    assert not torch.equal(found, pipeline.unchanged[VALIDATION])
+    everything = Proposal.spaced(5, 5, frozenset(), 0.0)
+    assert torch.equal(pipeline.latents(everything, VALIDATION), pipeline.unchanged[VALIDATION])
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_a_budget_is_met_and_another_reuses_what_was_measured(pipe: StableDiffus
     before = json.loads(file.read_text())
     latents = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
     assert len(latents) == 3
-    # Another budget takes over what was measured; the next search goes on from the best plan that is known.
+    # Another budget takes over what was measured; the next search begins with the best known plan.
     looser = {**OPTIONS, "budget": 0.75, "trials": 1}
     again = sdgraph.search(pipe, CANDIDATES, PROMPTS, cost="macs", folder=tmp_path, **looser)
     after = json.loads(file.read_text())
@@ -104,20 +104,20 @@ class KnownErrors(Evaluator):
     """
 
     def __init__(self, errors: Any) -> None:
-        self.candidates: Any = SimpleNamespace(plain=lambda plan: plan, kinds=lambda: [frozenset({0})])
+        self.candidates: Any = SimpleNamespace(simplified=lambda proposal: proposal, choices=lambda: [frozenset({0})])
         self._known = errors
 
-    def errors(self, plan: Plan, group: str) -> Any:
-        return np.array(self._known(plan.calls[1].damping, group))
+    def errors(self, proposal: Proposal, group: str) -> Any:
+        return np.array(self._known(proposal.calls[1].damping, group))
 
-    def fits(self, plan: Plan) -> bool:
+    def fits(self, proposal: Proposal) -> bool:
         return True
 
-    def fitted(self, plan: Plan) -> Plan:
-        return plan
+    def fitted(self, proposal: Proposal) -> Proposal:
+        return proposal
 
 
-START = Plan((Call(), Call(frozenset({0}), 0.0), Call()))
+START = Proposal((ProposedCall(), ProposedCall(frozenset({0}), 0.0), ProposedCall()))
 
 
 def improved_damping(evaluator: Evaluator, trials: int = 40) -> float:
