@@ -155,7 +155,7 @@ def _as_adapter(given: dict[str, Any]) -> None:
             "down_block_additional_residuals without mid_block_additional_residual is read as a T2I-Adapter's, as "
             "diffusers does; pass down_intrablock_additional_residuals instead",
             FutureWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         given["down_intrablock_additional_residuals"] = given.pop("down_block_additional_residuals")
     both = ("down_block_additional_residuals" in given) == ("mid_block_additional_residual" in given)

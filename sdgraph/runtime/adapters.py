@@ -63,6 +63,16 @@ class Adapters:
         self._without_images = False
         self._lora_scale = 1.0
 
+    def rescheduled(self, graph: Graph) -> Adapters:
+        """Return the same adapters for a graph whose sites have other schedules.
+
+        Args:
+            graph: the graph, over the same source and weights.
+        """
+        other = copy.copy(self)
+        other._graph = graph
+        return other
+
     # -- attention processors ------------------------------------------------------------------------------------
 
     @property
@@ -184,7 +194,7 @@ class Adapters:
 
         Args:
             unet: the UNet.
-            call: the keyword arguments of the call.
+            call: the arguments of the call, by name.
         Returns:
             a context whose value is the arguments without the scale.
         """
@@ -195,9 +205,7 @@ class Adapters:
             self._lora_scale = scale
         scale_lora_layers(unet, scale)
         try:
-            yield (
-                {**call, "cross_attention_kwargs": attention or None} if "cross_attention_kwargs" in call else {**call}
-            )
+            yield {**call, "cross_attention_kwargs": attention or None}
         finally:
             unscale_lora_layers(unet, scale)
 

@@ -44,6 +44,7 @@ REFUSED: Mapping[str, str] = {  # hints by name
     "get_aug_embed": _SOURCE,
     "process_encoder_hidden_states": _SOURCE,
     "compile_repeated_blocks": "unet.compile() compiles each variant whole",
+    "enable_gradient_checkpointing": "train in smaller batches; a graph calls no blocks for gradient checkpointing",
     "enable_layerwise_casting": "cast all of it: unet.to(torch.float16)",
     "load_attn_procs": "use load_lora_adapter, or load them into the source UNet and call sdgraph.apply again",
     "save_attn_procs": "use save_lora_adapter, or save them from the source UNet",
@@ -150,8 +151,18 @@ class UNetCall:
             "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        result = self.run(flatten(call, self.call_inputs))
+        result = self.predict(call)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+    def predict(self, call: Mapping[str, Any]) -> torch.Tensor:
+        """Return the prediction of a call, (B, out_channels, H, W).
+
+        Args:
+            call: the arguments of `forward` by name, None for those that are left out.
+        Raises:
+            CallError: the graph does not cover a shape, dtype or argument.
+        """
+        return self.run(flatten(call, self.call_inputs))
 
     def expecting(self, calls: Any) -> AbstractContextManager[None]:
         """Return a context that announces the calls of the generations that begin in it, in this thread.

@@ -75,7 +75,7 @@ def _fill(source: UNet2DConditionModel, weights: Weights) -> None:
 
 
 def _unfused(name: str, weights: Weights) -> nn.Parameter | None:
-    """The share of a projection in the fused one that a graph has in its place."""
+    """Return the share of a projection in the fused one that a graph has in its place."""
     path, _, leaf = name.rpartition(".")
     attention, _, projection = path.rpartition(".")
     for fused in ("to_q.to_k.to_v", "to_k.to_v"):

@@ -140,13 +140,12 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 
     # -- the call ------------------------------------------------------------------------------------------------
 
-    @functools.wraps(UNetCall.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def predict(self, call: Mapping[str, Any]) -> torch.Tensor:
         self.follow_changes()
         if not self._hf_peft_config_loaded:
-            return super().forward(*args, **kwargs)
-        with self.adapters.scaled(self, kwargs) as call:
-            return super().forward(*args, **call)
+            return super().predict(call)
+        with self.adapters.scaled(self, call) as unscaled:
+            return super().predict(unscaled)
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if torch.compiler.is_exporting():
@@ -279,6 +278,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         """
         self._graph = self._graph.rescheduled(sites)
         self.backend = self.backend.rescheduled(self._graph)
+        self.adapters = self.adapters.rescheduled(self._graph)
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -317,7 +317,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             self._invalidate()  # or what was kept would stay on the other device
         return self
 
-    # -- what diffusers does with a UNet ----------------------------------------------------------------------------
+    # -- what diffusers does with a UNet -------------------------------------------------------------------------
 
     @property
     def attn_processors(self) -> dict[str, Any]:
@@ -369,8 +369,6 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         self._graph.weights.check_attribute(name, module)
         super().add_module(name, module)
 
-    # -- loading and moving --------------------------------------------------------------------------------------
-
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:
         """Build the UNet of a configuration with random weights, as in diffusers, and apply the passes it lists.
@@ -420,16 +418,6 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             )
         super().enable_group_offload(onload_device, *args, **options)
         self._invalidate()
-
-    # -- gradient checkpointing ----------------------------------------------------------------------------------
-
-    def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: a graph has no gradient checkpointing.
-
-        Raises:
-            ModeError: always.
-        """
-        raise ModeError("a traced UNet has no gradient checkpointing", hint="train in smaller batches")
 
     def disable_gradient_checkpointing(self) -> None:
         """Change nothing: a graph has no gradient checkpointing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffusers.models import attention_processor as processors
 import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.errors import ModeError, SourceError
+from sdgraph.schedules import Uniform
 
 from ..models import answer, assert_same, build, call_of
 from ..pipelines import PIPELINES, POOLED, PROMPT, SIZE, large, make
@@ -113,6 +115,13 @@ def test_settings_that_cannot_be_traced_change_nothing() -> None:
     with_edits.bypass("down_blocks.0.attentions.0")
     with pytest.raises(ModeError, match=r"(?s)edits outside of passes.*source UNet"):
         GraphUNet(with_edits).enable_freeu(**FREEU)
+
+
+def test_settings_do_not_bring_earlier_schedules_back() -> None:
+    graph = sdgraph.apply(build(), "InheritFeatures('mid_block', Uniform(2))", verify=False)
+    graph.reschedule({"mid_block": dataclasses.replace(graph.graph.sites["mid_block"], schedule=Uniform(5))})
+    with pytest.raises(ModeError, match=r"(?s)edits outside of passes.*source UNet"):
+        graph.enable_freeu(**FREEU)
 
 
 @pytest.mark.slow
