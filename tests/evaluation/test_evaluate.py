@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 import sdgraph
 from sdgraph.errors import EditError, PathError, QualityError, SourceError, SpecError
-from sdgraph.evaluation import metrics as similarity
+from sdgraph.evaluation import metrics
 
 from ..models import build
 
@@ -92,7 +92,7 @@ def test_images_are_those_of_the_pipeline(pipe: StableDiffusionPipeline) -> None
             found.prompts[i], generator=torch.Generator().manual_seed(4), num_inference_steps=2, output_type="np"
         )
         assert np.allclose(found.images[0][i], own.images[0], atol=1e-5)
-    assert found.pairwise["psnr"] == similarity.psnr(*found.images)
+    assert found.pairwise["psnr"] == metrics.psnr(*found.images)
     assert 0 < found.pairwise["largest"] <= 1
     del pipe._progress_bar_config
 

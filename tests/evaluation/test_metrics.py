@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sdgraph.errors import ExtraError
-from sdgraph.evaluation import metrics as similarity
+from sdgraph.evaluation import metrics
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,9 @@ def noisy() -> tuple[np.ndarray, np.ndarray]:
 
 def test_psnr_is_its_definition(noisy: tuple[np.ndarray, np.ndarray]) -> None:
     a, b = noisy
-    assert similarity.psnr(a, b) == pytest.approx(10 * math.log10(1 / ((a - b) ** 2).mean()))
-    assert similarity.psnr(np.zeros((1, 8, 8, 3)), np.full((1, 8, 8, 3), 0.1)) == pytest.approx(20)
-    assert similarity.psnr(a, a) == math.inf
+    assert metrics.psnr(a, b) == pytest.approx(10 * math.log10(1 / ((a - b) ** 2).mean()))
+    assert metrics.psnr(np.zeros((1, 8, 8, 3)), np.full((1, 8, 8, 3), 0.1)) == pytest.approx(20)
+    assert metrics.psnr(a, a) == math.inf
 
 
 def test_ssim_is_its_definition(noisy: tuple[np.ndarray, np.ndarray]) -> None:
@@ -43,8 +43,8 @@ def test_ssim_is_its_definition(noisy: tuple[np.ndarray, np.ndarray]) -> None:
                 both = (window * (p - mp) * (q - mq)).sum()
                 top = (2 * mp * mq + 1e-4) * (2 * both + 9e-4)
                 found.append(top / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
-    assert similarity.ssim(a, b) == pytest.approx(np.mean(found))
-    assert similarity.ssim(a, a) == pytest.approx(1)
+    assert metrics.ssim(a, b) == pytest.approx(np.mean(found))
+    assert metrics.ssim(a, a) == pytest.approx(1)
 
 
 def test_without_the_extra_perceptual_figures_name_it(
@@ -52,7 +52,7 @@ def test_without_the_extra_perceptual_figures_name_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ExtraError, match=r"torchvision(.*\n)*.*pip install -e '\.\[quality\]'"):
-        similarity.lpips(*noisy)
+        metrics.lpips(*noisy)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ExtraError, match=r"transformers(.*\n)*.*pip install -e '\.\[pipelines\]'"):
-        similarity.clip_score(noisy[0], ["a", "b", "c"])
+        metrics.clip_score(noisy[0], ["a", "b", "c"])

@@ -55,7 +55,7 @@ def test_two_classes_of_ours_make_a_graph_unet() -> None:
     assert sum(cls.__module__.split(".")[0] == "sdgraph" for cls in GraphUNet.__mro__) <= 2
 
 
-def test_what_is_refused_names_the_cure(traced: Any) -> None:
+def test_a_refusal_says_what_to_do_instead(traced: Any) -> None:
     _, graph = traced("sd15")
     for name in REFUSED.keys() & public(*UNet2DConditionModel.__mro__):
         with pytest.raises(ModeError, match=name) as caught:
