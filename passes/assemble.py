@@ -14,7 +14,7 @@ from sdgraph.options import Paths, Text
 class Assemble(Pass):
     """Take the weights of regions from a saved UNet, in which the regions are the same but for these weights.
 
-    So parts that were trained apart, in runs or on machines of their own, become one model. Passes that change the
+    So parts that were trained apart, in separate runs or on separate machines, become one model. Passes that change the
     parts come before it, as they did in the UNet to take from. The folder is read when the pass is applied, and not
     when the result is loaded again, whose own file has the weights. `sdgraph.Graph.take_weights` does the same from a
     graph in memory.

@@ -33,7 +33,7 @@ class Mixture(nn.Module):
 
         Args:
             gates: (B, E).
-            weight, bias: of the convolution, (O, I / groups, h, w) and (O).
+            weight, bias: the parameters of the convolution, (O, I / groups, h, w) and (O).
         Returns:
             (B, O, I / groups, h, w) and (B, O).
         """

@@ -163,7 +163,7 @@ def attend(
     q, k, v = (windows(x.reshape(B * heads, height, width, d)) for x in (q, k, v))
     far_k, far_v = (pooled(x) / count.clamp(min=1) for x in (k, v))
     amount = rows * columns
-    # the cells of a window lie one after the other, so those of its own are a diagonal of blocks
+    # the cells of a window lie one after the other, so each window's cells are a diagonal of blocks
     own = torch.eye(amount, dtype=q.dtype, device=q.device).repeat_interleave(cells * cells, 1)
     near_bias = inside.reshape(1, amount, 1, window * window).log()
     far_bias = (count.reshape(1, 1, 1, amount * cells * cells) * (1 - own).reshape(1, amount, 1, -1)).log()

@@ -53,7 +53,7 @@ class InheritFeatures(Pass):
         """DeepCache (Ma et al., 2023, arXiv 2312.00858), for UNets with two layers per block.
 
         Args:
-            interval: every how many calls everything is computed.
+            interval: the number of calls from one computation of everything to the next.
             branch: the up layer whose entry is inherited, counted from the output, three to a block; the larger, the
                 more is computed at every call.
         """
@@ -67,7 +67,8 @@ class InheritFeatures(Pass):
         """Return DeepCache's site with a damped forecast, for 15 to 30 steps of a multistep solver.
 
         Args:
-            interval: every how many calls everything is computed; or a schedule of those calls, such as `Drift(0.1)`.
+            interval: the number of calls from one computation of everything to the next; or the schedule of the calls
+                that compute everything, such as `Drift(0.1)`.
             branch: the up layer whose entry is inherited, as in `deep_cache`.
             damping: the share of the line through the last two refreshes: 0 repeats the last one, 1 is the line.
         """
@@ -94,7 +95,7 @@ class InheritFeatures(Pass):
 
         Args:
             gate: calls with cross-attention.
-            interval: before the gate, every how many calls self-attention is computed.
+            interval: the number of calls from one computation of self-attention to the next, before the gate.
             warm_up: the first calls that compute everything; so does the one after them.
         """
         before = Warm(Uniform(interval), first=warm_up + 1)

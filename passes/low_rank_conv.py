@@ -22,7 +22,7 @@ class LowRankConv2d(Routed):
 
     Args:
         convs: the convolution itself, without groups, and other experts. Experts that are missing begin as further
-            parts of its own kernel, the largest first.
+            parts of its kernel, the largest first.
         rank: the rank of every B_k A_k, r; E - 1 times r is at most the rank of the kernel as a matrix.
         experts, width, gate, temperature: see `Routed`.
     """

@@ -34,8 +34,8 @@ class MECondConv(Pass):
     Mixing reads all experts once per call, which is noticeable for small maps and batches. With timestep routing
     `<path>.mix` is a region like any other: `InheritFeatures("**.mix", Uniform(10))` mixes at every tenth call.
 
-    With a `rank` the other experts are the convolution plus kernels of low rank. These are added to its result by two
-    small convolutions, and no kernel is mixed, whose cost is the rank times E - 1 relative to the output channels.
+    With a `rank` the other experts are the convolution plus kernels of low rank. Two small convolutions add these to
+    its result instead of mixing kernels. Their cost relative to the convolution's is rank·(E - 1) / output channels.
 
     Args:
         where: paths or patterns of convolutions; by default those of the resnets next to what was pruned.

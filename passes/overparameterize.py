@@ -20,8 +20,8 @@ KINDS = {"product": Product, "branches": Branches}
 class Overparameterize(Pass):
     """Compose the kernels of layers of several parameters, for training.
 
-    The UNet computes what it did before, and can compute nothing that it could not compute before. But training takes
-    another way. Afterwards `Fold` multiplies the parameters, so that they cost nothing at inference.
+    The UNet computes what it did before, and can compute nothing that it could not compute before. Only
+    the training dynamics differ. Afterwards `Fold` multiplies the parameters, so that they cost nothing at inference.
 
     Args:
         where: paths or patterns of convolutions and linear layers.
@@ -31,7 +31,7 @@ class Overparameterize(Pass):
     Raises:
         SpecError: there is no such kind.
         PathError: there is no such layer.
-        EditError: it is no convolution or linear layer of its own weights, or it pads with other than zeros.
+        EditError: it is no convolution or linear layer with separate weights, or it pads with other than zeros.
     Example:
         ```python
         wide = sdgraph.apply(student, [Overparameterize("up_blocks.**.conv1")])
@@ -55,7 +55,7 @@ class Overparameterize(Pass):
             if not isinstance(layer, nn.Conv2d | nn.Linear):
                 kind = type(layer).__name__ if layer is not None else graph.region(path).source_class
                 raise EditError(
-                    f"{path} is no layer with weights of its own, but {kind or 'a part of one'}",
+                    f"{path} is no layer with separate weights, but {kind or 'a part of one'}",
                     where=path,
                     hint="name nn.Conv2d and nn.Linear modules, as in '**.conv1'",
                 )

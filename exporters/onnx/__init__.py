@@ -1,4 +1,4 @@
-"""How an exported folder is written: `export`.
+"""The export to ONNX: `export`.
 
 It imports `ort`, which checks what was written, and `bundle`.
 """

@@ -46,7 +46,7 @@ def _normalise(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: flo
 
 @_operator
 def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: float, silu: bool) -> Tensor:
-    """GroupNorm: group normalisation, then SiLU if so wished.
+    """GroupNorm: group normalisation, followed by SiLU if `silu`.
 
     Args:
         x: (B, H, W, C).
@@ -116,7 +116,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None) 
 
     Args:
         q, k, v: (B, N, heads·d), (B, M, heads·d) twice.
-        scale: of the logits; 1/√d by default.
+        scale: the factor of the logits; 1/√d by default.
     """
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
     if torch.compiler.is_exporting():

@@ -91,7 +91,7 @@ def export(
         opset: version of the ONNX operators, 18 to 20.
         provider: a provider of ONNX Runtime on which the models are compared as well, beside the CPU's; see
             `ORTUNet.from_pretrained`.
-        precision: the precision of that provider, which has bounds of its own.
+        precision: the precision of that provider, which has separate bounds.
         overwrite: replace an earlier export, once the new one is checked.
         atol: bound on the largest difference from eager, which is `atol + rtol * largest value`.
         rtol: the other part of that bound.
@@ -130,7 +130,7 @@ def export(
 
 
 def _lowered(unet: GraphUNet) -> tuple[GraphUNet, dict[str, int]]:
-    """The UNet with ONNX Runtime's own operators, and how often each lowering applied."""
+    """Return the UNet with ONNX Runtime's own operators, and the number of places that each lowering applied to."""
     from .lowering import ALL
 
     lowered = sdgraph.apply(unet, ("CleanUp", *ALL), verify=False)  # the export is checked, as a whole
@@ -285,7 +285,7 @@ def _compare(
                     exported = loaded.backend.run(variant, given, manifest.check(call))
                 except SdgraphError:
                     raise
-                except Exception as error:  # ONNX Runtime's errors have no base of their own
+                except Exception as error:  # ONNX Runtime's errors have no base class
                     raise ExportError(
                         f"ONNX Runtime opens the exported model and cannot run it: {error}",
                         where=name,

@@ -13,7 +13,7 @@ INT64 = onnx.TensorProto.INT64
 
 
 def merge(models: Sequence[onnx.ModelProto], manifest: Manifest) -> onnx.ModelProto:
-    """One model out of those of a manifest, in its order.
+    """Return one model made of those of a manifest, in its order.
 
     Its inputs are those of a call, `variant`, the number of the variant to run, and `reused.SITE` of all sites; its
     outputs are the noise prediction and `computed.SITE` of all sites. Where a variant does not compute a site, its
@@ -54,7 +54,7 @@ def merge(models: Sequence[onnx.ModelProto], manifest: Manifest) -> onnx.ModelPr
 def _branch(
     graph: onnx.GraphProto, number: int, manifest: Manifest, weights: dict[str, onnx.TensorProto]
 ) -> onnx.GraphProto:
-    """A graph without inputs, whose values have names of their own; its weights go to `weights`."""
+    """Return a graph without inputs, whose values have unique names; its weights go to `weights`."""
     names: dict[str, str] = {"": ""}
     for tensor in graph.initializer:
         name = tensor.name

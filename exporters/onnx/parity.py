@@ -23,14 +23,14 @@ BOUNDS = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-3, 2e-2), torch.bfloat
 
 @dataclass(frozen=True)
 class Comparison:
-    """One call of both.
+    """The comparison of an exported model with eager PyTorch at one call.
 
     Args:
         model: the file.
-        shapes: of the inputs, by name.
+        shapes: the shapes of the inputs, by name.
         largest: largest absolute value of the eager output that is the furthest off, by its bound.
         difference: largest absolute difference of that one.
-        bound: what it must not exceed.
+        bound: the largest difference that is allowed.
         provider: the provider of ONNX Runtime that ran the model.
         precision: the dtype that it computed in.
     """
@@ -50,15 +50,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote and how it compares with eager. Prints as a table; `as_dict()` is plain data.
+    """The files of an export, and their comparison with eager. It prints as a table; `as_dict()` is plain data.
 
     Args:
-        nodes: operators in each ONNX graph, by file.
-        weight_bytes: of the UNet's parameters.
-        file_bytes: of the models, their weights, configuration and manifest on disk.
-        comparisons: one per model and shape.
-        seconds: by stage.
-        fused: places at which each lowering applied.
+        nodes: the number of operators in each ONNX graph, by file.
+        weight_bytes: the bytes of the UNet's parameters.
+        file_bytes: the bytes of the models, their weights, configuration and manifest on disk.
+        comparisons: the comparisons, one per model and shape.
+        seconds: the wall time of each stage, in seconds.
+        fused: the number of places at which each lowering applied.
     """
 
     nodes: dict[str, int]

@@ -1,4 +1,4 @@
-"""What an export is asked for: which UNet, with which inputs, into which directory. Checked before anything is done."""
+"""The request for an export: the UNet, its inputs and the directory, which are checked before anything is done."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_target(overwrite: bool, target: Path) -> None:
     """Refuse to write over what is there.
 
     Raises:
-        ExportError: something is, and is no earlier export or `overwrite` is not wished.
+        ExportError: the path exists and is not an earlier export, or `overwrite` is False.
     """
     if not target.exists():
         return

@@ -23,7 +23,10 @@ def simplify(graph: fx.Graph) -> None:
 
 
 def _cat(graph: fx.Graph, node: fx.Node) -> None:
-    """`cat` takes what it joins to one dtype; ONNX's wants it so. Operators by element the translator sees to."""
+    """Cast the parts of `cat` first: `torch.cat` promotes dtypes but ONNX `Concat` does not.
+
+    The translator casts for elementwise operators.
+    """
     parts: Any = node.args[0]
     for part in {*parts}:
         if part.meta["val"].dtype != node.meta["val"].dtype:
@@ -46,7 +49,7 @@ def _div(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _skip(graph: fx.Graph, node: fx.Node) -> bool:
-    """Let users take what the node was given, if that is the same."""
+    """Give the argument of a node to its users, if the node does not change it."""
     given: Any = node.args[0]
     if given.meta["val"].dtype != node.meta["val"].dtype:
         return False
@@ -56,7 +59,7 @@ def _skip(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _floordiv(graph: fx.Graph, node: fx.Node) -> None:
-    """ONNX divides integers towards zero, Python downwards: a multiple of the divisor is divided alike."""
+    """Divide a multiple of the divisor, which ONNX and Python divide alike: otherwise ONNX rounds towards zero."""
     number, divisor = node.args
     if not any(map(_may_be_negative, node.args)):
         return
@@ -84,7 +87,7 @@ def _size(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any
 
 
 def _sort(graph: fx.Graph, node: fx.Node) -> None:
-    """Any sort is ONNX's `TopK`, which is stable; `argsort` is its second output."""
+    """Write sorts as ONNX's `TopK`, which is stable; `argsort` is its second output."""
     given = _arguments(node)
     values = given["self"]
     dtype = values.meta["val"].dtype
@@ -101,8 +104,10 @@ def _sort(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _scatter(graph: fx.Graph, node: fx.Node) -> None:
-    """ONNX Runtime scatters float16 nowhere but on CUDA: it is done in float32. And a mean is a sum divided by a count:
-    ONNX has no other, and the translator would write the last value."""
+    """Scatter in float32, because ONNX Runtime has float16 kernels on CUDA only; write a mean as a sum over a count.
+
+    `ScatterElements` has no mean, and the translator would silently keep the last value.
+    """
     given = _arguments(node)
     own, index, source = given["self"], given["index"], given["src"]
     dtype = own.meta["val"].dtype
@@ -138,14 +143,14 @@ def _mean(graph: fx.Graph, own: fx.Node, dim: int, index: fx.Node, source: fx.No
 
 
 def _call(graph: fx.Graph, target: Any, like: fx.Node, *args: Any, **options: Any) -> fx.Node:
-    """A node whose value has the shape and dtype of its first argument."""
+    """Return a node whose value has the shape and dtype of its first argument."""
     new = graph.call_function(target, (like, *args), options)
     new.meta = dict(like.meta)
     return new
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by their names in the operator's schema."""
+    """Return the arguments of a call by their names in the operator's schema."""
     schema: Any = node.target._schema  # type: ignore[union-attr]
     defaults = {argument.name: argument.default_value for argument in schema.arguments}
     return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}

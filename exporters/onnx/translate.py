@@ -90,7 +90,7 @@ def translate(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what came first."""
+    """Return the first line of the root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().partition("\n")[0]
@@ -234,13 +234,13 @@ def strip(model: ir.Model) -> None:
 
 
 def readable(dim: str) -> str:
-    """A size in the words of the ONNX file: `ceil(H/2)` is `ceil(height/2)`."""
+    """Return a size in the words of the ONNX file: `ceil(H/2)` is `ceil(height/2)`."""
     return re.sub(r"[A-Za-z]\w*", lambda word: NAMES.get(word[0], word[0]), dim)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch says to itself while exporting, and a user can do nothing about."""
+    """Silence warnings of torch.export that the user cannot act on."""
     registry = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registry.level
     registry.setLevel(logging.ERROR)  # "torchvision is not installed", once per operator of torchvision

@@ -1,4 +1,4 @@
-"""Passes: what one is, how it is run, checked against its contract and reported; local rewrites.
+"""Passes: their base class, combinations and text, the runner with its checks, reports, local rewrites.
 
 It imports `graph`, `ir`, `views` and the vocabulary; it knows no UNets.
 """

@@ -63,7 +63,7 @@ def _is_core(module: str) -> bool:
 
 
 def _package(module: str) -> str:
-    """Return the package of a module; `sdgraph.passes` and `sdgraph.exporters` count as packages of their own."""
+    """Return the package of a module; `sdgraph.passes` and `sdgraph.exporters` count as separate packages."""
     names = module.split(".")
     return ".".join(names[:2]) if names[:2] in (["sdgraph", "passes"], ["sdgraph", "exporters"]) else names[0]
 

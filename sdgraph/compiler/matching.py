@@ -19,7 +19,7 @@ COMMUTE = (operator.add, operator.mul)
 
 
 class NoMatch(Exception):
-    """Raised by a rewrite's `check`: why it does not apply here."""
+    """The reason why a rewrite does not apply at a place, raised by its `check`."""
 
 
 class Pattern:
@@ -27,7 +27,7 @@ class Pattern:
 
     Args:
         method: the rewrite's `pattern`.
-        name: of the rewrite, for errors.
+        name: the name of the rewrite, for errors.
     Raises:
         SpecError: the pattern returns no single value of an operation, or does not use a parameter.
     """
@@ -72,7 +72,7 @@ class Match:
         self.taken: list[fx.Node] = []
 
     def arguments(self) -> list[Any]:
-        """The values of the pattern's parameters, in order."""
+        """Return the values of the pattern's parameters, in order."""
         return [self.bound[name] for name in self.pattern.names]
 
     def at(self, node: fx.Node) -> None:

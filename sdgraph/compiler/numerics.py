@@ -32,7 +32,7 @@ def example(graph: Graph, seed: int = 0, optional: bool = False, **sizes: int) -
     """Return random inputs of a call, on the device of the weights.
 
     Args:
-        seed: of the random numbers.
+        seed: the seed of the random numbers.
         optional: whether inputs are included that a call may leave out.
         sizes: sizes of the call by symbol, such as `B=2, H=8, W=16, L=5`; small by default, and enlarged as far as the
             graph requires.

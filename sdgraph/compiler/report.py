@@ -115,7 +115,7 @@ def _rows(p: PassReport, depth: int) -> list[tuple[str, ...]]:
 
 
 def _decided(p: PassReport) -> str:
-    """The first decisions of a pass."""
+    """Return the first decisions of a pass as text."""
     shown = p.decisions[:4]
     rest = f", and {len(p.decisions) - len(shown)} more" if len(p.decisions) > len(shown) else ""
     return f"{p.spec} decided {', '.join(map(str, shown))}{rest}"

@@ -57,7 +57,7 @@ def undisturbed(verb: str) -> Iterator[None]:
     """A context in which modes around a call of `verb` change no numbers: no autocast, and no meta device by default.
 
     Raises:
-        TraceError: a mode is active in which tensors have no numbers of their own.
+        TraceError: a mode is active in which tensors have no numbers.
     """
     if torch._C._functorch.maybe_current_level() is not None:
         mode = "a transform of torch.func"

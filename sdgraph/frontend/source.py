@@ -104,7 +104,7 @@ def _check_parameter(path: str, parameter: nn.Parameter) -> None:
     plain = kind.__torch_function__ is torch._C._disabled_torch_function_impl or kind is torch.Tensor
     if not parameter.is_floating_point() or not plain or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise SourceError(
-            f"the weight is quantised, or has operations of its own: a {kind.__name__} of {parameter.dtype}",
+            f"the weight is quantised, or replaces operations: a {kind.__name__} of {parameter.dtype}",
             where=path,
             hint=UNQUANTISED,
         )
@@ -191,7 +191,7 @@ def _faults(module: nn.Module) -> Iterator[tuple[str, str]]:
     if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
         yield (
             "the UNet is in training mode with active dropout, so it is not one function",
-            "call unet.eval() first; the result has train() of its own",
+            "call unet.eval() first; the result has a separate train()",
         )
     if module.training and isinstance(module, nn.modules.batchnorm._NormBase):
         yield f"{kind.__name__} is in training mode, and edits its statistics at every call", "call unet.eval() first"

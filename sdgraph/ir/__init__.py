@@ -1,5 +1,4 @@
-"""What a graph is: nodes and their values, sizes, guards, inputs, weights, sites, regions, costs; specialisation; and
-the tracer that turns ordinary PyTorch code into nodes.
+"""The graph: nodes and their values, sizes, guards, weights, sites, regions, variants; the tracer; the editor.
 
-It imports only the vocabulary: `errors`, `spec`, `schedules`.
+It imports only the vocabulary: `errors`, `options`, `spec`, `schedules`, `forecasts`.
 """

@@ -626,7 +626,7 @@ class EditableGraph(GraphState):
                 raise EditError(
                     f"{node.name} is a node of another graph",
                     where=scope(node),
-                    hint="find it in this graph: a copy has nodes of its own",
+                    hint="find it in this graph: a copy has separate nodes",
                 )
 
     def _keep_sites(self, region: Region) -> None:

@@ -70,9 +70,9 @@ def random_value(
     """Return random numbers for an input, float32 or int64, on the CPU.
 
     Args:
-        shape: of the value.
-        generator: of the random numbers.
-        config: of the source UNet, which says how many classes there are.
+        shape: the shape of the value.
+        generator: the generator of the random numbers.
+        config: the configuration of the source UNet, which has the number of classes.
     """
     if spec.kind == "float":
         return torch.randn(shape, generator=generator)

@@ -86,7 +86,7 @@ def also_read_only(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return where the memory of a tensor starts and ends; (0, 0) if it has none of its own."""
+    """Return where the memory of a tensor starts and ends; (0, 0) if it has no memory itself."""
     if tensor.is_meta or tensor.layout is not torch.strided:
         return 0, 0
     try:
@@ -129,7 +129,7 @@ def _written(func: Any) -> tuple[tuple[int, str], ...]:
 
 
 class _Arrays(TorchFunctionMode):
-    """Makes arrays over the memory read-only, and copies for other libraries, which could not be told."""
+    """Makes arrays over the memory read-only, and copies for other libraries, which do not know of the refusal."""
 
     def __init__(self, memory: Memory) -> None:
         super().__init__()

@@ -41,8 +41,8 @@ class Site:
     Args:
         schedule: the calls at which it is computed anew.
         forecast: what it is at the others, from its last refreshes: a forecast, or its order (0 repeats the last one).
-        invariant: it depends on conditioning alone, so that all generations with the same conditioning may share it.
-        bypassed: at the other calls another value of the same call takes its place, so that nothing is kept.
+        invariant: whether it depends on conditioning alone, so that generations with equal conditioning may share it.
+        bypassed: whether another value of the same call takes its place at the other calls, so that nothing is kept.
     """
 
     schedule: Schedule
@@ -63,13 +63,15 @@ class Site:
 
 
 def sites(nodes: fx.Graph) -> dict[str, fx.Node]:
-    """The nodes of the sites of a graph, by name, in graph order."""
+    """Return the nodes of the sites of a graph, by name, in graph order."""
     return {str(node.args[-1]): node for node in nodes.nodes if node.target in (inherit, bypass)}
 
 
 def changing_nodes(nodes: fx.Graph, inputs: Iterable[Input]) -> set[fx.Node]:
-    """The nodes whose tensors depend on inputs that change from call to call. Sizes do not: a call of another size
-    begins another generation."""
+    """Return the nodes whose tensors depend on inputs that change from call to call.
+
+    Sizes do not change: a call of another size begins another generation.
+    """
     conditioning = {i.name for i in inputs if i.conditioning}
     changing: set[fx.Node] = set()
     for node in nodes.nodes:
@@ -88,8 +90,12 @@ def _holds_tensors(node: fx.Node) -> bool:
 
 
 def live_nodes(nodes: fx.Graph, reused: Collection[str] = ()) -> set[fx.Node]:
-    """What a call at which the sites `reused` are inherited comes by on its way from the output back to the inputs: the
-    nodes it computes, and the reused sites at which it stops."""
+    """Return the nodes that a call computes, and the reused sites at which the walk back from its output stops.
+
+    Args:
+        nodes: the nodes of the graph.
+        reused: the names of the sites that the call reuses or bypasses.
+    """
 
     def inputs(node: fx.Node) -> list[fx.Node]:
         if node.target is bypass:

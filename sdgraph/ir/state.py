@@ -41,8 +41,8 @@ class GraphState:
         weights: leaf modules and parameters under the source's names.
         inputs: the flat inputs, in the order of the placeholders.
         dims: the free sizes.
-        dtype: of the source's parameters.
-        device: of the source's parameters.
+        dtype: the dtype of the source's parameters.
+        device: the device of the source's parameters.
         config: the source's configuration.
         guards: the conditions that the sizes of a call must satisfy.
         classes: the class name of every source module, by path.

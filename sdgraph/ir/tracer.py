@@ -45,7 +45,7 @@ _LOCK = threading.RLock()  # what `tracing` patches is global, so traces take tu
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is a leaf of the graph, as PyTorch's own are; the code of any other module is traced."""
+    """Return whether a module is a leaf of the graph, as PyTorch's own are; the code of any other module is traced."""
     ours = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
     return isinstance(module, Scale) or (ours and not isinstance(module, CONTAINERS))
 
@@ -296,8 +296,8 @@ class Names:
     """Names of modules and tensors.
 
     Args:
-        modules: by id.
-        tensors: by id; a tied tensor has the first of its names.
+        modules: the paths of modules by id.
+        tensors: the names of tensors by id; a tied tensor has the first of its names.
         transient: the names of buffers that no `state_dict` holds.
     """
 
@@ -379,7 +379,7 @@ class Tracer(fx.proxy.TracerBase):
         raise self.error(f"{node.target} returns a {type(val).__name__}", "return tensors or tuples of tensors")
 
     def _is_fixed(self, node: fx.Node) -> bool:
-        """Whether a number is the same at all sizes. Of what is computed from sizes, the two sizes do not prove it."""
+        """Return whether a number is the same at all sizes. For results of arithmetic, two sizes do not prove it."""
         val = node.meta["val"]
         if isinstance(val, float) or val != node.meta["probe"]:
             return False
@@ -442,7 +442,7 @@ class Tracer(fx.proxy.TracerBase):
         return self._once[key]
 
     def is_fixed(self, node: fx.Node, read: Callable[[Any], Any]) -> bool:
-        """Whether a property of a node's value that is the same at both sizes of a trace is so at others too.
+        """Return whether a property of a node's value that is the same at both sizes of a trace is so at others too.
 
         `x[:, :, ::64].shape[2]` is 1 at small sizes. Sizes at which an operation fails do not count.
 
@@ -461,7 +461,7 @@ class Tracer(fx.proxy.TracerBase):
         return True
 
     def _at(self, scale: int, known: Mapping[fx.Node, Any], node: fx.Node) -> Any:
-        """The value of a node with each size of the call multiplied; None if it is not known."""
+        """Return the value of a node with each size of the call multiplied; None if it is not known."""
         if node in known:
             return known[node]
         val, probe = values(node)
@@ -499,7 +499,7 @@ class Tracer(fx.proxy.TracerBase):
 
         Args:
             condition: the decision as an expression in the call's sizes; empty if it is about a dtype or a device.
-            outcomes: at the nominal and at the generic sizes.
+            outcomes: the outcomes at the nominal and at the generic sizes.
         """
         nominal, generic = outcomes
         function, line, place = calling_line(OWN_MODULES)

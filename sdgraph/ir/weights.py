@@ -59,7 +59,7 @@ class Branch(nn.Module):
         super().add_module(name, module)
 
     def __getattr__(self, name: str) -> Any:
-        modules = self.__dict__["_modules"]  # first, because the code of a graph comes by here for every leaf
+        modules = self.__dict__["_modules"]  # first, because the code of a graph reads every leaf here
         if name in modules:
             return modules[name]
         try:
@@ -130,7 +130,7 @@ class Branches(Branch, nn.ModuleList):
 
 
 class Weights(Branch):
-    """A tree of leaf modules and tensors by dotted path. It has no code of its own."""
+    """A tree of leaf modules and tensors by dotted path. It has no code."""
 
     def settle(self, source: nn.Module | None, called: Collection[str]) -> None:
         """Make branches of all modules that are not called, each with its path and the source's module at that path."""
@@ -232,17 +232,19 @@ def alteration(module: nn.Module) -> str:
     moved = "_hf_hook" in own or set(getattr(own.get("_diffusers_hook"), "hooks", ())) & _OFFLOADING
     for name, value in own.items():
         if own_code(module, name, value) and not (name == "forward" and (moved or "_original_forward" in own)):
-            return f"a {name} of its own"
+            return f"another {name}"
     hidden = "_old_forward" in own and own_code(module, "forward", own["_old_forward"])
-    return "a forward of its own" if hidden else ""
+    return "another forward" if hidden else ""
 
 
 _OFFLOADING = {"group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker", "lazy_leafs"}
 
 
 def kind(module: nn.Module) -> tuple[object, ...]:
-    """Return what a leaf module is apart from the values of its weights: its class, what it was given besides, what it
-    was constructed with (as its attributes say it now), and the shapes of its tensors."""
+    """Return the kind of a leaf module: its class, its alterations, its options, and the shapes of its tensors.
+
+    The options are the arguments of its constructor, as its attributes have them now.
+    """
     own = vars(module)
     options = tuple((name, repr(own[name])) for name in _option_names(type(module)) if name in own)  # type: ignore[arg-type]
     tensors = (*module.named_parameters(), *module.named_buffers())

@@ -188,9 +188,9 @@ def test_what_cannot_be_folded_or_composed() -> None:
     with pytest.raises(PathError, match="no module matches"):
         sdgraph.apply(source, Overparameterize("**.conv9"))
     for where, found in (("mid_block.resnets.0", "ResnetBlock2D"), ("**.norm1", "GroupNorm")):
-        with pytest.raises(EditError, match=f"no layer with weights of its own, but {found}"):
+        with pytest.raises(EditError, match=f"no layer with separate weights, but {found}"):
             sdgraph.apply(source, Overparameterize(where))
-    with pytest.raises(EditError, match="conv1 is no layer with weights of its own, but Product"):
+    with pytest.raises(EditError, match="conv1 is no layer with separate weights, but Product"):
         sdgraph.apply(source, [Overparameterize(), Overparameterize()])
     source.conv_in.padding_mode = "reflect"
     with pytest.raises(EditError, match="conv_in pads with other than zeros"):

@@ -7,15 +7,6 @@ import pytest
 from ..documents import ROOT
 from .prose import of_code, of_page
 
-# Rooms that do not keep the rules yet. A room that does must leave the list, which ends empty.
-NOT_YET = (
-    "docs/writing-a-pass.md",
-    "exporters/onnx",
-    "passes",
-    "sdgraph/compiler",
-    "sdgraph/frontend",
-    "sdgraph/ir",
-)
 CODE = [
     path for top in ("sdgraph", "passes", "exporters", "benchmarks", "examples") for path in ROOT.glob(f"{top}/**/*.py")
 ]
@@ -31,8 +22,7 @@ def room(path: Path) -> str:
 def test_prose_keeps_the_rules(name: str) -> None:
     faults = [fault for path in CODE if room(path) == name for fault in of_code(path)]
     faults += [fault for path in PAGES if room(path) == name for fault in of_page(path)]
-    assert name not in NOT_YET or faults, f"{name} keeps the rules: take it from the list"
-    assert name in NOT_YET or not faults, "\n".join(faults)
+    assert not faults, "\n".join(faults)
 
 
 def test_faults_are_found(tmp_path: Path) -> None:
