@@ -1,4 +1,4 @@
-"""The loop: a student gets closer to its teacher, nothing that was passed changes, and a run resumes bit for bit."""
+"""The loop: what it changes, keeps, validates, logs and refuses. `test_plain_loop` compares its weights."""
 
 from __future__ import annotations
 
@@ -44,15 +44,14 @@ from .conftest import Tune, equal, tensors
 # -- what a run does ---------------------------------------------------------------------------------------------------
 
 
-def test_the_student_learns_and_nothing_else_changes(
+def test_the_student_alone_changes(
     tune: Tune, student: sdgraph.GraphUNet, teacher: UNet2DConditionModel, tmp_path: Path
 ) -> None:
     before = tensors(student), tensors(teacher)
-    tuned, report = tune(max_train_steps=40)
+    tuned, report = tune(max_train_steps=5)
 
     loss = report.column("loss")
-    assert loss[-5:].mean() < 0.5 * loss[:5].mean()
-    assert list(report.column("step")) == list(range(1, 41))
+    assert list(report.column("step")) == list(range(1, 6))
     assert report.names[5:] == ("Output", "Features", "Denoising")
     terms = [report.column(name) for name in report.names[5:]]
     assert loss == pytest.approx(terms[0] + 10 * terms[1] + 0.01 * terms[2], rel=1e-4)
@@ -61,7 +60,7 @@ def test_the_student_learns_and_nothing_else_changes(
     assert not equal(tensors(tuned), before[0])
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         ".lock",
-        "checkpoint-40",
+        "checkpoint-5",
         "loss.csv",
         "loss.svg",
         "tuning.json",
@@ -126,11 +125,8 @@ def test_parameters_may_have_learning_rates_of_their_own(
             tune(output_dir=tmp_path / "wrong", learning_rates=wrong)
 
 
-def test_pairs_are_trained_on_the_guided_prediction(tune: Tune, tmp_path: Path) -> None:
+def test_pairs_are_half_without_captions(tune: Tune, tmp_path: Path) -> None:
     options = {"losses": (Output(), Guidance(3.0)), "guidance_pairs": True, "proportion_empty_prompts": 0.0}
-    _, report = tune(max_train_steps=20, output_dir=tmp_path / "run", train_batch_size=8, **options)
-    guided = report.column("Guidance")
-    assert guided[-5:].mean() < guided[:5].mean()
     for wrong in ({"train_batch_size": 3}, {"proportion_empty_prompts": 0.1}):
         with pytest.raises(errors.TuningError, match="every second row is without its caption"):
             tune(output_dir=tmp_path / "wrong", **{**options, **wrong})
@@ -156,17 +152,6 @@ def test_gradient_checkpointing_and_accumulation_change_nothing_that_matters(tun
     assert whole.column("Output")[0] == once.column("Output")[0]
     for name in ("Output", "gradient_norm"):
         assert parts.column(name)[0] == pytest.approx(once.column(name)[0], rel=1e-4)
-
-
-def test_widths_that_differ_are_mapped(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
-    narrow = sdgraph.apply(build("sd15", block_out_channels=(8, 16), norm_num_groups=4), [])
-    tuned, report = sdgraph.tune(
-        narrow, teacher, data, scheduler=DDPMScheduler(), max_train_steps=12, output_dir=tmp_path / "run",
-        losses=(Features(("mid_block", "up_blocks.1.attentions.0")),), learning_rate=1e-2, report_to="none",
-        train_batch_size=4, checkpointing_steps=6,
-    )  # fmt: skip
-    assert report.column("loss")[-1] < report.column("loss")[0]
-    assert not any("adapter" in name for name in tuned.state_dict())
 
 
 def test_first_weights_of_adapters_follow_from_the_seed(
@@ -455,7 +440,6 @@ def test_experts_learn_to_part(teacher: UNet2DConditionModel, data: Tensors, tmp
     prior = report.column("RoutingPrior")
     assert prior[0] == pytest.approx(0.6931, abs=1e-3)  # nothing is preferred at first
     assert prior[14] < 0.5
-    assert report.column("Output")[-5:].mean() < report.column("Output")[:5].mean()
     assert any(
         not torch.equal(value, tensors(student)[name]) for name, value in tensors(tuned).items() if ".mix." in name
     )
@@ -510,27 +494,3 @@ def test_data_of_any_precision_are_read(dtype: torch.dtype, tune: Tune, data: Te
         data=data, max_train_steps=1, proportion_empty_prompts=0.5, output_dir=report.output_dir.parent / "exact"
     )
     assert report.column("loss") == pytest.approx(expected.column("loss"), rel=0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd21", "sdxl"])
-def test_every_architecture_and_every_loss(name: str, tmp_path: Path) -> None:
-    teacher = build(name, layers_per_block=2)
-    call = call_of(teacher, B=8, H=8, W=8)
-    conditions = {"encoder_hidden_states": call["encoder_hidden_states"], **call.get("added_cond_kwargs", {})}
-    losses = (*DEFAULT, AttentionMaps(), Similarity(), Wavelet())
-    tuned, report = sdgraph.tune(
-        sdgraph.apply(teacher, [PruneBlocks("bk-sdm-base")]), teacher, Tensors(call["sample"], conditions),
-        scheduler=DDPMScheduler(prediction_type="v_prediction"), max_train_steps=20, output_dir=tmp_path / "run",
-        losses=losses,
-        train_batch_size=8, learning_rate=2e-3, report_to="none",
-    )  # fmt: skip
-    for column in report.names[5:]:
-        if column != "Denoising":  # random latents have nothing to be learned
-            assert report.column(column)[-4:].mean() < report.column(column)[:4].mean(), column
-    plain = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "unet")
-    torch.testing.assert_close(plain(**call).sample, tuned(**call).sample, rtol=1e-3, atol=1e-4)
-    recipe = json.loads((tmp_path / "run" / "tuning.json").read_text())
-    assert recipe["passes"] == ["PruneBlocks('bk-sdm-base')"]
-    assert "down_blocks.0.resnets.1" in recipe["removed"]
-    assert recipe["losses"].startswith("Output(), Features(weight=10.0)")
