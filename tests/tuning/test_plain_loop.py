@@ -76,6 +76,7 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (errors / squares).mean()
 
 
+@pytest.mark.law("A tuned student equals that of a plain PyTorch loop.")
 def test_the_default_losses_on_models_of_diffusers(
     tune: Tune, student: sdgraph.GraphUNet, teacher: UNet2DConditionModel, data: Tensors
 ) -> None:
