@@ -51,7 +51,7 @@ def format_graph(graph: GraphState, depth: int = 3, within: str = "") -> str:
         if any(re.search(r"/\d", row.shape) for row in listing.rows):
             lines[1] += "; H/2 is half of H, rounded up" if "H" in lines[1] else "; a/2 is half of a, rounded up"
     if graph.sites:
-        lines += ["", "inherited", *_inherited(graph)]
+        lines += ["", "reused", *_reused(graph)]
     if graph.removed:
         width = max(map(len, graph.removed))
         lines += ["", "removed"]
@@ -59,8 +59,8 @@ def format_graph(graph: GraphState, depth: int = 3, within: str = "") -> str:
     return "\n".join(lines)
 
 
-def _inherited(graph: GraphState) -> list[str]:
-    """Return a line for every schedule: its sites, and the cost of a call that inherits them."""
+def _reused(graph: GraphState) -> list[str]:
+    """Return a line for every schedule: its sites, and the cost of a call that reuses them."""
     groups: dict[str, list[str]] = {}
     for name, site in graph.sites.items():
         forecast = f", forecast {site.forecast}" if site.forecast != REPEAT else ""

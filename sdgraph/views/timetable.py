@@ -105,7 +105,7 @@ class Timetable:
             rows.setdefault(row, []).append(site)
         seen = set("".join(rows))
         legend = " ".join(f"{sign} {word}" for sign, word in WORDS.items() if sign in seen)
-        lines = [f"{self.run.calls} calls: {legend}" if rows else f"{self.run.calls} calls: nothing is inherited"]
+        lines = [f"{self.run.calls} calls: {legend}" if rows else f"{self.run.calls} calls: nothing is reused"]
         lines += [f"  {row}  {format_names(names)}" for row, names in rows.items()]
         drifting = DRIFTING in seen
         lines += [
@@ -171,7 +171,7 @@ class Timetable:
         }
         rows = [[shades[sign] for sign in self.row(site)] for site in self.sites]
         if not rows:
-            raise SpecError("nothing is inherited or bypassed", where="draw", hint="apply a pass with a schedule")
+            raise SpecError("nothing is reused or bypassed", where="draw", hint="apply a pass with a schedule")
         with save_figure(path) as figure:
             figure.set_size_inches(4.5 + 0.11 * len(rows[0]), 1.0 + 0.16 * len(rows))
             axes = figure.add_subplot()

@@ -34,7 +34,7 @@ def test_show_prints_regions_and_calls_at_the_users_sizes(tmp_path: Path, capsys
 
 def test_show_without_passes_and_of_a_saved_unet(reusing_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(MODEL / "unet"), "--depth", "2"]) == 0
-    assert "nothing is inherited" in capsys.readouterr().out
+    assert "nothing is reused" in capsys.readouterr().out
     assert main(["show", str(reusing_folder), "--calls", "4", "--scheduler", "DDIMScheduler"]) == 0
     said = capsys.readouterr().out
     assert "passes: CleanUp(), InheritFeatures" in said

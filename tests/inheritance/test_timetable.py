@@ -264,7 +264,7 @@ def test_a_table_says_what_it_supposes(tiny: GraphUNet) -> None:
     assert {other.row(name) for name in unet.graph.sites} != {row}
     assert "timesteps 999 to 0, DPMSolverMultistepScheduler" in str(other)
     assert other.as_dict()["timesteps"] == scheduler.timesteps.tolist()
-    assert "nothing is inherited" in str(tiny.graph.timetable(3))
+    assert "nothing is reused" in str(tiny.graph.timetable(3))
 
 
 def test_costs_at_other_sizes(tiny: GraphUNet, monkeypatch: pytest.MonkeyPatch) -> None:
