@@ -56,6 +56,8 @@ class InheritFeatures(Pass):
             interval: the number of calls from one computation of everything to the next.
             branch: the up layer whose entry is inherited, counted from the output, three to a block; the larger, the
                 more is computed at every call.
+        Returns:
+            The pass.
         """
         block, layer = divmod(branch, 3)
         return cls(f"up_blocks.{-1 - block}.resnets.{-1 - layer}", Uniform(interval), part="entry")
@@ -83,6 +85,12 @@ class InheritFeatures(Pass):
 
         The published calls are for 50. Neither the noise that its code adds to the latents nor its joining of calls
         into batches is a matter of the UNet.
+
+        Args:
+            key_calls: the numbers of the calls that compute everything, counted from 0.
+            of: the number of calls that a generation must have; None allows any.
+        Returns:
+            The pass.
         """
         return cls("{conv_in,down_blocks.*,mid_block}", Explicit(key_calls, of), part="value")
 
@@ -112,7 +120,16 @@ class InheritFeatures(Pass):
         cross_between: tuple[Number, Number] = (100, 900),
     ) -> Chain:
         """Pyramid attention broadcast (Zhao et al., 2024, arXiv 2408.12588): attention at every n-th call, within a
-        range of timesteps; self-attention (`attn1`) and cross-attention (`attn2`) each have theirs."""
+        range of timesteps; self-attention (`attn1`) and cross-attention (`attn2`) each have theirs.
+
+        Args:
+            interval: the number of calls from one self-attention to the next.
+            cross_interval: the number of calls from one cross-attention to the next.
+            between: the lower and the higher timestep of reused self-attention, both excluded.
+            cross_between: the lower and the higher timestep of reused cross-attention, both excluded.
+        Returns:
+            The passes, as one.
+        """
         return Chain(
             (
                 cls("**.attn1", Range(*between, within=Uniform(interval))),
@@ -129,7 +146,10 @@ class InheritFeatures(Pass):
 
         Args:
             level: "block", "layer" or "unit".
-            within: the blocks. The default, ours, are the two innermost stages of each side and the middle.
+            schedule: the calls at which the features are computed.
+            within: the path or pattern of the blocks; by default the two innermost stages of each side and the middle.
+        Returns:
+            The pass.
         """
         return cls(within + LEVELS[level], schedule)
 

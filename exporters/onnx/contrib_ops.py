@@ -49,8 +49,12 @@ def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: flo
     """GroupNorm: group normalisation, followed by SiLU if `silu`.
 
     Args:
-        x: (B, H, W, C).
-        gamma, beta: (C,) in float32.
+        x: the input, (B, H, W, C).
+        gamma: the scale, (C,) in float32.
+        beta: the shift, (C,) in float32.
+        groups: the number of groups.
+        epsilon: the number that is added to the variance.
+        silu: whether SiLU follows.
     """
     if torch.compiler.is_exporting():
         options = {"groups": groups, "epsilon": epsilon, "activation": int(silu), "channels_last": 1}

@@ -105,6 +105,8 @@ def export(
         ScheduleError: a schedule does not fit `calls`.
         ParityError: the numbers are out of bounds.
         SpecError: unknown inputs, target, layout or opset.
+    Example:
+        `print(export(unet, "unet-onnx"))`
     """
     require_onnx()
     unet = as_graph(unet, dtype)

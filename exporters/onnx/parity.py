@@ -82,9 +82,11 @@ class ExportReport:
         return "\n".join([format_table(rows), *fused, size, took])
 
     def as_dict(self) -> dict[str, object]:
+        """Return the report as plain data."""
         return asdict(self)
 
     def json(self) -> str:
+        """Return the report as JSON."""
         return json.dumps(self.as_dict(), indent=2) + "\n"
 
 

@@ -70,8 +70,11 @@ def config_text(unet: GraphUNet) -> bytes:
 
 
 def check_target(overwrite: bool, target: Path) -> None:
-    """Refuse to write over what is there.
+    """Refuse a directory that an export must not replace.
 
+    Args:
+        overwrite: whether an earlier export may be replaced.
+        target: the directory.
     Raises:
         ExportError: the path exists and is not an earlier export, or `overwrite` is False.
     """

@@ -88,6 +88,8 @@ class Pass(Spec, abstract=True):
         Decisions that depend on the values of weights go through `graph.decide`, and conditions on the sizes of calls
         through `graph.require`.
 
+        Args:
+            graph: the graph to edit in place.
         Returns:
             The findings for the report, or None.
         """
@@ -254,6 +256,8 @@ class Fixpoint(Chain, abstract=True):
 def parse(text: str) -> tuple[Pass, ...]:
     """Return the passes that a text names, as calls separated by commas.
 
+    Args:
+        text: the passes, as they are printed.
     Raises:
         SpecError: a part of the text is not understood; the error gives the nearest known name.
     Example:

@@ -55,12 +55,30 @@ class Rewrite(Pass, abstract=True):
     examples: ClassVar[tuple[Example, ...]] = ()
 
     def pattern(self, *values: Any) -> Any:
+        """Compute the value to find, as PyTorch code.
+
+        Args:
+            values: the inputs of the pattern; each parameter matches one value.
+        Returns:
+            The value of an operation.
+        """
         raise NotImplementedError(f"{type(self).__name__}.pattern")
 
     def check(self, *values: Any) -> None:
-        """Every match is fine."""
+        """Raise `NoMatch` for a match that the rewrite does not apply to.
+
+        Args:
+            values: the matched values, with `meta` that holds shape and dtype.
+        """
 
     def replace(self, *values: Any) -> Any:
+        """Compute the value that replaces a match, as PyTorch code.
+
+        Args:
+            values: the inputs of the pattern.
+        Returns:
+            A value of the same shape and dtype.
+        """
         raise NotImplementedError(f"{type(self).__name__}.replace")
 
     def run(self, graph: Graph) -> Findings:

@@ -43,6 +43,8 @@ def attach(pipe: Any) -> Attachment:
     Raises:
         ModeError: the pipeline has no scheduler, its UNet inherits nothing, it exchanges attention processors, as
             perturbed and self-attention guidance do, or it is of a class without weak references.
+    Example:
+        `with sdgraph.attach(pipe): image = pipe("a bowl of fruit").images[0]`
     """
     unet = getattr(pipe, "unet", None)
     tracker = getattr(getattr(unet, "_orig_mod", unet), "tracker", None)

@@ -34,6 +34,8 @@ class EditableGraph(GraphState):
     def region(self, path: str) -> Region:
         """Return the nodes under a module path.
 
+        Args:
+            path: the module path, such as "mid_block.attentions.0".
         Raises:
             PathError: there are none; the error names the nearest paths, or the pass that removed the region.
         """
@@ -50,6 +52,8 @@ class EditableGraph(GraphState):
         `*` stands for any text without a dot and `**` for any text. A negative number counts from the last sibling that
         is in the graph. `{a,b}` stands for `a` or `b`.
 
+        Args:
+            patterns: a path or pattern, or several.
         Raises:
             PathError: a pattern names nothing; the error names the nearest paths.
         Example:
@@ -64,6 +68,8 @@ class EditableGraph(GraphState):
         Args:
             by: the pass that edits, as text.
             decisions: the decisions of the pass; by default it takes them.
+        Returns:
+            A context, which yields the recording.
         Example:
             `with graph.recording() as recording: graph.bypass("mid_block")`, then `recording.edits`
         """
@@ -81,8 +87,10 @@ class EditableGraph(GraphState):
         that are computed from old ones need no decision, because their values are saved.
 
         Args:
-            about: what is decided, such as a module path; the report names it.
-            code: returns numbers, text, or lists and dicts of them (`tensor.item()`, `tensor.tolist()`).
+            about: the subject of the decision, such as a module path; the report names it.
+            code: a function that returns numbers, text, or lists and dicts of them (`tensor.item()`,
+                `tensor.tolist()`).
+            args: the arguments of the function.
         Returns:
             The result as it comes back from a file: tuples are lists.
         Raises:
@@ -124,6 +132,11 @@ class EditableGraph(GraphState):
     ) -> torch.fx.Node:
         """Trace `code(node, *args)` into the graph and give its result to every earlier user of `node`.
 
+        Args:
+            node: the node of the value, which is the first argument of the code.
+            code: a function, or a module, which is registered at `path` with its parameters.
+            args: further arguments; a node of the graph stands for its value.
+            path: the scope of the new nodes; by default that of `node`.
         Returns:
             The node of the result.
         Raises:
@@ -294,6 +307,9 @@ class EditableGraph(GraphState):
     def reschedule(self, name: str, schedule: Schedule) -> None:
         """Give a site another schedule.
 
+        Args:
+            name: the name of the site.
+            schedule: the new schedule.
         Raises:
             PathError: there is no site of this name.
         """
@@ -321,6 +337,9 @@ class EditableGraph(GraphState):
     def rewire(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         """Give `new` to every user of `old`.
 
+        Args:
+            old: the node whose users change.
+            new: the node that they use instead.
         Raises:
             ShapeError: the two do not have the same shape and dtype at every size.
         """
@@ -415,6 +434,8 @@ class EditableGraph(GraphState):
     def erase(self, node: torch.fx.Node) -> None:
         """Remove a node that has no users.
 
+        Args:
+            node: the node.
         Raises:
             EditError: the node has users.
         """

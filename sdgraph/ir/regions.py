@@ -124,6 +124,8 @@ class Region:
 
         See `Graph.bypass`.
 
+        Args:
+            output: the output of the region that is replaced.
         Raises:
             ShapeError: no value has the right shape.
         """

@@ -25,7 +25,14 @@ from .nodes import ancestors
 
 
 def inherit(value: torch.Tensor, site: str) -> torch.Tensor:
-    """Return `value`, which later calls may inherit under the name `site`."""
+    """Return a value that later calls may reuse. In the code of a pass it makes the value a site.
+
+    Args:
+        value: the value, of any shape.
+        site: the name of the site.
+    Example:
+        `graph.insert_after(node, inherit, "features")`
+    """
     return value
 
 

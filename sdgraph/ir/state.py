@@ -100,6 +100,8 @@ class GraphState:
     def input(self, name: str) -> torch.fx.Node:
         """Return the placeholder of an input.
 
+        Args:
+            name: the name of the input.
         Raises:
             PathError: there is no input of this name.
         """
@@ -124,7 +126,11 @@ class GraphState:
         return tuple(resolved)
 
     def module_path(self, node: torch.fx.Node) -> str:
-        """Return the path of the innermost module that a node belongs to; "" is the model itself."""
+        """Return the path of the innermost module that a node belongs to; "" is the model itself.
+
+        Args:
+            node: the node.
+        """
         return scope(node)
 
     def paths(self) -> list[str]:
@@ -154,7 +160,11 @@ class GraphState:
         return net
 
     def shape(self, node: torch.fx.Node) -> str:
-        """Return the shape of a node's value as text, such as `B×320×H/2×W/2`."""
+        """Return the shape of a node's value as text, such as `B×320×H/2×W/2`.
+
+        Args:
+            node: the node.
+        """
         nominal, generic = values(node)
         if isinstance(nominal, torch.Tensor):
             return self.dims.shape(nominal, generic)
@@ -165,6 +175,8 @@ class GraphState:
     def infer(self, node: torch.fx.Node) -> None:
         """Evaluate a node at both calls and store its values in its `meta`.
 
+        Args:
+            node: the node.
         Raises:
             ShapeError: the operation does not accept its inputs.
             EditError: the operation edits a tensor in place.
@@ -196,7 +208,11 @@ class GraphState:
             node.meta["size"] = self._size(node, nominal, generic)
 
     def probe_dtype(self, key: str) -> torch.dtype:
-        """Return the floating dtype of an evaluation: the source's for "val", another one for "probe"."""
+        """Return the floating dtype of an evaluation: the source's for "val", another one for "probe".
+
+        Args:
+            key: "val" or "probe".
+        """
         if key == "val":
             return self.dtype
         return torch.float16 if self.dtype is not torch.float16 else torch.float32
@@ -235,6 +251,7 @@ class GraphState:
         """Return the value of a node, computed from the values of its inputs.
 
         Args:
+            node: the node.
             key: "val" for the nominal sizes, "probe" for the generic ones.
         """
         code, args, kwargs = self._call(node, key)
@@ -245,7 +262,8 @@ class GraphState:
         """Return the value of a node at sizes that are neither nominal nor generic; None if it has none there.
 
         Args:
-            value: returns the values of its inputs there, which are not None.
+            node: the node.
+            value: a function that returns the values of its inputs there, which are not None.
         """
         try:
             return computed(*self._call(node, "val", value))
@@ -285,6 +303,8 @@ class GraphState:
     def module(self, path: str) -> nn.Module:
         """Return the leaf module at a path.
 
+        Args:
+            path: the path of the module.
         Raises:
             PathError: there is none; the error names the nearest paths.
         """
@@ -296,6 +316,8 @@ class GraphState:
     def tensor(self, name: str) -> torch.Tensor:
         """Return the parameter or buffer of a name.
 
+        Args:
+            name: the dotted name, as in the source's `state_dict`.
         Raises:
             PathError: there is none; the error names the nearest names.
         """
@@ -306,10 +328,12 @@ class GraphState:
 
     @checked(EditError)
     def add_module(self, path: str, module: nn.Module, shares: Shares | None = None) -> None:
-        """Put a copy of a leaf module at a path, over the same storage, in the place of what is there.
+        """Put a copy of a leaf module at a path, over the same storage; it replaces the module there.
 
         Args:
-            shares: weights that are added with the same `shares` stay tied.
+            path: the path of the module.
+            module: the leaf module.
+            shares: a record of tied weights; weights that are added with the same record stay tied.
         """
         self._put(path, (shares or Shares()).module(module))
 
@@ -320,7 +344,9 @@ class GraphState:
         """Put a parameter or buffer at a name, over the same storage.
 
         Args:
-            shares: weights that are added with the same `shares` stay tied.
+            name: the dotted name.
+            tensor: the parameter or buffer.
+            shares: a record of tied weights; weights that are added with the same record stay tied.
             persistent: whether a buffer is in `state_dict`.
         """
         self._put(name, (shares or Shares()).tensor(tensor), persistent)
@@ -338,7 +364,11 @@ class GraphState:
                         node.meta.pop("evaluated", None)
 
     def free_name(self, stem: str) -> str:
-        """Return a name that no weight has: the stem, or the stem with a number."""
+        """Return a name that no weight has: the stem, or the stem with a number.
+
+        Args:
+            stem: the beginning of the name.
+        """
         name, count = stem, 0
         while self.weights.get(name) is not None:
             count += 1
@@ -353,13 +383,19 @@ class GraphState:
 
     @checked(EditError)
     def call_macs(self, reused: Collection[str] = ()) -> int:
-        """Return the multiply-accumulates of a call that reuses some sites, at the nominal sizes."""
+        """Return the multiply-accumulates of a call that reuses some sites, at the nominal sizes.
+
+        Args:
+            reused: the names of the sites that are reused.
+        """
         return sum(self.macs_of(node) for node in live_nodes(self.fx, reused))
 
     @checked(EditError)
     def allowed(self, **sizes: int) -> dict[str, int]:
         """Return the sizes of a call, enlarged as little as the graph requires.
 
+        Args:
+            sizes: the sizes by symbol: batch B, height H and width W of the latents, length L of the text.
         Raises:
             EditError: no sizes nearby satisfy the guards.
         Example:
@@ -368,7 +404,11 @@ class GraphState:
         return raised(self.guards, sizes)
 
     def evaluate_at(self, symbols: tuple[Symbol, ...]) -> None:
-        """Evaluate the graph at the nominal and the generic sizes of other symbols."""
+        """Evaluate the graph at the nominal and the generic sizes of other symbols.
+
+        Args:
+            symbols: the symbols with their sizes.
+        """
         self.dims = Dims(symbols)
         specs = {spec.name: spec for spec in self.inputs}
         for node in self.fx.nodes:
@@ -409,15 +449,18 @@ class GraphState:
         """Yield a node and all nodes that its value is computed from, depth first.
 
         Args:
-            stop: returns whether the inputs of a node are left out.
+            node: the node.
+            stop: a predicate of nodes whose inputs are left out.
         """
         return ancestors(node, lambda source: [] if stop(source) else source.all_input_nodes)
 
     def macs_of(self, node: torch.fx.Node) -> int:
         """Return the multiply-accumulates of a node at the nominal sizes.
 
+        Args:
+            node: the node.
         Raises:
-            EditError: it is not a node.
+            EditError: the argument is not a node.
         """
         if not isinstance(node, torch.fx.Node):
             raise EditError(f"{node!r} is no node", where="macs_of", hint="pass one of graph.nodes")

@@ -85,6 +85,8 @@ def per_call(value: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         timestep: the input of the call, (1,) or (B,).
     Returns:
         (1, ...) or (B, ...).
+    Example:
+        `kernel = per_call(kernels, timestep)`
     """
     if has_torch_function((value, timestep)):
         return handle_torch_function(per_call, (value, timestep), value, timestep)

@@ -49,6 +49,8 @@ def apply(
         a `GraphUNet`; its `report` says what each pass did.
     Raises:
         SdgraphError: a subclass by cause; nothing is half done.
+    Example:
+        `pipe.unet = sdgraph.apply(pipe.unet, "CleanUp, InheritFeatures.damped(2)")`
     """
     with undisturbed("apply"):
         chosen = as_passes(passes)
