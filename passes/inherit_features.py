@@ -105,6 +105,8 @@ class InheritFeatures(Pass):
             gate: calls with cross-attention.
             interval: the number of calls from one computation of self-attention to the next, before the gate.
             warm_up: the first calls that compute everything; so does the one after them.
+        Returns:
+            The passes, as one.
         """
         before = Warm(Uniform(interval), first=warm_up + 1)
         return Chain(

@@ -77,6 +77,8 @@ def check_target(overwrite: bool, target: Path) -> None:
         target: the directory.
     Raises:
         ExportError: the path exists and is not an earlier export, or `overwrite` is False.
+    Example:
+        `check_target(False, Path("unet-onnx"))`
     """
     if not target.exists():
         return
