@@ -29,7 +29,8 @@ fsdp.LARGE = 1000
 def spread(model, unet, cut=fsdp.shard):
     whole = sum(p.numel() for p in unet.parameters())
     cut(model, unet)
-    print("spread", sum(p.to_local().numel() for p in unet.parameters()) / whole)
+    share = sum(p.to_local().numel() for p in unet.parameters()) / whole
+    print(f"spread {share}\\n", end="", flush=True)  # in one piece, because two processes write
 
 fsdp.shard = spread
 student, teacher = (sdgraph.GraphUNet.from_pretrained(f"{folder}/{name}") for name in ("student", "teacher"))
@@ -43,7 +44,7 @@ for stop in stops:
         losses=LOSSES, proportion_empty_prompts=0.2, learning_rate=2e-3, use_ema=True,
         checkpointing_steps=1, report_to="none", validate=lambda unet, _: {"norm": unet.conv_in.weight.norm().item()},
     )
-    print("norm", tuned.conv_in.weight.norm().item())
+    print(f"norm {tuned.conv_in.weight.norm().item()}\\n", end="", flush=True)
 """.replace("LOSSES", f"({', '.join(map(str, LOSSES))})")
 
 
