@@ -35,7 +35,7 @@ def test_passes_lists_those_of_every_package(
     assert ".deep_cache(interval=3, branch=0)\n            DeepCache (Ma et al., 2023" in said
     assert main(["passes", "InheritFeatures"]) == 0
     said = capsys.readouterr().out
-    assert "every how many calls everything is computed" in said  # of a preset's option
+    assert "the number of calls from one computation of everything to the next" in said  # of a preset's option
     assert "\n  part is one of 'auto', 'branch', 'value', 'entry'\n" in said
     assert main(["passes", "Lost"]) == 2
     assert "repair or uninstall others" in capsys.readouterr().err
