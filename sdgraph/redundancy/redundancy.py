@@ -216,7 +216,8 @@ class Redundancy:
                 removals=removals, pairs=pairs, timesteps=tuple(map(_number, plain.pop("timesteps"))),
                 noise=tuple(map(_number, plain.pop("noise"))), **plain,
             )  # fmt: skip
-            sizes = {len(read.timesteps), len(read.noise), *(len(one.errors) for one in (*removals, *pairs))}
+            errors = [*(one.errors for one in removals), *(pair.errors for pair in pairs)]
+            sizes = {len(read.timesteps), len(read.noise), *map(len, errors)}
             if len(sizes) != 1 or not removals or {name for p in pairs for name in p.paths} - set(read._index):
                 raise ValueError("its parts do not fit together")
         except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:

@@ -189,7 +189,8 @@ class UNetCall:
         kept between calls stays as it is.
 
         Args:
-            height, width: the size of the latents, an eighth of that of the images.
+            height: the height of the latents, an eighth of that of the images.
+            width: the width of the latents.
             batch: the samples per call; with guidance two for every image.
             tokens: the length of the prompt's embedding.
             calls: a scheduler after `set_timesteps`, the timesteps of the calls, or their number; it decides which

@@ -95,9 +95,9 @@ def gaps(name: str, value: Any) -> list[str]:
         for parameter in inspect.signature(value).parameters.values()
         if parameter.name not in ("self", "cls") and not parameter.name.startswith("_")
     ]
-    documented = [name.lstrip("*") for names, _ in arguments(docstring) for name in names.split(", ")]
+    documented = [name.lstrip("*") for name, _ in arguments(docstring)]
     bases = " ".join(f"{base.__doc__}\n" for base in getattr(value, "__mro__", ())[1:] if id(base) in OBJECTS)
-    inherited = {name for names, _ in arguments(inspect.cleandoc(bases)) for name in names.split(", ")}
+    inherited = {name for name, _ in arguments(inspect.cleandoc(bases))}
     found = [f"argument {parameter}" for parameter in parameters if parameter not in (*documented, *inherited)]
     found += [f"argument {parameter} that there is not" for parameter in documented if parameter not in parameters]
     if inspect.isclass(value):

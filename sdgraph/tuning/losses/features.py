@@ -111,7 +111,8 @@ class Similarity(Features):
     Args:
         at: the values to compare, as for `Features`.
         group: the number of samples that are compared with one another; `train_batch_size` is a multiple of it.
-        weight, until: the factor of the term, and the share of the run at whose end it is zero, as for `Loss`.
+        weight: the factor of the term, as for `Loss`.
+        until: the share of the run at whose end it is zero, as for `Loss`.
     Raises:
         TuningError: the samples of a forward pass are no whole groups; raised at the first step.
     Example:
