@@ -172,8 +172,8 @@ class EditableGraph(GraphState):
         Returns:
             The node of the new value; for several nodes a tuple.
         Raises:
-            EditError: the region has several outputs, or sites of feature inheritance; or the code returns another
-                number of values.
+            EditError: there are no nodes; the region has several outputs, or sites of feature inheritance; or the code
+                returns another number of values.
             ShapeError: a new value does not have the shape and dtype of the old one.
         Example:
             `graph.replace(node, F.hardswish)`
@@ -187,6 +187,8 @@ class EditableGraph(GraphState):
             nodes, inside, args, path = (region.output,), region.nodes, inputs or region.inputs, path or region.path
         else:
             nodes = old if isinstance(old, tuple) else (old,)
+            if not nodes:
+                raise EditError("there is nothing to replace", where="replace", hint="pass a node, nodes or a region")
             self._check_own(*nodes)
             args, path = inputs or nodes[0].args, path or scope(nodes[0])
         order = {node: number for number, node in enumerate(self.fx.nodes)}

@@ -38,7 +38,7 @@ def test_evaluate_prints_writes_and_judges(tmp_path: Path, prompts: Path, capsys
     assert f"after:  {PRUNE}\n4 images" in said
     written = json.loads((out / "evaluation.json").read_text())
     assert [each["seed"] for each in written["images"]] == [1, 2, 1, 2]
-    assert f"{written['alike']['psnr']:.4g} dB" in said
+    assert f"{written['pairwise']['psnr']:.4g} dB" in said
     with Image.open(out / "evaluation.png") as sheet:
         assert sheet.width > 3 * 64
     # what falls short is written as well, and the status tells

@@ -125,7 +125,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "manifest cut": ("sdgraph.json is not JSON", lambda d: truncate(d / "sdgraph.json")),
     "a recipe": ("not that of an export", lambda d: (d / "sdgraph.json").write_text('{"format": 1, "passes": []}')),
     "manifest edited": ("was edited", lambda d: edit_manifest(d, signed=False, opset=19)),
-    "newer": ("format 4.*up to 3", lambda d: edit_manifest(d, format=4)),
+    "newer": ("format 4.*up to 1", lambda d: edit_manifest(d, format=4)),
     "bad inputs": ("is damaged", lambda d: edit_manifest(d, inputs=[{"name": "sample"}])),
     "code": (
         "is damaged",

@@ -43,7 +43,7 @@ from ..models import CROSS, build
 def test_what_a_step_costs(whole: Graph) -> None:
     unet = sdgraph.apply(whole, InheritFeatures.deep_cache(3, branch=0))
     (site,) = unet.graph.sites
-    assert re.search(r"inherited\n  Uniform\(3\): up_blocks.3.resnets.2; without: \d+.\d% of the MACs", str(unet.graph))
+    assert re.search(r"reused\n  Uniform\(3\): up_blocks.3.resnets.2; without: \d+.\d% of the MACs", str(unet.graph))
     assert unet.graph.call_macs([site]) < 0.15 * unet.graph.macs == 0.15 * unet.graph.call_macs()
     full, partial = (
         unet.variant(frozenset(unet.graph.inputs[i].name for i in range(3)), frozenset(s)) for s in ((), (site,))
