@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -141,7 +143,9 @@ class Attachment(PositionSource):
         """Calls are counted as they come again."""
         self._forget(None)
 
-    def _forget(self, _: object) -> None:
+    def _forget(self, _: object, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if ending():  # Python clears the modules that this needs, so the check is bound beforehand
+            return
         if self in self._tracker.position_sources:
             self._tracker.position_sources.remove(self)
             self._tracker.end(self._timesteps)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,7 @@ from sdgraph.inheritance.attach import EXCHANGING
 from sdgraph.passes import InheritFeatures
 from sdgraph.schedules import DenseLate, SamplingRun
 
+from ..documents import ROOT
 from ..loops import calls_that_compute
 
 
@@ -145,3 +148,23 @@ def test_an_attached_pipeline_is_not_kept(pipe: StableDiffusionPipeline, caching
     del other
     gc.collect()
     assert caching.tracker.position_sources == []
+
+
+SCRIPT = """
+import sys
+from diffusers import DiffusionPipeline
+import sdgraph
+
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.unet = sdgraph.apply(pipe.unet, "InheritFeatures.damped(2)", verify=False)
+sdgraph.attach(pipe)
+pipe("a large red circle", num_inference_steps=2, output_type="latent", height=64, width=64)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_stays_attached_ends_quietly() -> None:
+    """When Python ends, it clears modules and then objects, of which some want to be told that others are gone."""
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(ROOT / "examples/scenes/model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Exception ignored" not in done.stderr
