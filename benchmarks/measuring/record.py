@@ -18,6 +18,7 @@ import psutil
 import torch
 
 import sdgraph
+from sdgraph.exporters.engines import processor
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -96,16 +97,6 @@ def commits(result: dict[str, Any]) -> list[str]:
     """Return the commits that a result was measured at, each once; a plus marks a tree that differed from it."""
     parts = [result, *(result["methods"].values() if result["benchmark"] == "tuning" else ())]
     return list(dict.fromkeys(part["commit"] for part in parts if "commit" in part))
-
-
-def processor() -> str:
-    """Return the model name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str:

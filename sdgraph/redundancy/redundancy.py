@@ -18,7 +18,6 @@ import numpy as np
 from ..atomic import written
 from ..errors import SavedError, SpecError
 from ..extra import imported
-from ..graph import Graph
 from ..options import Bounds, checked
 from ..text import json_object
 from ..views.format import format_table
@@ -161,20 +160,6 @@ class Redundancy:
             program.error(chosen),
             {name: 1 - sum(float(getattr(one, name)) for one in picked) for name in BUDGETS},
         )
-
-    def check(self, graph: Graph, model: str) -> None:
-        """Refuse another UNet than the one that was analysed.
-
-        Args:
-            graph: its graph, for the error.
-            model: its hash, see `sdgraph.tuning.digest.hash_model`.
-        Raises:
-            SpecError: it is another one.
-        """
-        if model != self.model:
-            gone = [one.path for one in self.removals if one.path not in set(graph.paths())]
-            what = f"it has no region {gone[0]}" if gone else "its weights or operations are others"
-            raise SpecError(f"the analysis is of another UNet: {what}", where="analysis", hint="analyse this UNet")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the analysis to a JSON file.
