@@ -18,6 +18,7 @@ from torch import Tensor
 from ..atomic import written
 from ..errors import SavedError, ScheduleError
 from ..forecasts import DAMPINGS
+from ..runtime.recorded_calls import first_call
 from ..runtime.unet import GraphUNet
 from ..schedules import SamplingRun
 from ..text import json_object
@@ -87,12 +88,11 @@ class SearchedPipeline:
 
     def first_call(self, group: str) -> Mapping[str, Tensor]:
         """Return the inputs of the first call for one prompt of a group, by name."""
-        recorder = _Recorder(self.candidates.unet.graph.copy())
-        try:
-            final_latents(self._pipe, recorder, self._groups[group][:1], self._seeds[group], self._call)
-        except _FirstCall as call:
-            return call.flat
-        raise ScheduleError("the pipeline makes no call", where=type(self._pipe).__name__, hint="more steps")
+        prompt = self._groups[group][:1]
+        return first_call(
+            self.candidates.unet.graph,
+            lambda unet: final_latents(self._pipe, unet, prompt, self._seeds[group], self._call),
+        )
 
     def _generate(self, unet: GraphUNet, group: str, call: Mapping[str, Any]) -> tuple[Tensor, SamplingRun]:
         return final_latents(self._pipe, unet, self._groups[group], self._seeds[group], call)
@@ -103,20 +103,6 @@ def with_dampings(proposal: Proposal, calls: Sequence[int], dampings: Array) -> 
     within = np.clip(dampings, *DAMPINGS).tolist()
     changed = dict(zip(calls, within, strict=True))
     return Proposal(tuple(replace(c, damping=changed.get(n, c.damping)) for n, c in enumerate(proposal.calls)))
-
-
-class _FirstCall(Exception):
-    """The inputs of the first call of a generation."""
-
-    def __init__(self, flat: Mapping[str, Tensor]) -> None:
-        self.flat = flat
-
-
-class _Recorder(GraphUNet):
-    """A UNet that stops a generation at its first call."""
-
-    def run(self, flat: Mapping[str, Tensor]) -> Tensor:
-        raise _FirstCall(flat)
 
 
 class Measurements:

@@ -26,6 +26,7 @@ from ..plan_search.evaluator import Measurements
 from ..plan_search.final_latents import Array, check_request, final_latents, relative_errors, typical
 from ..progress import Bar
 from ..runtime.apply import apply
+from ..runtime.recorded_calls import CallRecorder
 from ..runtime.unet import GraphUNet
 from ..tuning.digest import hash_model
 from .redundancy import LEVELS, JointRemoval, Redundancy, Removal, block_of
@@ -105,7 +106,7 @@ def analyse(
         def generate(unet: GraphUNet) -> Tensor:
             return final_latents(pipe, unet, prompts, seed, call)[0]
 
-        recorder = _Recorder(whole.graph.copy())
+        recorder = CallRecorder(whole.graph)
         reference = generate(recorder)
         _check_variation(recorder.calls[0], len(prompts))
         trial = _Trial(whole, _spread(recorder.calls, calls), known, target)
@@ -123,18 +124,6 @@ def analyse(
                 bar.update()
     noise = _noise(pipe.scheduler, trial.timesteps)
     return Redundancy(digest, target, len(prompts), trial.timesteps, noise, tuple(removals), tuple(joint), fixed)
-
-
-class _Recorder(GraphUNet):
-    """A UNet that records the flat inputs of its calls."""
-
-    def __init__(self, graph: Graph) -> None:
-        super().__init__(graph)
-        self.calls: list[Mapping[str, Tensor]] = []
-
-    def run(self, flat: Mapping[str, Tensor]) -> Tensor:
-        self.calls.append({name: value.clone() for name, value in flat.items()})
-        return super().run(flat)
 
 
 class _Without:
