@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import re
 import statistics
@@ -29,6 +30,7 @@ from ..runtime.apply import apply
 from ..runtime.recorded_calls import CallRecorder
 from ..runtime.unet import GraphUNet
 from ..tuning.digest import hash_model
+from .gates import GateTraining
 from .redundancy import LEVELS, JointRemoval, Redundancy, Removal, block_of
 
 Target = Literal["eager", "compiled"]
@@ -50,6 +52,7 @@ def analyse(
     calls: Count = 8,
     latents: bool = False,
     pairs: bool = False,
+    gates: Count | None = None,
     seed: Seed = 0,
     folder: Text | Path | None = None,
     progress: bool = True,
@@ -69,6 +72,8 @@ def analyse(
         calls: the number of calls of a generation on which errors are measured, spread evenly.
         latents: whether the error of the final latents is measured too, which takes a generation per region.
         pairs: whether pairs of neighbouring regions of one block are removed together, for what is not additive.
+        gates: the number of steps in which a gate of each region is learned; None learns none. 100 are enough for a
+            ranking. The regions of one level learn together.
         seed: the seed of the first image's latents; the others count up from it.
         folder: the folder of measurements. With it, an analysis that was stopped goes on.
         progress: whether a bar is shown.
@@ -83,7 +88,8 @@ def analyse(
         `print(sdgraph.analyse(pipe, prompts, num_inference_steps=20))`
     Source:
         Zhang et al., "LAPTOP-Diff", 2024, whose criterion is the output error of one removal. A-SDM explores the same
-        redundancy.
+        redundancy. Learned gates: FoldGPT ranks blocks by them; the penalty on soft masks is that of Lin et al., "GAL",
+        2019. That it rises, and that gates are compared by how long they stay open, is our own.
     """
     check_request("analyse", pipe, prompts, call)
     whole = apply(pipe.unet, ())
@@ -122,7 +128,9 @@ def analyse(
             for both in couples:
                 joint.append(JointRemoval(both, trial.output_errors(_Without(whole, both))))
                 bar.update()
-    noise = _noise(pipe.scheduler, trial.timesteps)
+        noise = _noise(pipe.scheduler, trial.timesteps)
+        if gates is not None:
+            removals = trial.gated(removals, noise, gates, progress)
     return Redundancy(digest, target, len(prompts), trial.timesteps, noise, tuple(removals), tuple(joint), fixed)
 
 
@@ -183,6 +191,21 @@ class _Trial:
             similarity,
             drift,
         )
+
+    def gated(self, removals: Sequence[Removal], noise: Sequence[float], steps: int, progress: bool) -> list[Removal]:
+        """Return removals with their learned gates.
+
+        The regions of one level learn together, because none of them lies in another.
+        """
+        learned, levels = dict[str, float](), dict.fromkeys(one.level for one in removals)
+        with Bar(total=steps * len(levels), desc="gates", unit="step", disable=not progress) as bar:
+            for level in levels:
+                errors = {
+                    one.path: float(np.average(one.errors, weights=noise)) for one in removals if one.level == level
+                }
+                training = GateTraining(self._whole, list(errors), self._calls, noise, max(errors.values()), steps)
+                learned |= zip(errors, map(float, training.run(self._known, bar)), strict=True)
+        return [dataclasses.replace(one, gate=learned[one.path]) for one in removals]
 
     def similarities(self, paths: Sequence[str]) -> Array:
         """Return the similarities of regions, the mean over the first, a middle and the last call."""

@@ -26,6 +26,7 @@ Level = Literal["block", "layer", "unit"]
 LEVELS: tuple[Level, ...] = ("block", "layer", "unit")
 FORMAT = 1
 Share = Annotated[float, Bounds(gt=0, le=1)]
+Criterion = Literal["error", "gate"]
 BUDGETS = ("time", "macs", "parameters")
 
 
@@ -48,6 +49,7 @@ class Removal:
         errors: the squared error of the output relative to the squared output, by call that was measured.
         similarity: the cosine similarity of the region's output and of the value that replaces it.
         latents: the error of the final latents relative to the latents; None if it was not measured.
+        gate: the learned gate, from 0 for a region that is not needed to 1; None if it was not learned.
     """
 
     path: str
@@ -58,6 +60,7 @@ class Removal:
     errors: tuple[float, ...]
     similarity: float
     latents: float | None = None
+    gate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,25 @@ class Redundancy:
         """
         return float(np.average(removal.errors, weights=self.noise))
 
+    def cost(self, removal: Removal, criterion: Criterion = "error") -> float:
+        """Return the cost of a removal by a criterion.
+
+        Args:
+            removal: the removal of one region.
+            criterion: "error" is `error`, "gate" the learned gate.
+        Raises:
+            SpecError: the gate was not learned.
+        """
+        if criterion == "error":
+            return self.error(removal)
+        if removal.gate is None:
+            raise SpecError(
+                f"the analysis has no gate of {removal.path}",
+                where="criterion",
+                hint="learn it: sdgraph.analyse(..., gates=100)",
+            )
+        return removal.gate
+
     @checked(SpecError)
     def cheapest(
         self,
@@ -115,10 +137,11 @@ class Redundancy:
         macs: Share | None = None,
         parameters: Share | None = None,
         neighbours: tuple[int, int] | None = (2, 3),
+        criterion: Criterion = "error",
     ) -> PruningChoice:
-        """Choose the removals with the least error for one or more budgets, by integer programming.
+        """Choose the removals that cost least for one or more budgets, by integer programming.
 
-        Errors and savings are added up over the removals; pairs that were measured together correct the sum of their
+        Costs and savings are added up over the removals; pairs that were measured together correct the sum of their
         errors. No region is removed within another one that is.
 
         Args:
@@ -127,10 +150,12 @@ class Redundancy:
             parameters: the parameters that may be left, as a share.
             neighbours: N and M: of M layers that follow each other in a block at most N are removed, because runs of
                 removals recover badly; None for no limit.
+            criterion: the cost of a removal: the "error" of the output, or the learned "gate".
         Returns:
             The choice, whose `paths` are those of a `PruneBlocks`.
         Raises:
-            SpecError: no budget, or one that no choice meets; the error names the least possible share.
+            SpecError: no budget, or one that no choice meets; the error names the least possible share. Or there are
+                no gates.
             ExtraError: scipy is not installed.
         Example:
             `PruneBlocks(redundancy.cheapest(time=0.7).paths)`
@@ -141,7 +166,7 @@ class Redundancy:
         budgets = {name: b for name, b in zip(BUDGETS, (time, macs, parameters), strict=True) if b is not None}
         if not budgets:
             raise SpecError("there is no budget", where="cheapest", hint="time=0.7, macs=0.7 or parameters=0.7")
-        program = _Program(self, neighbours)
+        program = _Program(self, neighbours, criterion)
         chosen = program.solve(budgets)
         if chosen is None:
             parts = []
@@ -197,6 +222,9 @@ class Redundancy:
             for one in removals:
                 for name in (*BUDGETS, "similarity"):
                     _number(getattr(one, name))
+                for number in (one.latents, one.gate):
+                    if number is not None:
+                        _number(number)
             read = cls(
                 removals=removals, pairs=pairs, timesteps=tuple(map(_number, plain.pop("timesteps"))),
                 noise=tuple(map(_number, plain.pop("noise"))), **plain,
@@ -214,12 +242,13 @@ class Redundancy:
         return {one.path: number for number, one in enumerate(self.removals)}
 
     def __str__(self) -> str:
-        rows = [("region", "level", "error", "latents", "similarity", "parameters", "MACs", "time")]
+        rows = [("region", "level", "error", "latents", "similarity", "gate", "parameters", "MACs", "time")]
         for one in sorted(self.removals, key=self.error):
             drift = "" if one.latents is None else f"{one.latents:.1%}"
+            gate = "" if one.gate is None else f"{one.gate:.3f}"
             rows.append(
                 (
-                    one.path, one.level, f"{self.error(one):.2e}", drift, f"{one.similarity:.3f}",
+                    one.path, one.level, f"{self.error(one):.2e}", drift, f"{one.similarity:.3f}", gate,
                     f"{one.parameters:.1%}", f"{one.macs:.1%}", f"{one.time:.1%}",
                 )
             )  # fmt: skip
@@ -254,7 +283,9 @@ class PruningChoice:
 class _Program:
     """The choice as an integer program: a variable for each removal, and one for each pair that was measured."""
 
-    def __init__(self, redundancy: Redundancy, neighbours: tuple[int, int] | None) -> None:
+    def __init__(
+        self, redundancy: Redundancy, neighbours: tuple[int, int] | None, criterion: Criterion = "error"
+    ) -> None:
         self.removals, index = redundancy.removals, redundancy._index
         singles = [redundancy.error(one) for one in self.removals]
         self.pairs = [(index[pair.paths[0]], index[pair.paths[1]]) for pair in redundancy.pairs]
@@ -262,7 +293,11 @@ class _Program:
             redundancy.error(pair) - singles[a] - singles[b]
             for pair, (a, b) in zip(redundancy.pairs, self.pairs, strict=True)
         ]
-        self.costs = np.array([*singles, *joint])
+        self.errors = np.array([*singles, *joint])
+        self.costs = self.errors
+        if criterion != "error":
+            costs = [redundancy.cost(one, criterion) for one in self.removals]
+            self.costs = np.array([*costs, *(0.0 for _ in joint)])
         self.rules: list[tuple[dict[int, float], float]] = []  # coefficients of variables, and what they may add up to
         for a, first in enumerate(self.removals):
             for b, second in enumerate(self.removals):
@@ -285,7 +320,7 @@ class _Program:
     def error(self, chosen: Sequence[int]) -> float:
         """Return the predicted error of a choice."""
         both = [n for n, (a, b) in enumerate(self.pairs, len(self.removals)) if a in chosen and b in chosen]
-        return float(self.costs[[*chosen, *both]].sum())
+        return float(self.errors[[*chosen, *both]].sum())
 
     def solve(self, budgets: Mapping[str, float]) -> list[int] | None:
         """Return the numbers of the removals with the least error that meet all budgets, None if there are none."""

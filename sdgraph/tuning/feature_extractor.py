@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import SpecError, TuningError
 from ..graph import Graph
+from ..ir.gates import insert_gates
 from ..ir.regions import region_at
 from ..ir.variants import Variant, copy_nodes
 from ..options import Text, check
@@ -71,12 +72,18 @@ class FeatureExtractor(nn.Module):
         taps: the values to return.
         inputs: the names of the inputs of its calls.
         gradient_checkpointing: whether to recompute the blocks in the backward pass, which saves memory.
+        gated: the module paths of regions that have gates, see `sdgraph.ir.gates`.
     Example:
         `FeatureExtractor(unet, [Tap("mid_block")], frozenset(inputs))(inputs)`
     """
 
     def __init__(
-        self, unet: GraphUNet, taps: Sequence[Tap], inputs: frozenset[str], gradient_checkpointing: bool = False
+        self,
+        unet: GraphUNet,
+        taps: Sequence[Tap],
+        inputs: frozenset[str],
+        gradient_checkpointing: bool = False,
+        gated: Sequence[str] = (),
     ) -> None:
         super().__init__()
         graph = unet.graph
@@ -84,6 +91,8 @@ class FeatureExtractor(nn.Module):
         copies = {node.name: node for node in nodes.nodes}
         output = nodes.output_node()
         output.args = ((output.args[0], *(copies[tap.node(graph).name] for tap in taps)),)
+        if gated:
+            insert_gates(nodes, [graph.region(path) for path in gated])
         # Specialized with the further outputs in place, so that they follow where a node is replaced by another.
         call = Variant.split(nodes, missing={i.name for i in graph.inputs} - inputs)
         if call.returns_tuple:
@@ -93,10 +102,12 @@ class FeatureExtractor(nn.Module):
         module = fx.GraphModule(unet, call.nodes, class_name="FeatureExtractor")
         self.graph_module = checkpoint_blocks(module) if gradient_checkpointing else module
 
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, inputs: dict[str, Tensor], gates: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return the prediction (B, C, H, W), and the values of the taps in order.
 
         Args:
             inputs: the inputs of the UNet by name, (B, ...) each.
+            gates: the gates, (gated,), in the dtype of the UNet; None if no region has one.
         """
-        return self.graph_module(*(inputs[name] for name in self.order))  # type: ignore[no-any-return]
+        more = () if gates is None else (gates,)
+        return self.graph_module(*(inputs[name] for name in self.order), *more)  # type: ignore[no-any-return]
