@@ -10,6 +10,7 @@ from .inherit_features import InheritFeatures
 from .me_cond_conv import MECondConv
 from .overparameterize import Overparameterize
 from .prune_blocks import PruneBlocks
+from .prune_channels import PruneChannels
 from .share_weights import ShareWeights
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MECondConv",
     "Overparameterize",
     "PruneBlocks",
+    "PruneChannels",
     "ShareWeights",
 ]
 

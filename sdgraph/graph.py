@@ -12,6 +12,7 @@ from .schedules import SamplingRun
 from .views.drawing import draw_graph
 from .views.text import format_graph
 from .views.timetable import Timetable, timetable
+from .views.widths import Widths
 
 
 class Graph(EditableGraph):
@@ -45,6 +46,14 @@ class Graph(EditableGraph):
             before: an earlier graph; what was removed, changed or inserted since is marked.
         """
         draw_graph(self, path, before)
+
+    def widths(self) -> Widths:
+        """Return the widths of the graph: the channels, heads and features that several weights share.
+
+        Example:
+            `print(unet.graph.widths())`
+        """
+        return Widths.of(self)
 
     def timetable(self, calls: Any, **sizes: int) -> Timetable:
         """Return what each call of a generation computes, inherits, forecasts and bypasses, and what it costs.

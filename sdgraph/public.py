@@ -15,6 +15,7 @@ from .ir.edits import Edit
 from .ir.regions import Region
 from .ir.sites import Site, inherit
 from .ir.variants import per_call
+from .ir.widths import Width
 from .plan_search.fit_forecast import Fit, fit_forecast
 from .plan_search.search import SearchResult, search
 from .redundancy.analysis import analyse
@@ -24,6 +25,7 @@ from .runtime.unet import GraphUNet
 from .spec import Spec
 from .tuning.tune import tune
 from .views.timetable import Timetable
+from .views.widths import Widths
 
 __all__ = [
     "Attachment",
@@ -53,6 +55,8 @@ __all__ = [
     "Site",
     "Spec",
     "Timetable",
+    "Width",
+    "Widths",
     "analyse",
     "apply",
     "attach",

@@ -25,6 +25,9 @@ from .sites import Site, bypass, inherit, sites
 from .state import GraphState
 from .tracer import Tracer, tracing
 from .weights import Shares, described
+from .widths import Width, channels_of, find_widths, narrowed, size_of
+
+_OTHERS = "print(graph.widths()) lists the widths that can be cut"
 
 
 class EditableGraph(GraphState):
@@ -249,6 +252,57 @@ class EditableGraph(GraphState):
         for name, output in zip(names, region.outputs, strict=True):
             self._bypass_by_call(*region.stand_in(output), name, schedule)
         return names
+
+    @checked(EditError)
+    def narrow(self, kept: Mapping[str, Sequence[int]]) -> None:
+        """Cut widths down to some of their slices, in all weights that share them.
+
+        The result computes what the graph would if the layers that sum over these widths had zeros for all other
+        slices. The groups of norms that stay have the channels that they had.
+
+        Args:
+            kept: the numbers of the slices that stay, ascending, by the path of the width; see `Graph.widths`.
+        Raises:
+            PathError: there is no such width, or it cannot be cut; the error gives the reason.
+            EditError: the numbers are no slices of the width, or there are none.
+        Example:
+            `graph.narrow({"mid_block.resnets.0": range(24)})` keeps the first 24 groups of channels
+        """
+        self._check_editable()
+        widths, fixed = find_widths(self)
+        for path, slices in kept.items():
+            if path not in widths:
+                reasons = {end.path: one for one in fixed for end in one.ends} | {one.path: one for one in fixed}
+                if path in reasons:
+                    one = reasons[path]
+                    raise PathError(f"{path} cannot be cut: {one.reason}", where=one.where, hint=_OTHERS)
+                raise PathError(f"no width {path!r}", where=path, hint=did_you_mean(path, widths) or _OTHERS)
+            if not slices or list(slices) != sorted({*slices}) or slices[0] < 0 or slices[-1] >= widths[path].slices:
+                raise EditError(
+                    f"{list(slices)} are no slices of {widths[path]}",
+                    where=path,
+                    hint=f"ascending numbers from 0 to {widths[path].slices - 1}, at least one",
+                )
+        for path, slices in kept.items():
+            self._narrow(widths[path], slices)
+        self.propagate()
+
+    def _narrow(self, width: Width, slices: Sequence[int]) -> None:
+        """Cut one width down to some of its slices."""
+        for end in width.ends:
+            held = self.weights.get(end.path)
+            channels = channels_of(width, end, size_of(self, end), slices)
+            groups = getattr(held, "num_groups", 0) * len(slices) // width.slices
+            self._put(end.path, narrowed(held, end, channels, groups))
+            for node in self.fx.nodes:
+                if node.target == end.path:
+                    node.meta.pop("evaluated", None)
+        for node, at in width.literals:
+            if isinstance(at, int):
+                node.update_arg(at, node.args[at] * len(slices) // width.slices)  # type: ignore[operator]
+            else:
+                node.update_kwarg(at, node.kwargs[at] * len(slices) // width.slices)  # type: ignore[operator]
+        self._record("replaced", width.path, by=[f"{len(slices)} of {width.slices} {width.kind}"])
 
     def _bypass_by_call(self, value: torch.fx.Node, instead: torch.fx.Node, name: str, schedule: Schedule) -> None:
         self._check_new_site(name, value)
