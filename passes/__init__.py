@@ -11,6 +11,7 @@ from .me_cond_conv import MECondConv
 from .overparameterize import Overparameterize
 from .prune_blocks import PruneBlocks
 from .prune_channels import PruneChannels
+from .prune_to_budget import PruneToBudget
 from .share_weights import ShareWeights
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Overparameterize",
     "PruneBlocks",
     "PruneChannels",
+    "PruneToBudget",
     "ShareWeights",
 ]
 

@@ -18,8 +18,9 @@ from .ir.variants import per_call
 from .ir.widths import Width
 from .plan_search.fit_forecast import Fit, fit_forecast
 from .plan_search.search import SearchResult, search
-from .redundancy.analysis import analyse
-from .redundancy.redundancy import JointRemoval, PruningChoice, Redundancy, Removal
+from .redundancy.analysis import analyse, analyse_unet
+from .redundancy.pruning_program import PruningChoice
+from .redundancy.redundancy import JointRemoval, Redundancy, Removal
 from .runtime.apply import apply
 from .runtime.unet import GraphUNet
 from .spec import Spec
@@ -58,6 +59,7 @@ __all__ = [
     "Width",
     "Widths",
     "analyse",
+    "analyse_unet",
     "apply",
     "attach",
     "errors",

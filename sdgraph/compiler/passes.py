@@ -66,6 +66,7 @@ class Pass(Spec, abstract=True):
         may_change_nothing: whether a run may have no effect; otherwise that is an error.
         requires: names of passes that must have run before.
         not_after: names of passes that must not have run before, with the reasons.
+        chooses: whether another pass is run and recorded in its place, see `choose`.
         preconditions: conditions on the graph that the pass is applied to.
         postconditions: conditions on the graph that it leaves.
     """
@@ -74,6 +75,7 @@ class Pass(Spec, abstract=True):
     may_change_nothing: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = ()
     not_after: ClassVar[Mapping[str, str]] = {}
+    chooses: ClassVar[bool] = False
     preconditions: ClassVar[tuple[Condition, ...]] = ()
     postconditions: ClassVar[tuple[Condition, ...]] = ()
 
@@ -81,6 +83,19 @@ class Pass(Spec, abstract=True):
     def parts(self) -> tuple[Pass, ...]:
         """The passes that a pass consists of; none if it edits graphs itself."""
         return ()
+
+    def choose(self, graph: Graph) -> tuple[Pass, tuple[str, ...]]:
+        """Return the pass to run and to record in the place of this one, if `chooses`.
+
+        A pass that measures something before it decides what to do returns the pass that does it, so that a saved UNet
+        can be loaded without what was measured.
+
+        Args:
+            graph: the graph that the pass is applied to. It is not changed.
+        Returns:
+            The pass, and lines of text for its report.
+        """
+        return self, ()
 
     def run(self, graph: Graph) -> Findings | None:
         """Edit the graph; docs/writing-a-pass.md shows how.
@@ -199,8 +214,22 @@ class Chain(Pass, abstract=True):
         return all(p.may_change_nothing for p in self.passes)
 
     @property
+    def chooses(self) -> bool:  # type: ignore[override]
+        return any(p.chooses for p in self.passes)
+
+    @property
     def parts(self) -> tuple[Pass, ...]:
         return self.passes
+
+    def choose(self, graph: Graph) -> tuple[Pass, tuple[str, ...]]:
+        trial, passes, notes = graph.copy(), list(self.passes), list[str]()
+        for number, inner in enumerate(passes):
+            if not any(later.chooses for later in passes[number:]):
+                break
+            passes[number], more = inner.choose(trial)
+            passes[number].apply(trial, CompilerRun(graph, Decisions()))
+            notes += more
+        return replace(self, passes=tuple(passes)), tuple(notes)
 
     def apply(self, graph: Graph, run: CompilerRun) -> PassReport:
         start, before = time.perf_counter(), Size.of(graph)

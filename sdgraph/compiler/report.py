@@ -89,7 +89,8 @@ class Report:
         for p in self.passes:
             rows += _rows(p, 0)
         decided = [_decided(p) for p in self.passes if p.decisions]
-        return "\n".join([format_table(rows), *decided, *self.notes])
+        found = [note for p in self.passes for note in p.notes]
+        return "\n".join([format_table(rows), *decided, *found, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""

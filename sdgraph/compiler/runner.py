@@ -63,6 +63,9 @@ def run_pass(
             where=type(pass_).__name__,
             hint="annotate it as no option: contract: ClassVar[Contract] = Contract.EXACT",
         )
+    notes: tuple[str, ...] = ()
+    if pass_.chooses:
+        pass_, notes = _chosen(pass_, graph)
     run = CompilerRun(graph, Decisions(recorded))
     before = Size.of(graph)  # before the copy, which takes over what its nodes cost
     after = graph.copy()
@@ -79,7 +82,19 @@ def run_pass(
     decisions = run.decisions.finish()
     after.passes = (*graph.passes, Applied(pass_, decisions))
     seconds = time.perf_counter() - start
-    return after, replace(report, before=before, difference=difference, seconds=seconds, decisions=decisions)
+    report = replace(report, before=before, difference=difference, seconds=seconds, decisions=decisions)
+    return after, replace(report, notes=(*notes, *report.notes))
+
+
+def _chosen(pass_: Pass, graph: Graph) -> tuple[Pass, tuple[str, ...]]:
+    """Return the pass that another one chooses, and lines of text for its report."""
+    try:
+        return pass_.choose(graph)
+    except SdgraphError as error:
+        error.came_through(str(pass_))
+        raise
+    except Exception as error:
+        raise failure(pass_, error, graph) from error
 
 
 def _written(pass_: Pass, name: str) -> ContractError:

@@ -16,9 +16,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from torch import Tensor, fx
 
 from ..atomic import owned
+from ..compiler.numerics import example
 from ..errors import EditError, ShapeError, SpecError
 from ..graph import Graph
 from ..ir.variants import Variant, copy_nodes
@@ -29,9 +31,10 @@ from ..progress import Bar
 from ..runtime.apply import apply
 from ..runtime.recorded_calls import CallRecorder
 from ..runtime.unet import GraphUNet
-from ..tuning.digest import hash_model
+from ..tuning.digest import hash_each, hash_model, hash_program
 from .gates import GateTraining
-from .redundancy import LEVELS, JointRemoval, Redundancy, Removal, block_of
+from .pruning_program import block_of
+from .redundancy import LEVELS, JointRemoval, Redundancy, Removal, sizes_of
 
 Target = Literal["eager", "compiled"]
 TURNS = 7  # timed calls of a region, of which the first two warm up
@@ -131,7 +134,57 @@ def analyse(
         noise = _noise(pipe.scheduler, trial.timesteps)
         if gates is not None:
             removals = trial.gated(removals, noise, gates, progress)
-    return Redundancy(digest, target, len(prompts), trial.timesteps, noise, tuple(removals), tuple(joint), fixed)
+    return Redundancy(
+        digest, target, len(prompts), trial.timesteps, noise, tuple(removals), tuple(joint), fixed,
+        hash_program(whole), hash_each(whole.tensors()), sizes_of(whole.graph),
+    )  # fmt: skip
+
+
+@checked(SpecError)
+def analyse_unet(
+    unet: Annotated[UNet2DConditionModel | GraphUNet | Graph, Any],
+    *,
+    levels: Annotated[Sequence[Literal["block", "layer", "unit"]], Bounds(length=1)] = LEVELS,
+    calls: Count = 4,
+    seed: Seed = 0,
+    nominal: bool = False,
+) -> Redundancy:
+    """Measure how redundant the regions of a UNet are on random inputs, each removed alone.
+
+    Random inputs rank regions worse than the generations of `analyse`, which sees what the UNet is used for.
+
+    Args:
+        unet: the UNet: diffusers' own or a traced one.
+        levels: the levels of regions, see `analyse`.
+        calls: the number of random inputs, whose timesteps are spread evenly.
+        seed: the seed of the random numbers.
+        nominal: whether the inputs have the model's own size, at which times are meaningful, instead of a small one.
+    Returns:
+        The redundancy.
+    Raises:
+        SourceError: it is no UNet that can be traced.
+        SpecError: no region of these levels can be removed.
+    Example:
+        `sdgraph.analyse_unet(unet).cheapest(macs=0.7)`
+    """
+    whole = apply(unet, (), verify=False)
+    paths, fixed = _removable(whole.graph, levels)
+    if not paths:
+        raise SpecError(f"no region of {', '.join(levels)} can be removed", where="levels", hint="other levels")
+    sizes = {symbol.name: symbol.nominal for symbol in whole.graph.dims.symbols} if nominal else {}
+    inputs = [example(whole.graph, seed + number, **sizes) for number in range(calls)]
+    for flat, timestep in zip(inputs, np.linspace(999, 0, calls + 2)[1:-1], strict=True):
+        flat["timestep"] = torch.full_like(flat["timestep"], round(timestep))
+    trial = _Trial(whole, inputs, Measurements(None, b""), "eager")
+    alike = trial.similarities(list(paths))
+    removals = tuple(
+        trial.removal(path, level, _Without(whole, (path,)), float(similarity), None)
+        for (path, level), similarity in zip(paths.items(), alike, strict=True)
+    )
+    return Redundancy(
+        hash_model(whole), "eager", 0, trial.timesteps, (1.0,) * calls, removals, (), fixed,
+        hash_program(whole), hash_each(whole.tensors()), sizes_of(whole.graph),
+    )  # fmt: skip
 
 
 class _Without:

@@ -6,21 +6,23 @@ import dataclasses
 import json
 import math
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 
 from ..atomic import written
-from ..errors import SavedError, SpecError
-from ..extra import imported
+from ..errors import EditError, SavedError, SpecError
+from ..graph import Graph
 from ..options import Bounds, checked
+from ..runtime.unet import GraphUNet
 from ..text import json_object
+from ..tuning.digest import hash_each, hash_model, hash_program
 from ..views.format import format_table
+from .pruning_program import Measure, PruningChoice, PruningProgram
 
 Level = Literal["block", "layer", "unit"]
 LEVELS: tuple[Level, ...] = ("block", "layer", "unit")
@@ -28,12 +30,6 @@ FORMAT = 1
 Share = Annotated[float, Bounds(gt=0, le=1)]
 Criterion = Literal["error", "gate"]
 BUDGETS = ("time", "macs", "parameters")
-
-
-def block_of(path: str) -> str:
-    """Return the path of the block that a path lies in, "" outside of blocks."""
-    match = re.match(r"(down_blocks|up_blocks)\.\d+|mid_block", path)
-    return match[0] if match else ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +85,9 @@ class Redundancy:
         removals: the regions that can be removed alone, in the order of the UNet.
         pairs: pairs of neighbours that were removed together.
         fixed: the regions that cannot be removed alone, and why not.
+        program: the hash of the operations of the UNet.
+        weights: the hash of each of its weights, by name.
+        sizes: its parameters, and its multiply-accumulates of a call.
     """
 
     model: str
@@ -99,6 +98,9 @@ class Redundancy:
     removals: tuple[Removal, ...]
     pairs: tuple[JointRemoval, ...] = ()
     fixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    program: str = ""
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def error(self, removal: Removal | JointRemoval) -> float:
         """Return the mean of the errors of a removal over the calls, weighted by their noise.
@@ -138,11 +140,14 @@ class Redundancy:
         parameters: Share | None = None,
         neighbours: tuple[int, int] | None = (2, 3),
         criterion: Criterion = "error",
+        unet: Annotated[GraphUNet | Graph | None, Any] = None,
+        tuned: bool = False,
     ) -> PruningChoice:
         """Choose the removals that cost least for one or more budgets, by integer programming.
 
         Costs and savings are added up over the removals; pairs that were measured together correct the sum of their
-        errors. No region is removed within another one that is.
+        errors. No region is removed within another one that is. With the UNet, macs and parameters are counted in the
+        pruned UNet, with everything that nothing reads any more, and the choice is corrected until it meets them.
 
         Args:
             time: the seconds of a call that may be left, as a share of those of the whole UNet.
@@ -151,11 +156,14 @@ class Redundancy:
             neighbours: N and M: of M layers that follow each other in a block at most N are removed, because runs of
                 removals recover badly; None for no limit.
             criterion: the cost of a removal: the "error" of the output, or the learned "gate".
+            unet: the UNet to prune, which must be the one that was analysed. Of a UNet that is pruned already, the
+                regions that are gone are left out, and shares are still those of the whole UNet.
+            tuned: whether the weights may be others than those that were analysed, as after a tuning.
         Returns:
             The choice, whose `paths` are those of a `PruneBlocks`.
         Raises:
-            SpecError: no budget, or one that no choice meets; the error names the least possible share. Or there are
-                no gates.
+            SpecError: no budget, or one that no choice meets, and the error names the least possible shares; the
+                analysis has no times or no gates; or it is of another UNet, and the error says whether structure or weights differ.
             ExtraError: scipy is not installed.
         Example:
             `PruneBlocks(redundancy.cheapest(time=0.7).paths)`
@@ -166,25 +174,87 @@ class Redundancy:
         budgets = {name: b for name, b in zip(BUDGETS, (time, macs, parameters), strict=True) if b is not None}
         if not budgets:
             raise SpecError("there is no budget", where="cheapest", hint="time=0.7, macs=0.7 or parameters=0.7")
-        program = _Program(self, neighbours, criterion)
-        chosen = program.solve(budgets)
+        if time is not None and any(one.time is None for one in self.removals):
+            raise SpecError(
+                "the analysis has no times", where="time", hint="analyse with a target, or set macs= or parameters="
+            )
+        gone = () if unet is None else self._gone(unet, tuned)
+        program = PruningProgram(
+            self.removals,
+            (
+                [self.error(one) for one in self.removals],
+                {(self._index[a], self._index[b]): self.error(pair) for pair in self.pairs for a, b in [pair.paths]},
+            ),
+            None if criterion == "error" else [self.cost(one, criterion) for one in self.removals],
+            neighbours,
+            [self._index[path] for path in gone],
+            None if unet is None else self._measure(unet),
+        )
+        chosen = program.best(budgets)
         if chosen is None:
-            parts = []
-            for name in budgets:
-                most = program.most(name)
-                parts.append(f"{name}={1 - most:.3g}")
+            least = ", ".join(f"{name}={share:g}" for name, share in program.least(budgets).items())
             raise SpecError(
                 f"no choice meets {', '.join(f'{name}={share:g}' for name, share in budgets.items())}",
                 where="cheapest",
-                hint=f"the least possible shares, each alone, are {', '.join(parts)}"
-                + (", or neighbours=None" if neighbours else ""),
+                hint=f"the least possible is {least}{', or set neighbours=None' if neighbours else ''}",
             )
-        picked = tuple(self.removals[i] for i in chosen)
-        return PruningChoice(
-            tuple(one.path for one in picked),
-            program.error(chosen),
-            {name: 1 - sum(float(getattr(one, name)) for one in picked) for name in BUDGETS},
-        )
+        left = {name: share for name, share in program.left(chosen).items() if self._has(name)}
+        return PruningChoice(tuple(self.removals[n].path for n in sorted(chosen)), program.error(chosen), left, gone)
+
+    def _has(self, name: str) -> bool:
+        return all(getattr(one, name) is not None for one in self.removals)
+
+    def _measure(self, unet: Any) -> Measure:
+        """Return a function that counts what is left of a UNet without some regions, as shares of the whole UNet."""
+        graph = unet.graph if isinstance(unet, GraphUNet) else unet
+        whole = dict(self.sizes) or sizes_of(graph)
+
+        @cache
+        def measure(paths: tuple[str, ...]) -> Mapping[str, float] | None:
+            pruned = graph.copy()
+            try:
+                for path in reversed(pruned.matching(paths) if paths else ()):  # the order of `PruneBlocks`
+                    pruned.bypass(path)
+                pruned.eliminate_dead_code()
+                pruned.propagate()
+            except EditError:
+                return None
+            return {name: size / whole[name] for name, size in sizes_of(pruned).items()}
+
+        return measure
+
+    def _gone(self, unet: Any, tuned: bool) -> tuple[str, ...]:
+        """Return the regions of the analysis that a UNet has lost.
+
+        Raises:
+            SpecError: the analysis is of another UNet.
+        """
+        model = unet if isinstance(unet, GraphUNet) else GraphUNet(unet.copy())
+        if hash_model(model) == self.model:
+            return ()
+        graph, tensors = model.graph, hash_each(model.tensors())
+        present, removed = set(graph.paths()), graph.removed
+        gone = tuple(one.path for one in self.removals if one.path not in present)
+        strange = [path for path in gone if not any(path == r or path.startswith(f"{r}.") for r in removed)]
+        strange += [name for name in tensors if name not in self.weights]
+        if not strange and hash_program(model) != self.program and not removed:
+            strange.append("operations")
+        if strange:
+            more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+            raise SpecError(
+                "the analysis is of another UNet: its structure differs",
+                where=", ".join(strange[:3]) + more,
+                hint="analyse this UNet, before other passes: sdgraph.analyse",
+            )
+        changed = [name for name, found in tensors.items() if self.weights[name] != found]
+        if changed and not tuned:
+            raise SpecError(
+                f"the analysis is of another UNet: its structure is the same, and {len(changed)} of {len(tensors)} "
+                "weights differ",
+                where=", ".join(changed[:3]) + ("" if len(changed) <= 3 else " ..."),
+                hint="analyse this UNet, or pass tuned=True if it is the analysed one after a tuning",
+            )
+        return gone
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the analysis to a JSON file.
@@ -231,6 +301,10 @@ class Redundancy:
             )  # fmt: skip
             errors = [*(one.errors for one in removals), *(pair.errors for pair in pairs)]
             sizes = {len(read.timesteps), len(read.noise), *map(len, errors)}
+            if not all(isinstance(name, str) for name in read.weights.values()) or any(
+                _number(size) < 1 for size in read.sizes.values()
+            ):
+                raise ValueError("its weights or sizes are none")
             if len(sizes) != 1 or not removals or {name for p in pairs for name in p.paths} - set(read._index):
                 raise ValueError("its parts do not fit together")
         except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
@@ -254,112 +328,20 @@ class Redundancy:
             )  # fmt: skip
         told = (
             f"error: squared error of the output without the region, relative to the squared output, at "
-            f"{len(self.timesteps)} timesteps of {self.prompts} prompts, weighted by their noise.\n"
+            f"{len(self.timesteps)} timesteps of {f'{self.prompts} prompts' if self.prompts else 'random inputs'}, "
+            f"weighted by their noise.\n"
             f"Parameters, MACs and time ({self.target}): what the removal saves."
         )
         fixed = f"\n{len(self.fixed)} regions cannot be removed alone." if self.fixed else ""
         return f"{format_table(rows)}\n\n{told}{fixed}"
 
 
-@dataclass(frozen=True)
-class PruningChoice:
-    """Removals that were chosen for a budget.
-
-    Args:
-        paths: the module paths of the regions.
-        error: the predicted error of the output, as in `Redundancy`.
-        left: the predicted shares of time, macs and parameters that are left.
-    """
-
-    paths: tuple[str, ...]
-    error: float
-    left: Mapping[str, float]
-
-    def __str__(self) -> str:
-        left = ", ".join(f"{share:.3f} of the {name}" for name, share in self.left.items())
-        return f"PruneBlocks({self.paths!r})  # predicted: {left}; error {self.error:.2e}"
-
-
-class _Program:
-    """The choice as an integer program: a variable for each removal, and one for each pair that was measured."""
-
-    def __init__(
-        self, redundancy: Redundancy, neighbours: tuple[int, int] | None, criterion: Criterion = "error"
-    ) -> None:
-        self.removals, index = redundancy.removals, redundancy._index
-        singles = [redundancy.error(one) for one in self.removals]
-        self.pairs = [(index[pair.paths[0]], index[pair.paths[1]]) for pair in redundancy.pairs]
-        joint = [
-            redundancy.error(pair) - singles[a] - singles[b]
-            for pair, (a, b) in zip(redundancy.pairs, self.pairs, strict=True)
-        ]
-        self.errors = np.array([*singles, *joint])
-        self.costs = self.errors
-        if criterion != "error":
-            costs = [redundancy.cost(one, criterion) for one in self.removals]
-            self.costs = np.array([*costs, *(0.0 for _ in joint)])
-        self.rules: list[tuple[dict[int, float], float]] = []  # coefficients of variables, and what they may add up to
-        for a, first in enumerate(self.removals):
-            for b, second in enumerate(self.removals):
-                if second.path.startswith(f"{first.path}."):
-                    self.rules.append(({a: 1, b: 1}, 1))
-        if neighbours is not None:
-            most, of = neighbours
-            if not 1 <= most <= of:
-                raise SpecError(
-                    f"at most {most} of {of} neighbours", where="neighbours", hint="two numbers such as (2, 3)"
-                )
-            for run in self._runs():
-                for begin in range(max(1, len(run) - of + 1)):
-                    window = run[begin : begin + of]
-                    if len(window) > most:
-                        self.rules.append((dict.fromkeys(window, 1.0), most))
-        for number, (a, b) in enumerate(self.pairs, len(self.removals)):
-            self.rules += [({number: 1, a: -1}, 0), ({number: 1, b: -1}, 0), ({a: 1, b: 1, number: -1}, 1)]
-
-    def error(self, chosen: Sequence[int]) -> float:
-        """Return the predicted error of a choice."""
-        both = [n for n, (a, b) in enumerate(self.pairs, len(self.removals)) if a in chosen and b in chosen]
-        return float(self.errors[[*chosen, *both]].sum())
-
-    def solve(self, budgets: Mapping[str, float]) -> list[int] | None:
-        """Return the numbers of the removals with the least error that meet all budgets, None if there are none."""
-        saved = [({i: -float(getattr(one, name)) for i, one in enumerate(self.removals)}, share - 1)
-                 for name, share in budgets.items()]  # fmt: skip
-        return self._minimum(self.costs, saved)
-
-    def most(self, name: str) -> float:
-        """Return the largest share that can be saved of one budget."""
-        saving = np.zeros(len(self.costs))
-        saving[: len(self.removals)] = [getattr(one, name) for one in self.removals]
-        return float(saving[self._minimum(-saving, [])].sum())
-
-    def _minimum(self, costs: Any, more: Sequence[tuple[dict[int, float], float]]) -> list[int] | None:
-        optimize = imported("scipy.optimize", "pruning")
-        rules = [*self.rules, *more]
-        matrix, bounds = np.zeros((len(rules), len(costs))), np.array([bound for _, bound in rules])
-        for row, (coefficients, _) in enumerate(rules):
-            for column, value in coefficients.items():
-                matrix[row, column] = value
-        constraints = optimize.LinearConstraint(matrix, -np.inf, bounds) if rules else ()
-        scale = np.abs(costs).max() or 1.0
-        found = optimize.milp(
-            costs / scale, integrality=np.ones(len(costs)), bounds=optimize.Bounds(0, 1), constraints=constraints
-        )
-        if found.x is None:
-            return None
-        return [number for number, value in enumerate(found.x[: len(self.removals)]) if value > 0.5]
-
-    def _runs(self) -> list[list[int]]:
-        """Return the removals of the same level and kind that follow each other in a block."""
-        runs: dict[tuple[str, str, str], list[int]] = {}
-        for number, one in enumerate(self.removals):
-            kind = re.sub(r"\d+", "", one.path.removeprefix(block_of(one.path)))
-            runs.setdefault((block_of(one.path), one.level, kind), []).append(number)
-        return list(runs.values())
-
-
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no number")
     return float(value)
+
+
+def sizes_of(graph: Graph) -> dict[str, int]:
+    """Return the macs of a call and the parameters of a graph."""
+    return {"macs": graph.macs, "parameters": sum(p.numel() for p in graph.parameters().values())}

@@ -66,9 +66,13 @@ def as_number(found: str) -> int:
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Return the hash of tensors: of their names, dtypes, shapes and all of their numbers."""
+    return hash_text(*(f"{name} {found}" for name, found in hash_each(tensors).items()))
+
+
+def hash_each(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the hash of each tensor: of its dtype, shape and all of its numbers."""
     with ThreadPoolExecutor(_threads()) as pool:
-        hashes = pool.map(_hash_tensor, tensors.values())
-        return hash_text(*(f"{name} {found}" for name, found in zip(tensors, hashes, strict=True)))
+        return dict(zip(tensors, pool.map(_hash_tensor, tensors.values()), strict=True))
 
 
 def hash_rows(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
