@@ -29,10 +29,12 @@ def documents() -> dict[Path, str]:
 
 
 def draw(texts: Iterable[str]) -> None:
-    """Draw the plots of all results of `frontier.py`, and the learning curves whose table a document has."""
+    """Draw the plots of frontiers and prunings, and the learning curves whose table a document has."""
     for file in RESULTS.glob("*.json"):
         if result(file)["benchmark"] == "frontier":
             plots.frontier(result(file), file.with_suffix(".svg"))
+        elif result(file)["benchmark"] == "pruning":
+            plots.predictions(result(file), file.with_suffix(".svg"))
     for block in BLOCK.finditer("\n".join(texts)):
         if block["kind"] == "curves":
             found = tables.curves([result(ROOT / file) for file in block["files"].split()])

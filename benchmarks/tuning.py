@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import re
 import time
 from pathlib import Path
@@ -31,7 +30,7 @@ from examples.scenes.student import RATE, SCENES, TRAINING
 from .measuring.documents import report
 from .measuring.evaluator import Evaluator
 from .measuring.recipes import FULL, PRESETS, RECIPES, Recipe
-from .measuring.record import ROOT, add_options, begin, place, processor, record
+from .measuring.record import ROOT, add_options, begin, begun, place, processor, record
 from .measuring.solvers import KARRAS
 
 SOLVERS = ("DDIM", KARRAS, "DPM++ 2M")
@@ -66,7 +65,8 @@ def main() -> None:
     args.folder = args.folder or ROOT / "out" / f"tuning{'-quick' * args.quick}"
     provenance = begin("tuning", "cpu", args.draft or args.quick)
     out = place(args, f"cpu-float32-tuning-{args.steps}-steps.json")
-    result = begun(out, args)
+    same = {name: getattr(args, name) for name in SAME}
+    result = begun(out, {"benchmark": "tuning", **same, "batch": TRAINING["train_batch_size"]})
     pipe = load()
     rows = functools.cache(lambda source: source(pipe, args.scenes, args.folder / "data"))
     pipe.unet.to(memory_format=torch.channels_last)  # faster by a tenth on a CPU
@@ -107,23 +107,6 @@ def main() -> None:
     shown = evaluator.sheet(map(kept_as, result["methods"]), *points[0], picture)
     rows = f"; the rows of {picture} are {', '.join(shown)}" if shown else ""
     print(f"\n{report(result)}\n\nwritten to {out}{rows}")
-
-
-def begun(out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the result that a file holds already, or an empty one.
-
-    Raises:
-        SystemExit: its methods were trained or measured otherwise.
-    """
-    same = {name: getattr(args, name) for name in SAME}
-    if not out.exists():
-        return {"benchmark": "tuning", **same, "batch": TRAINING["train_batch_size"], "methods": {}}
-    result: dict[str, Any] = json.loads(out.read_text())
-    if any(result[name] != value for name, value in same.items()):
-        raise SystemExit(
-            f"{out} has methods with other settings, {[result[name] for name in SAME]}: pass another --out"
-        )
-    return result
 
 
 def trained(

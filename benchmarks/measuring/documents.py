@@ -25,6 +25,7 @@ KINDS = {
     "overhead": cases.tables,
     "frontier": tables.quality,
     "tuning": tables.tuning,
+    "pruning": tables.pruning,
     "gpu": tables.gpu,
     "providers": tables.engines,
     "images": tables.images,

@@ -33,7 +33,9 @@ class Evaluator:
         self.config = pipe.scheduler.config
         pipe.set_progress_bar_config(disable=True)
 
-    def figures(self, name: str, unet: Any, solver: str, steps: int) -> dict[str, Any]:
+    def figures(
+        self, name: str, unet: Any, solver: str, steps: int, reference: tuple[str, int] | None = None
+    ) -> dict[str, Any]:
         """Return the figures of a UNet at some steps of a solver.
 
         Args:
@@ -41,19 +43,20 @@ class Evaluator:
             unet: the UNet.
             solver: a name of `SOLVERS`.
             steps: the number of inference steps.
+            reference: the solver and steps of the teacher's images to compare with; by default the same.
         Returns:
             PSNR (median) and SSIM to the teacher's images, and the figures of `Quality`.
         """
         mine = self._kept(name, unet, solver, steps)
         found: dict[str, Any] = {"solver": solver, "steps": steps}
-        if unet is not self.teacher:
-            its = self._kept("teacher", self.teacher, solver, steps)
+        if unet is not self.teacher or reference not in (None, (solver, steps)):
+            its = self._kept("teacher", self.teacher, *(reference or (solver, steps)))
             found["psnr"] = float(np.median([metrics.psnr(a, b) for a, b in zip(mine, its, strict=True)]))
             found["ssim"] = metrics.ssim(mine, its)
         return {**found, **self.quality(mine, self.captions)}
 
     @torch.no_grad()
-    def time(self, unet: Any, rows: int = 16) -> float:
+    def time(self, unet: Any, rows: int = 16, turns: int = 50) -> float:
         """Return the time of a call as a share of a call of the teacher: medians of calls in turns."""
         if unet is self.teacher:
             return 1.0
@@ -61,7 +64,7 @@ class Evaluator:
         latents = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size, generator=generator)
         text = torch.randn(rows, self.pipe.tokenizer.model_max_length, config.cross_attention_dim, generator=generator)
         calls = [partial(each, latents, 500, text) for each in (unet, self.teacher)]
-        mine, its = np.median([[spent(call, "cpu") for call in calls] for _ in range(50)][2:], axis=0)
+        mine, its = np.median([[spent(call, "cpu") for call in calls] for _ in range(turns)][2:], axis=0)
         return float(mine / its)
 
     def sheet(self, names: Iterable[str], solver: str, steps: int, path: Path, count: int = 12) -> list[str]:

@@ -70,6 +70,31 @@ def learning_curves(curves: Mapping[str, Mapping[int, Mapping[str, Any]]], path:
         figure.tight_layout()
 
 
+def predictions(result: Mapping[str, Any], path: Path) -> None:
+    """Draw predicted against measured time and error of the sets of `pruning.py`."""
+    sets = [method for method in result["methods"].values() if "tuned" in method]
+    with save_figure(path) as figure:
+        figure.set_size_inches(9, 4)
+        for axes, name in zip(figure.subplots(1, 2), ("time", "error"), strict=True):
+            ends = list[float]()
+            for kind, marker in zip(dict.fromkeys(method["kind"] for method in sets), MARKERS, strict=False):
+                points = [(_predicted(method, name), method[name]) for method in sets if method["kind"] == kind]
+                axes.plot(*zip(*points, strict=True), marker, label=kind, markersize=5, alpha=0.8)
+                ends += [value for point in points for value in point]
+            axes.plot([min(ends), max(ends)], [min(ends), max(ends)], "k-", linewidth=0.5)
+            axes.set(xlabel=f"predicted {name}", ylabel=f"measured {name}")
+            if name == "error":
+                axes.set(xscale="log", yscale="log")
+            axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+        figure.tight_layout()
+
+
+def _predicted(method: Mapping[str, Any], name: str) -> float:
+    found = method["predicted"]["time"] if name == "time" else method["scores"]["output error, pairs"]
+    return float(found)
+
+
 def worst_images(methods: Sequence[Method], made: Mapping[str, MethodImages], folder: Path) -> None:
     """Write a sheet for each method: its ten worst images, under those of the reference."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -80,6 +80,24 @@ def place(args: argparse.Namespace, name: str) -> Path:
     return chosen or (DRAFTS if args.quick or args.draft else RESULTS) / name
 
 
+def begun(file: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """Return the result that a file holds already, or an empty one.
+
+    Args:
+        file: the JSON file.
+        head: what all methods of a result have in common.
+    Raises:
+        SystemExit: the methods of the file were measured otherwise.
+    """
+    if not file.exists():
+        return {**head, "methods": {}}
+    result: dict[str, Any] = json.loads(file.read_text())
+    other = [f"{name}={result.get(name)}" for name, value in head.items() if result.get(name) != value]
+    if other:
+        raise SystemExit(f"{file} has methods with other settings, {', '.join(other)}: pass another --out")
+    return result
+
+
 def record(file: Path, result: dict[str, Any]) -> None:
     """Write a result as a whole.
 
@@ -95,7 +113,7 @@ def record(file: Path, result: dict[str, Any]) -> None:
 
 def commits(result: dict[str, Any]) -> list[str]:
     """Return the commits that a result was measured at, each once; a plus marks a tree that differed from it."""
-    parts = [result, *(result["methods"].values() if result["benchmark"] == "tuning" else ())]
+    parts = [result, *(result["methods"].values() if result["benchmark"] in ("tuning", "pruning") else ())]
     return list(dict.fromkeys(part["commit"] for part in parts if "commit" in part))
 
 

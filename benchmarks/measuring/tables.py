@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .pareto import front, margin
+from .solvers import KARRAS
 
 Result = Mapping[str, Any]
 QUICK = "**A smoke test: no figures to quote.**"
@@ -178,6 +179,82 @@ def learning_curves(found: Mapping[str, Mapping[int, Result]]) -> str:
     for name, points in found.items():
         cells = (points.get(steps) for steps in columns)
         rows.append((name, *(f"{100 * p['shape and colour']:.1f} %, {p['psnr']:.1f} dB" if p else "-" for p in cells)))
+    return markdown(rows)
+
+
+# -- pruning ----------------------------------------------------------------------------------------------------------
+
+
+def features(method: Result) -> dict[str, float]:
+    """Return the features of a set of removals from which its rank is learned."""
+    return {
+        **method["scores"],
+        **{f"predicted {cost}": share for cost, share in method["predicted"].items()},
+        "regions": float(len(method["paths"])),
+    }
+
+
+def pruning(result: Result) -> dict[str, str]:
+    """Return the tables of `pruning.py`: the sets, how well criteria rank them, predictions, and fewer steps."""
+    methods = {name: method for name, method in result["methods"].items() if "infeasible" not in method}
+    whole, sets = methods["whole"], {name: m for name, m in methods.items() if "tuned" in m}
+    timed = " and ".join(dict.fromkeys(method["timed on"] for method in sets.values()))
+    conditions = (
+        f"{timed}, float32; torch {whole['torch']}, diffusers {whole['diffusers']}; {result['steps']} optimizer steps "
+        f"of {result['batch']} samples; {result['captions']} held-out captions, {result['sampling']} steps of "
+        f"{KARRAS}; time of a call as a share of the whole UNet's; PSNR (median) to the whole UNet's images "
+        f"({whole['date'][:10]})."
+    )
+    rows = [("set", "regions", "parameters", "time", "PSNR untuned", "captions untuned", "PSNR tuned", "captions")]
+    for name, method in {"whole": whole, **sets}.items():
+        figures = [_images(method.get(each)) for each in ("untuned", "tuned")]
+        regions = str(len(method["paths"]))
+        size = f"{method['parameters'] / 1e6:.2f} M"
+        rows.append((name, regions, size, f"{method['time']:.2f}", *figures[0], *figures[1]))
+    tables = {"conditions": f"{conditions} {QUICK}" if result["quick"] else conditions, "sets": markdown(rows)}
+    tables["ranks"] = _ranks(list(sets.values()))
+    rows = [("set", "predicted time", "time", "off by", "predicted error", "error")]
+    for name, method in sets.items():
+        predicted, error = method["predicted"]["time"], method["scores"].get("output error, pairs", float("nan"))
+        off = f"{100 * (predicted / method['time'] - 1):+.1f} %"
+        rows.append((name, f"{predicted:.3f}", f"{method['time']:.3f}", off, f"{error:.3g}", f"{method['error']:.3g}"))
+    tables["predicted"] = markdown(rows)
+    rows = [("whole UNet", "time", "PSNR", "captions")]
+    for name, method in methods.items():
+        if method["kind"] == "steps":
+            rows.append((name, f"{method['time']:.2f}", *_images(method["untuned"])))
+    tables["steps"] = markdown(rows)
+    lost = [f"{name}: {m['infeasible']}" for name, m in result["methods"].items() if "infeasible" in m]
+    if lost:
+        tables["infeasible"] = "No set meets the budget of " + "; ".join(lost) + "."
+    return tables
+
+
+def _images(point: Result | None) -> tuple[str, str]:
+    if point is None:
+        return "-", "-"
+    return (f"{point['psnr']:.1f} dB" if "psnr" in point else "-", f"{100 * point['shape and colour']:.1f} %")
+
+
+def _ranks(sets: Sequence[Result]) -> str:
+    """Return the rank correlation of each criterion with the results, as a table; 1 is a perfect order."""
+    from .ranking import correlation, left_out  # which need extras that other tables do without
+
+    results = {
+        "PSNR untuned": [method["untuned"]["psnr"] for method in sets],
+        "PSNR tuned": [method["tuned"]["psnr"] for method in sets],
+        "captions tuned": [method["tuned"]["shape and colour"] for method in sets],
+    }
+    criteria = {name: [-method["scores"][name] for method in sets] for name in sets[0]["scores"]}
+    criteria["measured error of the set"] = [-method["error"] for method in sets]
+    criteria["PSNR untuned"] = results["PSNR untuned"]
+    criteria["time left"] = [method["time"] for method in sets]
+    if len(sets) > 3:
+        criteria["LambdaRank, on sets left out"] = left_out([features(m) for m in sets], results["PSNR tuned"])
+    rows: list[tuple[str, ...]] = [("criterion", *results)]
+    for name, scores in criteria.items():
+        found = (correlation(scores, each) for each in results.values())
+        rows.append((name, *("-" if each is None else f"{each:+.2f}" for each in found)))
     return markdown(rows)
 
 

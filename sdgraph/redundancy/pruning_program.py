@@ -93,8 +93,12 @@ class PruningProgram:
 
     def best(self, budgets: Mapping[str, float]) -> Chosen | None:
         """Return the removals with the least error that meet all budgets, None if there are none."""
-        while (chosen := self._solve(budgets)) is not None:
-            if self._holds(chosen):
+        searched = False
+        while (chosen := self._solve(budgets)) is not None or not searched:
+            if chosen is None:
+                self._nearest(budgets)  # which may save more together than the program knows
+                searched = True
+            elif self._holds(chosen):
                 left = self.left(chosen)
                 if all(left[name] <= share + SAME for name, share in budgets.items()):
                     break
@@ -104,11 +108,15 @@ class PruningProgram:
 
     def least(self, budgets: Mapping[str, float]) -> dict[str, float]:
         """Return the least budgets that can be met, in the proportions of those that cannot, rounded up."""
-        while not self._holds(chosen := self._solve(budgets, relaxed=True) or frozenset()):
-            pass
-        left = self.left(chosen)
+        left = self.left(self._nearest(budgets))
         factor = max(left[name] / share for name, share in budgets.items())
         return {name: min(1.0, math.ceil(1000 * (factor * share - SAME)) / 1000) for name, share in budgets.items()}
+
+    def _nearest(self, budgets: Mapping[str, float]) -> Chosen:
+        """Return the removals that come closest to all budgets."""
+        while not self._holds(chosen := self._solve(budgets, relaxed=True) or frozenset()):
+            pass
+        return chosen
 
     def left(self, chosen: Iterable[int]) -> dict[str, float]:
         """Return the shares that are left without some removals."""

@@ -96,7 +96,7 @@ def test_a_budget_that_nothing_meets_names_the_least_possible() -> None:
     found = analysis([0.1] * 6, [0.1, 0.1, 0.1, 0.1, 0.2, 0.1])
     with pytest.raises(SpecError, match="no choice meets time") as caught:
         found.cheapest(time=0.3)
-    assert "the least possible shares, each alone, are time=0.5" in caught.value.hint  # of four layers three may go
+    assert "the least possible is time=0.5" in caught.value.hint  # of four layers three may go
     with pytest.raises(SpecError, match="there is no budget"):
         found.cheapest()
     for wrong in (0.0, 1.2, -1, "0.7", float("nan")):
