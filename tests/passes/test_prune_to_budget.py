@@ -189,7 +189,7 @@ def test_what_is_refused(small: sdgraph.Graph, found: Redundancy) -> None:
 
 
 @pytest.mark.slow
-def test_it_passes_the_check_of_passes_and_exports(small: sdgraph.Graph, found: Redundancy, tmp_path: Path) -> None:
+def test_it_passes_the_check_of_passes_and_exports(found: Redundancy, tmp_path: Path) -> None:
     found.save(tmp_path / "analysis.json")
     one = PruneToBudget(macs=0.8, analysis=str(tmp_path / "analysis.json"))
     assert sdgraph.testing.check(one, build(**ONE_LEVEL), export=True) is not None
