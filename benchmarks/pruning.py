@@ -37,10 +37,10 @@ from .measuring.recipes import RECIPES
 from .measuring.record import ROOT, add_options, begin, begun, place, processor, record
 from .measuring.removal_sets import CRITERIA, PRESETS, Calls
 from .measuring.solvers import KARRAS
-from .measuring.tables import features
+from .measuring.tables import distinct, features
 
 SOLVERS = ("DDIM", KARRAS, "DPM++ 2M", "UniPC")
-SAME = ("steps", "captions", "scenes", "rate", "sampling", "prompts", "calls", "levels", "cost", "quick")
+SAME = ("steps", "captions", "scenes", "rate", "sampling", "prompts", "calls", "gates", "levels", "cost", "quick")
 BASE = PRESETS[0]
 CANDIDATES = 500  # random sets among which the predictor chooses
 LEARNED = "LambdaRank"
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--sampling", type=int, default=10, help="steps of DPM-Solver++ 2M Karras to compare at")
     parser.add_argument("--prompts", type=int, default=8, help="captions of the analysis")
     parser.add_argument("--calls", type=int, default=6, help="calls of a generation that the analysis measures on")
+    parser.add_argument("--gates", type=int, default=100, help="steps in which the gates of the analysis are learned")
     parser.add_argument("--levels", nargs="+", default=["block", "layer"], help="levels of the analysis")
     parser.add_argument("--turns", type=int, default=20, help="timed calls of a set")
     parser.add_argument("--threads", type=int, default=1)
@@ -67,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.steps, args.captions, args.scenes, args.sampling, args.prompts, args.calls = 2, 4, 64, 2, 2, 2
-        args.levels, args.cost, args.budgets, args.random, args.turns = ["block"], "macs", [0.98], 1, 4
+        args.gates, args.levels, args.cost, args.budgets, args.random, args.turns = 2, ["block"], "macs", [0.98], 1, 4
         args.criteria = ["MACs only", "output error"]
     torch.set_num_threads(args.threads)
     args.folder = args.folder or ROOT / "out" / f"pruning{'-quick' * args.quick}"
@@ -119,7 +120,7 @@ class Study:
         if not file.exists():
             found = sdgraph.analyse(
                 self.pipe, captions(args.prompts), levels=args.levels, calls=args.calls, latents=not args.quick,
-                pairs=True, folder=args.folder / "analysis", num_inference_steps=args.sampling,
+                gates=args.gates, pairs=True, folder=args.folder / "analysis", num_inference_steps=args.sampling,
             )  # fmt: skip
             times = self.result.setdefault("times", {})
             for one in found.removals:
@@ -227,11 +228,11 @@ class Study:
     def learned(self, budget: float) -> None:
         """Measure the set that a predictor chooses which has learned from all other sets."""
         name = f"{LEARNED}, {self.args.cost} {budget:.2f}"
-        others = {n: m for n, m in self.result["methods"].items() if "tuned" in m and not n.startswith(LEARNED)}
         if name in self.result["methods"]:
             self.measure(name, tuple(self.result["methods"][name]["paths"]), "predictor", budget)
             return
-        ranker = Ranker([features(m) for m in others.values()], [m["tuned"]["psnr"] for m in others.values()])
+        others = distinct(self.result["methods"].values())
+        ranker = Ranker([features(m) for m in others], [m["tuned"]["psnr"] for m in others])
         sets = list(itertools.islice(removal_sets.at_random(self.found, self.args.cost, budget, 1), CANDIDATES))
         rows = [features({"paths": paths, **removal_sets.predictions(self.found, paths)}) for paths in sets]
         ranked = sorted(zip(ranker.scores(rows), sets, strict=True), key=lambda pair: -pair[0])

@@ -36,6 +36,7 @@ class PruneToBudget(Pass):
         parameters: the parameters that may be left, as a share.
         analysis: what `sdgraph.analyse` found, or the path of the file that it was saved to; None measures on random
             inputs.
+        criterion: the cost of a removal: the "error" of the output, or the learned "gate" of an analysis with gates.
         neighbours: N and M: of M layers that follow each other in a block at most N are removed; None for no limit.
         tuned: whether the weights may be others than those that were analysed, as after a tuning.
         levels: the levels of the regions that are measured on random inputs.
@@ -58,6 +59,7 @@ class PruneToBudget(Pass):
     macs: Budget | None = None
     parameters: Budget | None = None
     analysis: Redundancy | Text | None = None
+    criterion: Literal["error", "gate"] = "error"
     neighbours: tuple[int, int] | None = (2, 3)
     tuned: bool = False
     levels: Annotated[tuple[Literal["block", "layer", "unit"], ...], Bounds(length=1)] = ("block", "layer")
@@ -86,7 +88,7 @@ class PruneToBudget(Pass):
             found = self.analysis if isinstance(self.analysis, Redundancy) else Redundancy.load(self.analysis)
         choice = found.cheapest(
             time=self.time, macs=self.macs, parameters=self.parameters,
-            neighbours=self.neighbours, unet=graph, tuned=self.tuned,
+            criterion=self.criterion, neighbours=self.neighbours, unet=graph, tuned=self.tuned,
         )  # fmt: skip
         if not choice.paths:
             raise SpecError(

@@ -10,14 +10,16 @@ import numpy as np
 from scipy import stats
 
 FOLD = 4  # sets that are left out at a time
+ROUNDS = 60  # trees
 LEARNER: dict[str, Any] = {
     "objective": "lambdarank",
-    "n_estimators": 60,
     "num_leaves": 4,
-    "min_child_samples": 1,
+    "min_data_in_leaf": 1,
     "min_data_in_bin": 1,
-    "random_state": 0,
-    "n_jobs": 1,
+    "feature_pre_filter": False,
+    "seed": 0,
+    "deterministic": True,
+    "num_threads": 1,
     "verbosity": -1,
 }
 
@@ -40,8 +42,8 @@ class Ranker:
     def __init__(self, rows: Sequence[Mapping[str, float]], results: Sequence[float]) -> None:
         self._names = sorted(rows[0])
         labels = stats.rankdata(results, method="dense").astype(int) - 1
-        self._ranker = lightgbm.LGBMRanker(**LEARNER, label_gain=list(range(len(rows))))
-        self._ranker.fit(self._matrix(rows), labels, group=[len(rows)])
+        data = lightgbm.Dataset(self._matrix(rows), labels, group=[len(rows)])
+        self._ranker = lightgbm.train({**LEARNER, "label_gain": list(range(len(rows)))}, data, ROUNDS)
 
     def scores(self, rows: Sequence[Mapping[str, float]]) -> list[float]:
         """Return a score of each set; larger ones are predicted to be better."""

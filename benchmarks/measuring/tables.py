@@ -194,6 +194,11 @@ def features(method: Result) -> dict[str, float]:
     }
 
 
+def distinct(methods: Iterable[Result]) -> list[Result]:
+    """Return the tuned sets of removals, each once."""
+    return list({tuple(sorted(method["paths"])): method for method in methods if "tuned" in method}.values())
+
+
 def pruning(result: Result) -> dict[str, str]:
     """Return the tables of `pruning.py`: the sets, how well criteria rank them, predictions, and fewer steps."""
     methods = {name: method for name, method in result["methods"].items() if "infeasible" not in method}
@@ -212,7 +217,7 @@ def pruning(result: Result) -> dict[str, str]:
         size = f"{method['parameters'] / 1e6:.2f} M"
         rows.append((name, regions, size, f"{method['time']:.2f}", *figures[0], *figures[1]))
     tables = {"conditions": f"{conditions} {QUICK}" if result["quick"] else conditions, "sets": markdown(rows)}
-    tables["ranks"] = _ranks(list(sets.values()))
+    tables["ranks"] = _ranks(distinct(sets.values()))
     rows = [("set", "predicted time", "time", "off by", "predicted error", "error")]
     for name, method in sets.items():
         predicted, error = method["predicted"]["time"], method["scores"].get("output error, pairs", float("nan"))

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from diffusers import UNet2DConditionModel
 
 from ..atomic import written
 from ..errors import EditError, SavedError, SpecError
 from ..graph import Graph
 from ..options import Bounds, checked
+from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from ..text import json_object
 from ..tuning.digest import hash_each, hash_model, hash_program
@@ -140,7 +142,7 @@ class Redundancy:
         parameters: Share | None = None,
         neighbours: tuple[int, int] | None = (2, 3),
         criterion: Criterion = "error",
-        unet: Annotated[GraphUNet | Graph | None, Any] = None,
+        unet: Annotated[UNet2DConditionModel | GraphUNet | Graph | None, Any] = None,
         tuned: bool = False,
     ) -> PruningChoice:
         """Choose the removals that cost least for one or more budgets, by integer programming.
@@ -163,7 +165,8 @@ class Redundancy:
             The choice, whose `paths` are those of a `PruneBlocks`.
         Raises:
             SpecError: no budget, or one that no choice meets, and the error names the least possible shares; the
-                analysis has no times or no gates; or it is of another UNet, and the error says whether structure or weights differ.
+                analysis has no times or no gates; or it is of another UNet, and the error says whether structure or
+                weights differ.
             ExtraError: scipy is not installed.
         Example:
             `PruneBlocks(redundancy.cheapest(time=0.7).paths)`
@@ -178,7 +181,8 @@ class Redundancy:
             raise SpecError(
                 "the analysis has no times", where="time", hint="analyse with a target, or set macs= or parameters="
             )
-        gone = () if unet is None else self._gone(unet, tuned)
+        model = None if unet is None else apply(unet, (), verify=False)
+        gone = () if model is None else self._gone(model, tuned)
         program = PruningProgram(
             self.removals,
             (
@@ -188,7 +192,7 @@ class Redundancy:
             None if criterion == "error" else [self.cost(one, criterion) for one in self.removals],
             neighbours,
             [self._index[path] for path in gone],
-            None if unet is None else self._measure(unet),
+            None if model is None else self._measure(model.graph),
         )
         chosen = program.best(budgets)
         if chosen is None:
@@ -204,9 +208,8 @@ class Redundancy:
     def _has(self, name: str) -> bool:
         return all(getattr(one, name) is not None for one in self.removals)
 
-    def _measure(self, unet: Any) -> Measure:
-        """Return a function that counts what is left of a UNet without some regions, as shares of the whole UNet."""
-        graph = unet.graph if isinstance(unet, GraphUNet) else unet
+    def _measure(self, graph: Graph) -> Measure:
+        """Return a function that counts what is left of a graph without some regions, as shares of the whole UNet."""
         whole = dict(self.sizes) or sizes_of(graph)
 
         @cache
@@ -223,13 +226,12 @@ class Redundancy:
 
         return measure
 
-    def _gone(self, unet: Any, tuned: bool) -> tuple[str, ...]:
+    def _gone(self, model: GraphUNet, tuned: bool) -> tuple[str, ...]:
         """Return the regions of the analysis that a UNet has lost.
 
         Raises:
             SpecError: the analysis is of another UNet.
         """
-        model = unet if isinstance(unet, GraphUNet) else GraphUNet(unet.copy())
         if hash_model(model) == self.model:
             return ()
         graph, tensors = model.graph, hash_each(model.tensors())
