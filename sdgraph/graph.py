@@ -70,4 +70,4 @@ class Graph(EditableGraph):
         Example:
             `pipe.scheduler.set_timesteps(25)`, then `print(unet.graph.timetable(pipe.scheduler, B=2))`
         """
-        return timetable(self.at(**sizes) if sizes else self, SamplingRun.of(calls))
+        return timetable({"": self.at(**sizes) if sizes else self}, SamplingRun.of(calls))

@@ -22,6 +22,7 @@ from .redundancy.analysis import analyse, analyse_unet
 from .redundancy.pruning_program import PruningChoice
 from .redundancy.redundancy import JointRemoval, Redundancy, Removal
 from .runtime.apply import apply
+from .runtime.switch import SwitchUNet, switch
 from .runtime.unet import GraphUNet
 from .spec import Spec
 from .tuning.tune import tune
@@ -55,6 +56,7 @@ __all__ = [
     "SearchResult",
     "Site",
     "Spec",
+    "SwitchUNet",
     "Timetable",
     "Width",
     "Widths",
@@ -69,6 +71,7 @@ __all__ = [
     "parse",
     "per_call",
     "search",
+    "switch",
     "trace",
     "trace_code",
     "tune",

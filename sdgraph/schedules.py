@@ -3,6 +3,8 @@
 A call is one call of the UNet; a scheduler of the second order makes two per step. The first call of a generation
 always computes the site: a refresh. Schedules are specs: they print as text, parse back, and are saved with the passes
 that hold them.
+
+Member schedules name the UNet that computes each call, where several share a generation: see `sdgraph.switch`.
 """
 
 from __future__ import annotations
@@ -14,18 +16,24 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from .errors import ScheduleError, SdgraphError
-from .options import Bounds, Count, Index, Number, checked
+from .options import Bounds, Count, Finite, Index, Number, Share, checked
 from .solvers import is_random, lambdas_of, name_of
 from .spec import Spec
 
 __all__ = [
+    "ByCall",
+    "ByShare",
+    "ByTimestep",
     "DenseCenter",
     "DenseEarly",
     "DenseLate",
     "Drift",
     "Explicit",
     "Gate",
+    "InTurns",
+    "MemberSchedule",
     "Once",
+    "PerCall",
     "Range",
     "SamplingRun",
     "Schedule",
@@ -142,11 +150,11 @@ class Schedule(Spec):
         return tuple(i for i, t in enumerate(timesteps) if i == 0 or self.refreshes(i, t, run))
 
 
-def _known(value: Any, schedule: Schedule) -> Any:
+def _known(value: Any, schedule: Spec) -> Any:
     if value is None:
         raise ScheduleError(
             "this schedule needs to know the calls of the generation", where=str(schedule),
-            hint="give them: `with unet.expecting(timesteps)`; Uniform, Explicit and Gate do not need them",
+            hint="give them: sdgraph.attach(pipe), or `with unet.expecting(timesteps)`; not all schedules need them",
         )  # fmt: skip
     return value
 
@@ -422,3 +430,256 @@ class Drift(Schedule):
 
     def refreshes(self, call: int, timestep: float, run: SamplingRun) -> bool:
         return call % self.least == 0  # where nothing is measured, such as in a timetable
+
+
+# -- several UNets in one generation ----------------------------------------------------------------------------------
+
+Member = Annotated[str, Bounds(length=1)]
+Members = Annotated[tuple[Member, ...], Bounds(length=1)]
+
+
+@dataclass(frozen=True)
+class MemberSchedule(Spec, abstract=True):
+    """Base of the schedules that name the UNet which computes a call. Subclass it as a frozen dataclass.
+
+    Class attributes:
+        counts: whether it depends on the number of the call, which an attached scheduler or `expecting` must say.
+    """
+
+    refusal: ClassVar[type[SdgraphError]] = ScheduleError
+    counts: ClassVar[bool] = True
+    members: Members
+
+    def member(self, call: int, timestep: float, run: SamplingRun) -> str:
+        """Return the name of the UNet that computes a call.
+
+        Args:
+            call: the number of the call, from 0.
+            timestep: the timestep of the call.
+            run: the known facts about the generation.
+        Raises:
+            ScheduleError: no UNet computes the call, or the schedule needs facts that are unknown.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.member")
+
+    @checked(ScheduleError)
+    def turns(self, run: SamplingRun) -> tuple[str, ...]:
+        """Return the name of the UNet that computes each call of a run; unknown timesteps are supposed.
+
+        Args:
+            run: the known facts about the generation; the number of calls is one of them.
+        Raises:
+            ScheduleError: the number of calls is unknown, or no UNet computes one of them.
+        Example:
+            `InTurns(("large", "small")).turns(SamplingRun(3))` is `("large", "small", "large")`
+        """
+        timesteps = run.supposed().timesteps
+        if timesteps is None:
+            raise ScheduleError("the number of calls is unknown", where=str(self), hint="SamplingRun.of(calls)")
+        return tuple(self.member(i, t, run) for i, t in enumerate(timesteps))
+
+    def _check_starts(self, starts: tuple[float, ...], rising: bool) -> None:
+        """Refuse starts that are not one for every member after the first, in the order of the generation."""
+        if len(starts) != len(self.members) - 1:
+            raise ScheduleError(
+                f"{len(self.members)} members have {len(starts)} starts",
+                where=str(self),
+                hint="give one start for each member after the first",
+            )
+        if list(starts) != sorted(set(starts), reverse=not rising):
+            raise ScheduleError(
+                f"the starts {starts} are not in the order of the generation",
+                where=str(self),
+                hint="numbers of calls rise, and timesteps fall",
+            )
+
+
+@dataclass(frozen=True)
+class ByTimestep(MemberSchedule):
+    """Switch to the next UNet below a timestep. It needs neither `attach` nor `expecting`.
+
+    Args:
+        members: the names of the UNets, in the order of the generation.
+        starts: for each UNet after the first, the timestep below which it computes; timesteps fall.
+    Raises:
+        ScheduleError: there is not one start for each UNet after the first, or the starts do not fall.
+    Example:
+        `ByTimestep(("large", "small"), (500,))`
+    Source:
+        Wan 2.2's `boundary_ratio` and SDXL's `denoising_end`, as in diffusers.
+    """
+
+    counts: ClassVar[bool] = False
+    starts: tuple[Finite, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._check_starts(self.starts, rising=False)
+
+    def member(self, call: int, timestep: float, run: SamplingRun) -> str:
+        least = min(run.timesteps or (timestep,))
+        if least < 0:  # those of EDM are logarithms
+            raise ScheduleError(
+                f"timestep {least:g} is none of the training timesteps, which the starts are",
+                where=str(self),
+                hint="use a schedule by call, or a scheduler of training timesteps",
+            )
+        return self.members[sum(timestep < start for start in self.starts)]
+
+    @classmethod
+    def boundary_ratio(
+        cls, ratio: Share, members: Members = ("high", "low"), num_train_timesteps: Count = TRAINED
+    ) -> ByTimestep:
+        """Return the schedule of Wan's `boundary_ratio` in diffusers.
+
+        Args:
+            ratio: the share of the training timesteps from which the first of two UNets computes; 0 leaves all calls to
+                the first, 1 to the second.
+            members: the names of the two UNets, the one of the noisier calls first.
+            num_train_timesteps: the number of training timesteps.
+        Example:
+            `ByTimestep.boundary_ratio(0.875, ("large", "small"))`
+        """
+        return cls(members, (ratio * num_train_timesteps,))
+
+    @classmethod
+    def denoising_end(
+        cls, end: Share, members: Members = ("base", "refiner"), num_train_timesteps: Count = TRAINED
+    ) -> ByTimestep:
+        """Return the schedule of SDXL's `denoising_end` in diffusers, which rounds to whole timesteps.
+
+        Args:
+            end: the share of the training timesteps that the first of two UNets denoises.
+            members: the names of the two UNets, in the order of the generation.
+            num_train_timesteps: the number of training timesteps.
+        Example:
+            `ByTimestep.denoising_end(0.8)`
+        """
+        return cls(members, (round(num_train_timesteps - end * num_train_timesteps),))
+
+
+@dataclass(frozen=True)
+class ByCall(MemberSchedule):
+    """Switch to the next UNet at a call.
+
+    Args:
+        members: the names of the UNets, in the order of the generation.
+        starts: for each UNet after the first, the number of the call, from 0, at which it begins.
+        of: the number of calls that the generation must have; None allows any.
+    Raises:
+        ScheduleError: there is not one start for each UNet after the first, or the starts do not rise.
+    Example:
+        `ByCall(("large", "small"), (10,), of=25)`
+    """
+
+    starts: tuple[Index, ...] = ()
+    of: Count | None = None
+
+    def __post_init__(self) -> None:
+        self._check_starts(self.starts, rising=True)
+
+    def member(self, call: int, timestep: float, run: SamplingRun) -> str:
+        if self.of is not None and run.calls is not None and run.calls != self.of:
+            what = f"made for {self.of} calls, this generation has {run.calls}"
+            raise ScheduleError(what, where=str(self), hint="another schedule, or of=None")
+        return self.members[sum(call >= start for start in self.starts)]
+
+    @classmethod
+    def hybrid_sd(cls, calls: Index, of: Count | None = None, members: Members = ("large", "small")) -> ByCall:
+        """Return Hybrid SD's schedule: the large UNet first, and the small one for the rest.
+
+        Args:
+            calls: the number of calls of the large UNet.
+            of: the number of calls that the generation must have; None allows any.
+            members: the names of the two UNets, the large one first.
+        Example:
+            `ByCall.hybrid_sd(10, of=25)`
+        Source:
+            Hybrid SD (Yan et al., 2024), whose grid of 25 calls gives the large UNet 0, 5, 10, 15, 20 or 25.
+        """
+        return cls(members, (calls,), of)
+
+
+@dataclass(frozen=True)
+class ByShare(MemberSchedule):
+    """Switch to the next UNet after a share of the calls, whose number must be known.
+
+    Args:
+        members: the names of the UNets, in the order of the generation.
+        starts: for each UNet after the first, the share of the calls that are made before it begins. The number of
+            these calls is rounded down.
+    Raises:
+        ScheduleError: there is not one start for each UNet after the first, or the starts do not rise.
+    Example:
+        `ByShare(("small", "large"), (0.4,))`
+    """
+
+    starts: tuple[Share, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._check_starts(self.starts, rising=True)
+
+    def member(self, call: int, timestep: float, run: SamplingRun) -> str:
+        calls = _known(run.calls, self)
+        # 0.29 * 100 is a little less than 29
+        return self.members[sum(call >= int(start * calls + 1e-9) for start in self.starts)]
+
+    @classmethod
+    def t_stitch(cls, share: Share, members: Members = ("small", "large")) -> ByShare:
+        """Return T-Stitch's schedule: the small UNet first, and the large one for the rest.
+
+        Args:
+            share: the share of the calls that the small UNet computes.
+            members: the names of the two UNets, the small one first.
+        Example:
+            `ByShare.t_stitch(0.4)`
+        Source:
+            T-Stitch (Pan et al., 2024).
+        """
+        return cls(members, (share,))
+
+
+@dataclass(frozen=True)
+class InTurns(MemberSchedule):
+    """Let UNets compute calls in turns, over and over.
+
+    Args:
+        members: the names of the UNets, in the order of their turns.
+        calls: the number of calls in a turn of each UNet; by default one.
+    Raises:
+        ScheduleError: there is not one number for each UNet.
+    Example:
+        `InTurns(("large", "small"), (1, 2))`
+    """
+
+    calls: tuple[Count, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.calls is not None and len(self.calls) != len(self.members):
+            what = f"{len(self.members)} members have {len(self.calls)} numbers of calls"
+            raise ScheduleError(what, where=str(self), hint="give one number for each member")
+
+    def member(self, call: int, timestep: float, run: SamplingRun) -> str:
+        row = [name for name, count in zip(self.members, self.calls or (1,) * len(self.members), strict=True)
+               for _ in range(count)]  # fmt: skip
+        return row[call % len(row)]
+
+
+@dataclass(frozen=True)
+class PerCall(MemberSchedule):
+    """Name the UNet of every call.
+
+    Args:
+        members: the name of the UNet of each call, in order. A generation of more calls is refused.
+    Example:
+        `PerCall(("large", "small", "small", "large"))`
+    """
+
+    def member(self, call: int, timestep: float, run: SamplingRun) -> str:
+        calls = max(call + 1, run.calls or 0)
+        if calls > len(self.members):
+            raise ScheduleError(
+                f"no UNet computes call {len(self.members)}; the schedule names those of {len(self.members)} calls",
+                where=str(self)[:200],
+                hint=f"name {calls} UNets, or make fewer steps",
+            )
+        return self.members[call]

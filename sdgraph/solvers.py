@@ -10,6 +10,8 @@ import torch
 
 # Schedulers whose steps add random numbers, whatever the arguments of the call.
 RANDOM = ("Ancestral", "SDE", "LCM", "TCD", "DDPM", "SASolver", "CosineDPM")
+# Schedulers whose steps combine the predictions of several calls.
+COMBINING = ("DEIS", "DPMSolver", "Heun", "IPNDM", "KDPM2", "LMS", "PNDM", "SASolver", "UniPC")
 # Options that change which calls a solver makes of the same number of steps, or how it combines them.
 OPTIONS = (
     "algorithm_type",
@@ -62,6 +64,16 @@ def is_random(scheduler: Any) -> bool:
     """
     kind = str(_config(scheduler).get("algorithm_type", ""))
     return any(word in type(scheduler).__name__ for word in RANDOM) or kind.startswith("sde")
+
+
+def looks_back(solver: str) -> bool:
+    """Return whether the steps of a solver combine the predictions of several calls.
+
+    Args:
+        solver: the solver as `name_of` returns it.
+    """
+    name, _, options = solver.partition("(")
+    return any(word in name for word in COMBINING) and "solver_order=1" not in options
 
 
 def _config(scheduler: Any) -> Any:

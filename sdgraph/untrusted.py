@@ -91,6 +91,8 @@ def require_folder(folder: Path, exported: bool) -> None:
     config = folder / "config.json"
     if (folder / "model_index.json").exists():
         found, hint = "a pipeline", "its UNet is in the folder unet"
+    elif (folder / "switch.json").exists():
+        found, hint = "a switch of several UNets", "sdgraph.SwitchUNet.from_pretrained reads it"
     elif not config.exists():
         raise SavedError(f"there is no UNet in {folder}", where=str(folder), hint=f"give the folder of {wanted}")
     elif read_json(config, f"give the folder of {wanted}").get("_class_name") != "GraphUNet":

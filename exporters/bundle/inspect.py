@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx
 
+from sdgraph.inheritance.cache import always
 from sdgraph.inheritance.plan import Plan
 from sdgraph.schedules import SamplingRun
 from sdgraph.untrusted import read_config, require_folder
@@ -43,7 +44,7 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
         "",
     ]
     run = SamplingRun.of(calls)
-    plan = Plan.of(run, BundleCosts(manifest))
+    plan = Plan.of(run, always(BundleCosts(manifest)))
     served: dict[Variant, list[int]] = {}
     for number, possible in enumerate(plan.calls):
         for variant in dict.fromkeys(manifest.variant_for(reused)[0] for reused in possible):

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 
 from sdgraph.errors import ModeError, SpecError
-from sdgraph.inheritance.cache import no_value
+from sdgraph.inheritance.cache import always, no_value
 from sdgraph.inheritance.tracker import GenerationTracker
 from sdgraph.options import Bounds, Text, checked
 from sdgraph.runtime.diffusers_api import UNetCall
@@ -134,7 +134,7 @@ class ORTUNet(UNetCall):
         """
         self.backend.sizes(flat)
         if self.manifest.sites:
-            result = self.tracker.run(flat, self._conditioning, self.backend)
+            result = self.tracker.run(flat, self._conditioning, always(self.backend))
         else:
             result, _ = self.backend.compute(flat, frozenset(), no_value)
         return result.to(flat["sample"].device)

@@ -17,9 +17,10 @@ from pathlib import Path
 from ..errors import SpecError
 from .arguments import CALLS, add_calls, add_imports
 from .generation import latent_unit, own_scheduler, with_calls
-from .sources import INDEX, local_folder, parts, read_object, sketch
+from .sources import INDEX, load_unet, local_folder, parts, read_object, sketch
 
 STATE, TUNING, RECIPE, CONFIG, BUNDLE = "state.json", "tuning.json", "sdgraph.json", "config.json", "model.onnx"
+SWITCH = "switch.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     described = [*_run(folder), *_checkpoint(folder), *_pipeline(folder)]
     unet = _unet_folder(folder)
     if unet is not None:
-        described.append(_unet(unet, folder, calls))
+        described.append((_switch if (unet / SWITCH).is_file() else _unet)(unet, folder, calls))
     if not described:
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise SpecError(
@@ -132,6 +133,27 @@ def _unet(unet: Path, folder: Path, calls: int) -> str:
         scheduler = own_scheduler(str(folder))
         lines += ["", str(graph.timetable(calls if scheduler is None else with_calls(scheduler, calls)))]
     return "\n".join(lines)
+
+
+def _switch(unet: Path, folder: Path, calls: int) -> str:
+    """Describe a switch of several UNets: its members, and which of them computes each call."""
+    from ..views.format import format_count
+
+    total = sum(size for _, _, size in _weights(unet))
+    loaded = load_unet(str(unet), "float32")
+    scheduler = own_scheduler(str(folder))
+    lines = [
+        f"{unet}: a switch of several UNets, saved by sdgraph {read_object(unet / SWITCH).get('version')}",
+        f"{format_count(total)} parameters, equal ones counted once",
+        f"schedule: {loaded.schedule}",
+    ]
+    lines += [
+        f"{name}: {format_count(sum(p.numel() for p in member.parameters()))} parameters, "
+        f"passes: {', '.join(map(str, member.graph.passes)) or 'none'}"
+        for name, member in loaded.members.items()
+    ]
+    timetable = loaded.timetable(calls if scheduler is None else with_calls(scheduler, calls))
+    return "\n".join([*lines, "", str(timetable)])
 
 
 def _weights(folder: Path) -> Iterator[tuple[str, str, int]]:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 AGAIN = "repair the folder, or save the model again"
-UNETS = ("UNet2DConditionModel", "GraphUNet")
+UNETS = ("UNet2DConditionModel", "GraphUNet", "SwitchUNet")
+SAVED = {"sdgraph.json": "GraphUNet", "switch.json": "SwitchUNet"}  # the class that reads a folder with that file
 NO_UNET = "give a pipeline of Stable Diffusion or SDXL, or the folder of its UNet"
 # The files of weights that diffusers and transformers write: plain, of a variant, in shards, with an index.
 WEIGHTS = re.compile(
@@ -129,7 +130,7 @@ def load_pipeline(source: str, dtype: str, device: str, variant: str | None = No
         kind = _pipeline_class(index, source)
         variant = _variant([folder / name for name in parts(index)], variant, source)
     options = {"torch_dtype": getattr(torch, dtype), "variant": variant}
-    if folder is not None and (folder / "unet/sdgraph.json").is_file():  # whatever class the index names
+    if folder is not None and any((folder / "unet" / name).is_file() for name in SAVED):  # whatever the index names
         options["unet"] = load_unet(source, dtype)
     pipe = _load(kind.from_pretrained, source, folder or source, **options)
     if getattr(pipe, "unet", None) is None:
@@ -147,7 +148,7 @@ def load_unet(source: str, dtype: str, variant: str | None = None) -> Any:
         dtype: name of the dtype to load in.
         variant: the variant of the weights, as for `load_pipeline`.
     Returns:
-        A `GraphUNet` if the folder holds a saved one, otherwise a `UNet2DConditionModel`.
+        A `GraphUNet` or a `SwitchUNet` if the folder holds a saved one, otherwise a `UNet2DConditionModel`.
     Raises:
         SpecError: there is no such folder, or it holds no UNet of this variant.
         SourceError: diffusers cannot load it.
@@ -156,14 +157,15 @@ def load_unet(source: str, dtype: str, variant: str | None = None) -> Any:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from ..runtime.unet import GraphUNet
+    import sdgraph
 
     folder, options = _unet_folder(source), {"torch_dtype": getattr(torch, dtype)}
     if folder is None:
         options |= {"subfolder": "unet", "variant": variant}
         return _load(UNet2DConditionModel.from_pretrained, source, source, **options)
-    if (folder / "sdgraph.json").is_file():
-        return _load(GraphUNet.from_pretrained, source, folder, variant=variant, **options)
+    for name, kind in SAVED.items():
+        if (folder / name).is_file():
+            return _load(getattr(sdgraph, kind).from_pretrained, source, folder, variant=variant, **options)
     options["variant"] = _variant([folder], variant, source)
     return _load(UNet2DConditionModel.from_pretrained, source, folder, **options)
 

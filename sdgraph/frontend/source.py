@@ -71,6 +71,12 @@ def check_source(unet: Any, trusted: Collection[type] = ()) -> None:
         raise SourceError(
             f"got {type(unet).__name__}, which is traced already", hint="sdgraph.apply(unet, passes) goes on from it"
         )
+    if isinstance(getattr(unet, "members", None), nn.ModuleDict):
+        raise SourceError(
+            "a switch of several UNets has no graph of its own",
+            where=type(unet).__name__,
+            hint="sdgraph.apply or tune each of them, and switch between the results",
+        )
     if not isinstance(unet, UNet2DConditionModel):
         hints = {"unet": "pass pipe.unet, not the pipeline", "_orig_mod": "pass unet._orig_mod, and compile the result"}
         hint = next(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -40,6 +41,36 @@ class Backend(Protocol[Inputs, Output]):
         """
 
 
+@dataclass(frozen=True)
+class Turn:
+    """The UNet that computes a call, which is one of several in a switch.
+
+    Args:
+        backend: its backend.
+        member: its name; "" for a UNet that computes all calls.
+        carried: the sites whose values it may take from the UNet that computed the call before, when its turn begins.
+    """
+
+    backend: Backend[Any, Any]
+    member: str = ""
+    carried: frozenset[str] = frozenset()
+
+
+Turns: TypeAlias = Callable[[int | None, float | None, SamplingRun], Turn]
+"""Return the turn of a call, by the number of the call, its timestep and its run. The number is None if nothing vouches
+for it, and the timestep is None if the samples of the call have several."""
+
+
+def always(backend: Backend[Any, Any]) -> Turns:
+    """Return the turns of a UNet that computes all calls.
+
+    Args:
+        backend: its backend.
+    """
+    turn = Turn(backend)
+    return lambda call, timestep, run: turn
+
+
 class FeatureCache:
     """The values of sites that a generation keeps between its calls.
 
@@ -51,11 +82,13 @@ class FeatureCache:
         sites: the sites that calls may reuse, by name.
         run: the sampling run, as far as it is known.
         number: the number of the first call in that run.
+        member: the name of the UNet whose sites they are, in a switch.
     """
 
-    def __init__(self, sites: Mapping[str, Site], run: SamplingRun, number: int = 0) -> None:
-        self.sites, self.run, self.number = sites, run, number
+    def __init__(self, sites: Mapping[str, Site], run: SamplingRun, number: int = 0, member: str = "") -> None:
+        self.sites, self.run, self.number, self.member = sites, run, number, member
         self.shared = False
+        self._away: dict[str, FeatureCache] = {}  # of the other members of a switch, with invariant values alone
         self.gaps: dict[Drift, int] = {}
         self._values: dict[str, list[tuple[int, Any]]] = {}
         self._missed: set[str] = set()  # due at a call that did not need them; computed when next needed
@@ -136,12 +169,33 @@ class FeatureCache:
         self.number += 1
         if self.over:
             self._values.clear()
+            self._away.clear()
+
+    def turned(self, turn: Turn) -> FeatureCache:
+        """Return the cache of the UNet that computes the call under way: this one, or another where the turn changes.
+
+        The other one counts the same calls. It holds the values that depend on conditioning alone from the last turn of
+        its UNet, and those that this turn carries over; so everything else is computed.
+
+        Args:
+            turn: the turn of the call.
+        """
+        if turn.member == self.member:
+            return self
+        cache = FeatureCache(turn.backend.sites, self.run, self.number, turn.member)
+        cache.take_over(self)
+        cache.shared = self.shared
+        if not self.shared:
+            for name in turn.carried & self._values.keys():
+                cache._values[name] = self._values[name][-cache.sites[name].forecast.memory :]
+        return cache
 
     # -- what is kept --------------------------------------------------------------------------------------------
 
     def kept(self) -> list[Any]:
         """Return all values."""
-        return [value for values in self._values.values() for _, value in values]
+        away = [value for cache in self._away.values() for value in cache.kept()]
+        return [value for values in self._values.values() for _, value in values] + away
 
     def age(self, site: str) -> int | None:
         """Return the number of calls since a site was computed; None if no value of it is kept."""
@@ -150,6 +204,7 @@ class FeatureCache:
     def clear(self) -> None:
         """Forget all values, and what was learned of their drift."""
         self._values.clear()
+        self._away.clear()
         self.gaps.clear()
         self._missed.clear()
 
@@ -157,6 +212,7 @@ class FeatureCache:
         """Keep values that depend on conditioning alone, and no others: several samples may use this cache by turns."""
         self.shared = True
         self._values.clear()
+        self._away.clear()
 
     def take_over(self, before: FeatureCache) -> None:
         """Take the values that depend on conditioning alone from a generation with the same conditioning.
@@ -164,11 +220,17 @@ class FeatureCache:
         Args:
             before: the cache of the earlier generation.
         """
-        self._values = {
-            name: values
-            for name, values in before._values.items()
-            if name in self.sites and self.sites[name].invariant and self.sites[name].forecast.memory == 1
-        }
+        for cache in (before, *before._away.values()):
+            values = {
+                name: values
+                for name, values in cache._values.items()
+                if cache.sites[name].invariant and cache.sites[name].forecast.memory == 1
+            }
+            if cache.member == self.member:
+                self._values = {name: value for name, value in values.items() if name in self.sites}
+            elif values:
+                self._away[cache.member] = FeatureCache(cache.sites, self.run, cache.number, cache.member)
+                self._away[cache.member]._values = values
 
     def copy(self, gaps: Mapping[Drift, int]) -> FeatureCache:
         """Return a cache with the same values that goes on by itself.
@@ -176,8 +238,8 @@ class FeatureCache:
         Args:
             gaps: the calls from one refresh to the next, of the schedules that follow the drift of features.
         """
-        copied = FeatureCache(self.sites, self.run, self.number)
-        copied.shared, copied.gaps = self.shared, dict(gaps)
+        copied = FeatureCache(self.sites, self.run, self.number, self.member)
+        copied.shared, copied.gaps, copied._away = self.shared, dict(gaps), dict(self._away)
         copied._values, copied._missed = dict(self._values), set(self._missed)
         return copied
 
@@ -187,7 +249,7 @@ class FeatureCache:
             (name, len(values), values[-1][0] if isinstance(self.sites[name].schedule, Drift) else None)
             for name, values in self._values.items()
         )
-        return computed, frozenset(self._missed)
+        return computed, frozenset(self._missed), frozenset((name, c.state()) for name, c in self._away.items())
 
 
 def no_value(site: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from math import inf
 
 from ..errors import ScheduleError
 from ..schedules import Drift, SamplingRun
-from .cache import Backend, FeatureCache
+from .cache import FeatureCache, Turns
 
 Gaps = dict[Drift, tuple[int, int]]
 WAYS = 500  # with separate gaps, before those with equal caches are merged
@@ -35,32 +35,36 @@ class Plan:
     kept: int
 
     @classmethod
-    def of(cls, run: SamplingRun, backend: Backend[None, float]) -> Plan:
+    def of(cls, run: SamplingRun, turns: Turns) -> Plan:
         """Return the plan of a run: a loop over the feature cache, on sizes in the place of values.
 
         Where a schedule follows the drift of features, every gap that the drift may lead to is followed up.
 
         Args:
             run: the sampling run; unknown timesteps are supposed, see `SamplingRun.supposed`.
-            backend: a model of costs.
+            turns: the turns of the calls, each with a model of costs as its backend.
         Raises:
             ScheduleError: there are no calls, or a schedule does not fit them.
         """
-        run, sites = run.supposed(), backend.sites
+        run = run.supposed()
         if not run.timesteps:
             raise ScheduleError("a generation without calls", where="timetable", hint="a number of calls, or timesteps")
-        drifts = dict.fromkeys(site.schedule for site in sites.values() if isinstance(site.schedule, Drift))
-        ways = [_Way(FeatureCache(sites, run), {drift: (drift.least, drift.least) for drift in drifts})]
+        turn = turns(0, run.timesteps[0], run)
+        ways = [_Way.of(FeatureCache(turn.backend.sites, run, 0, turn.member))]
         calls: list[Mapping[frozenset[str], frozenset[frozenset[str]]]] = []
         kept = 0
-        for timestep in run.timesteps:
+        for number, timestep in enumerate(run.timesteps):
+            turn = turns(number, timestep, run)
+            sites = turn.backend.sites
             after: dict[object, _Way] = {}
             possible: dict[frozenset[str], frozenset[frozenset[str]]] = {}
             for way in ways:
+                if way.cache.member != turn.member:
+                    way = _Way.of(way.cache.turned(turn), way.least, way.most)
                 for gaps in way.decided_gaps():
                     cache = way.cache.copy({drift: least for drift, (least, _) in gaps.items()})
                     reused = cache.reused(timestep)
-                    cost, sizes = backend.compute(None, reused, cache.read)
+                    cost, sizes = turn.backend.compute(None, reused, cache.read)
                     known = [name for name in reused if cache.age(name) is not None]
                     forecast = frozenset(n for n in known if sum(weight != 0 for weight in cache.weights(n)) > 1)
                     possible[reused] = possible.get(reused, frozenset()) | {forecast}
@@ -99,6 +103,12 @@ class _Way:
     gaps: Gaps
     least: float = 0.0
     most: float = 0.0
+
+    @classmethod
+    def of(cls, cache: FeatureCache, least: float = 0.0, most: float = 0.0) -> _Way:
+        """Return a way whose drift schedules begin with their least gaps."""
+        drifts = [site.schedule for site in cache.sites.values() if isinstance(site.schedule, Drift)]
+        return cls(cache, {drift: (drift.least, drift.least) for drift in drifts}, least, most)
 
     def __or__(self, other: _Way) -> _Way:
         """Return what covers both of two ways whose caches have the same state."""

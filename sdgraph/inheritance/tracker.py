@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..ir.guards import autocast_dtype
-from ..ir.sites import Site
 from ..schedules import SamplingRun
-from .cache import Backend, FeatureCache, apart
+from .cache import FeatureCache, Turn, Turns, apart, no_value
 from .history import ConditioningSnapshot, LatentHistory
 from .position import CallPosition, Expectation, PositionSource
 
@@ -174,7 +173,7 @@ class GenerationTracker:
         self,
         flat: Flat,
         constant: Collection[str],
-        backend: Backend[Flat, torch.Tensor],
+        turns: Turns,
         weights: Callable[[bool], object] = lambda waits: None,
     ) -> torch.Tensor:
         """Compute the next call of the generation that it belongs to.
@@ -182,18 +181,18 @@ class GenerationTracker:
         Args:
             flat: the inputs of the call, by name.
             constant: the names of those inputs that a generation keeps.
-            backend: the backend that computes the call.
-            weights: the function that returns another object after any change of what the backend computes with. Its
+            turns: the function that returns the UNet which computes the call.
+            weights: the function that returns another object after any change of what a backend computes with. Its
                 argument says whether the host may wait for an accelerator.
         Returns:
             the output of the call.
         """
-        with self._call(flat, constant, backend.sites, weights) as generation:
-            cache = FeatureCache(backend.sites, SamplingRun()) if generation is None else generation.cache
-            reused = cache.reused(0.0 if generation is None else generation.timestep)
-            output, computed = backend.compute(flat, reused, cache.read)
+        with self._call(flat, constant, turns, weights) as (turn, generation):
             if generation is None:
+                output: torch.Tensor = turn.backend.compute(flat, frozenset(), no_value)[0]
                 return output
+            cache = generation.cache
+            output, computed = turn.backend.compute(flat, cache.reused(generation.timestep), cache.read)
             cache.write(apart(computed, (*flat.values(), output)))
             if generation.loop is None and not cache.shared:
                 generation.latents.add(flat["sample"], output)
@@ -201,24 +200,27 @@ class GenerationTracker:
 
     @contextmanager
     def _call(
-        self, flat: Flat, constant: Collection[str], sites: Mapping[str, Site], weights: Callable[[bool], object]
-    ) -> Iterator[Generation | None]:
-        """The generation that a call belongs to, for the duration of that call; None if its samples are at different
-        places. If the call fails, the generation is over: the next call computes everything.
+        self, flat: Flat, constant: Collection[str], turns: Turns, weights: Callable[[bool], object]
+    ) -> Iterator[tuple[Turn, Generation | None]]:
+        """The turn of a call and the generation that it belongs to, for the duration of that call; None if its samples
+        are at different places. If the call fails, the generation is over: the next call computes everything.
         """
-        prompt, position = flat[PROMPT], self._position(flat["timestep"])
+        prompt, position = flat[PROMPT], self.position(flat["timestep"])
         conditioning = [prompt, *(flat[name] for name in constant if name in flat and name != PROMPT)]
         signature = tuple((name, v.shape, v.dtype, v.device) for name, v in flat.items())
         key, generation = self._find(signature, conditioning, position)
         if position is None:
             self._known.pop(key, None)
             self.warn("the samples of a batch have different timesteps: such calls inherit nothing")
-            yield None
+            yield turns(None, None, SamplingRun()), None
             return
         waits = position.loop is None
         computed_with = weights(waits), arithmetic(prompt.device.type)
-        if generation is None or not generation.continues(signature, conditioning, position, flat["sample"]):
-            before, generation = generation, self._begun(signature, conditioning, position, sites, generation)
+        begins = generation is None or not generation.continues(signature, conditioning, position, flat["sample"])
+        number = position.number or 0 if begins or generation is None else generation.cache.number
+        turn = turns(None if position.loop is None else number, position.timestep, position.run)
+        if begins or generation is None:
+            before, generation = generation, self._begun(signature, conditioning, position, turn, generation)
             # Where contents of weights were not looked at, nothing is known of edits that PyTorch does not count.
             certain = waits or prompt.device.type == "cpu"
             if before is not None and certain and before.has(signature, conditioning):
@@ -230,8 +232,11 @@ class GenerationTracker:
         elif not generation.conditioning[0].is_very(prompt):
             weakref.finalize(prompt, self._orphaned, key)
         generation.begin(conditioning, position, computed_with)
+        if turn.member != generation.cache.member:
+            generation.cache = generation.cache.turned(turn)
+            self._doubt(turn, position.run)
         try:
-            yield generation
+            yield turn, generation
         except BaseException:
             self._known.pop(key, None)
             raise
@@ -243,11 +248,11 @@ class GenerationTracker:
         signature: tuple[object, ...],
         conditioning: Sequence[torch.Tensor],
         position: CallPosition,
-        sites: Mapping[str, Site],
+        turn: Turn,
         before: Generation | None,
     ) -> Generation:
         """Return the generation that begins with a call, in the place of one that the call does not continue."""
-        cache = FeatureCache(sites, position.run, position.number or 0)
+        cache = FeatureCache(turn.backend.sites, position.run, position.number or 0, turn.member)
         if before is not None and before.restarts(position):
             cache.share()
             self.warn(SHARED)
@@ -257,11 +262,15 @@ class GenerationTracker:
                 "timesteps, another image, or edited latents), so it inherits nothing. Tell the UNet how calls are "
                 "made: sdgraph.attach(pipe), or `with unet.expecting(timesteps)` in a loop of your own"
             )
-        for forecast in {site.forecast for site in sites.values()}:
-            if doubt := forecast.doubt(position.run):
-                self.warn(doubt)
+        self._doubt(turn, position.run)
         constants = tuple(ConditioningSnapshot(tensor, waits=position.loop is None) for tensor in conditioning)
         return Generation(signature, constants, position.loop, cache, position.timestep)
+
+    def _doubt(self, turn: Turn, run: SamplingRun) -> None:
+        """Warn of forecasts that do not fit a run."""
+        for forecast in {site.forecast for site in turn.backend.sites.values()}:
+            if doubt := forecast.doubt(run):
+                self.warn(doubt)
 
     def _find(
         self, signature: tuple[object, ...], conditioning: Sequence[torch.Tensor], position: CallPosition | None
@@ -311,8 +320,12 @@ class GenerationTracker:
             if generation.thread == threading.get_ident() and generation.orphaned and not continued:
                 self._known.pop(number, None)
 
-    def _position(self, timestep: torch.Tensor) -> CallPosition | None:
-        """Return the position of a call; None if its samples are at different places."""
+    def position(self, timestep: torch.Tensor) -> CallPosition | None:
+        """Return the position of a call; None if its samples are at different places.
+
+        Args:
+            timestep: the timestep of the call, (1,) or (B,).
+        """
         for source in self.position_sources:
             position = source.read(timestep)
             if position is not None:

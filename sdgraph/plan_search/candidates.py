@@ -11,6 +11,7 @@ from typing import Any, Self
 from ..compiler.passes import Chain, Pass
 from ..errors import SpecError
 from ..forecasts import DAMPING, REPEAT, Fitted, Forecast, Polynomial, as_forecast
+from ..inheritance.cache import always
 from ..inheritance.plan import Plan
 from ..ir.sites import Site, live_nodes
 from ..ir.sites import sites as nodes_of_sites
@@ -193,7 +194,7 @@ class Candidates:
             run: the sampling run.
             cost_of_call: the cost of a call, by the live sites that it reuses.
         """
-        return Plan.of(run, _Costs(self, self.sites(proposal, run), cost_of_call)).most
+        return Plan.of(run, always(_Costs(self, self.sites(proposal, run), cost_of_call))).most
 
     def bytes_of(self, site: str) -> int:
         """Return the bytes of the value of a site.

@@ -113,7 +113,7 @@ def fit_forecast(
 
     before = [residual(start, group) for group in groups]
     run = before[0][1]
-    table = timetable(trial.graph, run)
+    table = timetable({"": trial.graph}, run)
     refreshes = sorted(set().union(*(table.refreshes(name) for name in names)))
     known = {n: [r for r in refreshes if r < n][-2:] for n in range(run.calls or 0) if n not in refreshes}
     free = [number for number, calls in known.items() if len(calls) == 2]

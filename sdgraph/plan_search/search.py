@@ -220,7 +220,7 @@ def search(
     chain = options.chain(chosen, pipeline.run)
     result = apply(source, chain.passes, verify=False)
     return SearchResult(
-        chain, timetable(result.graph, pipeline.run), tuple(rows), moved, len(prompts), aim, steps, source.config
+        chain, timetable({"": result.graph}, pipeline.run), tuple(rows), moved, len(prompts), aim, steps, source.config
     )
 
 

@@ -223,16 +223,18 @@ class UNetCall:
         return self.tracker.bytes()
 
 
-def refusal(name: str, hint: str) -> Callable[..., Any]:
+def refusal(name: str, hint: str, what: str = "a traced UNet", where: str = "GraphUNet") -> Callable[..., Any]:
     """Return a method that refuses to be called.
 
     Args:
         name: name of the method.
         hint: what to do instead.
+        what: the thing that has no such method, in words.
+        where: its class.
     """
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise ModeError(f"a traced UNet has no {name}", where="GraphUNet", hint=hint)
+        raise ModeError(f"{what} has no {name}", where=where, hint=hint)
 
     refuse.__name__ = name
     return refuse

@@ -14,7 +14,7 @@ from ..ir.decisions import Applied, Decision
 from ..untrusted import Digest, FileName, Format, as_kind, check_format, read_json, require_inside
 
 FORMAT = 1
-RECIPE, CONFIG = "sdgraph.json", "config.json"
+RECIPE, CONFIG, SWITCH = "sdgraph.json", "config.json", "switch.json"
 AGAIN = "save the UNet again"
 PASSES = "sdgraph_passes"  # the entry of a configuration that lists the passes
 
@@ -43,28 +43,19 @@ class Settings(TypedDict, total=False):
     freeu: dict[str, Annotated[list[float], msgspec.Meta(min_length=4, max_length=4)]]
 
 
-class Recipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The contents of `sdgraph.json`.
-
-    A new field needs a default, so that earlier folders still load. If a reader that does not know the field would load
-    the folder wrongly, `FORMAT` is raised as well.
+class GraphRecipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The part of a recipe that gives the graph of one UNet, without its weights.
 
     Args:
-        format: version of this description.
         sdgraph, torch, diffusers: versions that wrote it.
         passes: the passes as text, in order; an `Entry` for a pass that made decisions.
         inputs: optional inputs that the UNet was traced with.
         dtype: dtype of the weights.
         structure: digest of the graph; the graph rebuilt on loading must have the same one.
-        files: SHA-256 of each other file, by name.
-        weights: name of the file of weights, or of the index of its shards.
         settings: what was set on the source UNet besides its configuration, see `sdgraph.frontend.source`.
-        source: the configuration of the source UNet, where `config.json` is that of the plain model of diffusers which
-            computes the same as the graph.
-        names: the plain model's name of each tensor of the graph, where it is another.
+        source: the configuration of the source UNet, where no other file has it.
     """
 
-    format: Format
     sdgraph: str
     torch: str
     diffusers: str
@@ -72,10 +63,27 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     inputs: tuple[str, ...]
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
     structure: Digest
-    files: dict[FileName, Digest]
-    weights: FileName
     settings: Settings = {}
     source: dict[str, Any] = {}
+
+
+class Recipe(GraphRecipe, frozen=True, kw_only=True, omit_defaults=True):
+    """The contents of `sdgraph.json`. The configuration `source` is there if `config.json` is another one: that of the
+    plain model of diffusers which computes the same as the graph.
+
+    A new field needs a default, so that earlier folders still load. If a reader that does not know the field would load
+    the folder wrongly, `FORMAT` is raised as well.
+
+    Args:
+        format: version of this description.
+        files: SHA-256 of each other file, by name.
+        weights: name of the file of weights, or of the index of its shards.
+        names: the plain model's name of each tensor of the graph, where it is another.
+    """
+
+    format: Format
+    files: dict[FileName, Digest]
+    weights: FileName
     names: dict[str, str] = {}
 
 

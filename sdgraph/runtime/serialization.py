@@ -29,7 +29,20 @@ from ..ir.verify import alike, structure
 from ..untrusted import Config, as_kind, read_config, require_folder
 from ..version import __version__
 from .diffusers_api import UPLOAD
-from .recipe import AGAIN, CONFIG, FORMAT, PASSES, RECIPE, Recipe, Settings, entry, passes_of, read_recipe
+from .recipe import (
+    AGAIN,
+    CONFIG,
+    FORMAT,
+    PASSES,
+    RECIPE,
+    SWITCH,
+    GraphRecipe,
+    Recipe,
+    Settings,
+    entry,
+    passes_of,
+    read_recipe,
+)
 from .to_diffusers import counterpart
 from .weight_files import load_weights, write_weights
 
@@ -99,14 +112,13 @@ def save(
         ModeError: the graph cannot be rebuilt from its configuration and recipe.
         SavedError: the folder holds files that are not ours, or cannot be written.
     """
-    _only_defaults(options, "save_pretrained")
+    only_defaults(options, "save_pretrained")
     if not is_main_process:
         return
     if not safe_serialization:
         log.warning("a GraphUNet is saved as safetensors: safe_serialization=False, which would pickle it, is ignored")
-    traced, inputs, settings = _traced(graph)
-    _warn_of_scripts(graph.passes)
-    check_savable(graph)
+    made = graph_recipe(graph)
+    traced = made.source
     written = {k: v for k, v in config.items() if not k.startswith("_")} | traced
     plain = _plain(graph, tensors)
     source: dict[str, Any] = {}
@@ -122,27 +134,43 @@ def save(
             source = {}
     written |= {"_class_name": kind, "_diffusers_version": diffusers.__version__}
     name = f"{base}.{variant + '.' if variant else ''}safetensors"
-    with appearing(directory, _check_target, SavedError) as folder:
+    with appearing(directory, check_target, SavedError) as folder:
         name, files = write_weights(tensors, folder, name, max_shard_size)
         (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True, default=str) + "\n")
         if plain is None:
             (folder / README).write_text(NOT_PLAIN)
         recipe = Recipe(
+            **msgspec.structs.asdict(made) | {"source": source},
             format=FORMAT,
-            sdgraph=__version__,
-            torch=str(torch.__version__),
-            diffusers=diffusers.__version__,
-            passes=tuple(map(entry, graph.passes)),
-            inputs=tuple(inputs),
-            dtype=str(next(iter(graph.parameters().values())).dtype).removeprefix("torch."),  # type: ignore[arg-type]
-            structure=structure(graph),
             files={f: sha256(folder / f) for f in (CONFIG, *files)},
             weights=name,
-            settings=Settings(**settings),  # type: ignore[typeddict-item]
-            source=source,
             names={name: theirs for name, theirs in names.items() if theirs != name},
         )
         (folder / RECIPE).write_text(json.dumps(msgspec.to_builtins(recipe), indent=2) + "\n")
+
+
+def graph_recipe(graph: Graph) -> GraphRecipe:
+    """Return the recipe of a graph, which a UNet of its configuration on the meta device is rebuilt from.
+
+    Args:
+        graph: the graph of a UNet.
+    Raises:
+        ModeError: the graph cannot be rebuilt from its configuration and passes.
+    """
+    traced, inputs, settings = _traced(graph)
+    _warn_of_scripts(graph.passes)
+    check_savable(graph)
+    return GraphRecipe(
+        sdgraph=__version__,
+        torch=str(torch.__version__),
+        diffusers=diffusers.__version__,
+        passes=tuple(map(entry, graph.passes)),
+        inputs=tuple(inputs),
+        dtype=str(next(iter(graph.parameters().values())).dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        structure=structure(graph),
+        settings=Settings(**settings),  # type: ignore[typeddict-item]
+        source=traced,
+    )
 
 
 def _plain(graph: Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, str]] | None:
@@ -167,7 +195,7 @@ def _warn_of_scripts(passes: Sequence[Applied]) -> None:
         warnings.warn(
             f"{name} is defined in the script that runs (__main__), so only that script can load what is saved here: "
             f"move it to a module, and import that before loading",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -242,7 +270,7 @@ def load(
     """
     for harmless in HARMLESS:
         options.pop(harmless, None)
-    _only_defaults(options, "from_pretrained")
+    only_defaults(options, "from_pretrained")
     folder = Path(directory) / (subfolder or "")
     require_folder(folder, exported=False)
     recipe = read_recipe(folder)
@@ -254,7 +282,23 @@ def load(
         if sha256(folder / file) != digest:
             raise SavedError("the file is not the one that was saved", where=str(folder / file), hint=AGAIN)
     config = read_config(folder / CONFIG, AGAIN)
-    as_kind(recipe.source, Config, folder / RECIPE, AGAIN)
+    graph = rebuilt(recipe, config, folder / RECIPE)
+    load_weights(graph, folder / recipe.weights, recipe.files, recipe.names)
+    graph.config = {**graph.config, "_name_or_path": str(folder)}  # as diffusers notes where a model comes from
+    return graph, {k: v for k, v in config.items() if not k.startswith("_") and k not in graph.config}
+
+
+def rebuilt(recipe: GraphRecipe, config: Mapping[str, Any], path: Path) -> Graph:
+    """Return the graph of a recipe, without weights.
+
+    Args:
+        recipe: the recipe.
+        config: the configuration that holds if the recipe has none.
+        path: the file of the recipe, for errors.
+    Raises:
+        SavedError: the recipe gives no graph, or another one than when it was written.
+    """
+    as_kind(recipe.source, Config, path, AGAIN)
     try:
         passes = passes_of(recipe.passes)
         graph = _rebuild(recipe.source or config, passes, recipe.inputs, getattr(torch, recipe.dtype), recipe.settings)
@@ -263,19 +307,17 @@ def load(
         install = f"install the packages of these passes, or import their modules first: {names}; or " if names else ""
         raise SavedError(
             f"the configuration and passes do not give a graph: {str(error)[:1000]}",
-            where=str(folder / RECIPE),
+            where=str(path),
             hint=f"{install}{AGAIN}",
         ) from error
     if structure(graph) != recipe.structure:
         raise SavedError(
             f"the recipe gives another graph here than with sdgraph {recipe.sdgraph}, diffusers "
             f"{recipe.diffusers}, torch {recipe.torch}",
-            where=str(folder / RECIPE),
+            where=str(path),
             hint="use those versions, or apply the passes again to the source UNet",
         )
-    load_weights(graph, folder / recipe.weights, recipe.files, recipe.names)
-    graph.config = {**graph.config, "_name_or_path": str(folder)}  # as diffusers notes where a model comes from
-    return graph, {k: v for k, v in config.items() if not k.startswith("_") and k not in graph.config}
+    return graph
 
 
 def _rebuild(
@@ -294,17 +336,24 @@ def _rebuild(
     return replay(passes, capture(unet, tuple(inputs)))
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """Refuse a folder to write that holds something else than a saved UNet or switch.
+
+    Args:
+        target: the folder, which need not exist.
+    Raises:
+        SavedError: it holds other files.
+    """
     if target.exists():
         foreign = [p.name for p in target.iterdir()] if target.is_dir() else [target.name]
-        foreign = [n for n in foreign if n not in (RECIPE, CONFIG) and not WEIGHTS.fullmatch(n)]
+        foreign = [n for n in foreign if n not in (RECIPE, CONFIG, SWITCH) and not WEIGHTS.fullmatch(n)]
         if README in foreign and (target / README).read_bytes() == NOT_PLAIN.encode():
             foreign.remove(README)
         if foreign:
             raise SavedError(
                 f"the folder holds other files: {', '.join(foreign[:3])}", where=str(target), hint="choose another"
             )
-        if (target / CONFIG).exists() and not (target / RECIPE).exists():
+        if (target / CONFIG).exists() and not any((target / name).exists() for name in (RECIPE, SWITCH)):
             raise SavedError(
                 "the folder holds a model that sdgraph has not saved, such as the one that this UNet comes from",
                 where=str(target),
@@ -312,7 +361,15 @@ def _check_target(target: Path) -> None:
             )
 
 
-def _only_defaults(options: dict[str, Any], call: str) -> None:
+def only_defaults(options: dict[str, Any], call: str) -> None:
+    """Refuse options of diffusers that would change something.
+
+    Args:
+        options: the options by name.
+        call: the method that they were passed to.
+    Raises:
+        SavedError: an option has another value than its default.
+    """
     for name, value in options.items():
         if value not in (None, False):
             raise SavedError(

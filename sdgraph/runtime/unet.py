@@ -20,7 +20,7 @@ from ..errors import CallError, ModeError, PathError, SavedError, SourceError, d
 from ..frontend.call import flatten
 from ..frontend.capture import capture
 from ..graph import Graph
-from ..inheritance.cache import apart, no_value
+from ..inheritance.cache import always, apart, no_value
 from ..inheritance.tracker import GenerationTracker, arithmetic
 from ..ir.guards import check_call
 from ..ir.inputs import Input
@@ -103,7 +103,7 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         for kind in TREE:  # one tree: what is exchanged in the one is exchanged in the other
             self.__dict__[kind] = graph.weights.__dict__[kind]
         show_settings(graph)
-        self._watch = Watch(graph)
+        self.watch = Watch(graph)
         self.backend = TorchBackend(graph, self._compile_options)
         self._invalidate()
 
@@ -129,9 +129,9 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             self._set_graph(changed)
         if torch.compiler.is_compiling():
             return  # a compiler guards what it has read
-        if not self._watch.check():
+        if not self.watch.check():
             self._accepted.clear()
-        if self._compile_options is not None and not self._watch.same_code():
+        if self._compile_options is not None and not self.watch.same_code():
             self.backend.clear()
         if global_hooks():
             self.tracker.warn(
@@ -150,20 +150,32 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
     def run(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if torch.compiler.is_exporting():
             return self._run_stateless(flat)
+        if not self.prepare(flat):
+            return self.backend.compute(flat, frozenset(), no_value)[0]
+        return self.tracker.run(flat, self._conditioning, always(self.backend), self.watch.weights)
+
+    def prepare(self, flat: Mapping[str, torch.Tensor]) -> bool:
+        """Refuse a call that the graph does not cover, and return whether it may inherit features.
+
+        Args:
+            flat: the inputs of the call, by name.
+        Raises:
+            CallError: the graph does not cover it.
+        """
         self._accept(flat)
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if learning and not transformed():  # whose weights are no parameters of this module
             self._ownership.take_before_gradients(self)
         if not self.backend.sites or flat["sample"].is_meta:  # where no timestep can be read
-            return self.backend.compute(flat, frozenset(), no_value)[0]
+            return False
         if learning or differentiated(flat.values()) or (transformed() and differentiated(self.tensors().values())):
             if not self.training:
                 self.tracker.warn(
                     "gradients are on, so everything is computed and nothing is inherited; where none are wanted, call "
                     "under torch.no_grad()"
                 )
-            return self.backend.compute(flat, frozenset(), no_value)[0]
-        return self.tracker.run(flat, self._conditioning, self.backend, self._watch.weights)
+            return False
+        return True
 
     def _run_stateless(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the prediction of a call without bookkeeping between calls, as `torch.export` exports it."""

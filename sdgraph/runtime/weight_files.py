@@ -107,7 +107,19 @@ def load_weights(graph: Graph, path: Path, known: Mapping[str, str], names: Mapp
     Raises:
         SavedError: the files are damaged, or hold other tensors than the graph needs.
     """
-    tensors = read_weights(path, known, names)
+    put_weights(graph, read_weights(path, known, names), path)
+
+
+def put_weights(graph: Graph, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Give a graph its weights.
+
+    Args:
+        graph: without weights, on the meta device.
+        tensors: the tensors by their names in the graph.
+        path: their file, for errors.
+    Raises:
+        SavedError: they are other tensors than the graph needs.
+    """
     wanted = {**dict(graph.weights.named_buffers()), **graph.weights.state_dict()}
     for name in wanted.keys() - tensors.keys():
         twin = next((k for k, v in wanted.items() if v is wanted[name] and k in tensors), None)

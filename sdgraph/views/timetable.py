@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import PathError, SpecError, did_you_mean
+from ..inheritance.cache import Turn
 from ..inheritance.plan import Plan
 from ..ir.sites import Site, live_nodes
 from ..ir.sites import sites as nodes_of_sites
@@ -33,6 +34,7 @@ class PlannedVariant:
         reads: the sites whose values it reads from the cache.
         bypassed: the sites whose place another value takes.
         reused: the sets of sites that such calls do not compute. They differ in sites that none of these calls needs.
+        member: the UNet that runs it, in a switch.
     """
 
     calls: tuple[int, ...]
@@ -41,6 +43,7 @@ class PlannedVariant:
     reads: tuple[str, ...]
     bypassed: tuple[str, ...] = ()
     reused: frozenset[frozenset[str]] = frozenset()
+    member: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,16 @@ class Timetable:
 
     Args:
         run: the sampling run, with the timesteps of its calls.
-        sites: the sites by name, in graph order.
+        sites: the sites by name, in graph order; in a switch each with its UNet, as in "large: mid_block".
         variants: the variants of the graph that the calls run, in the order of their first calls.
         signs: the row of each site, a sign for every call; see `row`.
-        full_macs: the multiply-accumulates of a call that computes everything.
+        full_macs: the multiply-accumulates of a call that computes everything; in a switch, of its largest UNet.
         macs: the multiply-accumulates of all calls; the largest number, where the drift of features decides.
         least_macs: the smallest number of multiply-accumulates of all calls.
         cache_bytes: the bytes that are kept between calls, at most.
         at: the sizes of a call for which costs are quoted, by symbol.
         supposed: whether the timesteps are assumed to be evenly spaced, because only their number is known.
+        turns: the UNet that computes each call, in a switch; empty for one UNet.
     """
 
     run: SamplingRun
@@ -70,6 +74,7 @@ class Timetable:
     cache_bytes: int
     at: Mapping[str, int] = field(default_factory=dict)
     supposed: bool = False
+    turns: tuple[str, ...] = ()
 
     @property
     def bound(self) -> float:
@@ -103,14 +108,18 @@ class Timetable:
         rows: dict[str, list[str]] = {}
         for site, row in self.signs.items():
             rows.setdefault(row, []).append(site)
-        seen = set("".join(rows))
+        members = dict.fromkeys(self.turns)
+        turns = {m: "".join(COMPUTED if turn == m else UNNEEDED for turn in self.turns) for m in members}
+        seen = set("".join((*rows, *turns.values())))
         legend = " ".join(f"{sign} {word}" for sign, word in WORDS.items() if sign in seen)
-        lines = [f"{self.run.calls} calls: {legend}" if rows else f"{self.run.calls} calls: nothing is reused"]
+        lines = [f"{self.run.calls} calls: {legend}" if seen else f"{self.run.calls} calls: nothing is reused"]
+        lines += [f"  {row}  {member} computes" for member, row in turns.items()]
         lines += [f"  {row}  {format_names(names)}" for row, names in rows.items()]
         drifting = DRIFTING in seen
         lines += [
             f"  {'up to ' * drifting}{len(v.calls)} × {format_macs(v.macs)} ({v.macs / self.full_macs:.1%}): "
-            f"calls {format_ranges(v.calls)}; {len(v.computed)} computed, {len(v.reads)} reused"
+            f"{v.member}{': ' * bool(v.member)}calls {format_ranges(v.calls)}; "
+            f"{len(v.computed)} computed, {len(v.reads)} reused"
             f"{f', {len(v.bypassed)} bypassed' * bool(v.bypassed)}"
             for v in self.variants
         ]
@@ -136,8 +145,10 @@ class Timetable:
             },
             "refreshes": {name: list(self.refreshes(name)) for name in self.sites},
             "rows": dict(self.signs),
+            "turns": list(self.turns),
             "variants": [
                 {
+                    "member": v.member,
                     "calls": list(v.calls),
                     "macs": v.macs,
                     "computed": len(v.computed),
@@ -189,10 +200,11 @@ class GraphCosts:
 
     Args:
         graph: the graph.
+        member: the name of the UNet that it is the graph of, in a switch.
     """
 
-    def __init__(self, graph: GraphState) -> None:
-        self._graph, self.sites, self._nodes = graph, graph.sites, nodes_of_sites(graph.fx)
+    def __init__(self, graph: GraphState, member: str = "") -> None:
+        self._graph, self.sites, self._nodes, self._member = graph, graph.sites, nodes_of_sites(graph.fx), member
         self._variants: dict[frozenset[str], PlannedVariant] = {}
 
     def compute(self, inputs: None, reused: frozenset[str], read: object) -> tuple[int, dict[str, int]]:
@@ -217,47 +229,61 @@ class GraphCosts:
                 tuple(name for name in live if name not in reused),
                 tuple(name for name in left_out if not self.sites[name].bypassed),
                 tuple(name for name in left_out if self.sites[name].bypassed),
+                member=self._member,
             )
         return self._variants[reused]
 
 
-def timetable(graph: GraphState, run: SamplingRun) -> Timetable:
+def timetable(
+    graphs: Mapping[str, GraphState], run: SamplingRun, turns: Sequence[str] = (), carried: frozenset[str] = frozenset()
+) -> Timetable:
     """Return the timetable of the calls of a run.
 
     Args:
-        graph: the graph, at whose nominal sizes costs are quoted.
+        graphs: the graph of each UNet by its name in a switch, at whose nominal sizes costs are quoted; the name of the
+            only one is "".
         run: the sampling run.
+        turns: the UNet that computes each call; empty for one UNet.
+        carried: the sites whose values a UNet takes over from the one before it.
     Raises:
         ScheduleError: a schedule does not fit the run, or the run has no calls.
     """
-    costs = GraphCosts(graph)
-    plan = Plan.of(run, costs)
+    costs = {member: GraphCosts(graph, member) for member, graph in graphs.items()}
+    every = {member: Turn(one, member, carried) for member, one in costs.items()}
+    members = tuple(turns) or ("",) * len(run.supposed().timesteps or ())
+    plan = Plan.of(run, lambda call, timestep, run: every[members[call or 0]])
+    names = {
+        (member, site): f"{member}: {site}" if member else site for member, one in costs.items() for site in one.sites
+    }
     variants: dict[PlannedVariant, PlannedVariant] = {}  # two sets may differ only in sites that no call needs
-    signs = dict.fromkeys(costs.sites, "")
+    signs = dict.fromkeys(names.values(), "")
     for number, possible in enumerate(plan.calls):
+        cost = costs[members[number]]
         for reused in possible:
-            plain = costs.variant(reused)
+            plain = cost.variant(reused)
             known = variants.get(plain, plain)
             calls = known.calls if number in known.calls else (*known.calls, number)
             variants[plain] = replace(known, calls=calls, reused=known.reused | {reused})
-        for name in costs.sites:
+        for (member, site), name in names.items():
             ways = {
-                _sign(costs.variant(reused), name, name in forecast)
+                _sign(cost.variant(reused), site, site in forecast)
                 for reused, forecasts in possible.items()
                 for forecast in forecasts
             }
-            signs[name] += ways.pop() if len(ways) == 1 else DRIFTING
+            signs[name] += UNNEEDED if member != members[number] else ways.pop() if len(ways) == 1 else DRIFTING
+    first = next(iter(graphs.values()))
     return Timetable(
         run.supposed(),
-        costs.sites,
+        {name: costs[member].sites[site] for (member, site), name in names.items()},
         tuple(variants.values()),
         signs,
-        graph.call_macs(),
+        max(graph.call_macs() for graph in graphs.values()),
         int(plan.most),
         int(plan.least),
         plan.kept,
-        {s.name: s.nominal for s in graph.dims.symbols if s.name in NAMED},
+        {s.name: s.nominal for s in first.dims.symbols if s.name in NAMED},
         run.timesteps is None,
+        tuple(turns),
     )
 
 

@@ -12,7 +12,7 @@ from scenes.pipeline import MODEL
 import sdgraph
 from sdgraph.__main__ import main
 
-from ..models import build
+from ..models import ONE_LEVEL, build
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +45,16 @@ def test_a_saved_unet_tells_what_its_calls_inherit(reusing_folder: Path, capsys:
     assert "a UNet, saved by sdgraph" in said
     assert "passes: CleanUp(), InheritFeatures" in said
     assert "6 calls: ■ computed □ reused" in said
+
+
+def test_a_switch_says_who_computes_when(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = {"large": build(**ONE_LEVEL), "small": build(**ONE_LEVEL, seed=1)}
+    sdgraph.switch(members, boundary_ratio=0.5, verify=False).save_pretrained(tmp_path / "unet")
+    assert main(["inspect", str(tmp_path / "unet"), "--calls", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "a switch of several UNets, saved by sdgraph" in said
+    assert "schedule: ByTimestep(('large', 'small'), starts=(500.0,))" in said
+    assert "  ■■··  large computes\n  ··■■  small computes\n" in said
 
 
 def test_a_training_run_and_its_checkpoint(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

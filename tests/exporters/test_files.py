@@ -17,6 +17,7 @@ from sdgraph import errors
 from sdgraph.exporters.bundle import inspect
 from sdgraph.exporters.bundle.describe import describe
 from sdgraph.exporters.onnx import export, exporter
+from sdgraph.inheritance.cache import always
 from sdgraph.inheritance.plan import Plan
 from sdgraph.schedules import SamplingRun
 
@@ -109,7 +110,7 @@ def test_a_description_tells_of_calls_what_a_timetable_does(name: str) -> None:
     """Of exported graphs, `sdgraph inspect` says which serve which calls, without the UNet."""
     unet = inheriting(name)
     manifest = describe(unet, frozenset(), "portable", "variants", 20, 9)
-    table, plan = unet.graph.timetable(9), Plan.of(SamplingRun(9), inspect.BundleCosts(manifest))
+    table, plan = unet.graph.timetable(9), Plan.of(SamplingRun(9), always(inspect.BundleCosts(manifest)))
     for call, possible in enumerate(plan.calls):
         served = {manifest.variant_for(reused)[0].macs for reused in possible}
         assert served == {v.macs for v in table.variants if call in v.calls}

@@ -40,7 +40,14 @@ PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
 SHOWN = set(re.findall(r"^::: (\S+)", "".join(page.read_text() for page in PAGES), re.MULTILINE))
 
 # Classes whose constructors users do not call, and whose methods also serve other rooms of the package.
-MADE_FOR_USERS = ("sdgraph.Attachment", "sdgraph.Graph", "sdgraph.GraphUNet", "sdgraph.exporters.ort.ORTUNet")
+MADE_FOR_USERS = (
+    "sdgraph.Attachment",
+    "sdgraph.Graph",
+    "sdgraph.GraphUNet",
+    "sdgraph.SwitchUNet",
+    "sdgraph.exporters.ort.ORTUNet",
+)
+UNETS = (sdgraph.GraphUNet, sdgraph.SwitchUNet, ORTUNet)
 
 
 def public() -> Iterator[tuple[str, Any]]:
@@ -63,7 +70,7 @@ def methods(owner: type) -> Iterator[tuple[str, Callable[..., Any]]]:
             continue
         for name, member in vars(part).items():
             function = getattr(member, "__func__", member)
-            like_diffusers = owner in (sdgraph.GraphUNet, ORTUNet) and hasattr(UNet2DConditionModel, name)
+            like_diffusers = owner in UNETS and hasattr(UNet2DConditionModel, name)
             if not name.startswith("_") and inspect.isfunction(function) and (not like_diffusers or name == "forward"):
                 yield name, function
 

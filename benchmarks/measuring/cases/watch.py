@@ -42,7 +42,7 @@ def run(settings: Settings, plan: str) -> dict[str, Any]:
 
     def watch() -> None:
         planned.follow_changes()
-        planned._watch.weights(True)
+        planned.watch.weights(True)
 
     calls = {"call": lambda: plain(**call), "watch": watch}
     samples: dict[str, list[float]] = {name: [] for name in calls}
