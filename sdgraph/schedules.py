@@ -442,6 +442,9 @@ Members = Annotated[tuple[Member, ...], Bounds(length=1)]
 class MemberSchedule(Spec, abstract=True):
     """Base of the schedules that name the UNet which computes a call. Subclass it as a frozen dataclass.
 
+    Args:
+        members: the names of the UNets.
+
     Class attributes:
         counts: whether it depends on the number of the call, which an attached scheduler or `expecting` must say.
     """
@@ -500,7 +503,7 @@ class ByTimestep(MemberSchedule):
 
     Args:
         members: the names of the UNets, in the order of the generation.
-        starts: for each UNet after the first, the timestep below which it computes; timesteps fall.
+        starts: the timestep below which each UNet after the first computes; timesteps fall.
     Raises:
         ScheduleError: there is not one start for each UNet after the first, or the starts do not fall.
     Example:
@@ -563,7 +566,7 @@ class ByCall(MemberSchedule):
 
     Args:
         members: the names of the UNets, in the order of the generation.
-        starts: for each UNet after the first, the number of the call, from 0, at which it begins.
+        starts: the number of the call, from 0, at which each UNet after the first begins.
         of: the number of calls that the generation must have; None allows any.
     Raises:
         ScheduleError: there is not one start for each UNet after the first, or the starts do not rise.
@@ -605,8 +608,8 @@ class ByShare(MemberSchedule):
 
     Args:
         members: the names of the UNets, in the order of the generation.
-        starts: for each UNet after the first, the share of the calls that are made before it begins. The number of
-            these calls is rounded down.
+        starts: the share of the calls that are made before each UNet after the first begins. The number of these calls
+            is rounded down.
     Raises:
         ScheduleError: there is not one start for each UNet after the first, or the starts do not rise.
     Example:

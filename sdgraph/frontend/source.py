@@ -73,7 +73,7 @@ def check_source(unet: Any, trusted: Collection[type] = ()) -> None:
         )
     if isinstance(getattr(unet, "members", None), nn.ModuleDict):
         raise SourceError(
-            "a switch of several UNets has no graph of its own",
+            "a switch of several UNets has several graphs",
             where=type(unet).__name__,
             hint="sdgraph.apply or tune each of them, and switch between the results",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Self
 
 import torch
@@ -148,6 +148,7 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 
     __module__ = "sdgraph"  # which diffusers writes into the index of a pipeline, and asks its readers to import
     _supports_gradient_checkpointing = False
+    members: Mapping[str, GraphUNet]
 
     @checked(SourceError)
     def __init__(
@@ -157,7 +158,7 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         _check_schedule(schedule, tuple(members))
         _check_agreement({name: _facts(member) for name, member in members.items()})
         ModelMixin.__init__(self)
-        self.members = nn.ModuleDict(members)
+        self.members = nn.ModuleDict(members)  # type: ignore[assignment]
         self.schedule, self.carry_features = schedule, carry_features
         self.tracker = GenerationTracker()
         self._checked_run: SamplingRun | None = None
@@ -176,17 +177,20 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             raise ModeError("torch.export exports one graph", where="SwitchUNet", hint="export unet.members[name]")
         for member in self.members.values():
             member.follow_changes()
-        if flat["sample"].is_meta:  # where no timestep can be read
-            return self._turn(flat, next(iter(self.members))).backend.compute(flat, frozenset(), no_value)[0]  # type: ignore[no-any-return]
 
         def turns(call: int | None, timestep: float | None, run: SamplingRun) -> Turn:
             return self._turn(flat, self._member(flat["timestep"], call, timestep, run))
 
-        if not self.schedule.counts and not any(member.backend.sites for member in self.members.values()):
+        if flat["sample"].is_meta:  # where no timestep can be read
+            alone = self._turn(flat, next(iter(self.members)))
+        elif not self.schedule.counts and not any(member.backend.sites for member in self.members.values()):
             position = self.tracker.position(flat["timestep"])
             place = (None, SamplingRun()) if position is None else (position.timestep, position.run)
-            return turns(None, *place).backend.compute(flat, frozenset(), no_value)[0]  # type: ignore[no-any-return]
-        return self.tracker.run(flat, self._conditioning, turns, self._weights)
+            alone = turns(None, *place)
+        else:
+            return self.tracker.run(flat, self._conditioning, turns, self._weights)
+        output: torch.Tensor = alone.backend.compute(flat, frozenset(), no_value)[0]
+        return output
 
     def _turn(self, flat: Mapping[str, torch.Tensor], name: str) -> Turn:
         """Return the turn of a member, which covers the call."""
@@ -250,17 +254,9 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         at = {name: graph.at(**(nominal | sizes)) for name, graph in graphs.items()}
         return timetable(at, run, self.schedule.turns(run), self._carried)
 
-    def warm_up(self, *args: Any, **options: Any) -> None:
-        """Prepare the calls of all members, see `GraphUNet.warm_up`.
-
-        Args:
-            args: its arguments by position.
-            options: its arguments by name.
-        Raises:
-            CallError: a member cannot run this size.
-        """
+    def warm_up(self, height: Count, width: Count, *, batch: Count = 2, tokens: Count = 77, calls: Any = 25) -> None:
         for member in self.members.values():
-            member.warm_up(*args, **options)
+            member.warm_up(height, width, batch=batch, tokens=tokens, calls=calls)
 
     def compile(self, **options: Any) -> None:
         """Let `torch.compile` compile each variant of each member when it is first run.
@@ -317,7 +313,7 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 
     @property
     def _first(self) -> GraphUNet:
-        return next(iter(self.members.values()))  # type: ignore[return-value]
+        return next(iter(self.members.values()))
 
     def __getattr__(self, name: str) -> Any:
         if name in ("add_embedding", "encoder_hid_proj"):  # pipelines read sizes off them, which agree
@@ -357,15 +353,14 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             ModeError: the graph of a member cannot be rebuilt from a recipe.
             SavedError: the folder holds other files, or an option is not supported.
         """
-        members: dict[str, GraphUNet] = dict(self.members.items())  # type: ignore[arg-type]
-        for member in members.values():
+        for member in self.members.values():
             member.check_unaltered()
         save_switch(
             Contents(
                 str(self.schedule),
                 self.carry_features,
-                {name: member.graph for name, member in members.items()},
-                {name: member.tensors() for name, member in members.items()},
+                {name: member.graph for name, member in self.members.items()},
+                {name: member.tensors() for name, member in self.members.items()},
             ),
             self.config,
             save_directory,
@@ -407,7 +402,7 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SwitchUNet:
         members = {name: copy.deepcopy(member, memo) for name, member in self.members.items()}
-        return SwitchUNet(members, self.schedule, self.carry_features)  # type: ignore[arg-type]
+        return SwitchUNet(members, self.schedule, self.carry_features)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModeError("a SwitchUNet is not pickled", hint="use save_pretrained(directory) and from_pretrained")
@@ -560,7 +555,7 @@ def _check_agreement(facts: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
-def _common_inputs(inputs: list[tuple[Input, ...]]) -> Iterator[Input]:
+def _common_inputs(inputs: list[Sequence[Input]]) -> Iterator[Input]:
     """Yield the inputs that all members have. Residuals are left out together, as a ControlNet passes them.
 
     Raises:

@@ -155,10 +155,12 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         return self.tracker.run(flat, self._conditioning, always(self.backend), self.watch.weights)
 
     def prepare(self, flat: Mapping[str, torch.Tensor]) -> bool:
-        """Refuse a call that the graph does not cover, and return whether it may inherit features.
+        """Refuse a call that the graph does not cover, and prepare one that may be differentiated.
 
         Args:
             flat: the inputs of the call, by name.
+        Returns:
+            whether the call may inherit features.
         Raises:
             CallError: the graph does not cover it.
         """
