@@ -172,7 +172,7 @@ def analyse_unet(
     if not paths:
         raise SpecError(f"no region of {', '.join(levels)} can be removed", where="levels", hint="other levels")
     sizes = {symbol.name: symbol.nominal for symbol in whole.graph.dims.symbols} if nominal else {}
-    inputs = [example(whole.graph, seed + number, **sizes) for number in range(calls)]
+    inputs = [example(whole.graph, seed + number, False, **sizes) for number in range(calls)]
     for flat, timestep in zip(inputs, np.linspace(999, 0, calls + 2)[1:-1], strict=True):
         flat["timestep"] = torch.full_like(flat["timestep"], round(timestep))
     trial = _Trial(whole, inputs, Measurements(None, b""), "eager")

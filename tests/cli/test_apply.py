@@ -78,3 +78,21 @@ def test_a_folder_without_a_unet(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "model.onnx").write_text("")
     assert main(["apply", str(tmp_path), "CleanUp"]) == 2
     assert "is exported already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_budget_is_met_and_saved_as_plain_removals(
+    unet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = sdgraph.trace(build())
+    found = sdgraph.analyse_unet(whole, levels=["block"], calls=1)
+    found.save(tmp_path / "analysis.json")
+    passes = f"PruneToBudget(macs={1 - found.removals[0].macs / 2}, analysis='{tmp_path / 'analysis.json'}')"
+    assert main(["apply", str(unet), passes, "--save", str(tmp_path / "pruned")]) == 0
+    assert f"chosen by {passes}" in capsys.readouterr().out
+    saved = sdgraph.GraphUNet.from_pretrained(tmp_path / "pruned").graph
+    (recorded,) = saved.passes
+    assert str(recorded).startswith("PruneBlocks((")
+    assert saved.macs <= (1 - found.removals[0].macs / 2) * whole.macs
+    assert main(["apply", str(unet), "PruneToBudget(macs=0.01, analysis='none.json')"]) == 2
+    assert "none.json" in capsys.readouterr().err

@@ -68,6 +68,8 @@ def test_toml_and_json_say_the_same_and_settings_can_be_changed() -> None:
     assert (settings.max_train_steps, settings.learning_rate, settings.use_ema) == (10, 1e-4, True)
     assert (config.output_dir, config.passes, config.prompts) == ("other", ("CleanUp",), "prompts.txt")
     assert read(written())[0].passes == tuple(PASSES)
+    budget = "PruneToBudget(macs=0.7, analysis='analysis.json')"
+    assert read(written(passes=[budget]))[0].passes == (budget,)
 
 
 @pytest.mark.parametrize(
