@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -176,13 +177,49 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert "smoke test" in run.stdout
 
 
+def test_cases_that_are_finished_are_kept_after_an_error(tmp_path: Path) -> None:
+    overhead = module("overhead")
+    settings, finished = overhead.Settings(seconds=0.1, at_least=3, quick=True), tmp_path / "cases.json"
+    kept = {"commit": "a", "settings": asdict(settings), "cases": [{"case": "unknown/1"}]}
+    finished.write_text(json.dumps(kept))
+    assert overhead.run_all(["unknown/1"], settings, finished, "a") == [{"case": "unknown/1"}]
+    with pytest.raises(KeyError, match="unknown"):
+        overhead.run_all(["unknown/1"], settings, finished, "another commit")
+    assert json.loads(finished.read_text()) == kept
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "docs"])
+def test_scripts_read_only_what_our_modules_have(folder: str) -> None:
+    """A smoke test does not reach every line of a measurement that takes hours."""
+    missing = []
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        ours: dict[str, ModuleType] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [alias.asname or alias.name for alias in node.names if alias.name.split(".")[0] == "sdgraph"]
+                ours |= {name: importlib.import_module("sdgraph") for name in names if name == "sdgraph"}
+            elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("sdgraph"):
+                for alias in node.names:
+                    found = getattr(importlib.import_module(node.module or ""), alias.name, None)  # or a submodule
+                    if isinstance(found, ModuleType):
+                        ours[alias.asname or alias.name] = found
+        missing += [
+            f"{file.relative_to(ROOT)}:{node.lineno}: {node.value.id}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours
+            if not hasattr(ours[node.value.id], node.attr)
+        ]
+    assert missing == []
+
+
 @pytest.mark.long
 def test_the_cases_are_measured() -> None:
     overhead, report = module("overhead"), module("measuring.documents").report
     settings = overhead.Settings(seconds=0.1, at_least=3, quick=True)
-    names = ("forward/tiny/16", "prune/tiny/16", "inherit/tiny/16", "experts/tiny/16", "attention/tiny/16")
-    cases = [overhead.cases.run(case, settings) for case in names]
-    forward, prune, inherit, experts, attention = cases
+    kinds = ("forward", "prune", "inherit", "experts", "attention", "memory")
+    cases = [overhead.cases.run(f"{kind}/tiny/16", settings) for kind in kinds]
+    forward, prune, inherit, experts, attention, memory = cases
     assert forward["largest_difference"] == 0
     assert len(forward["samples"]["eager"]) == len(forward["samples"]["traced"]) >= 3
     macs = [prune["sizes"][name]["macs"] for name in ("traced", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")]
@@ -191,6 +228,7 @@ def test_the_cases_are_measured() -> None:
     assert all(inherit["kept_bytes"][name] > 0 for name in inherit["timetables"])
     assert experts["sizes"]["timestep"]["parameters"] > experts["sizes"]["plain"]["parameters"]
     assert set(attention["alone"]) == set(attention["samples"]) == {"full", "window 8, pool 4"}
+    assert {"torch", "ONNX Runtime", "no arena"} <= memory["runners"].keys()
     figures = {**overhead.begin("overhead", "cpu", True), "settings": asdict(settings), "cases": cases}
     text = report(figures)
     assert all(

@@ -25,6 +25,7 @@ from .settings import CALLS, INHERIT, Settings
 
 SIZES = ("sd15/64",)
 QUICK: tuple[str, ...] = ("tiny/16",)
+PROVIDER = "CPUExecutionProvider"
 # The runners of a bundle, and their settings of ONNX Runtime's sessions.
 RUNNERS: dict[str, dict[str, Any]] = {
     "torch": {},
@@ -60,7 +61,7 @@ def _taken(runner: str, bundle: Path, settings: Settings, model: str, size: str)
     if runner == "torch":
         unet = sdgraph.apply(random_unets.build(model, "cpu", torch.float32), INHERIT, verify=False)
     else:
-        unet = ort.ORTUNet.from_pretrained(bundle, provider=ort.CPU, session_options=RUNNERS[runner], verify=False)
+        unet = ort.ORTUNet.from_pretrained(bundle, provider=PROVIDER, session_options=RUNNERS[runner], verify=False)
     config = SimpleNamespace(config=SimpleNamespace(**unet.config), device=unet.device, dtype=unet.dtype)
     call = random_unets.call(config, settings.batch, int(size), int(size))  # type: ignore[arg-type]
     scheduler = DDIMScheduler()
