@@ -66,15 +66,17 @@ def from_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def json_object(path: Path, error: type[SdgraphError], *, hint: str) -> dict[str, Any]:
+def json_object(path: Path, error: type[SdgraphError], *, hint: str, format: int | None = None) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Args:
         path: the file.
         error: the class of the error.
         hint: the advice of the error: what the file should be.
+        format: the number that the file must state as its `format`; None for files of which others decide the format.
     Raises:
-        error: the file cannot be read as text (see `read_text`), or its text is not a JSON object.
+        error: the file cannot be read as text (see `read_text`), its text is not a JSON object, or it has no format or
+            another one.
     """
     text = read_text(path, error, hint=hint)
     try:
@@ -83,6 +85,10 @@ def json_object(path: Path, error: type[SdgraphError], *, hint: str) -> dict[str
         raise error(f"{path.name} is not JSON: {wrong}", where=str(path), hint=hint) from wrong
     if not isinstance(plain, dict):
         raise error(f"{path.name} is not a JSON object", where=str(path), hint=hint)
+    found = plain.get("format")
+    if format is not None and (type(found) is not int or found != format):
+        stated = f"has format {found}" if type(found) is int else "states no format"
+        raise error(f"{path.name} {stated}, and this sdgraph reads format {format}", where=str(path), hint=hint)
     return plain
 
 

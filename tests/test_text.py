@@ -52,17 +52,17 @@ READERS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
         "state.json",
         json.dumps(
             {name: kind() for name, kind in train_state.RECORD.items()}
-            | {"step": 1, "seconds": 0.5, "identity": {"name": NAME}},
+            | {"format": 1, "step": 1, "seconds": 0.5, "identity": {"name": NAME}},
             ensure_ascii=False,
         ),
         lambda path: train_state.read(path.parent)["identity"]["name"],
     ),
     "costs": (
         "times.json",
-        json.dumps({"reused": {NAME: []}, "variants": {NAME: 2.0}}, ensure_ascii=False),
+        json.dumps({"format": 1, "reused": {NAME: []}, "variants": {NAME: 2.0}}, ensure_ascii=False),
         lambda path: NAME * int(seconds_of(path)(frozenset()) == 2),
     ),
-    "measurements": ("known", json.dumps({NAME: [1.0]}, ensure_ascii=False), _measured),
+    "measurements": ("known", json.dumps({"format": 1, "numbers": {NAME: [1.0]}}, ensure_ascii=False), _measured),
 }
 
 

@@ -15,6 +15,7 @@ from sdgraph.views.format import format_table
 from ..bundle.example_calls import random_call, unit_of
 from ..bundle.manifest import Manifest
 
+FORMAT = 1  # of the file of a report
 # Largest difference allowed, as (atol, rtol) with rtol of the largest eager value. fp32 differs by the order of
 # summation only, about 1e-6; fp16 rounds to 1e-3 at each of hundreds of operations, in different places; bf16 has three
 # bits fewer.
@@ -87,7 +88,7 @@ class ExportReport:
 
     def json(self) -> str:
         """Return the report as JSON."""
-        return json.dumps(self.as_dict(), indent=2) + "\n"
+        return json.dumps({"format": FORMAT, **self.as_dict()}, indent=2) + "\n"
 
 
 def calls(unet: GraphUNet, manifest: Manifest) -> list[dict[str, torch.Tensor]]:

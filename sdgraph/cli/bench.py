@@ -16,6 +16,7 @@ import shlex
 from typing import Any
 
 from ..errors import SpecError
+from ..plan_search import TIMES_FORMAT
 from .arguments import add_imports, add_number, add_output, add_provider, add_threads, add_variant, write_json
 from .generation import UNIT, add_images, call_of, scheduler_class
 from .plans import add_passes, read_passes
@@ -64,7 +65,9 @@ def run(args: argparse.Namespace) -> None:
     figures = _graphs(args) if exported else _engines(args)
     print(figures)
     if args.out is not None:
-        write_json(args.out, {"command": shlex.join(["sdgraph", *args.words]), **figures.as_dict()})
+        write_json(
+            args.out, {"format": TIMES_FORMAT, "command": shlex.join(["sdgraph", *args.words]), **figures.as_dict()}
+        )
 
 
 def _graphs(args: argparse.Namespace) -> Any:

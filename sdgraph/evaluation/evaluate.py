@@ -33,6 +33,7 @@ from . import metrics
 from .metrics import Images
 
 Judge = Callable[[Images, Sequence[str]], Mapping[str, float]]
+FORMAT = 1  # of `evaluation.json`
 MOST = 1_000_000  # images of a comparison, which are kept
 PERCEPTUAL = ("lpips", "clip")
 
@@ -93,7 +94,7 @@ class Evaluation:
             rows: the number of images in the picture.
         """
         with written(Path(folder, "evaluation.json")) as figures, written(Path(folder, "evaluation.png")) as picture:
-            figures.write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n")
+            figures.write_text(json.dumps({"format": FORMAT, **self.as_dict()}, indent=2, allow_nan=False) + "\n")
             self.draw(rows).save(picture)
 
     @checked(SpecError)

@@ -5,3 +5,4 @@ imports `runtime` and the layers below; it trains nothing.
 """
 
 PLAN_FORMAT = 1  # of the plans that `SearchResult.as_dict` returns and the command line reads
+TIMES_FORMAT = 1  # of the times of calls that `sdgraph bench --out` writes and a search reads

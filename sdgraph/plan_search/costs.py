@@ -15,6 +15,7 @@ from ..errors import ScheduleError, SpecError
 from ..inheritance.cache import no_value
 from ..runtime.unet import GraphUNet
 from ..text import from_json, read_text
+from . import TIMES_FORMAT
 
 Cost = Callable[[frozenset[str]], float]  # maps the reused sites of a call to its cost
 TURNS = 7  # the first two are not counted
@@ -66,6 +67,8 @@ def seconds_of(path: Path) -> Cost:
     text = read_text(path, SpecError, where="cost", hint=hint)
     try:
         figures: Any = from_json(text)
+        if figures["format"] != TIMES_FORMAT:
+            raise ValueError(f"it has format {figures['format']}, and this sdgraph reads format {TIMES_FORMAT}")
         reused = {name: frozenset(map(str, sites)) for name, sites in figures["reused"].items()}
         seconds = {reused[name]: float(took) for name, took in figures["variants"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -27,6 +27,7 @@ from .costs import Cost, seconds_here, seconds_of
 from .final_latents import Array, final_latents, relative_errors
 from .fit_forecast import gauss_newton
 
+FORMAT = 1  # of the file of measurements
 TUNING, VALIDATION, HELD_OUT = "tuning", "validation", "held-out"
 
 
@@ -112,14 +113,15 @@ class Measurements:
         folder: the folder that keeps them; None keeps them in memory.
         key: the bytes of everything that they depend on.
     Raises:
-        SavedError: a file in the folder is damaged.
+        SavedError: a file in the folder is damaged, or has another format.
     """
 
     def __init__(self, folder: Path | None, key: bytes) -> None:
         self._path = None if folder is None else folder / f"{hashlib.sha256(key).hexdigest()[:20]}.json"
         self._known: dict[str, list[float]] = {}
         if self._path is not None and self._path.exists():
-            self._known = json_object(self._path, SavedError, hint="delete it; the same command measures again")
+            hint = "delete it; the same command measures again"
+            self._known = json_object(self._path, SavedError, hint=hint, format=FORMAT)["numbers"]
 
     def numbers(self, quantity: str, subject: str, measure: Callable[[], Array]) -> Array:
         """Return the numbers of a quantity of a subject, and measure them if they are not known."""
@@ -127,7 +129,8 @@ class Measurements:
         if name not in self._known:
             self._known[name] = [float(number) for number in measure()]
             if self._path is not None:
-                self._write(self._path, json.dumps(self._known, indent=0).encode())
+                text = json.dumps({"format": FORMAT, "numbers": self._known}, indent=0)
+                self._write(self._path, text.encode())
         return np.array(self._known[name])
 
     def latents(self, name: str, generate: Callable[[], Tensor]) -> Tensor:

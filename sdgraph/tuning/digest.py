@@ -21,7 +21,9 @@ from ..errors import TuningError
 from ..ir.verify import structure
 from ..progress import Bar
 from ..runtime.unet import GraphUNet
+from ..text import json_object
 
+FORMAT = 1  # of a file of hashes
 SIZE = 16  # bytes of a hash
 ROWS = 64  # rows that are hashed by one call of a thread
 MANY = 1000  # files whose reading takes long enough for a bar
@@ -156,7 +158,8 @@ def hash_files(paths: Sequence[Path], known: Path | None = None) -> list[str]:
         )
     old = {name for name, state in states.items() if max(state[1:3]) < now - SETTLED}
     if known is not None and old & set(missing):
-        text = json.dumps(kept | {name: [*states[name], hashes[name]] for name in old})
+        files = kept | {name: [*states[name], hashes[name]] for name in old}
+        text = json.dumps({"format": FORMAT, "files": files})
         new = known.with_name(f"{known.name}.{os.getpid()}")
         new.write_text(text)
         new.replace(known)
@@ -177,12 +180,11 @@ def _read_known(known: Path | None) -> dict[str, list[Any]]:
     if known is None or not known.exists():
         return {}
     try:
-        content = json.loads(known.read_text())
-    except ValueError:  # it only saves reading files again
+        content = json_object(known, TuningError, hint="", format=FORMAT)
+    except TuningError:  # it only saves reading files again
         return {}
-    return (
-        {name: state for name, state in content.items() if isinstance(state, list)} if isinstance(content, dict) else {}
-    )
+    files = content.get("files")
+    return {name: state for name, state in files.items() if isinstance(state, list)} if isinstance(files, dict) else {}
 
 
 def _new(data: bytes = b"") -> Any:

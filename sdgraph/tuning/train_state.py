@@ -35,6 +35,7 @@ from .identity import Identity, versions
 from .settings import Settings
 
 STATE, OPTIMIZER, ADAPTERS = "state.json", "optimizer.safetensors", "adapters.safetensors"
+FORMAT = 1  # of a checkpoint: its files, and what its record has
 ROWS = "rows.json"  # the hashes of the rows of data
 UNET, AVERAGE = "unet", "unet_ema"
 RECORD: dict[str, type] = {  # what the record of a checkpoint has, beside numbers
@@ -215,6 +216,7 @@ class TrainState:
                 safetensors.torch.save_file(moments, folder / OPTIMIZER)
                 safetensors.torch.save_file(adapters, folder / ADAPTERS)
                 record = {
+                    "format": FORMAT,
                     "step": self.step,
                     "seconds": self.seconds,
                     "settings": asdict(settings),
@@ -349,10 +351,10 @@ def read(folder: Path) -> dict[str, Any]:
     """Return the record of a checkpoint.
 
     Raises:
-        TuningError: there is none, or it is damaged.
+        TuningError: there is none, it is damaged, or it has another format.
     """
     hint = "name a folder checkpoint-N of a run; where this one is damaged, delete it, and the one before it remains"
-    record = json_object(folder / STATE, TuningError, hint=hint)
+    record = json_object(folder / STATE, TuningError, hint=hint, format=FORMAT)
     wrong = [name for name, kind in RECORD.items() if not isinstance(record.get(name), kind)]
     wrong += ["step"] * (type(record.get("step")) is not int) + ["seconds"] * (not _is_number(record.get("seconds")))
     if wrong:

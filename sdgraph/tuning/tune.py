@@ -39,6 +39,7 @@ from .train_state import TrainState, checkpoint_to_resume, read, read_identity, 
 from .train_step import Objective, Student, TrainStep, losses_for
 from .validation import Validate, record
 
+RECIPE_FORMAT = 1  # of `tuning.json`
 log = logging.getLogger("sdgraph")
 
 
@@ -339,7 +340,8 @@ def _recipe(student: GraphUNet, settings: Settings, identity: Identity, state: T
 def _save_result(unet: GraphUNet, report: TuningReport, recipe: Mapping[str, Any]) -> None:
     """Write the recipe, the tuned student and the curves of its losses to the folder of the run."""
     try:
-        (report.output_dir / "tuning.json").write_text(json.dumps(recipe, indent=1) + "\n")
+        text = json.dumps({"format": RECIPE_FORMAT, **recipe}, indent=1) + "\n"
+        (report.output_dir / "tuning.json").write_text(text)
         unet.save_pretrained(report.output_dir / "unet")
         report.picture(report.output_dir / "loss.svg")
     except (OSError, SafetensorError) as error:

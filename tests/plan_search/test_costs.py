@@ -40,6 +40,7 @@ def test_calls_are_timed_here(
 
 def figures(**change: object) -> dict[str, object]:
     return {
+        "format": 1,
         "variants": {"variant_0.onnx": 2.0, "branch.onnx": 0.25},
         "reused": {"variant_0.onnx": [], "branch.onnx": ["b", "a"]},
         **change,
@@ -57,7 +58,15 @@ def test_seconds_of_a_bundle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", json.dumps(figures(reused={})), json.dumps(figures(variants=[1])), json.dumps({"variants": {}})]
+    "text",
+    [
+        "{",
+        "[]",
+        json.dumps(figures(reused={})),
+        json.dumps(figures(variants=[1])),
+        json.dumps(figures(format=2)),
+        json.dumps({"variants": {}}),
+    ],
 )
 def test_files_that_are_no_figures(text: str, tmp_path: Path) -> None:
     path = tmp_path / "figures.json"

@@ -249,7 +249,7 @@ def test_a_checkpoint_is_of_the_step_that_its_name_says(tune: Tune, stopped: Pat
 def test_records_of_other_types_are_refused(name: str, value: object, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
-    record = {"step": 4, "seconds": 1.5, "changes": []}
+    record = {"format": 1, "step": 4, "seconds": 1.5, "changes": []}
     record |= {part: {} for part in ("settings", "identity", "versions", "optimizer", "lr_scheduler")}
     (folder / "state.json").write_text(json.dumps(record))
     assert read(folder) == record
@@ -258,6 +258,22 @@ def test_records_of_other_types_are_refused(name: str, value: object, tmp_path: 
     (folder / "state.json").write_text(json.dumps(record | {name: value}))
     with pytest.raises(errors.TuningError, match=f"it has no {name}"):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"format": 2}, "has format 2, and this sdgraph reads format 1"), ({}, "states no format")]
+)
+def test_checkpoints_of_another_format_are_refused(
+    change: dict[str, int], words: str, tune: Tune, tmp_path: Path
+) -> None:
+    tune(max_train_steps=2)
+    state = tmp_path / "run" / "checkpoint-2" / "state.json"
+    record = json.loads(state.read_text())
+    assert record.pop("format") == 1
+    state.write_text(json.dumps(record | change))
+    with pytest.raises(errors.TuningError, match=f"state.json {words}") as refused:
+        tune(max_train_steps=4)
+    assert str(state) in str(refused.value)
 
 
 def test_a_run_that_goes_back_keeps_what_it_writes(tune: Tune, tmp_path: Path) -> None:

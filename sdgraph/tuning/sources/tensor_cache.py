@@ -23,6 +23,7 @@ from ...text import json_object
 from ..digest import hash_text, is_hash
 
 RECORD, FILES = "kept.json", "files.json"  # the recipe of the rows, and the hashes of files that were read for them
+FORMAT = "1"  # of the folder
 KEYS = "keys"  # of the rows of a chunk, in its header
 LOCK = ".lock"  # of the folder, and the ending of those of chunks
 OPEN = 64  # chunks that are mapped into memory at a time
@@ -170,7 +171,7 @@ def begin(folder: Path, recipe: Mapping[str, str]) -> None:
     Raises:
         TuningError: the folder holds rows of another recipe, or other files; or nothing can be written there.
     """
-    record, recipe = folder / RECORD, {"format": "rows by their contents", **recipe}
+    record, recipe = folder / RECORD, {"format": FORMAT, **recipe}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         begun = (LOCK, record.with_suffix(".new").name)  # by another process
