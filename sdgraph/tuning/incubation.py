@@ -7,7 +7,7 @@ import multiprocessing
 import pickle
 import signal
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ..compiler.passes import Pass, as_passes
-from ..errors import TuningError
+from ..errors import SdgraphError, TuningError
 from ..options import Bounds, Count, Text, checked
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
@@ -226,10 +226,21 @@ class Job:
             student: the teacher with the stage applied.
             teacher: the teacher.
             data: the data.
+        Raises:
+            TuningError: the training failed; the error names the stage.
         """
         run: dict[str, Any] = {"max_train_steps": self.max_train_steps, "output_dir": self.output_dir}
         losses = (Output(), Features(self.blocks))
-        return tune(student, teacher, data, losses=losses, train=self.blocks, **run, **self.options)[0]
+        try:
+            return tune(student, teacher, data, losses=losses, train=self.blocks, **run, **self.options)[0]
+        except Exception as error:
+            reason = error.what if isinstance(error, SdgraphError) else f"{type(error).__name__}: {error}"
+            hint = error.hint if isinstance(error, SdgraphError) and error.hint else "mend what the reason names"
+            raise TuningError(
+                f"{self.output_dir.name} failed, which trains {', '.join(self.blocks)}: {reason}",
+                where=(error.where if isinstance(error, SdgraphError) else "") or str(self.output_dir),
+                hint=f"{hint}; the same call goes on, and stages that are finished are not trained again",
+            ) from error
 
 
 def changed_blocks(student: GraphUNet, teacher: GraphUNet) -> tuple[str, ...]:
@@ -305,7 +316,11 @@ def assemble(student: GraphUNet, parts: Iterable[tuple[Sequence[str], GraphUNet]
 
 
 def _run_apart(jobs: Sequence[Job], students: Sequence[GraphUNet], teacher: Path, data: Source, processes: int) -> None:
-    """Run stages in separate processes."""
+    """Run stages in separate processes. After an error no stage begins, and those that run keep a checkpoint.
+
+    Raises:
+        TuningError: a stage failed, or its process has died; the error names the stages.
+    """
     try:
         pickle.dumps((data, [job.options for job in jobs]))
     except Exception as error:  # whatever the data hold
@@ -320,12 +335,18 @@ def _run_apart(jobs: Sequence[Job], students: Sequence[GraphUNet], teacher: Path
     spawn = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, spawn, _begun, (threads,))
+    waiting, running = list(jobs), dict[Future[None], Job]()
     try:
-        for future in [pool.submit(_run_saved, job, teacher, data) for job in jobs]:
-            future.result()
+        while waiting or running:
+            while waiting and len(running) < processes:  # the pool would begin what it queues, whatever fails
+                running[pool.submit(_run_saved, waiting[0], teacher, data)] = waiting[0]
+                del waiting[0]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                future.result()
+                del running[future]
     except BrokenProcessPool as error:
         raise TuningError(
-            "a process that trains a stage has died",
+            f"a process that trains a stage has died, of {', '.join(job.output_dir.name for job in running.values())}",
             where=str(jobs[0].output_dir.parent),
             hint="the memory may be too small for so many processes; the same call goes on from the last checkpoints",
         ) from error
@@ -334,7 +355,7 @@ def _run_apart(jobs: Sequence[Job], students: Sequence[GraphUNet], teacher: Path
             process.terminate()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
 
 
 def _begun(threads: int) -> None:

@@ -201,6 +201,23 @@ def test_processes_of_stages_end_with_the_one_that_started_them(
             assert kept == (number == signal.SIGINT)  # the others leave no time for it
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_after_an_error_in_a_stage_no_other_begins(
+    processes: int, deep: sdgraph.GraphUNet, data: Tensors, tmp_path: Path
+) -> None:
+    stages = PruneBlocks("bk-sdm-base").stages(deep.graph)
+    (tmp_path / "stage-1" / "checkpoint-9").mkdir(parents=True)  # from which nothing can go on
+    run: dict[str, Any] = {"stage_steps": 10**6, "max_train_steps": 1, "processes": processes}
+    with pytest.raises(
+        errors.TuningError, match=r"stage-1 failed, which trains down_blocks\.0, up_blocks\.3: "
+    ) as error:
+        incubate(deep, stages, data, output_dir=tmp_path, **run, **OPTIONS)
+    assert "the same call goes on" in str(error.value)
+    begun = {path.name for path in tmp_path.glob("stage-?") if any(path.glob("loss.csv"))}
+    assert begun <= {"stage-2"} and len(stages) == 4
+    assert processes == 2 or not begun
+
+
 def test_encoded_data_are_sent_to_processes(pipe: Any, tmp_path: Path) -> None:
     images = Images(write_photos(tmp_path / "photos"), pipe, resolution=16, cache=tmp_path / "cache")
     call: dict[str, Any] = {"num_inference_steps": 2, "calls_per_prompt": 1, "height": 16, "width": 16}
