@@ -1,4 +1,5 @@
-"""The parts of the documentation that show code: figures, text of a region, help of commands, settings, and laws.
+"""The parts of the documentation that show code: figures, text of a region, help of commands, settings,
+conditions of passes, and laws.
 
     python docs/generate.py
 
@@ -11,6 +12,7 @@ import ast
 import contextlib
 import io
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +21,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import sdgraph
+from sdgraph import passes
 from sdgraph.cli import COMMANDS, configuration
 from sdgraph.cli import main as sdgraph_command
 
@@ -91,6 +94,21 @@ def laws() -> str:
     return "\n" + "\n\n".join("\n".join(lines) for lines in sections.values()) + "\n\n"
 
 
+def conditions() -> str:
+    """The conditions of the passes, as a table."""
+    lines = ["| pass | before | after |", "|---|---|---|"]
+    for name in passes.__all__:
+        found = getattr(passes, name)
+        cells = [_sentences(found.preconditions), _sentences(found.postconditions)]
+        if any(cells):
+            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sentences(of: Iterable[Callable[..., object]]) -> str:
+    return " ".join((condition.__doc__ or "").partition("\n")[0] for condition in of)
+
+
 def filled(page: Path, marker: str, text: str) -> str:
     """A page with a text between the markers of its kind."""
     start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
@@ -106,6 +124,7 @@ def pages(after: sdgraph.Graph) -> dict[Path, str]:
         ideas: filled(ideas, "region", f"```text\n{region(after).rstrip()}\n```\n"),
         commands: filled(commands, "commands", helps()),
         tuning: filled(tuning, "settings", settings()),
+        DOCS / "passes.md": filled(DOCS / "passes.md", "conditions", conditions()),
         DOCS / "laws.md": filled(DOCS / "laws.md", "laws", laws()),
         architecture.PAGE: architecture.page(),
     }

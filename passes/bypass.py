@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sdgraph import Contract, Findings, Graph, Pass
-from sdgraph.errors import EditError
 from sdgraph.options import Paths
 from sdgraph.schedules import Schedule, Uniform
 
@@ -26,7 +25,7 @@ class Bypass(Pass):
         schedule: the calls at which they are computed.
     Raises:
         PathError: a site that is not in the graph.
-        EditError: a site within another one.
+        PreconditionError: a site within another one.
         ShapeError: nothing that goes into a site has the shape of what comes out.
     Example:
         `sdgraph.apply(unet, passes=[Bypass("mid_block", Uniform(2))])`
@@ -38,13 +37,19 @@ class Bypass(Pass):
     sites: Paths = ()
     schedule: Schedule = EVERY_OTHER
 
-    def run(self, graph: Graph) -> Findings:
+    def _sites_lie_apart(self, graph: Graph) -> list[str]:
+        """No site lies within another one.
+
+        Name one of them.
+        """
         paths = graph.matching(self.sites)
-        for path in paths:
-            outer = next((other for other in paths if path.startswith(f"{other}.")), None)
-            if outer is not None:
-                raise EditError(f"the site {path} is within the site {outer}", where=path, hint="name one of them")
+        return [f"{path} in {other}" for path in paths for other in paths if path.startswith(f"{other}.")]
+
+    preconditions = (_sites_lie_apart,)
+
+    def run(self, graph: Graph) -> Findings:
         notes = []
+        paths = graph.matching(self.sites)
         for path in reversed(paths):  # the latest first, so that replacing values are those of the source
             names = graph.bypass(path, self.schedule)
             left = graph.call_macs(names) / graph.call_macs()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from sdgraph import Contract, Graph, Pass
-from sdgraph.errors import EditError
 
 from .composed import Layer, branches, multiplied, product, summed
 
@@ -22,6 +21,14 @@ def no_layer_is_composed(graph: Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target in KERNELS]
 
 
+def parameters_are_weights(graph: Graph) -> list[fx.Node]:
+    """Every parameter of a composed kernel is one of the weights, and no pass has computed another in its place.
+
+    Apply Fold before the pass that did this.
+    """
+    return [node for node in no_layer_is_composed(graph) if any(tensor.op != "get_attr" for tensor in _read(node))]
+
+
 @dataclass(frozen=True)
 class Fold(Pass):
     """Make layers plain again that `Overparameterize` has composed of several parameters.
@@ -30,7 +37,7 @@ class Fold(Pass):
     those of a plain UNet. Layers that share their parameters share the result.
 
     Raises:
-        EditError: a parameter of a layer was replaced since by a value that is computed.
+        PreconditionError: a parameter of a layer was replaced since by a value that is computed.
         NoChangeError: there is nothing to fold.
     Example:
         `sdgraph.apply(tuned, [Fold()]).to_diffusers()`
@@ -39,6 +46,7 @@ class Fold(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.CLOSE
+    preconditions = (parameters_are_weights,)
     postconditions = (no_layer_is_composed,)
 
     def run(self, graph: Graph) -> None:
@@ -46,31 +54,22 @@ class Fold(Pass):
         layers = [_plain(graph, node) for node in composed]  # all, before any takes the names of its parameters
         first: dict[tuple[str, ...], str] = {}
         for node, layer in zip(composed, layers, strict=True):
-            path, read = graph.module_path(node), _read(graph, node)
+            path, read = graph.module_path(node), _read(node)
             call = graph.replace(node, layer, node.args[0], leaving=read)
             shared = first.setdefault(tuple(str(tensor.target) for tensor in read), path)
             if shared != path:
                 graph.share(call, shared)
 
 
-def _read(graph: Graph, node: fx.Node) -> list[fx.Node]:
+def _read(node: fx.Node) -> list[fx.Node]:
     """Return the nodes of the parameters of a composed layer."""
-    read: list[Any] = [argument for argument in node.args[1:-1] if argument is not None]
-    for tensor in read:
-        if tensor.op != "get_attr":
-            path = graph.module_path(node)
-            raise EditError(
-                f"{path} cannot be folded: {tensor.name} was put in the place of one of its parameters",
-                where=path,
-                hint="apply Fold before the pass that did this",
-            )
-    return read
+    return [argument for argument in node.args[1:-1] if isinstance(argument, fx.Node)]
 
 
 def _plain(graph: Graph, node: fx.Node) -> Layer:
     """Return the plain layer that computes the same as a composed one."""
     options: Any = node.args[-1]
-    targets = {tensor: graph.tensor(str(tensor.target)) for tensor in _read(graph, node)}
+    targets = {tensor: graph.tensor(str(tensor.target)) for tensor in _read(node)}
     *parts, bias = (None if argument is None else targets[argument] for argument in node.args[1:-1])  # type: ignore[index]
     with torch.no_grad():
         kernel: Tensor = KERNELS[node.target](*parts, 1 if options is None else options[3])

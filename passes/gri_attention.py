@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sdgraph import Contract, Findings, Graph, NearMiss, Pass
-from sdgraph.errors import EditError, SpecError
+from sdgraph.errors import SpecError
 from sdgraph.options import Bounds, Count, Index
 
 
@@ -34,7 +34,7 @@ class GRIAttention(Pass):
             The parameter is 0 initially, where both variants are the same, and training changes it.
     Raises:
         SpecError: the sizes do not fit together.
-        EditError: there is no self-attention at a level.
+        PreconditionError: there is no self-attention at a level.
     Source:
         A-SDM names global-regional interactive attention. This form of it is ours, because the bodies of its papers
         were not available.
@@ -55,18 +55,21 @@ class GRIAttention(Pass):
                 hint="pool divides window and shift, and shift is less than window",
             )
 
+    def _levels_have_self_attention(self, graph: Graph) -> list[str]:
+        """There is self-attention at every level that is named.
+
+        Name a level that has some.
+        """
+        known = sorted({level for _, _, level in self_attentions(graph)})
+        return [f"level {level}, where there is some at {known}" for level in self.levels if level not in known]
+
+    preconditions = (_levels_have_self_attention,)
+
     def run(self, graph: Graph) -> Findings:
-        attentions = self_attentions(graph)
-        known = sorted({level for _, _, level in attentions})
-        for level in self.levels:
-            if level not in known:
-                raise EditError(
-                    f"no self-attention at level {level}", where="GRIAttention", hint=f"there is some at {known}"
-                )
         notes: list[str] = []
         misses: list[NearMiss] = []
         device = next(graph.weights.parameters()).device
-        for attention, tokens, level in attentions:
+        for attention, tokens, level in self_attentions(graph):
             path = graph.module_path(attention)
             if level not in self.levels:
                 continue

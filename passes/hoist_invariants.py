@@ -14,6 +14,20 @@ from sdgraph.schedules import Once
 ONCE = Once()
 
 
+def invariants_are_inherited(graph: Graph) -> list[fx.Node]:
+    """Every value with multiply-accumulates that is the same at all calls is inherited from the first call."""
+    changing = graph.changing_nodes()
+    return [
+        node
+        for node in graph.nodes
+        if node.op.startswith("call_")
+        and node not in changing
+        and isinstance(node.meta["val"], torch.Tensor)
+        and any(user in changing or user.op == "output" for user in node.users)
+        and _costly(graph, node) is not None
+    ]
+
+
 @dataclass(frozen=True)
 class HoistInvariants(Pass):
     """Move loop-invariant code out of the calls of a generation: above all, the keys and values of the text.
@@ -24,21 +38,13 @@ class HoistInvariants(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.EXACT
+    postconditions = (invariants_are_inherited,)
 
     def run(self, graph: Graph) -> None:
-        changing = graph.changing_nodes()
-        invariants = [
-            node
-            for node in graph.nodes
-            if node.op.startswith("call_")
-            and node not in changing
-            and isinstance(node.meta["val"], torch.Tensor)
-            and any(user in changing or user.op == "output" for user in node.users)
-        ]
         names = set(graph.sites)
-        for node in invariants:
+        for node in invariants_are_inherited(graph):
             source = _costly(graph, node)
-            if source is not None:
+            if source is not None:  # not so where all that it costs is inherited by now
                 stem = str(source.target) if source.op == "call_module" else source.name
                 name = stem if stem not in names else f"{stem}:{source.name}"
                 names.add(name)

@@ -39,7 +39,8 @@ class InheritFeatures(Pass):
             forecast of `sdgraph.forecasts`, such as `Polynomial(1, damping=0.5)`.
     Raises:
         PathError: a site that is not in the graph.
-        EditError: a site within another one, without such a part, or whose inheritance leaves nothing out.
+        PreconditionError: a site within another one.
+        EditError: a site without such a part, or whose inheritance leaves nothing out.
     """
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
@@ -155,15 +156,22 @@ class InheritFeatures(Pass):
         """
         return cls(within + LEVELS[level], schedule)
 
-    def run(self, graph: Graph) -> Findings:
+    def _sites_lie_apart(self, graph: Graph) -> list[str]:
+        """No site lies within another one, or within one that is inherited already.
+
+        Name one of them.
+        """
+        inherited = [name for name, site in graph.sites.items() if not site.bypassed]
         paths = graph.matching(self.sites)
-        kept = [name for name, site in graph.sites.items() if not site.bypassed]
-        for path in paths:
-            for other in (*paths, *kept):
-                if path.startswith(f"{other}."):
-                    raise EditError(f"the site {path} is within the site {other}", where=path, hint="name one of them")
+        return [
+            f"{path} in {other}" for path in paths for other in (*paths, *inherited) if path.startswith(f"{other}.")
+        ]
+
+    preconditions = (_sites_lie_apart,)
+
+    def run(self, graph: Graph) -> Findings:
         notes = []
-        for path in paths:
+        for path in graph.matching(self.sites):
             values = self._values(graph, graph.region(path))
             names = [path if i == 0 else f"{path}[{i}]" for i in range(len(values))]
             before = graph.call_macs()

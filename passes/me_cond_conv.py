@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from torch import fx, nn
 
@@ -51,8 +51,8 @@ class MECondConv(Pass):
             convolution's own kernel for every other expert. Biases are not part of such experts.
     Raises:
         SpecError: an option has an unknown value.
-        PathError, EditError: there is no such convolution, nothing was pruned, or there is no time embedding; or the
-            kernel is too small for the rank.
+        PreconditionError: no convolution was pruned, or there is no time embedding.
+        PathError, EditError: there is no such convolution, nothing was pruned, or the kernel is too small for the rank.
     Source:
         Conditional convolutions are those of Yang et al., 2019 (CondConv). What they are routed by, and their initial
         values, are ours, because the bodies of A-SDM's papers were not available.
@@ -71,18 +71,25 @@ class MECondConv(Pass):
         """EXACT, but for full kernels for every sample, which need another algorithm, with other last bits."""
         return Contract.EXACT if self.routing == "timestep" or self.rank else CLOSE
 
+    def _time_is_embedded(self, graph: Graph) -> list[str]:
+        """A layer takes a time embedding, where the timestep routes.
+
+        Set routing='input'.
+        """
+        return ["the model"] if self.routing == "timestep" and time_embedding(graph) is None else []
+
+    def _convolutions_were_pruned(self, graph: Graph) -> list[str]:
+        """Convolutions were pruned from the graph, where they are to be experts.
+
+        Apply it together with PruneBlocks, after it; or set donors='copies'.
+        """
+        return ["the model"] if self.donors == "pruned" and not _pruned(graph) else []
+
+    preconditions = (_time_is_embedded, _convolutions_were_pruned)
+
     def run(self, graph: Graph) -> Findings:
-        embedding = time_embedding(graph)
-        if self.routing == "timestep" and embedding is None:
-            raise EditError("no layer takes a time embedding", where="MECondConv", hint="routing='input'")
-        pruned = [removed for removed in graph.removals if isinstance(removed.module, nn.Conv2d)]
-        pool = pruned if self.donors == "pruned" else []
-        if self.donors == "pruned" and not pool:
-            raise EditError(
-                "no convolutions were pruned from this graph", where="MECondConv",
-                hint="apply it together with PruneBlocks, after it; or donors='copies'",
-            )  # fmt: skip
-        notes = []
+        embedding, notes = time_embedding(graph), list[str]()
+        pool = _pruned(graph) if self.donors == "pruned" else []
         for node in self._targets(graph):
             path = str(node.target)
             conv = _conv(graph, path)
@@ -118,6 +125,11 @@ class MECondConv(Pass):
             if _conv(graph, path).padding_mode != "zeros":
                 raise EditError(f"{path} pads with other than zeros", where=path, hint="leave it out")
         return [nodes[path] for path in paths]
+
+
+def _pruned(graph: Graph) -> list[Any]:
+    """Return the convolutions that passes have removed."""
+    return [removed for removed in graph.removals if isinstance(removed.module, nn.Conv2d)]
 
 
 def _conv(graph: Graph, path: str) -> nn.Conv2d:

@@ -22,7 +22,7 @@ from ..spec import Spec, value_of
 from .error_location import failure, location
 from .report import NearMiss, PassReport, Size
 
-Condition = Callable[[Graph], Iterable[fx.Node | str]]  # see `Pass`
+Condition = Callable[..., Iterable[fx.Node | str]]  # of a graph, see `Pass`
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Pass(Spec, abstract=True):
     `contract`, and drops the copy if anything fails.
 
     A condition is a function of a graph. It returns the places at which it does not hold, nodes or module paths; none
-    if it holds. Errors give its name and the first line of its docstring.
+    if it holds. A condition that depends on options is a method of the pass. Errors give its name and its docstring:
+    the first line says what should hold, and the rest is the hint, an instruction.
 
     Class attributes:
         contract: what the pass promises about the numbers.
@@ -158,12 +159,17 @@ class Pass(Spec, abstract=True):
 
     def _check(self, conditions: Iterable[Condition], graph: Graph, error: type[PassError], verb: str) -> None:
         for condition in conditions:
+            method = getattr(self, condition.__name__, None)
+            check = method if getattr(method, "__func__", None) is condition else condition
             places = [f"{p.name} of {graph.module_path(p) or 'the model'}" if isinstance(p, fx.Node) else p
-                      for p in condition(graph)]  # fmt: skip
+                      for p in check(graph)]  # fmt: skip
             if places:
-                name, about = condition.__name__, (condition.__doc__ or "").strip().partition("\n")[0]
+                about, _, hint = (condition.__doc__ or "").partition("\n")
                 more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-                raise error(f"{self} {verb} {name}: {about}", where=", ".join(places[:3]) + more)
+                where, hint = ", ".join(places[:3]) + more, " ".join(hint.split()).removesuffix(".")
+                hint = hint[:1].lower() + hint[1:]
+                name = condition.__name__.lstrip("_")
+                raise error(f"{self} {verb} {name}: {about}", where=where, hint=hint)
 
     def _named(self, guard: Guard) -> Guard:
         """Return a guard with the name of the pass that it comes from."""

@@ -21,7 +21,8 @@ from .sample_passes import Scale
 def no_silu(graph: Graph) -> Iterator[fx.Node]:
     """No layer is activated by SiLU.
 
-    This line is not part of errors.
+    Replace SiLU
+    first.
     """
     for node in graph.nodes:
         if node.op == "call_module" and isinstance(graph.module(str(node.target)), nn.SiLU):
@@ -50,6 +51,17 @@ class KeepsTheMiddle(Pass):
 
 
 @dataclass(frozen=True)
+class WithoutBlocks(Scale):
+    blocks: tuple[str, ...] = ("mid_block",)
+
+    def blocks_are_gone(self, graph: Graph) -> list[str]:
+        """The blocks were removed."""
+        return [path for path in self.blocks if path in graph.paths()]
+
+    preconditions = (blocks_are_gone,)
+
+
+@dataclass(frozen=True)
 class ReplacesSilu(Rewrite):
     contract: ClassVar[Contract] = Contract.APPROXIMATE
     postconditions = (no_silu,)
@@ -68,7 +80,16 @@ def test_a_precondition_is_checked_before_the_pass_runs(graph: Graph) -> None:
         sdgraph.apply(graph, [WithoutSilu()], verify=False)
     assert "nonlinearity" in caught.value.where or "act" in caught.value.where
     assert " and " in caught.value.where  # the first places, and how many more there are
+    assert caught.value.hint == "replace SiLU first"
     sdgraph.apply(graph, [ReplacesSilu(), WithoutSilu()], verify=False)
+
+
+def test_a_condition_may_depend_on_options(graph: Graph) -> None:
+    with pytest.raises(PreconditionError, match=r"needs blocks_are_gone: The blocks were removed\.") as caught:
+        sdgraph.apply(graph, [WithoutBlocks(blocks=("mid_block", "up_blocks.9"))], verify=False)
+    assert (caught.value.where, caught.value.hint) == ("mid_block", "")
+    sdgraph.apply(graph, ["PruneBlocks('mid_block')", WithoutBlocks()], verify=False)
+    sdgraph.apply(graph, [WithoutBlocks(blocks=("up_blocks.9",))], verify=False)
 
 
 def test_a_postcondition_is_a_promise(graph: Graph) -> None:

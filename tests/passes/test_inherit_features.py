@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 import sdgraph
 from sdgraph import Graph, GraphUNet
-from sdgraph.errors import EditError, PathError, SpecError
+from sdgraph.errors import EditError, PathError, PreconditionError, SpecError
 from sdgraph.ir.sites import Site
 from sdgraph.passes import CleanUp, HoistInvariants, InheritFeatures, PruneBlocks
 from sdgraph.schedules import Explicit, Gate, Uniform, Warm
@@ -319,7 +319,7 @@ def test_a_pass_with_a_schedule_is_text(tmp_path: Any, whole: Graph) -> None:
         ({"sites": "mid_block", "part": "half"}, SpecError, "part is 'half'"),
         ({"sites": "mid_block", "schedule": 3}, SpecError, "schedule is 3"),
         ({"sites": "up_blocks.9"}, PathError, "no module 'up_blocks.9'"),
-        ({"sites": ("mid_block", "mid_block.attentions.0")}, EditError, "is within the site mid_block"),
+        ({"sites": ("mid_block", "mid_block.attentions.0")}, PreconditionError, "mid_block.attentions.0 in mid_block"),
         ({"sites": "conv_in", "part": "branch"}, EditError, "no residual branch"),
         ({"sites": "down_blocks.0.resnets.0", "part": "entry"}, EditError, "no skip is concatenated"),
         ({"sites": "up_blocks.-1.resnets.-4", "part": "entry"}, PathError, "up_blocks.-1"),

@@ -12,7 +12,7 @@ from torch import nn
 
 import sdgraph
 from sdgraph import GraphUNet
-from sdgraph.errors import EditError, ModeError, PathError, SpecError
+from sdgraph.errors import EditError, ModeError, PathError, PreconditionError, SpecError
 from sdgraph.passes import InheritFeatures, MECondConv, PruneBlocks
 from sdgraph.passes.conditional_conv import ConditionalConv2d, Mixture, conditional_conv2d, convolve
 from sdgraph.schedules import Uniform
@@ -286,7 +286,7 @@ def test_inherited_kernels_are_exported(tmp_path: Path) -> None:
         ({"rank": -1}, SpecError, "rank is -1"),
         ({"where": "**.conv2", "donors": "copies", "rank": 6}, EditError, "16x144 in 1 group.* rank 18 together"),
         ({"temperature": 0.0}, SpecError, "temperature is 0.0"),
-        ({}, EditError, "no convolutions were pruned"),
+        ({}, PreconditionError, "Convolutions were pruned from the graph, where(.|\\n)*after it; or set donors="),
         ({"donors": "copies"}, EditError, "nothing was pruned"),
         ({"where": "**.conv9", "donors": "copies"}, PathError, "no module matches"),
         ({"where": "mid_block.resnets.0", "donors": "copies"}, EditError, "is a ResnetBlock2D"),

@@ -12,7 +12,7 @@ from torch import nn
 
 import sdgraph
 from sdgraph import Contract, Findings, Graph, GraphUNet, Pass
-from sdgraph.errors import EditError, ModeError, NoChangeError, PathError, SpecError
+from sdgraph.errors import EditError, ModeError, NoChangeError, PathError, PreconditionError, SpecError
 from sdgraph.passes import Fold, InheritFeatures, Overparameterize, PruneBlocks, ShareWeights
 from sdgraph.passes.composed import Branches, Product, multiplied, summed
 from sdgraph.schedules import Uniform
@@ -181,7 +181,7 @@ def test_what_cannot_be_folded_or_composed() -> None:
     source = build()
     with pytest.raises(NoChangeError, match=r"Fold\(\) changed nothing"):
         sdgraph.apply(source, Fold())
-    with pytest.raises(EditError, match=r"(?s)mid_block.resnets.0.conv1 cannot be folded.*before the pass"):
+    with pytest.raises(PreconditionError, match=r"(?s)of mid_block.resnets.0.conv1.*hint:  apply Fold before the pass"):
         sdgraph.apply(source, [Overparameterize(), Halve(), Fold()])
     with pytest.raises(SpecError, match="kind is 'sum'"):
         Overparameterize(kind="sum")
