@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -239,16 +239,27 @@ class Chain(Pass, abstract=True):
 
     def apply(self, graph: Graph, run: CompilerRun) -> PassReport:
         start, before = time.perf_counter(), Size.of(graph)
-        return self._summary(graph, start, before, [self._round(graph, run)])
+        reports, _ = self._round(graph, run, fingerprint(graph))
+        return self._summary(graph, start, before, [reports])
 
-    def _round(self, graph: Graph, run: CompilerRun) -> list[tuple[PassReport, bool]]:
-        """Apply every pass once; return their reports, and whether they changed the graph."""
-        reports, mark = [], fingerprint(graph)
+    def _round(
+        self, graph: Graph, run: CompilerRun, mark: Hashable
+    ) -> tuple[list[tuple[PassReport, bool]], Hashable]:
+        """Apply every pass once.
+
+        Args:
+            graph: the graph to edit.
+            run: the run of the compiler.
+            mark: the fingerprint of the graph.
+        Returns:
+            The reports of the passes, each with whether the pass changed the graph; and the fingerprint after them.
+        """
+        reports = []
         for inner in self.passes:
             report, before = inner.apply(graph, run), mark
             mark = fingerprint(graph)
             reports.append((report, mark != before))
-        return reports
+        return reports, mark
 
     def _summary(
         self, graph: Graph, start: float, before: Size, rounds: list[list[tuple[PassReport, bool]]]
@@ -273,9 +284,10 @@ class Fixpoint(Chain, abstract=True):
     repeat: Count = 10
 
     def apply(self, graph: Graph, run: CompilerRun) -> PassReport:
-        start, before, rounds = time.perf_counter(), Size.of(graph), []
+        start, before, rounds, mark = time.perf_counter(), Size.of(graph), [], fingerprint(graph)
         for _ in range(self.repeat):
-            rounds.append(self._round(graph, run))
+            reports, mark = self._round(graph, run, mark)
+            rounds.append(reports)
             if not any(changed for _, changed in rounds[-1]):
                 break
         else:

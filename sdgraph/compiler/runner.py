@@ -11,6 +11,7 @@ from ..errors import ContractError, NoChangeError, OrderError, SdgraphError, Spe
 from ..graph import Graph
 from ..ir.decisions import Applied, Decision, Decisions
 from ..ir.read_only import read_only
+from ..ir.tracer import watched_modules
 from ..ir.verify import fingerprint
 from .error_location import failure
 from .numerics import Call, first_difference, generations, largest_difference, play
@@ -70,8 +71,9 @@ def run_pass(
     before = Size.of(graph)  # before the copy, which takes over what its nodes cost
     after = graph.copy()
     with read_only(graph.tensors(), lambda name: _written(pass_, name)):
-        report = pass_.apply(after, run)
-        if fingerprint(after) == fingerprint(graph) and not pass_.may_change_nothing:
+        with watched_modules():
+            report = pass_.apply(after, run)
+        if not pass_.may_change_nothing and fingerprint(after) == fingerprint(graph):
             closest = "; ".join(f"{m.where}: {m.reason}" for m in report.near_misses[:3])
             raise NoChangeError(
                 f"{pass_} changed nothing",

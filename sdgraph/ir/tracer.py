@@ -585,52 +585,93 @@ class Tracer(fx.proxy.TracerBase):
 @contextlib.contextmanager
 def tracing(tracer: Tracer) -> Iterator[None]:
     """Send module calls, reads of weights and tensor constructors of this thread to the tracer."""
-    thread = threading.get_ident()
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return originals[nn.Module, "__call__"](module, *args, **kwargs)
-        return tracer.call_module(module, args, kwargs)
-
-    def attribute(module: nn.Module, name: str) -> Any:
-        value = originals[nn.Module, "__getattr__"](module, name)
-        if isinstance(value, torch.Tensor) and threading.get_ident() == thread:
-            return tracer.read(value)
-        return value
-
-    def keep(module: nn.Module, name: str, value: Any) -> None:
-        if threading.get_ident() == thread and any(isinstance(leaf, fx.Proxy) for leaf in _leaves(value)):
-            raise tracer.error(
-                f"a {type(module).__name__} keeps a tensor between calls, as its attribute {name!r}",
-                "write it as a function of its tensors; a graph keeps nothing",
-            )
-        originals[nn.Module, "__setattr__"](module, name, value)
 
     def factory(original: Callable[..., Any]) -> Callable[..., Any]:
         def build(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread and any(isinstance(a, fx.Proxy) for a in _leaves((args, kwargs))):
+            if _this_tracer() is not None and any(isinstance(a, fx.Proxy) for a in _leaves((args, kwargs))):
                 return tracer.create_proxy("call_function", original, args, kwargs)
             return original(*args, **kwargs)
 
         return build
 
-    with _LOCK, torch.inference_mode(False), torch.no_grad():
-        patched: dict[tuple[Any, str], Any] = {
-            (nn.Module, "__call__"): call,
-            (nn.Module, "__getattr__"): attribute,
-            (nn.Module, "__setattr__"): keep,
-        }
-        originals = {(holder, name): getattr(holder, name) for holder, name in patched}
-        for holder, name in (*((torch, name) for name in FACTORIES), *WHOLE):
-            originals[holder, name] = getattr(holder, name)
-            patched[holder, name] = factory(originals[holder, name])
+    with _LOCK, torch.inference_mode(False), torch.no_grad(), watched_modules():
+        outer, _thread.tracer = _this_tracer(), tracer
+        factories = [(torch, name) for name in FACTORIES] + list(WHOLE)
+        originals = {(holder, name): getattr(holder, name) for holder, name in factories}
         try:
-            for (holder, name), value in patched.items():
-                setattr(holder, name, value)
+            for (holder, name), original in originals.items():
+                setattr(holder, name, factory(original))
             yield
         finally:
-            for (holder, name), value in originals.items():
-                setattr(holder, name, value)
+            _thread.tracer = outer
+            for (holder, name), original in originals.items():
+                setattr(holder, name, original)
+
+
+@contextlib.contextmanager
+def watched_modules() -> Iterator[None]:
+    """Let `nn.Module` ask for the tracer of the thread at calls and at attributes, for the duration of the context.
+
+    Python visits all subclasses of a class whose method is replaced, which takes milliseconds. A block around several
+    traces replaces the methods once.
+    """
+    with _COUNT:
+        if not _watch.users:
+            _watch.originals = {name: getattr(nn.Module, name) for name in _WATCHED}
+            for name, method in _WATCHED.items():
+                setattr(nn.Module, name, method)
+        _watch.users += 1
+    try:
+        yield
+    finally:
+        with _COUNT:
+            _watch.users -= 1
+            if not _watch.users:
+                for name, method in _watch.originals.items():
+                    setattr(nn.Module, name, method)
+
+
+@dataclass
+class _Watch:
+    """The number of blocks that watch modules, and the methods of `nn.Module` outside of them."""
+
+    users: int = 0
+    originals: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+_watch, _COUNT, _thread = _Watch(), threading.Lock(), threading.local()
+
+
+def _this_tracer() -> Tracer | None:
+    """Return the tracer of this thread; None where nothing is traced."""
+    return getattr(_thread, "tracer", None)
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    tracer = _this_tracer()
+    if tracer is None:
+        return _watch.originals["__call__"](module, *args, **kwargs)
+    return tracer.call_module(module, args, kwargs)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    value = _watch.originals["__getattr__"](module, name)
+    if isinstance(value, torch.Tensor) and (tracer := _this_tracer()) is not None:
+        return tracer.read(value)
+    return value
+
+
+def _keep(module: nn.Module, name: str, value: Any) -> None:
+    tracer = _this_tracer()
+    if tracer is not None and any(isinstance(leaf, fx.Proxy) for leaf in _leaves(value)):
+        raise tracer.error(
+            f"a {type(module).__name__} keeps a tensor between calls, as its attribute {name!r}",
+            "write it as a function of its tensors; a graph keeps nothing",
+        )
+    _watch.originals["__setattr__"](module, name, value)
+
+
+_WATCHED = {"__call__": _call, "__getattr__": _attribute, "__setattr__": _keep}
 
 
 def _leaves(tree: Any) -> Iterator[Any]:

@@ -231,12 +231,13 @@ def alteration(module: nn.Module) -> str:
         return "hooks"
     moved = "_hf_hook" in own or set(getattr(own.get("_diffusers_hook"), "hooks", ())) & _OFFLOADING
     for name, value in own.items():
-        if own_code(module, name, value) and not (name == "forward" and (moved or "_original_forward" in own)):
+        if name not in _STATE and own_code(module, name, value) and not (name == "forward" and (moved or "_original_forward" in own)):
             return f"another {name}"
     hidden = "_old_forward" in own and own_code(module, "forward", own["_old_forward"])
     return "another forward" if hidden else ""
 
 
+_STATE = frozenset(vars(nn.Module()))  # the attributes of every module
 _OFFLOADING = {"group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker", "lazy_leafs"}
 
 
@@ -247,8 +248,11 @@ def kind(module: nn.Module) -> tuple[object, ...]:
     """
     own = vars(module)
     options = tuple((name, repr(own[name])) for name in _option_names(type(module)) if name in own)  # type: ignore[arg-type]
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in tensors)
+    if module._modules:
+        tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    else:  # the same, in a tenth of the time
+        tensors = {**module._parameters, **module._buffers}
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in tensors.items() if tensor is not None)
     return type(module), alteration(module), options, tuple(shapes)
 
 
@@ -363,10 +367,14 @@ def _rebuilt(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) ->
             raise ModeError(
                 f"the {type(module).__name__} cannot be copied: {error}", where=type(module).__name__, hint=_ON_LEAVES
             ) from error
-    own = copy.copy(module)
-    own.__dict__ = {n: v.copy() if isinstance(v, dict | set | list) else v for n, v in module.__dict__.items()}
-    own.training = False
-    own._parameters = {n: None if t is None else make(t) for n, t in module._parameters.items()}  # type: ignore[misc]
-    own._buffers = {n: None if t is None else make(t) for n, t in module._buffers.items()}
-    own._modules = {n: None if m is None else _rebuilt(m, make) for n, m in module._modules.items()}
+    own: nn.Module = type(module).__new__(type(module))
+    state = {n: v.copy() if isinstance(v, _CONTAINERS) else v for n, v in vars(module).items()}
+    state["training"] = False
+    state["_parameters"] = {n: None if t is None else make(t) for n, t in module._parameters.items()}
+    state["_buffers"] = {n: None if t is None else make(t) for n, t in module._buffers.items()}
+    state["_modules"] = {n: None if m is None else _rebuilt(m, make) for n, m in module._modules.items()}
+    vars(own).update(state)
     return own
+
+
+_CONTAINERS = (dict, set, list)
