@@ -32,7 +32,9 @@ frontier: $(VENV)/.installed-bench,onnx,pipelines,plots
 	$(RUN)/python -m benchmarks.frontier $(ARGS)
 
 # Tests trace small models, which is Python: a process per core, each with one thread.
-PYTEST := OMP_NUM_THREADS=1 $(RUN)/pytest -n auto --dist loadfile
+# A process begins with half of the folders, so that what their tests share is made once, and takes over tests of the
+# other at the end.
+PYTEST := OMP_NUM_THREADS=1 $(RUN)/pytest -n auto --dist worksteal
 
 test: $(VENV)/.installed-test
 	$(PYTEST)
@@ -41,7 +43,7 @@ test-fast: $(VENV)/.installed-test
 	$(PYTEST) -m "not (slow or long or full)"
 
 test-long: $(VENV)/.installed-test
-	$(PYTEST) -m long
+	$(PYTEST) -m "long or hypothesis" --hypothesis-profile thorough
 
 test-full: $(VENV)/.installed-test
 	$(RUN)/pytest -m full

@@ -19,9 +19,10 @@ import sdgraph
 
 from .models import ONE_LEVEL, build
 
-hypothesis.settings.register_profile(
-    "sdgraph", deadline=None, max_examples=25, derandomize="CI" in os.environ, print_blob=True
-)
+for profile, examples in (("sdgraph", 10), ("thorough", 50)):  # `make test-long` takes the thorough one
+    hypothesis.settings.register_profile(
+        profile, deadline=None, max_examples=examples, derandomize="CI" in os.environ, print_blob=True
+    )
 hypothesis.settings.load_profile("sdgraph")
 
 Pair = tuple[UNet2DConditionModel, sdgraph.GraphUNet]

@@ -390,9 +390,12 @@ class {name}({kind}):
     def run(self, graph): return None
     def refreshes(self, call, timestep, run): return True
 """
-ASK = """
-import sys
-from sdgraph.errors import SpecError
+# The libraries are imported once; each case is a fork that imports sdgraph and the other package for the first time.
+CASES = """
+import os, sys, traceback
+import accelerate, torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
 def ask(make):
     try:
         make()
@@ -400,21 +403,38 @@ def ask(make):
         assert "theirs." in str(error) and "sdgraph." in str(error), str(error)
         return
     raise SystemExit("accepted")
+
+assert "sdgraph" not in sys.modules
+for name, first in {cases}:
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            sys.path.insert(0, name)
+            for line in (IMPORTS if first == "theirs" else IMPORTS[::-1]):
+                exec(line)
+            import sdgraph.spec
+            from sdgraph.errors import SpecError
+            ask(lambda: getattr(theirs, name)())
+            ask(lambda: sdgraph.spec.read(name + "(2)"))
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0, (name, first)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [("CleanUp", "Pass"), ("Uniform", "Schedule"), ("Output", "Loss")])
-@pytest.mark.parametrize("first", ["theirs", "ours"])
-def test_a_class_named_like_one_of_ours_is_refused_whichever_came_first(
-    name: str, kind: str, first: str, tmp_path: Path
-) -> None:
-    (tmp_path / "theirs.py").write_text(THEIRS.format(name=name, kind=kind, base="Pass"))
+def test_a_class_named_like_one_of_ours_is_refused_whichever_came_first(tmp_path: Path) -> None:
+    kinds = {"CleanUp": "Pass", "Uniform": "Schedule", "Output": "Loss"}
+    for name, kind in kinds.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "theirs.py").write_text(THEIRS.format(name=name, kind=kind, base="Pass"))
     imports = ["import theirs", "import sdgraph.passes, sdgraph.schedules, sdgraph.tuning"]
-    code = "\n".join([
-        *(imports if first == "theirs" else reversed(imports)), ASK, "import sdgraph.spec",
-        f"ask(lambda: theirs.{name}())", f"ask(lambda: sdgraph.spec.read('{name}(2)'))",
-    ])  # fmt: skip
+    cases = [(name, first) for name in kinds for first in ("theirs", "ours")]
+    code = f"IMPORTS = {imports}\n" + CASES.replace("{cases}", repr(cases))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -242,9 +242,7 @@ class Chain(Pass, abstract=True):
         reports, _ = self._round(graph, run, fingerprint(graph))
         return self._summary(graph, start, before, [reports])
 
-    def _round(
-        self, graph: Graph, run: CompilerRun, mark: Hashable
-    ) -> tuple[list[tuple[PassReport, bool]], Hashable]:
+    def _round(self, graph: Graph, run: CompilerRun, mark: Hashable) -> tuple[list[tuple[PassReport, bool]], Hashable]:
         """Apply every pass once.
 
         Args:

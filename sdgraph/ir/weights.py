@@ -230,8 +230,8 @@ def alteration(module: nn.Module) -> str:
     if any(own.get(kind) for kind in HOOKS):
         return "hooks"
     moved = "_hf_hook" in own or set(getattr(own.get("_diffusers_hook"), "hooks", ())) & _OFFLOADING
-    for name, value in own.items():
-        if name not in _STATE and own_code(module, name, value) and not (name == "forward" and (moved or "_original_forward" in own)):
+    for name in [name for name in own if name not in _STATE]:  # in order, so that the first is named
+        if own_code(module, name, own[name]) and not (name == "forward" and (moved or "_original_forward" in own)):
             return f"another {name}"
     hidden = "_old_forward" in own and own_code(module, "forward", own["_old_forward"])
     return "another forward" if hidden else ""

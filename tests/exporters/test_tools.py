@@ -85,7 +85,7 @@ TOOLS: dict[Callable[[Path, Path, dict[str, Any]], None], float] = {
 }
 
 
-@pytest.mark.parametrize("name", ["pruned", "deep cache"])
+@pytest.mark.parametrize("name", ["pruned", pytest.param("deep cache", marks=pytest.mark.long)])
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_reads_the_model_and_writes_one_that_runs(
     exported: Callable[..., Exported], tool: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -101,7 +101,7 @@ def test_a_tool_reads_the_model_and_writes_one_that_runs(
         assert np.abs(found - expected).max() <= TOOLS[tool] * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", ["controlled", "half", "deep cache"])
+@pytest.mark.parametrize("name", ["controlled", pytest.param("half", marks=pytest.mark.long), "deep cache"])
 def test_every_file_is_valid_and_its_shapes_are_inferred(
     exported: Callable[..., Exported], name: str, tmp_path: Path
 ) -> None:

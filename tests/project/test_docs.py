@@ -36,6 +36,7 @@ QUICKER = {
     "resolution=512": "resolution=64",
 }
 QUICK = ["drop-in.md"]  # the others run pipelines, passes and exports
+LONG = ["deploying.md"]  # several exports; that of README.md stays in `make test`
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -51,7 +52,14 @@ every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 
 @pytest.mark.parametrize(
     "document",
-    [pytest.param(one, id=name(one), marks=() if one.name in QUICK else pytest.mark.slow) for one in RUN],
+    [
+        pytest.param(
+            one,
+            id=name(one),
+            marks=() if one.name in QUICK else pytest.mark.long if one.name in LONG else pytest.mark.slow,
+        )
+        for one in RUN
+    ],
 )
 def test_the_python_blocks_run_in_order(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand, with a tiny pipeline in the place of a download, and few steps."""
