@@ -18,6 +18,7 @@ from torch import Tensor
 from ..atomic import written
 from ..errors import SavedError, ScheduleError
 from ..forecasts import DAMPINGS
+from ..options import Misfit, Number, fitted
 from ..runtime.recorded_calls import first_call
 from ..runtime.unet import GraphUNet
 from ..schedules import SamplingRun
@@ -121,7 +122,11 @@ class Measurements:
         self._known: dict[str, list[float]] = {}
         if self._path is not None and self._path.exists():
             hint = "delete it; the same command measures again"
-            self._known = json_object(self._path, SavedError, hint=hint, format=FORMAT)["numbers"]
+            plain = json_object(self._path, SavedError, hint=hint, format=FORMAT)
+            try:
+                self._known = fitted(plain.get("numbers"), dict[str, list[Number]])
+            except Misfit as error:
+                raise SavedError("the measurements are damaged", where=str(self._path), hint=hint) from error
 
     def numbers(self, quantity: str, subject: str, measure: Callable[[], Array]) -> Array:
         """Return the numbers of a quantity of a subject, and measure them if they are not known."""

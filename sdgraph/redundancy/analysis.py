@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import re
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +13,15 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..atomic import owned
 from ..compiler.numerics import example
 from ..errors import EditError, ShapeError, SpecError
+from ..evaluation.metrics import Images, ssim
 from ..graph import Graph
-from ..ir.variants import Variant, copy_nodes
-from ..options import Bounds, Count, Seed, Text, checked
+from ..options import Bounds, Count, Index, Seed, Text, checked
 from ..plan_search.evaluator import Measurements
 from ..plan_search.final_latents import Array, check_request, final_latents, relative_errors, typical
 from ..progress import Bar
@@ -32,17 +29,20 @@ from ..runtime.apply import apply
 from ..runtime.recorded_calls import CallRecorder
 from ..runtime.unet import GraphUNet
 from ..tuning.digest import hash_each, hash_model, hash_program
+from ..tuning.sources.latents import as_pipelines_run_it, unscaled
 from .gates import GateTraining
 from .pruning_program import block_of
-from .redundancy import LEVELS, JointRemoval, Redundancy, Removal, sizes_of
+from .redundancy import GONE, LEVELS, JointRemoval, Redundancy, Removal, sizes_of
+from .replay import Replay
+from .targets import Target
 
-Target = Literal["eager", "compiled"]
-TURNS = 7  # timed calls of a region, of which the first two warm up
 LEVEL = {
     "block": re.compile(r"(down_blocks|up_blocks)\.\d+|mid_block"),
     "layer": re.compile(r".*_blocks?(\.\d+)?\.(resnets|attentions)\.\d+"),
     "unit": re.compile(r".*\.transformer_blocks\.\d+\.(attn\d|ff)"),
 }
+KEPT = 2**31  # bytes of values of the whole UNet that are kept by default
+NOT_FINITE = "without it, numbers are not finite"
 
 
 @checked(SpecError)
@@ -51,42 +51,52 @@ def analyse(
     prompts: Sequence[str],
     *,
     levels: Annotated[Sequence[Literal["block", "layer", "unit"]], Bounds(length=1)] = LEVELS,
-    target: Target = "eager",
+    target: Text | None = "eager",
     calls: Count = 8,
     latents: bool = False,
+    images: bool = False,
     pairs: bool = False,
     gates: Count | None = None,
     seed: Seed = 0,
     folder: Text | Path | None = None,
+    kept_bytes: Index = KEPT,
     progress: bool = True,
     **call: Any,
 ) -> Redundancy:
     """Measure how redundant the blocks, layers and units of a pipeline's UNet are, each removed alone.
 
     The output error of a region is measured on calls of real generations, which the whole UNet made: the squared
-    difference of the predicted noise without the region, relative to the squared prediction. It is nearly additive over
-    regions, so that `Redundancy.cheapest` can choose several.
+    difference of the prediction without the region, relative to the squared prediction. It is nearly additive over
+    regions, so that `Redundancy.cheapest` can choose several. Only what comes after a region is computed again.
 
     Args:
         pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. It is as it was afterwards.
         prompts: the prompts to measure on; 4 to 16 with different words.
         levels: the levels of regions: "block", "layer" (resnets and attentions), "unit" (attn1, attn2, ff).
-        target: what is timed: PyTorch on the pipeline's device, "eager" or "compiled".
+        target: the target whose seconds are measured: PyTorch on the pipeline's device, "eager" or "compiled"; or ONNX
+            Runtime, "onnx:" and the name of a provider, on one export of the whole UNet, from whose graph each region
+            is removed. None measures no seconds.
         calls: the number of calls of a generation on which errors are measured, spread evenly.
         latents: whether the error of the final latents is measured too, which takes a generation per region.
+        images: whether the structural similarity of the decoded images is measured too, which takes the same
+            generation per region, and decoding.
         pairs: whether pairs of neighbouring regions of one block are removed together, for what is not additive.
         gates: the number of steps in which a gate of each region is learned; None learns none. 100 are enough for a
             ranking. The regions of one level learn together.
         seed: the seed of the first image's latents; the others count up from it.
         folder: the folder of measurements. With it, an analysis that was stopped goes on.
+        kept_bytes: the limit of the memory for values of the whole UNet, in bytes, for all measured calls together.
+            What does not fit is computed again for each region.
         progress: whether a bar is shown.
         call: further arguments of the pipeline, such as `num_inference_steps=20`.
     Returns:
         The redundancy, which prints as a table.
     Raises:
         SourceError: the pipeline has no UNet, or its solver adds random numbers.
-        SpecError: there are no prompts, the prompts all have the same effect, no region of these levels can be removed,
-            or another analysis writes to the folder.
+        SpecError: the prompts are fewer than two or all have the same effect, there is no such target, no region of
+            these levels can be removed, the images are too small to compare, or another analysis writes to the folder.
+        SavedError: a file in the folder is damaged.
+        ExtraError, ExportError: the provider is not installed, or the UNet cannot be exported.
     Example:
         `print(sdgraph.analyse(pipe, prompts, num_inference_steps=20))`
     Source:
@@ -95,6 +105,7 @@ def analyse(
         2019. That it rises, and that gates are compared by how long they stay open, is our own.
     """
     check_request("analyse", pipe, prompts, call)
+    _check_prompts(prompts)
     whole = apply(pipe.unet, ())
     if whole.graph.sites:
         raise SpecError(
@@ -102,42 +113,51 @@ def analyse(
             where="pipe.unet",
             hint="analyse the UNet before these passes, and apply them to the pruned one",
         )
-    paths, fixed = _removable(whole.graph, levels)
-    if not paths:
+    levels_of, fixed = _removable(whole.graph, levels)
+    if not levels_of:
         hint = f"add levels: {', '.join(level for level in LEVELS if level not in levels) or 'there are no more'}"
         raise SpecError(f"no region of {', '.join(levels)} can be removed", where="levels", hint=hint)
-    digest = hash_model(whole)
-    request = (digest, *prompts, f"{seed} {calls} {target}", repr(sorted(call.items())))
-    alone = owned(Path(folder), SpecError, "folder") if folder else contextlib.nullcontext()
-    with alone:
-        known = Measurements(Path(folder) if folder else None, "\n".join(request).encode())
+    couples = _neighbours(levels_of) if pairs else ()
+    removals, joint = list[Removal](), list[JointRemoval]()
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(owned(Path(folder), SpecError, "folder"))
+        timed = None if target is None else stack.enter_context(Target(target, whole, levels_of))
 
         def generate(unet: GraphUNet) -> Tensor:
             return final_latents(pipe, unet, prompts, seed, call)[0]
 
         recorder = CallRecorder(whole.graph)
         reference = generate(recorder)
-        _check_variation(recorder.calls[0], len(prompts))
-        trial = _Trial(whole, _spread(recorder.calls, calls), known, target)
-        couples = _neighbours(paths) if pairs else ()
-        alike = known.numbers("similarity", " ".join(paths), lambda: trial.similarities(list(paths)))
-        removals, joint = [], []
-        with Bar(total=len(paths) + len(couples), desc="analyse", unit="region", disable=not progress) as bar:
-            for (path, level), similarity in zip(paths.items(), alike, strict=True):
-                without = _Without(whole, (path,))
-                drift = trial.drift(without, generate, reference) if latents else None
-                removals.append(trial.removal(path, level, without, float(similarity), drift))
-                bar.update()
-            for both in couples:
-                joint.append(JointRemoval(both, trial.output_errors(_Without(whole, both))))
-                bar.update()
-        noise = _noise(pipe.scheduler, trial.timesteps)
+        _check_variation(recorder.calls[0], len(reference))
+        request = (hash_model(whole), *prompts, f"{seed} {calls}", repr(sorted(call.items())))
+        key = "\n".join(request).encode() + reference.cpu().float().numpy().tobytes()
+        known = Measurements(None if folder is None else Path(folder), key)
+        replay = Replay(whole, _spread(recorder.calls, calls), list(levels_of), kept_bytes)
+        drift = _Drift(pipe, generate, reference, latents, images) if latents or images else None
+        trial = _Trial(whole, replay, known, timed, drift)
+        total = len(levels_of) + len(couples)
+        bar = stack.enter_context(Bar(total=total, desc="analyse", unit="removal", disable=not progress))
+        for path, level in levels_of.items():
+            bar.set_postfix_str(path)
+            removal = trial.removal(path, level)
+            if removal is None:
+                fixed[path] = NOT_FINITE
+            else:
+                removals.append(removal)
+            bar.update()
+        for both in couples:
+            bar.set_postfix_str(" + ".join(both))
+            errors = () if NOT_FINITE in map(fixed.get, both) else trial.output_errors(_Without(whole, both))
+            if errors:
+                joint.append(JointRemoval(both, errors))
+            bar.update()
+        timesteps = _timesteps(replay.calls)
+        noise = _noise(pipe.scheduler, timesteps)
         if gates is not None:
             removals = trial.gated(removals, noise, gates, progress)
-    return Redundancy(
-        digest, target, len(prompts), trial.timesteps, noise, tuple(removals), tuple(joint), fixed,
-        hash_program(whole), hash_each(whole.tensors()), sizes_of(whole.graph),
-    )  # fmt: skip
+    on = None if timed is None else timed.on
+    return _redundancy(whole, on, len(prompts), timesteps, noise, removals, joint, fixed)
 
 
 @checked(SpecError)
@@ -158,7 +178,7 @@ def analyse_unet(
         levels: the levels of regions, see `analyse`.
         calls: the number of random inputs, whose timesteps are spread evenly.
         seed: the seed of the random numbers.
-        nominal: whether the inputs have the model's own size, at which times are meaningful, instead of a small one.
+        nominal: whether the inputs have the model's own size instead of a small one. Calls are timed at that size only.
     Returns:
         The redundancy.
     Raises:
@@ -175,14 +195,40 @@ def analyse_unet(
     inputs = [example(whole.graph, seed + number, False, **sizes) for number in range(calls)]
     for flat, timestep in zip(inputs, np.linspace(999, 0, calls + 2)[1:-1], strict=True):
         flat["timestep"] = torch.full_like(flat["timestep"], round(timestep))
-    trial = _Trial(whole, inputs, Measurements(None, b""), "eager")
-    alike = trial.similarities(list(paths))
-    removals = tuple(
-        trial.removal(path, level, _Without(whole, (path,)), float(similarity), None)
-        for (path, level), similarity in zip(paths.items(), alike, strict=True)
-    )
+    replay, removals = Replay(whole, inputs, list(paths), KEPT), list[Removal]()
+    timed = Target("eager", whole, paths) if nominal else None
+    trial = _Trial(whole, replay, Measurements(None, b""), timed, None)
+    for path, level in paths.items():
+        removal = trial.removal(path, level)
+        if removal is None:
+            fixed[path] = NOT_FINITE
+        else:
+            removals.append(removal)
+    on = None if timed is None else timed.on
+    return _redundancy(whole, on, 0, _timesteps(inputs), (1.0,) * calls, removals, (), fixed)
+
+
+def _redundancy(
+    whole: GraphUNet,
+    on: str | None,
+    prompts: int,
+    timesteps: tuple[float, ...],
+    noise: tuple[float, ...],
+    removals: Sequence[Removal],
+    joint: Sequence[JointRemoval],
+    fixed: Mapping[str, str],
+) -> Redundancy:
+    """Return what was measured of a UNet, with the hashes and sizes by which it is known again.
+
+    Raises:
+        SpecError: nothing could be measured.
+    """
+    if not removals:
+        raise SpecError(
+            "every removal gives numbers that are not finite", where="pipe.unet", hint="load it in float32 or bfloat16"
+        )
     return Redundancy(
-        hash_model(whole), "eager", 0, trial.timesteps, (1.0,) * calls, removals, (), fixed,
+        hash_model(whole), on, prompts, timesteps, noise, tuple(removals), tuple(joint), fixed,
         hash_program(whole), hash_each(whole.tensors()), sizes_of(whole.graph),
     )  # fmt: skip
 
@@ -204,45 +250,118 @@ class _Without:
         return apply(self.whole, f"PruneBlocks({self.paths!r})", verify=False)
 
 
-class _Trial:
-    """The measurements of one removal.
+class _Drift:
+    """The comparison of what a UNet generates with what the whole one does.
 
     Args:
-        whole: the UNet with all of its regions.
-        calls: the flat inputs of the calls on which errors are measured.
-        known: what was measured before.
-        target: what is timed.
+        pipe: the pipeline.
+        generate: the function that returns the final latents of a UNet.
+        reference: the final latents of the whole UNet, (images, channels, height, width).
+        latents: whether latents are compared.
+        images: whether decoded images are compared.
+    Raises:
+        SpecError: the pipeline has no VAE, or the images are too small for their structural similarity.
     """
 
     def __init__(
-        self, whole: GraphUNet, calls: Sequence[Mapping[str, Tensor]], known: Measurements, target: Target
+        self, pipe: Any, generate: Callable[[GraphUNet], Tensor], reference: Tensor, latents: bool, images: bool
     ) -> None:
-        self._whole, self._calls, self._known, self._target = whole, calls, known, target
-        self.timesteps = tuple(float(flat["timestep"].reshape(-1)[0]) for flat in calls)
-        self._timed = _ready(whole, target)
-        with torch.no_grad():
-            self._outputs = [whole.run(flat) for flat in calls]
+        self._generate, self._reference, self._latents, self._images = generate, reference, latents, images
+        if not images:
+            return
+        if getattr(pipe, "vae", None) is None:
+            raise SpecError(
+                f"{type(pipe).__name__} has no VAE to decode images with", where="images", hint="latents=True"
+            )
+        self._vae = as_pipelines_run_it(pipe.vae)
+        self._decoded = self._decode(reference)
+        if min(self._decoded.shape[1:3]) < 11:
+            raise SpecError("the images are smaller than 11 pixels", where="images", hint="larger height= and width=")
 
-    def removal(self, path: str, level: str, without: _Without, similarity: float, drift: float | None) -> Removal:
-        """Return what is known of the removal of one region."""
-        graph = self._whole.graph
+    def measured(self, known: Measurements, without: _Without) -> dict[str, float | None] | None:
+        """Return the figures of a pruned UNet, by the name of their field; None if they are not finite."""
+        found: Tensor | None = None
+
+        def latents() -> Tensor:
+            nonlocal found
+            found = self._generate(without.unet) if found is None else found
+            return found
+
+        subject, figures = " + ".join(without.paths), dict[str, float | None]()
+        if self._latents:
+
+            def error() -> Array:
+                return _finite([typical(relative_errors(latents(), self._reference))])
+
+            figures["latents"] = next(iter(known.numbers("latents", subject, error).tolist()), None)
+        if self._images:
+            vae = hash_model(self._vae)
+
+            def similarity() -> Array:
+                return _finite([ssim(self._decode(latents()), self._decoded)])
+
+            figures["images"] = next(iter(known.numbers(f"images {vae}", subject, similarity).tolist()), None)
+        return None if None in figures.values() else figures
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Images:
+        """Return images (N, H, W, C) in [0, 1]. They are decoded one by one, because they are large."""
+        made = []
+        for one in latents:
+            inputs = unscaled(self._vae.config, one[None]).to(self._vae.device, self._vae.dtype)
+            image = (self._vae.decode(inputs, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+            made.append(image.permute(0, 2, 3, 1).cpu().numpy())
+        return np.concatenate(made)
+
+
+class _Trial:
+    """The measurements of removals.
+
+    Args:
+        whole: the UNet with all of its regions.
+        replay: the calls on which errors are measured.
+        known: what was measured before.
+        target: the target that is timed; None for none.
+        drift: the comparison of generations; None for none.
+    """
+
+    def __init__(
+        self, whole: GraphUNet, replay: Replay, known: Measurements, target: Target | None, drift: _Drift | None
+    ) -> None:
+        self._whole, self._replay, self._known = whole, replay, known
+        self._target, self._drift = target, drift
+
+    def removal(self, path: str, level: str) -> Removal | None:
+        """Return what the removal of one region changes and saves; None if its numbers are not finite."""
+        without, graph, target = _Without(self._whole, (path,)), self._whole.graph, self._target
+        errors = self.output_errors(without)
+        further = {} if self._drift is None or not errors else self._drift.measured(self._known, without)
+        if not errors or further is None:
+            return None
 
         def sizes() -> Array:
-            left = without.unet.graph
-            parameters = sum(p.numel() for p in left.parameters().values())
-            return np.array([parameters, left.macs], dtype=np.float64)
+            left = sizes_of(without.unet.graph)
+            return np.array([left["parameters"], left["macs"]], dtype=np.float64)
 
-        parameters, macs = self._known.numbers("sizes", path, sizes)
-        saved = self._known.numbers("seconds", path, lambda: self._seconds(without.unet))
+        def similarity() -> Array:
+            return np.array([self._replay.similarities()[path]])
+
+        def seconds(target: Target) -> float:
+            def measure() -> Array:
+                return np.array([target.share(path, without.unet, self._replay.calls[0])])
+
+            return 1 - float(self._known.numbers(f"seconds, {target.on}", path, measure)[0])
+
+        whole, (parameters, macs) = sizes_of(graph), self._known.numbers("sizes", path, sizes)
         return Removal(
             path,
             level,
-            1 - parameters / sum(p.numel() for p in graph.parameters().values()),
-            1 - macs / graph.macs,
-            1 - float(saved[0]),
-            self.output_errors(without),
-            similarity,
-            drift,
+            1 - parameters / whole["parameters"],
+            1 - macs / whole["macs"],
+            None if target is None else seconds(target),
+            errors,
+            float(self._known.numbers("similarity", path, similarity)[0]),
+            **further,
         )
 
     def gated(self, removals: Sequence[Removal], noise: Sequence[float], steps: int, progress: bool) -> list[Removal]:
@@ -256,67 +375,42 @@ class _Trial:
                 errors = {
                     one.path: float(np.average(one.errors, weights=noise)) for one in removals if one.level == level
                 }
-                training = GateTraining(self._whole, list(errors), self._calls, noise, max(errors.values()), steps)
+                training = GateTraining(
+                    self._whole, list(errors), self._replay.calls, noise, max(errors.values()), steps
+                )
                 learned |= zip(errors, map(float, training.run(self._known, bar)), strict=True)
         return [dataclasses.replace(one, gate=learned[one.path]) for one in removals]
 
-    def similarities(self, paths: Sequence[str]) -> Array:
-        """Return the similarities of regions, the mean over the first, a middle and the last call."""
-        few = _spread(self._calls, 3)
-        return np.mean([_similarities(self._whole, paths, flat) for flat in few], axis=0)  # type: ignore[no-any-return]
-
-    def drift(self, without: _Without, generate: Callable[[GraphUNet], Tensor], reference: Tensor) -> float:
-        """Return the error of the final latents that a pruned UNet generates, the geometric mean over the prompts."""
-
-        def measure() -> Array:
-            return np.array([typical(relative_errors(generate(without.unet), reference))])
-
-        return float(self._known.numbers("latents", " + ".join(without.paths), measure)[0])
-
     def output_errors(self, without: _Without) -> tuple[float, ...]:
-        """Return the squared error of the output without some regions, relative to the squared output, by call."""
+        """Return the squared error of the output without some regions, relative to the squared output, by call.
 
-        @torch.no_grad()
+        There are none if one of them is not finite.
+        """
+
         def measure() -> Array:
             found = []
-            for flat, output in zip(self._calls, self._outputs, strict=True):
-                off = (without.unet.run(flat).double() - output.double()).square().flatten(1).mean(1)
-                found.append(float((off / output.double().square().flatten(1).mean(1)).mean()))
-            return np.array(found)
+            for pruned, whole in zip(self._replay.run(without.unet), self._replay.outputs, strict=True):
+                off = (pruned.double() - whole.double()).square().flatten(1).mean(1)
+                found.append(float((off / whole.double().square().flatten(1).mean(1)).mean()))
+            return _finite(found)
 
         return tuple(map(float, self._known.numbers("output", " + ".join(without.paths), measure)))
 
-    def _seconds(self, without: GraphUNet) -> Array:
-        """Return the time of a call without a region relative to that of the whole UNet, in turns."""
-        timed, flat = _ready(without, self._target), self._calls[0]
-        ratios = [_timed(timed, flat) / _timed(self._timed, flat) for _ in range(TURNS)]
-        return np.array([statistics.median(ratios[2:])])
+
+def _finite(numbers: Sequence[float]) -> Array:
+    """Return numbers, or none if one is not finite: files hold finite numbers only."""
+    return np.array(numbers if np.isfinite(numbers).all() else [], dtype=np.float64)
 
 
-@torch.no_grad()
-def _similarities(whole: GraphUNet, paths: Sequence[str], flat: Mapping[str, Tensor]) -> Array:
-    """Return the cosine similarity of each region's outputs and of the values that would replace them, at a call."""
-    graph = whole.graph
-    regions = [graph.region(path) for path in paths]
-    pairs = [[region.stand_in(output) for output in region.outputs] for region in regions]
-    nodes = copy_nodes(graph.fx)
-    copies = {node.name: node for node in nodes.nodes}
-    read = [copies[node.name] for pair in itertools.chain.from_iterable(pairs) for node in pair]
-    output = nodes.output_node()
-    output.args = ((output.args[0], *read),)
-    given = [i.name for i in graph.inputs if i.name in flat]
-    variant = Variant.split(nodes, missing={i.name for i in graph.inputs}.difference(given))
-    values = iter(fx.GraphModule(whole, variant.nodes)(*(flat[name] for name in given))[1:])
-    found = []
-    for pair in pairs:
-        both = [(next(values).double().flatten(), next(values).double().flatten()) for _ in pair]
-        found.append(statistics.mean(float(F.cosine_similarity(kept, instead, dim=0)) for kept, instead in both))
-    return np.array(found)
+def _timesteps(calls: Sequence[Mapping[str, Tensor]]) -> tuple[float, ...]:
+    return tuple(float(flat["timestep"].reshape(-1)[0]) for flat in calls)
 
 
 def _removable(graph: Graph, levels: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return the level of each region that can be removed alone, and the reason of each that cannot."""
-    removable, fixed = dict[str, str](), dict[str, str]()
+    removable = dict[str, str]()
+    gone = {path: by for path, by in graph.removed.items() if any(LEVEL[name].fullmatch(path) for name in levels)}
+    fixed = {path: f"{GONE} {by}" for path, by in gone.items()}
     for path in graph.paths():
         level = next((name for name in levels if LEVEL[name].fullmatch(path)), None)
         if level is None:
@@ -350,14 +444,25 @@ def _spread(calls: Sequence[Mapping[str, Tensor]], number: int) -> list[Mapping[
     return [calls[place] for place in places]
 
 
-def _check_variation(flat: Mapping[str, Tensor], prompts: int) -> None:
+def _check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse prompts that cannot differ.
+
+    Raises:
+        SpecError: there is one prompt, or all are the same text.
+    """
+    if len(set(prompts)) < 2:
+        what = "there is one prompt" if len(prompts) == 1 else "all prompts are the same"
+        raise SpecError(what, where="prompts", hint="pass 4 to 16 prompts with different words")
+
+
+def _check_variation(flat: Mapping[str, Tensor], images: int) -> None:
     """Refuse prompts that are all encoded alike.
 
     Raises:
         SpecError: they are.
     """
-    texts = flat["encoder_hidden_states"]
-    if prompts > 1 and bool((texts[-prompts:] == texts[-1:]).all()):
+    texts = flat["encoder_hidden_states"][-images:]
+    if bool((texts == texts[-1:]).all()):
         raise SpecError("all prompts are encoded alike", where="prompts", hint="prompts with different words")
 
 
@@ -366,22 +471,4 @@ def _noise(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         return (1.0,) * len(timesteps)
-    return tuple(1 - float(alphas[round(t)]) for t in timesteps)
-
-
-def _ready(unet: GraphUNet, target: Target) -> GraphUNet:
-    if target == "eager":
-        return unet
-    compiled = apply(unet, (), verify=False)
-    compiled.compile()
-    return compiled
-
-
-@torch.no_grad()
-def _timed(unet: GraphUNet, flat: Mapping[str, Tensor]) -> float:
-    """Return the seconds of a call."""
-    start = time.perf_counter()
-    unet.run(flat)
-    if flat["sample"].is_cuda:
-        torch.cuda.synchronize(flat["sample"].device)
-    return time.perf_counter() - start
+    return tuple(1 - float(alphas[min(round(t), len(alphas) - 1)]) for t in timesteps)

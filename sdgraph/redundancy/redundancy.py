@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -18,12 +17,13 @@ from diffusers import UNet2DConditionModel
 from ..atomic import written
 from ..errors import EditError, SavedError, SpecError
 from ..graph import Graph
-from ..options import Bounds, checked
+from ..options import Bounds, Count, Finite, check, checked
 from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from ..text import json_object
 from ..tuning.digest import hash_each, hash_model, hash_program
 from ..views.format import format_table
+from .heat_map import draw_heat_map
 from .pruning_program import Measure, PruningChoice, PruningProgram
 
 Level = Literal["block", "layer", "unit"]
@@ -32,6 +32,27 @@ FORMAT = 1
 Share = Annotated[float, Bounds(gt=0, le=1)]
 Criterion = Literal["error", "gate"]
 BUDGETS = ("time", "macs", "parameters")
+GONE = "removed by"  # begins the reason of a region that an earlier pass removed
+
+
+def check_budgets(budgets: Mapping[str, float], target: str | None) -> None:
+    """Refuse budgets that an analysis cannot serve.
+
+    Args:
+        budgets: the shares that may be left, by name.
+        target: what the analysis times; None for nothing.
+    Raises:
+        SpecError: a share is not above 0 and at most 1, or there is a budget in time, and no target.
+    """
+    for name, share in budgets.items():
+        if not 0 < share <= 1:
+            raise SpecError(f"{name} is {share:g}", where=name, hint="a budget is a share above 0 and at most 1")
+    if "time" in budgets and target is None:
+        raise SpecError(
+            "no target was timed in this analysis, so there is no budget in time", where="time",
+            hint="measure seconds too: sdgraph.analyse(pipe, prompts, target='eager'), or sdgraph analyse PIPELINE "
+            "--target eager; or a budget in macs or parameters",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,22 +64,29 @@ class Removal:
         level: its level.
         parameters: the share of all parameters that it saves, with what is not needed any more after it.
         macs: the share of the multiply-accumulates of a call that it saves.
-        time: the share of the seconds of a call that it saves on the target; noise can make it negative.
+        time: the share of the seconds of a call that it saves on the target; noise can make it negative. None if no
+            target was timed.
         errors: the squared error of the output relative to the squared output, by call that was measured.
         similarity: the cosine similarity of the region's output and of the value that replaces it.
         latents: the error of the final latents relative to the latents; None if it was not measured.
         gate: the learned gate, from 0 for a region that is not needed to 1; None if it was not learned.
+        images: the structural similarity (SSIM) of the decoded images and those of the whole UNet; None if it was not
+            measured.
     """
 
     path: str
     level: str
-    parameters: float
-    macs: float
-    time: float
-    errors: tuple[float, ...]
-    similarity: float
-    latents: float | None = None
-    gate: float | None = None
+    parameters: Finite
+    macs: Finite
+    time: Finite | None
+    errors: tuple[Finite, ...]
+    similarity: Finite
+    latents: Finite | None = None
+    gate: Finite | None = None
+    images: Finite | None = None
+
+    def __post_init__(self) -> None:
+        check(self, SpecError, self.path if isinstance(self.path, str) else "")
 
 
 @dataclass(frozen=True)
@@ -71,7 +99,10 @@ class JointRemoval:
     """
 
     paths: tuple[str, str]
-    errors: tuple[float, ...]
+    errors: tuple[Finite, ...]
+
+    def __post_init__(self) -> None:
+        check(self, SpecError, "pairs")
 
 
 @dataclass(frozen=True)
@@ -80,7 +111,7 @@ class Redundancy:
 
     Args:
         model: the hash of the UNet: of its operations and weights.
-        target: what was timed.
+        target: what was timed, and where; None if nothing was.
         prompts: the number of prompts.
         timesteps: the timesteps of the calls on which errors were measured.
         noise: the share of noise in the samples of these calls, which weights their errors.
@@ -93,16 +124,19 @@ class Redundancy:
     """
 
     model: str
-    target: str
+    target: str | None
     prompts: int
-    timesteps: tuple[float, ...]
-    noise: tuple[float, ...]
+    timesteps: tuple[Finite, ...]
+    noise: tuple[Finite, ...]
     removals: tuple[Removal, ...]
     pairs: tuple[JointRemoval, ...] = ()
     fixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     program: str = ""
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, Count] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self, SpecError, "Redundancy")
 
     def error(self, removal: Removal | JointRemoval) -> float:
         """Return the mean of the errors of a removal over the calls, weighted by their noise.
@@ -177,10 +211,7 @@ class Redundancy:
         budgets = {name: b for name, b in zip(BUDGETS, (time, macs, parameters), strict=True) if b is not None}
         if not budgets:
             raise SpecError("there is no budget", where="cheapest", hint="time=0.7, macs=0.7 or parameters=0.7")
-        if time is not None and any(one.time is None for one in self.removals):
-            raise SpecError(
-                "the analysis has no times", where="time", hint="analyse with a target, or set macs= or parameters="
-            )
+        check_budgets(budgets, self.target if self._has("time") else None)
         model = None if unet is None else apply(unet, (), verify=False)
         gone = () if model is None else self._gone(model, tuned)
         program = PruningProgram(
@@ -284,64 +315,78 @@ class Redundancy:
         if plain.pop("format", None) != FORMAT:
             raise SavedError("the file is no analysis of this version", where=str(path), hint=hint)
         try:
-            removals = tuple(
-                Removal(**{**one, "errors": tuple(map(_number, one["errors"]))}) for one in plain.pop("removals")
-            )
-            pairs = tuple(
-                JointRemoval((one["paths"][0], one["paths"][1]), tuple(map(_number, one["errors"])))
-                for one in plain.pop("pairs")
-            )
-            for one in removals:
-                for name in (*BUDGETS, "similarity"):
-                    _number(getattr(one, name))
-                for number in (one.latents, one.gate):
-                    if number is not None:
-                        _number(number)
-            read = cls(
-                removals=removals, pairs=pairs, timesteps=tuple(map(_number, plain.pop("timesteps"))),
-                noise=tuple(map(_number, plain.pop("noise"))), **plain,
-            )  # fmt: skip
-            errors = [*(one.errors for one in removals), *(pair.errors for pair in pairs)]
-            sizes = {len(read.timesteps), len(read.noise), *map(len, errors)}
-            if not all(isinstance(name, str) for name in read.weights.values()) or any(
-                _number(size) < 1 for size in read.sizes.values()
-            ):
-                raise ValueError("its weights or sizes are none")
-            if len(sizes) != 1 or not removals or {name for p in pairs for name in p.paths} - set(read._index):
-                raise ValueError("its parts do not fit together")
-        except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
+            plain["removals"] = tuple(Removal(**one) for one in plain["removals"])
+            plain["pairs"] = tuple(JointRemoval(**one) for one in plain["pairs"])
+            read = cls(**plain)
+        except (TypeError, KeyError, SpecError) as error:
             raise SavedError(f"the analysis is damaged: {error}", where=str(path), hint=hint) from error
+        errors = [*(one.errors for one in read.removals), *(pair.errors for pair in read.pairs)]
+        paths, timed = [one.path for one in read.removals], {one.time is not None for one in read.removals}
+        if (
+            {len(read.timesteps), len(read.noise), *map(len, errors)} != {len(read.timesteps)}
+            or not (read.timesteps and paths)
+            or not any(read.noise)
+            or len(set(paths)) != len(paths)
+            or timed != {read.target is not None}
+            or {name for pair in read.pairs for name in pair.paths} - set(paths)
+        ):
+            raise SavedError("the analysis is damaged: its parts do not fit together", where=str(path), hint=hint)
         return read
 
     @cached_property
     def _index(self) -> dict[str, int]:
         return {one.path: number for number, one in enumerate(self.removals)}
 
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draw the U of the UNet as a heat map of what removals change, to an `.svg` or `.png` file.
+
+        Down blocks are on the left, up blocks on the right, the mid block at the bottom. The colour of a region is the
+        error of its removal, on a logarithmic scale; its text is the time that it saves, or the multiply-accumulates if
+        no target was timed. Regions that cannot be removed alone are white. In an SVG the id of a cell is the path.
+
+        Args:
+            path: the file.
+        Raises:
+            ExtraError: matplotlib is not installed.
+            SpecError: the file has another suffix.
+        Example:
+            `redundancy.draw("redundancy.svg")`
+        """
+        saved = {one.path: one.macs if one.time is None else one.time for one in self.removals}
+        errors = {one.path: self.error(one) for one in self.removals}
+        draw_heat_map(path, errors, saved, self.fixed, "MACs" if self.target is None else f"time ({self.target})")
+
     def __str__(self) -> str:
-        rows = [("region", "level", "error", "latents", "similarity", "gate", "parameters", "MACs", "time")]
-        for one in sorted(self.removals, key=self.error):
-            drift = "" if one.latents is None else f"{one.latents:.1%}"
-            gate = "" if one.gate is None else f"{one.gate:.3f}"
-            rows.append(
-                (
-                    one.path, one.level, f"{self.error(one):.2e}", drift, f"{one.similarity:.3f}", gate,
-                    f"{one.parameters:.1%}", f"{one.macs:.1%}", f"{one.time:.1%}",
-                )
-            )  # fmt: skip
-        told = (
+        def share(name: str) -> Callable[[Removal], str]:
+            return lambda one: "" if getattr(one, name) is None else f"{getattr(one, name):.1%}"
+
+        columns: dict[str, Callable[[Removal], str]] = {
+            "region": lambda one: one.path,
+            "level": lambda one: one.level,
+            "error": lambda one: f"{self.error(one):.2e}",
+            "latents": share("latents"),
+            "SSIM": lambda one: "" if one.images is None else f"{one.images:.3f}",
+            "gate": lambda one: "" if one.gate is None else f"{one.gate:.3f}",
+            "similarity": lambda one: f"{one.similarity:.3f}",
+            "parameters": share("parameters"),
+            "MACs": share("macs"),
+            "time": share("time"),
+        }
+        ordered = sorted(self.removals, key=self.error)
+        cells = {name: [text(one) for one in ordered] for name, text in columns.items()}
+        shown = {name: texts for name, texts in cells.items() if any(texts)}  # and not what was not measured
+        rows = [tuple(shown), *zip(*shown.values(), strict=True)]
+        timed = "" if self.target is None else f" and time ({self.target})"
+        legend = (
             f"error: squared error of the output without the region, relative to the squared output, at "
             f"{len(self.timesteps)} timesteps of {f'{self.prompts} prompts' if self.prompts else 'random inputs'}, "
             f"weighted by their noise.\n"
-            f"Parameters, MACs and time ({self.target}): what the removal saves."
+            f"Parameters, MACs{timed}: what the removal saves."
         )
-        fixed = f"\n{len(self.fixed)} regions cannot be removed alone." if self.fixed else ""
-        return f"{format_table(rows)}\n\n{told}{fixed}"
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no number")
-    return float(value)
+        gone = sum(reason.startswith(GONE) for reason in self.fixed.values())
+        fixed = f"\nRegions that cannot be removed alone: {len(self.fixed) - gone}." * (len(self.fixed) > gone)
+        fixed += f"\nRegions that were removed before this analysis: {gone}." * bool(gone)
+        return f"{format_table(rows)}\n\n{legend}{fixed}"
 
 
 def sizes_of(graph: Graph) -> dict[str, int]:

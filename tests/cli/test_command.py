@@ -35,6 +35,7 @@ def arguments(command: str, source: str, out: Path, prompts: Path) -> list[str]:
             "--budget=0.5",
             f"--save={out}",
         ],
+        "analyse": ["analyse", source, f"--prompts={prompts}", f"--out={out}"],
         "export": ["export", source, "--out", str(out)],
         "inspect": ["inspect", source],
         "show": ["show", source, "CleanUp", "--picture", f"{out}/picture.svg"],
@@ -91,7 +92,7 @@ def test_a_folder_within_one_that_is_there_is_no_name_on_the_hub(
         main(["apply", "owner/unet", "CleanUp"])
 
 
-@pytest.mark.parametrize("name", ["apply", "evaluate", "search", "export", "bench"])
+@pytest.mark.parametrize("name", ["apply", "evaluate", "search", "analyse", "export", "bench"])
 @pytest.mark.usefixtures("nothing_loads")
 def test_what_is_there_is_refused_before_anything_is_loaded(
     name: str, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
@@ -133,7 +134,7 @@ def test_bad_arguments_are_said_in_a_line(given: list[str], complaint: str, caps
     assert complaint in said
 
 
-@pytest.mark.parametrize("name", ["evaluate", "search"])
+@pytest.mark.parametrize("name", ["evaluate", "search", "analyse"])
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [(None, "there is no file"), (b"\n \n", "there are no prompts"), (b"\xff\xfe\x00", "cannot be read")],

@@ -149,7 +149,6 @@ def test_a_stopped_training_goes_on_bit_for_bit(
 def test_a_region_that_does_nothing_has_the_lowest_gate(
     pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysis, "TURNS", 3)
     monkeypatch.setitem(analysis.LEVEL, "layer", re.compile(r"(mid_block|down_blocks\.1)\.resnets\.\d"))
     useless = pipe.unet.down_blocks[1].resnets[1].conv2
     kept = [parameter.detach().clone() for parameter in (useless.weight, useless.bias)]
@@ -157,6 +156,7 @@ def test_a_region_that_does_nothing_has_the_lowest_gate(
         for parameter in (useless.weight, useless.bias):
             torch.nn.init.zeros_(parameter)
         options: dict[str, Any] = {"num_inference_steps": 3, "calls": 2, "progress": False, "levels": ("layer",)}
+        options |= {"target": None}
         found = analyse(pipe, ("a red circle", "a blue square"), gates=30, **options)
     finally:
         with torch.no_grad():
