@@ -22,6 +22,7 @@ from .redundancy.analysis import analyse, analyse_unet
 from .redundancy.pruning_program import PruningChoice
 from .redundancy.redundancy import JointRemoval, Redundancy, Removal
 from .runtime.apply import apply
+from .runtime.generation_state import GenerationState
 from .runtime.switch import SwitchUNet, switch
 from .runtime.unet import GraphUNet
 from .spec import Spec
@@ -39,6 +40,7 @@ __all__ = [
     "Findings",
     "Fit",
     "Fixpoint",
+    "GenerationState",
     "Graph",
     "GraphUNet",
     "JointRemoval",

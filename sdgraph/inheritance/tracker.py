@@ -333,6 +333,11 @@ class GenerationTracker:
         return self._expectation.read(timestep)
 
     @property
+    def expects(self) -> bool:
+        """Whether an `expecting` block counts the calls of this thread."""
+        return self._expectation is not UNKNOWN
+
+    @property
     def _expectation(self) -> Expectation:
         """The run that this thread expects."""
         expected: Expectation = getattr(self._expected, "run", UNKNOWN)
