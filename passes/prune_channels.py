@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
-import torch
 
-from sdgraph import Contract, Findings, Graph, Pass, Widths
+from sdgraph import Contract, Findings, Graph, Importance, Pass, Widths, WidthTimes
 from sdgraph.errors import SpecError
 from sdgraph.options import Bounds, Count, Index, Paths
 
 Budget = Annotated[float, Bounds(gt=0, le=1)]
+Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Numbers = Annotated[tuple[Index, ...], Bounds(length=1)]
 INNER = "**.{resnets.*,attn1,attn2,ff}"
 
@@ -29,13 +29,15 @@ class PruneChannels(Pass):
     needs tuning afterwards.
 
     The slices that cost least are cut until all budgets are met: again and again those with the least importance for
-    each share of the budgets that they save. The choice is recorded, and used again on loading.
+    each share of the budgets that they save, as in a knapsack. The choice is recorded, and used again on loading.
 
     Args:
         parameters: the parameters that may be left, as a share of those of the UNet.
         macs: the multiply-accumulates of a call that may be left, as a share.
-        importance: "magnitude" is the squared L2 norm of all weights that a slice has, relative to the slices of its
-            width that are not smaller.
+        time: the seconds of a call that may be left, as a share; needs `times`.
+        importance: "magnitude", the squared L2 norm of all weights that a slice has, relative to the slices of its
+            width that are not smaller; or what was measured, such as `Importance.taylor(pipe, prompts)`.
+        times: the measured times of regions by their width, `WidthTimes.measure(unet)` or `WidthTimes.load(path)`.
         where: paths or patterns of widths, see `sdgraph.Widths.matching`; by default those inside resnets, attentions
             and feed-forward layers.
         multiple: the number that the channels which are left in each width are a multiple of, because kernels are fast
@@ -57,12 +59,18 @@ class PruneChannels(Pass):
     contract: ClassVar[Contract] = Contract.APPROXIMATE
     parameters: Budget | None = None
     macs: Budget | None = None
-    importance: Literal["magnitude"] = "magnitude"
+    time: Budget | None = None
+    importance: Literal["magnitude"] | Importance = "magnitude"
+    times: WidthTimes | None = None
     where: Paths = INNER
     multiple: Count = 8
     keep: Mapping[str, Numbers] | None = None
 
     def __post_init__(self) -> None:
+        if (self.time is None) != (self.times is None):
+            missing = "times" if self.times is None else "time"
+            hint = "PruneChannels(time=0.7, times=WidthTimes.measure(unet))"
+            raise SpecError(f"{self} has no {missing}", where=missing, hint=hint)
         if bool(self.keep) == bool(self.budgets):
             hint = "name a budget, as in PruneChannels(parameters=0.7), or the slices to keep"
             raise SpecError(f"{self} names {'both a budget and' if self.keep else 'no budget and no'} slices to keep",
@@ -71,14 +79,14 @@ class PruneChannels(Pass):
     @property
     def budgets(self) -> dict[str, float]:
         """The shares that may be left, by what they are shares of."""
-        named = {name: getattr(self, name) for name in ("parameters", "macs")}
+        named = {name: getattr(self, name) for name in ("parameters", "macs", "time")}
         return {name: share for name, share in named.items() if share is not None}
 
     def run(self, graph: Graph) -> Findings:
         widths = graph.widths()
         kept: dict[str, Sequence[int]] = dict(self.keep or {})
         if not kept:
-            chosen = graph.decide("slices that are kept, in hexadecimal", self._chosen, widths)
+            chosen = graph.decide("slices that are kept, in hexadecimal", self._chosen, graph, widths)
             kept = {path: [i for i in range(int(bits, 16).bit_length()) if int(bits, 16) >> i & 1]
                     for path, bits in chosen.items()}  # fmt: skip
         graph.narrow(kept)
@@ -90,27 +98,18 @@ class PruneChannels(Pass):
         cut = ", ".join(f"{left} of {whole} {kind}" for kind, (left, whole) in counts.items())
         return Findings(notes=(f"of {len(kept)} widths {cut} are left",))
 
-    def _chosen(self, widths: Widths) -> dict[str, str]:
+    def _chosen(self, graph: Graph, widths: Widths) -> dict[str, str]:
         """Return the slices to keep of each width that is cut, as bits of a hexadecimal number."""
         names = widths.matching(self.where)
-        scores = {name: _magnitudes(widths, name) for name in names}
-        choice = _Choice(widths, scores, self.multiple, self.budgets)
+        importance = Importance.magnitude(graph) if self.importance == "magnitude" else self.importance
+        scores = {name: importance.of(name, widths[name].slices) for name in names}
+        choice = _Choice(widths, scores, self.multiple, self.budgets, self.times)
         choice.run()
-        kept = {name: sorted(choice.order[name][widths[name].slices - count :]) for name, count in choice.kept.items()}
         return {
-            name: f"{sum(1 << number for number in slices):x}"
-            for name, slices in kept.items()
+            name: f"{sum(1 << int(number) for number in slices):x}"
+            for name, slices in choice.slices().items()
             if len(slices) < widths[name].slices
         }
-
-
-def _magnitudes(widths: Widths, name: str) -> list[float]:
-    """Return the squared L2 norms of the slices of a width, each relative to those that are not smaller."""
-    with torch.no_grad():
-        squares: Any = sum(part.float().square().sum(1) for part in widths.parts(name))
-    order = squares.argsort()
-    rest = squares[order].flip(0).cumsum(0).flip(0)
-    return torch.empty_like(squares).index_copy(0, order, squares[order] / rest.clamp_min(1e-30)).tolist()
 
 
 class _Choice:
@@ -121,20 +120,28 @@ class _Choice:
         scores: the importance of every slice, by the path of the width.
         multiple: the number that the channels which are left are a multiple of.
         budgets: the shares that may be left.
+        times: the seconds of regions, for a budget of time.
     """
 
     def __init__(
-        self, widths: Widths, scores: Mapping[str, Sequence[float]], multiple: int, budgets: Mapping[str, float]
+        self,
+        widths: Widths,
+        scores: Mapping[str, Sequence[float]],
+        multiple: int,
+        budgets: Mapping[str, float],
+        times: WidthTimes | None,
     ) -> None:
-        self._widths, self._budgets = widths, budgets
-        self.order = {name: np.argsort(each, kind="stable").tolist() for name, each in scores.items()}
-        self._lost = {
-            name: np.concatenate([[0.0], np.cumsum(np.sort(np.asarray(each, dtype=np.float64)))])
-            for name, each in scores.items()
-        }  # by the number of slices that are cut
+        self._widths, self._budgets, self._times = widths, budgets, times
+        self._order = {name: np.argsort(each, kind="stable") for name, each in scores.items()}
+        self._kept = {name: widths[name].slices for name in scores}
+        whole = dict(zip(("parameters", "macs"), map(float, widths.size({})), strict=True))
+        self._whole = whole | ({"time": times.whole} if times is not None else {})
+        # Of each width: the numbers of slices that may be left, and the importance lost and the seconds saved by them.
         self._counts = {name: _counts(widths[name].slices, widths[name].channels, multiple) for name in scores}
-        self.kept = {name: widths[name].slices for name in scores}
-        self._whole = dict(zip(("parameters", "macs"), widths.size({}), strict=True))
+        self._lost = {name: self._sums(name, each) for name, each in scores.items()}
+        self._seconds = {name: self._saved_seconds(name) for name in scores}
+        self._slopes = {name: self._slope(name) for name in scores}
+        self._left = dict.fromkeys(budgets, 1.0)
 
     def run(self) -> None:
         """Cut slices until all budgets are met.
@@ -142,49 +149,92 @@ class _Choice:
         Raises:
             SpecError: a budget is below the least possible.
         """
-        least = self._left({name: counts[-1] for name, counts in self._counts.items()})
+        self._check_possible()
+        overlapping = self._overlapping()
+        steps = {name: self._step(name) for name in self._kept}
+        while missed := self._missed():
+            name = min(steps, key=lambda name: steps[name][0])
+            before, self._kept[name] = self._kept[name], steps[name][1]
+            for budget in self._budgets:
+                self._left[budget] -= self._saved(name, before, budget, [self._kept[name]])[0]
+            for other in overlapping[name]:
+                self._slopes[other] = self._slope(other)
+            for other in self._kept if self._missed() != missed else (name, *overlapping[name]):
+                steps[other] = self._step(other)
+
+    def slices(self) -> dict[str, list[int]]:
+        """Return the numbers of the slices that are kept, by the path of the width."""
+        return {name: sorted(self._order[name][len(self._order[name]) - left :]) for name, left in self._kept.items()}
+
+    def _missed(self) -> list[str]:
+        return [budget for budget, share in self._budgets.items() if self._left[budget] > share + 1e-9]
+
+    def _check_possible(self) -> None:
+        narrowest = {name: counts[-1] for name, counts in self._counts.items() if counts}
+        sizes = dict(zip(("parameters", "macs"), self._widths.size(narrowest), strict=True))
+        least = {name: size / self._whole[name] for name, size in sizes.items()}
+        least["time"] = 1 - sum(max(self._seconds[name][counts], default=0.0) for name, counts in self._counts.items())
         for name, share in self._budgets.items():
             if least[name] > share:
                 raise SpecError(
                     f"{name}={share} is less than {math.ceil(least[name] * 1000) / 1000}, the least that is possible",
                     where="PruneChannels",
-                    hint="raise the budget, widen `where`, or lower `multiple`; PruneBlocks removes whole blocks",
+                    hint="raise it, name more in `where`, or lower `multiple`; PruneBlocks removes whole blocks",
                 )
-        steps = {name: self._step(name) for name in self.kept}
-        left = self._left(self.kept)
-        while any(left[name] > share for name, share in self._budgets.items()):
-            name = min((name for name in steps if steps[name] is not None), key=lambda name: steps[name][0])  # type: ignore[index]
-            self.kept[name] = steps[name][1]  # type: ignore[index]
-            met = {budget: left[budget] <= share for budget, share in self._budgets.items()}
-            left = self._left(self.kept)
-            changed = any(met[budget] != (left[budget] <= share) for budget, share in self._budgets.items())
-            for other in self.kept if changed else (name,):
-                steps[other] = self._step(other)
 
-    def _left(self, kept: Mapping[str, int]) -> dict[str, float]:
-        """Return the shares that are left."""
-        sizes = dict(zip(("parameters", "macs"), self._widths.size(kept), strict=True))
-        return {name: sizes[name] / self._whole[name] for name in self._budgets}
+    def _sums(self, name: str, scores: Sequence[float]) -> Array:
+        """Return the importance that is lost by the number of slices that are left."""
+        lost: Array = np.concatenate([[0.0], np.cumsum(np.sort(np.asarray(scores, dtype=np.float64)))])
+        return lost[::-1]
 
-    def _step(self, name: str) -> tuple[float, int] | None:
-        """Return the next cut of a width: the importance lost per share of the budgets saved, and what is kept."""
-        now, whole = self.kept[name], self._widths[name].slices
-        further = [count for count in self._counts[name] if count < now]
-        if not further:
-            return None
-        before = self._left(self.kept)
-        best: tuple[float, int] | None = None
-        for count in further[:1]:
-            after = self._left({**self.kept, name: count})
-            saved = sum(
-                (before[budget] - after[budget]) / (1 - share + 1e-12)
-                for budget, share in self._budgets.items()
-                if before[budget] > share
-            )
-            lost = self._lost[name][whole - count] - self._lost[name][whole - now]
-            if saved > 0 and (best is None or lost / saved < best[0]):
-                best = float(lost / saved), count
-        return best
+    def _saved_seconds(self, name: str) -> Array:
+        """Return the seconds that are saved by the number of slices that are left, as a share of the whole UNet's."""
+        slices = self._widths[name].slices
+        if self._times is None:
+            return np.zeros(slices + 1)
+        seconds = np.array([self._times.seconds(name, max(left, 1)) for left in range(slices + 1)])
+        saved: Array = (seconds[-1] - seconds) / self._times.whole
+        return saved
+
+    def _slope(self, name: str) -> dict[str, float]:
+        """Return the shares of parameters and multiply-accumulates that a slice saves now."""
+        now, fewer = (self._widths.size({**self._kept, name: self._kept[name] - less}) for less in (0, 1))
+        return {
+            budget: (a - b) / self._whole[budget]
+            for budget, a, b in zip(("parameters", "macs"), now, fewer, strict=True)
+        }
+
+    def _saved(self, name: str, now: int, budget: str, left: Sequence[int]) -> Array:
+        """Return the shares of a budget that are saved by leaving fewer slices than now."""
+        if budget == "time":
+            return np.asarray(self._seconds[name][left] - self._seconds[name][now])
+        return (now - np.asarray(left)) * self._slopes[name][budget]
+
+    def _step(self, name: str) -> tuple[float, int]:
+        """Return the next cut of a width: the importance lost per share of the budgets saved, and what is left.
+
+        A cut may be of several slices at once, where time is saved only by these.
+        """
+        now = self._kept[name]
+        left = [count for count in self._counts[name] if count < now]
+        if not left:
+            return math.inf, now
+        saved: Array = np.sum(
+            [self._saved(name, now, budget, left) / (1 - self._budgets[budget]) for budget in self._missed()], axis=0
+        )
+        lost = self._lost[name][left] - self._lost[name][now]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.where(saved > 0, lost / saved, math.inf)
+        best = int(ratios.argmin())
+        return float(ratios[best]), left[best]
+
+    def _overlapping(self) -> dict[str, list[str]]:
+        """Return the other widths of the layers of each width, by its path."""
+        paths = {name: {end.path for end in self._widths[name].ends} for name in self._kept}
+        return {
+            name: [other for other in paths if other != name and not paths[name].isdisjoint(paths[other])]
+            for name in paths
+        }
 
 
 def _counts(slices: int, channels: int, multiple: int) -> list[int]:

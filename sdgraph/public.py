@@ -19,8 +19,10 @@ from .ir.widths import Width
 from .plan_search.fit_forecast import Fit, fit_forecast
 from .plan_search.search import SearchResult, search
 from .redundancy.analysis import analyse, analyse_unet
+from .redundancy.importance import Importance
 from .redundancy.pruning_program import PruningChoice
 from .redundancy.redundancy import JointRemoval, Redundancy, Removal
+from .redundancy.width_times import WidthTimes
 from .runtime.apply import apply
 from .runtime.generation_state import GenerationState
 from .runtime.switch import SwitchUNet, switch
@@ -43,6 +45,7 @@ __all__ = [
     "GenerationState",
     "Graph",
     "GraphUNet",
+    "Importance",
     "JointRemoval",
     "NearMiss",
     "NoMatch",
@@ -61,6 +64,7 @@ __all__ = [
     "SwitchUNet",
     "Timetable",
     "Width",
+    "WidthTimes",
     "Widths",
     "analyse",
     "analyse_unet",

@@ -25,9 +25,7 @@ from .sites import Site, bypass, inherit, sites
 from .state import GraphState
 from .tracer import Tracer, tracing
 from .weights import Shares, described
-from .widths import Width, channels_of, find_widths, narrowed, size_of
-
-_OTHERS = "print(graph.widths()) lists the widths that can be cut"
+from .widths import Width, channels_of, find_widths, narrowed, no_width, size_of
 
 
 class EditableGraph(GraphState):
@@ -272,11 +270,7 @@ class EditableGraph(GraphState):
         widths, fixed = find_widths(self)
         for path, slices in kept.items():
             if path not in widths:
-                reasons = {end.path: one for one in fixed for end in one.ends} | {one.path: one for one in fixed}
-                if path in reasons:
-                    one = reasons[path]
-                    raise PathError(f"{path} cannot be cut: {one.reason}", where=one.where, hint=_OTHERS)
-                raise PathError(f"no width {path!r}", where=path, hint=did_you_mean(path, widths) or _OTHERS)
+                raise no_width(path, widths, fixed)
             if not slices or list(slices) != sorted({*slices}) or slices[0] < 0 or slices[-1] >= widths[path].slices:
                 raise EditError(
                     f"{list(slices)} are no slices of {widths[path]}",

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from ..errors import PathError, did_you_mean
 from .nodes import called, scope, values
 from .regions import above
 from .sites import bypass, inherit
@@ -43,7 +44,7 @@ class End:
         path: the path of the layer, or the name of the tensor.
         side: "out" is the layer's output, dimension 0 of its weight; "in" its input, dimension 1; "norm" the channels
             of a norm.
-        copies: how often the width lies in the dimension, one after the other: 2 for a value and its gate.
+        copies: how often the width lies in the dimension, one after the other: 2 for GEGLU.
     """
 
     path: str
@@ -59,7 +60,7 @@ class Width:
     """A number of channels, heads or features that several weights share, so that they are cut together.
 
     A width consists of slices, the parts that it can be cut by: the groups of a norm, the heads of an attention, the
-    pairs of a value and its gate, or single channels. Each slice is computed, and summed over, apart from the others.
+    pairs of channels that GEGLU multiplies, or single channels. Slices do not depend on each other.
 
     Args:
         path: the module path of the smallest region with all of the weights.
@@ -88,7 +89,7 @@ class Fixed:
     """A width that cannot be cut.
 
     Args:
-        path: the path of the first layer that sums over it.
+        path: the path of the smallest region with all of the weights, or of the first of them.
         reason: the reason.
         where: the module path of the operation that is the reason.
         ends: the dimensions of weights that belong to it.
@@ -106,35 +107,61 @@ def find_widths(graph: GraphState) -> tuple[dict[str, Width], list[Fixed]]:
     Args:
         graph: the graph.
     """
-    layers = [node for node in graph.fx.nodes if node.op == "call_module" and _is_layer(graph, node)]
     callers: dict[str, list[fx.Node]] = {}
     for node in graph.fx.nodes:
         if node.op in ("call_module", "get_attr"):
             callers.setdefault(str(node.target), []).append(node)
     tied = _tied(graph)
-    widths: dict[str, Width] = {}
-    fixed = []
     seen: set[tuple[fx.Node, int]] = set()
+    walks = []
+    for layer, value in _read_and_computed(graph):
+        dim = _dim(value, 1 if isinstance(graph.module(str(layer.target)), nn.Conv2d) else -1)
+        if (value, dim) not in seen:
+            walk = _Walk(graph, callers, tied)
+            walk.run(value, dim)
+            walks.append(walk)
+            seen.update(walk.axes)
     regions, order = set(graph.paths()), {name: number for number, name in enumerate(callers)}
-    for layer in layers:
-        start = layer.all_input_nodes[0]
-        dim = _dim(start, 1 if isinstance(graph.module(str(layer.target)), nn.Conv2d) else -1)
-        if (start, dim) in seen:
-            continue
-        walk = _Walk(graph, callers, tied)
-        walk.run(start, dim)
-        seen.update(walk.axes)
+    named: dict[str, Width | Fixed] = {}
+    for walk in sorted(walks, key=lambda walk: walk.refusal is not None):  # regions are first named by what can be cut
         ends = tuple(sorted(walk.ends, key=lambda end: order[end.path]))
-        first = next((end.path for end in ends if end.side == "out"), str(layer.target))
-        path = _common([end.path for end in ends], regions)  # "" of the time embedding, which all blocks read
-        width = walk.width(first if path in widths or not path else path, ends)
+        outs = [end.path for end in ends if end.side == "out"]
+        names = _common([end.path for end in ends], regions), *outs[:1], *(f"{end.path}.{end.side}" for end in ends)
+        name = next(
+            name for name in names if name not in ("", *named)
+        )  # "" of the time embedding, which all blocks read
+        width = walk.width(name, ends)
         if walk.refusal is None and width.slices == 1:
-            walk.refusal = f"there is only one of its {width.kind}", width.path
-        if walk.refusal is None:
-            widths[width.path] = width
-        else:
-            fixed.append(Fixed(str(layer.target), *walk.refusal, ends))
-    return widths, fixed
+            walk.refusal = f"there is only one of its {width.kind}", name
+        named[name] = width if walk.refusal is None else Fixed(name, *walk.refusal, ends)
+    widths = [one for one in named.values() if isinstance(one, Width)]
+    widths.sort(key=lambda width: min(order[end.path] for end in width.ends))
+    return {one.path: one for one in widths}, [one for one in named.values() if isinstance(one, Fixed)]
+
+
+def _read_and_computed(graph: GraphState) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield the layers, each with the value that it reads, and then each with the value that it computes."""
+    layers = [node for node in graph.fx.nodes if node.op == "call_module"]
+    layers = [node for node in layers if isinstance(graph.module(str(node.target)), nn.Conv2d | nn.Linear)]
+    yield from ((layer, layer.all_input_nodes[0]) for layer in layers)
+    yield from ((layer, layer) for layer in layers)
+
+
+def no_width(path: str, widths: Mapping[str, Width], fixed: Iterable[Fixed]) -> PathError:
+    """Return the error that there is no width of a path, with the reason if it cannot be cut."""
+    hint = "print(graph.widths()) lists the widths that can be cut"
+    inside = [
+        one for one in fixed if path == one.path or any(f"{end.path}.".startswith(f"{path}.") for end in one.ends)
+    ]
+    inside.sort(key=lambda one: ("not followed" not in one.reason, path != one.path))
+    wholes = [width for width in widths.values() if any(f"{e.path}.".startswith(f"{path}.") for e in width.ends)]
+    if wholes and not any("not followed" in one.reason or path == one.path for one in inside):
+        whole = max(wholes, key=lambda width: sum(f"{e.path}.".startswith(f"{path}.") for e in width.ends))
+        return PathError(f"{path} has no width for itself", where=path, hint=f"it is part of the width {whole.path!r}")
+    if inside:
+        again = "; apply the pass before those that rewrite these layers" if "not followed" in inside[0].reason else ""
+        return PathError(f"{path} cannot be cut: {inside[0].reason}", where=inside[0].where, hint=hint + again)
+    return PathError(f"no width {path!r}", where=path, hint=did_you_mean(path, widths) or hint)
 
 
 def size_of(graph: GraphState, end: End) -> int:
@@ -191,10 +218,6 @@ def _selected(tensor: torch.Tensor, dim: int, channels: Sequence[int]) -> torch.
         if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
             part = part.contiguous(memory_format=torch.channels_last)
     return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
-
-
-def _is_layer(graph: GraphState, node: fx.Node) -> bool:
-    return isinstance(graph.module(str(node.target)), nn.Conv2d | nn.Linear)
 
 
 def _tied(graph: GraphState) -> dict[int, list[str]]:

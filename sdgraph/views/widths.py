@@ -8,10 +8,9 @@ from functools import cached_property
 
 import torch
 
-from ..errors import PathError, did_you_mean
 from ..ir.regions import matching
 from ..ir.state import GraphState
-from ..ir.widths import End, Fixed, Width, find_widths, size_of
+from ..ir.widths import End, Fixed, Width, find_widths, no_width, size_of
 from .format import format_count, format_names, format_table
 
 
@@ -60,9 +59,7 @@ class Widths(Mapping[str, Width]):
 
     def _check(self, path: str) -> None:
         if path not in self.found:
-            reason = next((f"{path} cannot be cut: {one.reason}" for one in self.fixed if one.path == path), "")
-            hint = did_you_mean(path, self.found) or "print(graph.widths()) lists the widths that can be cut"
-            raise PathError(reason or f"no width {path!r}", where=path, hint=hint)
+            raise no_width(path, self.found, self.fixed)
 
     def parts(
         self, path: str, value: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
