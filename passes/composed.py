@@ -144,6 +144,51 @@ def summed(weight: Tensor, point: Tensor, scale: Tensor | None, groups: int) -> 
     return (weight.to(precise) + _centred(point, weight)).to(weight.dtype)
 
 
+class LowRank(nn.Module):
+    """A layer with an update of low rank beside it, which is zero initially.
+
+    Args:
+        layer: the layer without groups, whose parameters are used.
+        rank: the rank of the update, at most that of the kernel as a matrix.
+    """
+
+    def __init__(self, layer: Layer, rank: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.options = layer.weight, layer.bias, options_of(layer)
+        outputs, inputs = len(layer.weight), layer.weight[0].numel()
+        rank = min(rank, outputs, inputs)
+        draw = torch.Generator().manual_seed(0)
+        down = torch.randn(rank, *layer.weight.shape[1:], generator=draw) / inputs**0.5
+        self.down = nn.Parameter(down.to(layer.weight))
+        self.up = nn.Parameter(layer.weight.new_zeros(outputs, rank, *(1 for _ in layer.weight.shape[2:])))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return low_rank(x, self.weight, self.down, self.up, self.bias, self.options)
+
+
+def low_rank(x: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+    """Return a layer plus its update of low rank, whose kernel is never formed.
+
+    Args:
+        down: (rank, I, h, w) or (rank, I).
+        up: (O, rank, 1, 1) or (O, rank).
+        x, weight, bias, options: see `applied`.
+    """
+    given = tuple(tensor for tensor in (x, weight, down, up, bias) if tensor is not None)
+    if has_torch_function(given):
+        return handle_torch_function(low_rank, given, x, weight, down, up, bias, options)
+    update = applied(applied(x, down, None, options), up, None, None if options is None else (1, 0, 1, 1))
+    return applied(x, weight, bias, options) + update
+
+
+def updated(weight: Tensor, down: Tensor, up: Tensor, groups: int) -> Tensor:
+    """Return the kernel of `low_rank`, computed in float32 at least; the shape of `weight`."""
+    assert groups == 1
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    kernel = weight.to(precise) + (up.to(precise).flatten(1) @ down.to(precise).flatten(1)).reshape(weight.shape)
+    return torch.empty_like(weight).copy_(kernel)
+
+
 def _centred(point: Tensor, weight: Tensor) -> Tensor:
     """Return a pointwise kernel with zeros around it, in the shape of `weight`."""
     sides = [side for size in reversed(weight.shape[2:]) for side in (size // 2, (size - 1) // 2)]

@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 
 from sdgraph import Contract, Graph, Pass
 
-from .composed import Layer, branches, multiplied, product, summed
+from .composed import Layer, branches, low_rank, multiplied, product, summed, updated
 
-KERNELS: Mapping[Any, Any] = {product: multiplied, branches: summed}
+KERNELS: Mapping[Any, Any] = {product: multiplied, branches: summed, low_rank: updated}
 
 
 def no_layer_is_composed(graph: Graph) -> list[fx.Node]:

@@ -14,7 +14,7 @@ import sdgraph
 from sdgraph import Contract, Findings, Graph, GraphUNet, Pass
 from sdgraph.errors import EditError, ModeError, NoChangeError, PathError, PreconditionError, SpecError
 from sdgraph.passes import Fold, InheritFeatures, Overparameterize, PruneBlocks, ShareWeights
-from sdgraph.passes.composed import Branches, Product, multiplied, summed
+from sdgraph.passes.composed import Branches, LowRank, Product, multiplied, summed, updated
 from sdgraph.schedules import Uniform
 from sdgraph.testing import check
 from sdgraph.tuning import Output, Tensors
@@ -28,7 +28,7 @@ EVERY = (
     "**.ff.net.2",
     "**.net.0.proj",
 )
-KINDS = ("product", "branches")
+KINDS = ("product", "branches", "low-rank")
 
 
 def moved(unet: GraphUNet) -> GraphUNet:
@@ -61,6 +61,20 @@ def test_a_convolution_gets_branches_and_is_folded(small: Graph) -> None:
         "+% = branches(%, conv2.weight, conv2.point, conv2.scale, conv2.bias, ((1, 1), (1, 1), (1, 1), 1))",
     ]
     assert statements(sdgraph.apply(wide, Fold()).graph) == statements(small)
+
+
+def test_a_convolution_gets_an_update_of_low_rank_and_is_folded(small: Graph) -> None:
+    path = "up_blocks.0.resnets.1"
+    wide = sdgraph.apply(small, Overparameterize(f"{path}.conv2", kind="low-rank", rank=3))
+    assert edits(small, wide.graph, within=path) == [
+        "-% = conv2(%)",
+        "+% = low_rank(%, conv2.weight, conv2.down, conv2.up, conv2.bias, ((1, 1), (1, 1), (1, 1), 1))",
+    ]
+    assert wide.graph.tensor(f"{path}.conv2.up").shape == (16, 3, 1, 1)
+    assert torch.equal(answer(wide, call_of(wide)), answer(GraphUNet(small), call_of(wide)))
+    assert statements(sdgraph.apply(wide, Fold()).graph) == statements(small)
+    with pytest.raises(SpecError, match="has no rank"):
+        Overparameterize(f"{path}.conv2", rank=3)
 
 
 LAYERS: dict[str, nn.Conv2d | nn.Linear] = {
@@ -106,6 +120,20 @@ def test_any_layer_starts_as_it_was_and_equals_its_kernel(name: str, module: Any
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "groups"])
+def test_a_layer_with_an_update_of_low_rank_equals_its_kernel(name: str) -> None:
+    layer = LAYERS[name]
+    x = torch.randn((5, 3, layer.in_features) if isinstance(layer, nn.Linear) else (2, layer.in_channels, 6, 5))
+    composed = LowRank(layer, 2)
+    assert torch.equal(composed(x), layer(x))
+    with torch.no_grad():
+        composed.up.normal_()
+    kernel = updated(composed.weight, composed.down, composed.up, 1)
+    assert torch.linalg.matrix_rank((kernel - layer.weight).flatten(1), atol=1e-4) == 2
+    found = torch.func.functional_call(layer, {"weight": kernel}, x)
+    torch.testing.assert_close(found, composed(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_trained_is_folded_to_a_plain_unet(kind: str, tmp_path: Path) -> None:
@@ -122,7 +150,7 @@ def test_what_is_trained_is_folded_to_a_plain_unet(kind: str, tmp_path: Path) ->
     )  # fmt: skip
     before, after = wide.state_dict(), tuned.state_dict()
     assert not [name for name in before if torch.equal(before[name], after[name])]
-    with pytest.raises(ModeError, match=kind.removesuffix("es")):
+    with pytest.raises(ModeError, match=kind.removesuffix("es").replace("-", "_")):
         tuned.to_diffusers()
 
     folded = sdgraph.apply(tuned, Fold())
