@@ -38,6 +38,7 @@ class Configuration:
         pretrained_teacher_model: folder of the pipeline or UNet to learn from; by default the pipeline's UNet, before
             the passes.
         losses: the terms to minimise, as text.
+        learn_pruning: what to remove is learned in the first steps, as text, such as "LearnedPruning(1000, macs=0.7)".
         stage_steps: train the stages of the student apart for so many steps, each inside the teacher, before the whole.
         progressive: train a stage with all earlier stages in place.
         stage_processes: the number of stages that are trained at the same time.
@@ -71,6 +72,7 @@ class Configuration:
     passes: str | tuple[str, ...] = ()
     pretrained_teacher_model: Text | None = None
     losses: tuple[str, ...] = ()
+    learn_pruning: Text | None = None
     stage_steps: Index = 0
     progressive: bool = False
     stage_processes: Count = 1
@@ -191,6 +193,12 @@ def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settin
             f"{name} does not go with stage_steps: stages are trained inside the UNet that they are made of",
             where=str(path),
             hint=f"leave {name} out; every stage goes on from its last checkpoint",
+        )
+    if run.stage_steps and run.learn_pruning is not None:
+        raise SpecError(
+            "learn_pruning does not go with stage_steps: stages are known before the first step",
+            where=str(path),
+            hint="leave one of them out",
         )
     if not run.stage_steps and (run.progressive or run.stage_processes != 1):
         raise SpecError(

@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
     from ..runtime.apply import apply
     from ..spec import read as read_spec
     from ..tuning.incubation import incubate
+    from ..tuning.learned_pruning import LearnedPruning
     from ..tuning.losses import Loss
     from ..tuning.processes import alone
     from ..tuning.tune import tune
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     check_output(config, args.config)
     passes = read_passes(config.passes).passes
     losses: Sequence[Any] | None = [read_spec(text, Loss) for text in config.losses] or None
+    learned = None if config.learn_pruning is None else read_spec(config.learn_pruning, LearnedPruning)
     process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
     with alone(Path(config.output_dir)):
         pipe = load_pipeline(config.pretrained_model_name_or_path, "float32", process.device, config.variant)
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
             tuned, report = incubate(source, stages, data, stage_steps=config.stage_steps, **options)
         else:
             teacher = source if config.pretrained_teacher_model is None else pipe.unet
-            options |= {"resume_from_checkpoint": config.resume_from_checkpoint}
+            options |= {"resume_from_checkpoint": config.resume_from_checkpoint, "learn_pruning": learned}
             tuned, report = tune(student, teacher, data, **options)
         if process.is_main_process:
             _save(pipe, tuned, Path(config.output_dir))

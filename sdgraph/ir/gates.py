@@ -6,13 +6,13 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .regions import Region
 
 
 def insert_gates(nodes: fx.Graph, regions: Sequence[Region]) -> None:
-    """Give a graph a further, last argument with a gate for each region, (regions,), in the dtype of the graph.
+    """Give a graph a further, last argument with a gate for each region, (regions,).
 
     With a gate of 1 the region is as it was, with 0 it is removed, both exactly. In between, its outputs are mixed
     linearly with the values of `Region.stand_in`. The gate of an outer region acts on values that inner gates have
@@ -34,7 +34,7 @@ def insert_gates(nodes: fx.Graph, regions: Sequence[Region]) -> None:
         for output in region.outputs:
             value, instead = (known[node.name] for node in region.stand_in(output))
             with nodes.inserting_after(last.get(value, value)):
-                mixture = nodes.call_function(torch.lerp, (instead, value, gate))
+                mixture = nodes.call_function(mix, (instead, value, gate))
             mixture.meta = dict(value.meta)
             mixed.append((value, mixture, inside[region.path] if value.name == output.name else set()))
             last[value] = mixture
@@ -46,3 +46,15 @@ def insert_gates(nodes: fx.Graph, regions: Sequence[Region]) -> None:
         kept = {mixture, *within}
         newest.get(value, value).replace_all_uses_with(mixture, lambda user, kept=kept: user not in kept)  # type: ignore[misc]
         newest[value] = mixture
+
+
+def mix(instead: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+    """Return a value that is mixed with the one that replaces it, exactly one of them at the ends.
+
+    Args:
+        instead: the value at a gate of 0.
+        value: the value at a gate of 1; under autocast it may have another dtype.
+        gate: the gate, a scalar.
+    """
+    dtype = torch.promote_types(instead.dtype, value.dtype)
+    return torch.lerp(instead.to(dtype), value.to(dtype), gate.to(dtype))

@@ -97,9 +97,9 @@ class Region:
 
     @property
     def _shortcut(self) -> fx.Node | None:
-        """The 1x1 convolution of a resnet that bypasses its other layers."""
+        """The 1x1 convolution of a resnet that bypasses its other layers, or what a pass has made of it."""
         shortcut = f"{self.path}.conv_shortcut"  # which may use the weights of another one
-        return next((n for n in self.nodes if n.op == "call_module" and scope(n) == shortcut), None)
+        return next((n for n in reversed(self.nodes) if n.op != "get_attr" and scope(n) == shortcut), None)
 
     @cached_property
     def parameters(self) -> dict[str, torch.nn.Parameter]:

@@ -26,10 +26,10 @@ from ..plan_search.evaluator import Measurements
 from ..plan_search.final_latents import Array, check_request, final_latents, relative_errors, typical
 from ..progress import Bar
 from ..runtime.apply import apply
+from ..runtime.digest import hash_each, hash_model, hash_program
+from ..runtime.latents import as_pipelines_run_it, unscaled
 from ..runtime.recorded_calls import CallRecorder
 from ..runtime.unet import GraphUNet
-from ..tuning.digest import hash_each, hash_model, hash_program
-from ..tuning.sources.latents import as_pipelines_run_it, unscaled
 from .gates import GateTraining
 from .pruning_program import block_of
 from .redundancy import GONE, LEVELS, JointRemoval, Redundancy, Removal, sizes_of

@@ -14,8 +14,8 @@ from ..plan_search.evaluator import Measurements
 from ..plan_search.final_latents import Array
 from ..progress import Bar
 from ..runtime.apply import apply
+from ..runtime.feature_extractor import FeatureExtractor
 from ..runtime.unet import GraphUNet
-from ..tuning.feature_extractor import FeatureExtractor
 
 RATE = 0.05  # the most that a gate moves at a step
 PENALTIES = (1e-4, 4.0)  # at the first and the last step, relative to the largest error of a single removal

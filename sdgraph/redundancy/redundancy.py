@@ -19,9 +19,9 @@ from ..errors import EditError, SavedError, SpecError
 from ..graph import Graph
 from ..options import Bounds, Count, Finite, check, checked
 from ..runtime.apply import apply
+from ..runtime.digest import hash_each, hash_model, hash_program
 from ..runtime.unet import GraphUNet
 from ..text import json_object
-from ..tuning.digest import hash_each, hash_model, hash_program
 from ..views.format import format_table
 from .heat_map import draw_heat_map
 from .pruning_program import Measure, PruningChoice, PruningProgram

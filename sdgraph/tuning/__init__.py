@@ -4,9 +4,10 @@ A `Source` gives rows, `Batches` turns the rows of a step into noised latents an
 teacher and student predict for them by its losses, and `sdgraph.tune` takes the steps and keeps the state.
 """
 
+from ..runtime.feature_extractor import FeatureExtractor, Tap
 from .batch import Batch, Batches
-from .feature_extractor import FeatureExtractor, Tap
 from .incubation import IncubationReport, assemble, chain, incubate
+from .learned_pruning import LearnedPruning
 from .losses import (
     AttentionMaps,
     Comparison,
@@ -40,6 +41,7 @@ __all__ = [
     "ImageFeatures",
     "Images",
     "IncubationReport",
+    "LearnedPruning",
     "Loss",
     "MoreCaptions",
     "NoiseSchedule",

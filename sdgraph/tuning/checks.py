@@ -14,10 +14,10 @@ from torch import Tensor
 from ..atomic import check_apart, lies_in
 from ..errors import TuningError, did_you_mean
 from ..ir.guards import check_call
+from ..runtime.feature_extractor import FeatureExtractor
 from ..runtime.recipe import RECIPE
 from ..runtime.serialization import check_savable
 from ..runtime.unet import GraphUNet
-from .feature_extractor import FeatureExtractor
 from .sources import Source
 from .train_state import UNET, training_dtype
 
@@ -60,15 +60,14 @@ def check_models(student: GraphUNet, teacher: GraphUNet) -> None:
 
 
 def check_call_of_both(student: GraphUNet, teacher: GraphUNet, inputs: Mapping[str, Tensor]) -> None:
-    """Refuse data that one of the models cannot be called with, or from which there is nothing to learn.
+    """Refuse data that one of the models cannot be called with.
 
     Args:
         student: the student.
         teacher: the teacher.
         inputs: the inputs of a call by name, (B, ...) each, such as those of the first row of the data.
     Raises:
-        TuningError: the data have an input that no model has; or the student has the teacher's parameters and predicts
-            what it predicts.
+        TuningError: the data have an input that no model has.
         CallError: an input has another shape than the models take.
     """
     known = list(dict.fromkeys(one.name for unet in (student, teacher) for one in unet.graph.inputs))
@@ -78,6 +77,18 @@ def check_call_of_both(student: GraphUNet, teacher: GraphUNet, inputs: Mapping[s
             raise TuningError(f"the models have no input {name!r}", where="data", hint=f"{hint}; or leave it out")
     for unet in (student, teacher):
         check_call(unet.graph.resolved_inputs(), unet.graph.guards, inputs, training_dtype(unet))
+
+
+def check_different(student: GraphUNet, teacher: GraphUNet, inputs: Mapping[str, Tensor]) -> None:
+    """Refuse a student that has nothing to learn.
+
+    Args:
+        student: the student.
+        teacher: the teacher.
+        inputs: the inputs of a call by name, (B, ...) each.
+    Raises:
+        TuningError: the student has the teacher's parameters and predicts what it predicts.
+    """
     if _computes_the_same(student, teacher, inputs):
         passes = [str(applied.one) for applied in student.graph.passes]
         raise TuningError(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TuningError
+from ..runtime.digest import hash_model, hash_program, hash_tensors, hash_text, is_hash, without_places
 from ..runtime.unet import GraphUNet
 from ..version import __version__
-from .digest import hash_model, hash_program, hash_tensors, hash_text, is_hash, without_places
 from .losses import Loss
 from .noise_schedule import NoiseSchedule
 from .sources import Source

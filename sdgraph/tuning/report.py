@@ -9,14 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
 from ..errors import TuningError
 from ..extra import imported
+from ..text import json_object
 
 LOG = "loss.csv"
+PRUNING, CHOICE = "pruning", "pruning.json"  # the folder of the search of a learned pruning, and what it has chosen
+CHOICE_FORMAT = 1  # of the file of the choice
+GATE = "gate "  # before the path of a region, in the columns of such a search
 COLUMNS = ("learning_rate", "gradient_norm", "loss")  # before the terms of the loss
 WINDOW = 50  # steps that one figure of the text is the mean of, at the beginning and at the end
 log = logging.getLogger("sdgraph")
@@ -30,6 +34,9 @@ class TuningReport:
         output_dir: the folder of the run.
         names: the columns: "step", "seconds", "learning_rate", "gradient_norm", "loss", and the terms of the loss.
         rows: the figures of every step, in the order of the columns; seconds are those since the run began.
+        search: the log of the steps before, if they have learned what to prune; it has a column "gate PATH" for each
+            region.
+        chosen: the pass that a search has chosen, and what it leaves; "" of any other log.
     Example:
         `report.column("loss")[-1]`, `print(report)`
     """
@@ -37,6 +44,8 @@ class TuningReport:
     output_dir: Path
     names: tuple[str, ...]
     rows: tuple[tuple[float, ...], ...]
+    search: TuningReport | None = None
+    chosen: str = ""
 
     @classmethod
     def of(cls, output_dir: Path) -> TuningReport:
@@ -46,7 +55,21 @@ class TuningReport:
             output_dir: the folder of the run.
         """
         names, rows = _read(output_dir / LOG)
-        return cls(output_dir, names, tuple(tuple(map(float, row)) for row in rows))
+        hint = "delete it; the same command writes it again"
+        before, chosen = output_dir / PRUNING, output_dir / CHOICE
+        search = cls.of(before) if (before / CHOICE).exists() else None
+        text = _described(json_object(chosen, TuningError, hint=hint, format=CHOICE_FORMAT)) if chosen.exists() else ""
+        return cls(output_dir, names, tuple(tuple(map(float, row)) for row in rows), search, text)
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The names of the columns of the loss and its terms."""
+        return tuple(name for name in self.names[4:] if not name.startswith(GATE))
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """The names of the columns of gates."""
+        return tuple(name for name in self.names if name.startswith(GATE))
 
     def column(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """Return a column, (steps,).
@@ -57,19 +80,25 @@ class TuningReport:
         return np.array([row[self.names.index(name)] for row in self.rows])
 
     def __str__(self) -> str:
+        before = "" if self.search is None else f"{self.search}\n"
         if not self.rows:
-            return f"the log of the run is gone: {self.output_dir}"
+            return f"{before}the log of the run is gone: {self.output_dir}"
         count = len(self.rows)
         twice = count >= 2 * WINDOW  # a shorter run has steps that would count in both means
         means = f"means of its first and last {WINDOW} steps" if twice else "mean of all steps"
         steps = f"{count} step{'s' * (count > 1)} in {self.column('seconds')[-1]:.0f} s"
         lines = [f"{steps}: {self.output_dir}", f"  {means}:"]
-        width = max(len(name) for name in self.names[4:])
-        for name in self.names[4:]:
+        width = max(len(name) for name in self.losses)
+        for name in self.losses:
             values = self.column(name)
             parts = (values[:WINDOW], values[-WINDOW:]) if twice else (values,)
             lines.append(f"  {name.ljust(width)}  {' -> '.join(f'{part.mean():.4g}' for part in parts)}")
-        return "\n".join(lines)
+        for name in sorted(self.gates, key=lambda name: self.column(name)[-1]):
+            values = self.column(name)
+            lines.append(f"  {' -> '.join(f'{value:.2f}' for value in values[[0, count // 2, -1]])}  {name}")
+        if self.chosen:
+            lines.append(f"  chosen: {self.chosen}")
+        return before + "\n".join(lines)
 
     def picture(self, path: str | os.PathLike[str]) -> None:
         """Draw the terms of the loss by step, on logarithmic axes, as means over a hundredth of the run.
@@ -84,7 +113,7 @@ class TuningReport:
         window = max(1, len(self.rows) // 100)
         count = len(self.rows) // window * window
         steps = self.column("step")[:count].reshape(-1, window)[:, -1]
-        for name in self.names[4:]:
+        for name in self.losses:
             values = self.column(name)[:count].reshape(-1, window).mean(1)
             axes.plot(steps, values, label=name, linewidth=2 if name == "loss" else 1)
         axes.set(xlabel="step", ylabel="loss", yscale="log" if (self.column("loss") > 0).any() else "linear")
@@ -145,6 +174,11 @@ def _read(path: Path) -> tuple[tuple[str, ...], list[list[str]]]:
     except (FileNotFoundError, ValueError, csv.Error):  # gone, empty, or of other bytes; it only tells of the run
         return (), []
     return tuple(names), [row for row in rows if len(row) == len(names) and all(map(_is_number, row))]
+
+
+def _described(choice: Mapping[str, Any]) -> str:
+    left = ", ".join(f"{share:.3f} of the {name}" for name, share in choice["left"].items())
+    return f"{', '.join(choice['passes'])}, which leaves {left}"
 
 
 def _is_number(text: str) -> bool:

@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import TuningError
 from ..ir.nodes import values as values_of
+from ..runtime.feature_extractor import FeatureExtractor
 from ..runtime.unet import GraphUNet
 from .batch import Batch, Batches
-from .feature_extractor import FeatureExtractor
+from .learned_pruning import PruningMasks
 from .losses import Comparison, Denoising, Features, Loss, Output
 from .losses.base import TapPairs
 from .noise_schedule import NoiseSchedule
@@ -37,6 +38,7 @@ class Student(nn.Module):
         teacher: the teacher, whose graph knows the widths.
         inputs: the names of the inputs of a call.
         gradient_checkpointing: whether to recompute the blocks in the backward pass, which saves memory.
+        masks: the masks of the regions whose removal is learned; None if none is.
     """
 
     def __init__(
@@ -46,9 +48,12 @@ class Student(nn.Module):
         teacher: GraphUNet,
         inputs: frozenset[str],
         gradient_checkpointing: bool = False,
+        masks: PruningMasks | None = None,
     ) -> None:
         super().__init__()
-        self.features = FeatureExtractor(unet, [tap for tap, _ in pairs], inputs, gradient_checkpointing)
+        gated = () if masks is None else masks.paths
+        self.features = FeatureExtractor(unet, [tap for tap, _ in pairs], inputs, gradient_checkpointing, gated)
+        self.masks = masks
         self.adapters = nn.ModuleDict()
         for number, (tap, teacher_tap) in enumerate(pairs):
             if teacher_tap is None:
@@ -62,13 +67,20 @@ class Student(nn.Module):
                     nn.Conv2d(width, teacher_width, 1) if dim == 1 else nn.Linear(width, teacher_width)
                 )
 
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    @property
+    def temporary(self) -> nn.Module:
+        """The modules that are trained with the UNet and thrown away afterwards."""
+        return self.adapters if self.masks is None else nn.ModuleDict({"adapters": self.adapters, "masks": self.masks})
+
+    def forward(self, inputs: dict[str, Tensor], noise: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return the prediction (B, C, H, W), and the features in order.
 
         Args:
             inputs: the inputs of the UNet by name, (B, ...) each.
+            noise: the noise of the mask that is drawn, (regions,); None without masks.
         """
-        prediction, *features = self.features(inputs)
+        gates = None if self.masks is None or noise is None else self.masks(noise)
+        prediction, *features = self.features(inputs, gates)
         for number, adapter in self.adapters.items():
             features[int(number)] = adapter(features[int(number)])
         return prediction, *features
@@ -151,6 +163,7 @@ class TrainStep:
         teacher: the teacher, which returns its prediction and the features that the losses compare with.
         student: the student as accelerate has prepared it, which returns its own.
         trained: the parameters that are trained.
+        masks: the masks of the regions whose removal is learned; None if none is.
     """
 
     accelerator: Any
@@ -161,6 +174,7 @@ class TrainStep:
     teacher: FeatureExtractor
     student: nn.Module
     trained: Sequence[nn.Parameter]
+    masks: PruningMasks | None = None
 
     def __call__(self, step: int) -> dict[str, float]:
         """Leave the gradients of a step in the parameters, clipped to `max_grad_norm`.
@@ -197,8 +211,13 @@ class TrainStep:
         batch = self.batches.batch(step, rows).to(self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
             teacher = [value.float() for value in self.teacher(batch.inputs)]
-        student = self.student(batch.inputs)
-        return self.objective(batch, self.noise_schedule, student, teacher, step / self.settings.steps)
+        progress = step / self.settings.steps
+        more: tuple[Tensor, ...] = ()
+        if self.masks is not None:
+            draw = generator(self.settings.seed, "mask", step, rows[0])
+            more = (self.masks.noise(draw, progress).to(self.accelerator.device),)
+        student = self.student(batch.inputs, *more)
+        return self.objective(batch, self.noise_schedule, student, teacher, progress)
 
 
 def losses_for(losses: Sequence[Loss] | None, row: Batch, snr_gamma: float | None) -> list[Loss]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -23,16 +24,17 @@ from ..extra import imported
 from ..options import Bounds, Count, Text, checked
 from ..progress import Bar, note
 from ..runtime.apply import apply
+from ..runtime.feature_extractor import FeatureExtractor
 from ..runtime.unet import GraphUNet
 from . import fsdp
 from .batch import Batches
-from .checks import check_call_of_both, check_models, check_output, has_empty
-from .feature_extractor import FeatureExtractor
+from .checks import check_call_of_both, check_different, check_models, check_output, has_empty
 from .identity import Identity, check_versions, versions
+from .learned_pruning import LearnedPruning, PruningMasks, PruningSearch
 from .losses import Loss
 from .noise_schedule import NoiseSchedule
 from .processes import alone, terminable
-from .report import LOG, Log, TuningReport
+from .report import LOG, PRUNING, Log, TuningReport
 from .settings import Settings
 from .sources import Source, as_source
 from .train_state import TrainState, checkpoint_to_resume, read, read_identity, training_dtype
@@ -54,6 +56,7 @@ def tune(
     output_dir: Text | Path,
     losses: Annotated[Sequence[Loss], Bounds(length=1)] | None = None,
     train: Annotated[Sequence[Text], Bounds(length=1)] | None = None,
+    learn_pruning: LearnedPruning | None = None,
     validate: Validate | None = None,
     resume_from_checkpoint: str | Path | None = "latest",
     **settings: Any,
@@ -81,6 +84,9 @@ def tune(
         losses: the terms to minimise; by default the teacher's output, ten times its features by stage, and, if the
             data are no trajectories, a hundredth of the denoising loss.
         train: the module paths, or patterns of `sdgraph.Graph.matching`, whose weights are trained; by default all.
+        learn_pruning: a budget, for which the first steps learn what to remove from the student; by default nothing is
+            removed. The log, the checkpoints and the choice of these steps are in `output_dir/pruning`, and the result
+            is that of a plain `PruneBlocks`. The student may then be the teacher itself.
         validate: a function of the student (its averaged weights) and the number of steps, which returns figures and
             PIL images by name. They are logged and written to `output_dir/validation`.
         resume_from_checkpoint: "latest", a folder `checkpoint-N`, or None to begin in a folder without checkpoints.
@@ -112,36 +118,96 @@ def tune(
     noise_schedule = NoiseSchedule.of(scheduler)
     first_row = Batches.of(source, noise_schedule, run_settings, 1).batch(0, [0])
     check_call_of_both(student, frozen_teacher, first_row.inputs)
+    if learn_pruning is None:
+        check_different(student, frozen_teacher, first_row.inputs)
     terms = losses_for(losses, first_row, run_settings.snr_gamma)
     accelerator, sharded = _accelerator(run_settings, folder)
     batches = Batches.of(source, noise_schedule, run_settings, accelerator.num_processes)
     run_settings = run_settings.counted(len(source), batches.latents)
-
+    run = functools.partial(_run, frozen_teacher, source, noise_schedule, terms)
     with alone(folder), terminable():
         accelerator.wait_for_everyone()
-        checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
-        trained = _trainable(student, train)
-        train_step = _setup(trained, frozen_teacher, batches, terms, run_settings, accelerator, sharded)
-        unsharded = copy.deepcopy(student).to("cpu", training_dtype(student)) if sharded else None
-        adapters = accelerator.unwrap_model(train_step.student).adapters
-        state = TrainState.create(trained, adapters, train_step.trained, run_settings, accelerator, unsharded)
-        identity = Identity.of(
-            student, frozen_teacher, source, noise_schedule, terms, train, batches.size, accelerator.mixed_precision
-        )
-        if checkpoint is not None:
-            _resume(state, checkpoint, identity, run_settings, terms)
-            if accelerator.is_main_process:
-                note(f"tuning goes on from {checkpoint}, step {state.step} of {run_settings.steps}")
-        if run_settings.report_to != "none":
-            accelerator.init_trackers("logs")
-        _fit(train_step, state, identity, folder, validate, student.dtype)
-        for tracker in accelerator.trackers:
-            tracker.finish()  # and no end_training(), after which these processes could not train any more
-        tuned = _cast(state.result().requires_grad_(False).eval(), student.dtype)
-        report = TuningReport.of(folder)
+        launched = accelerator, sharded
+        if learn_pruning is None:
+            return run(student, run_settings, folder, launched, resume_from_checkpoint, train, validate, student.dtype)
+        if sharded:
+            raise TuningError(
+                "gates mix values of a whole student, and its weights are sharded over processes",
+                where="learn_pruning",
+                hint="launch without --use_fsdp",
+            )
+        first, rest = learn_pruning.settings(run_settings)
+        search = PruningSearch(learn_pruning, student, frozen_teacher, terms, train, folder / PRUNING)
+        resumed = None if resume_from_checkpoint is None else "latest"
+        of_search = _accelerator(first, search.output_dir)
+        found, _ = run(search.student, first, search.output_dir, of_search, resumed, search=search)
+        pruned = search.finish(found)
+        left = search.left_to_train(pruned)
+        return run(pruned, rest, folder, launched, resume_from_checkpoint, left, validate, student.dtype)
+
+
+def _run(
+    teacher: GraphUNet,
+    source: Source,
+    noise_schedule: NoiseSchedule,
+    losses: Sequence[Loss],
+    student: GraphUNet,
+    settings: Settings,
+    output_dir: Path,
+    launched: tuple[Any, bool],
+    resume_from_checkpoint: str | Path | None,
+    train: Sequence[str] | None = None,
+    validate: Validate | None = None,
+    dtype: torch.dtype | None = None,
+    search: PruningSearch | None = None,
+) -> tuple[GraphUNet, TuningReport]:
+    """Train a student in all steps that are left, and return it with the log.
+
+    Args:
+        teacher: the teacher.
+        source: the data.
+        noise_schedule: the noise schedule.
+        losses: the terms.
+        student: the student, which stays as it is.
+        settings: the settings, with a number of steps.
+        output_dir: the folder of the run.
+        launched: the accelerator, and whether weights are sharded over its processes.
+        resume_from_checkpoint: the checkpoint to go on from, as for `tune`.
+        train: the patterns of modules that are trained, as for `tune`.
+        validate: the validation, as for `tune`.
+        dtype: the precision of the result; by default that in which it is trained.
+        search: the search of a learned pruning, if these are its steps.
+    """
+    (accelerator, sharded), masks = launched, None if search is None else search.masks
+    checkpoint = checkpoint_to_resume(output_dir, resume_from_checkpoint)
+    batches = Batches.of(source, noise_schedule, settings, accelerator.num_processes)
+    trained = _trainable(student, train) if search is None else search.trainable()
+    train_step = _setup(trained, teacher, batches, losses, settings, accelerator, sharded, masks)
+    unsharded = copy.deepcopy(student).to("cpu", training_dtype(student)) if sharded else None
+    temporary = accelerator.unwrap_model(train_step.student).temporary
+    state = TrainState.create(trained, temporary, train_step.trained, settings, accelerator, unsharded)
+    identity = Identity.of(
+        student, teacher, source, noise_schedule, losses, train, batches.size, accelerator.mixed_precision
+    )
+    if search is not None:
+        identity = dataclasses.replace(identity, parts={**identity.parts, **search.identity})
+    if checkpoint is not None:
+        endless = search is None and all(loss.until is None for loss in losses)
+        _resume(state, checkpoint, identity, settings, endless)
         if accelerator.is_main_process:
-            _save_result(tuned, report, _recipe(student, run_settings, identity, state))
-        return tuned, report
+            name = "tuning" if search is None else "the search of what to prune"
+            note(f"{name} goes on from {checkpoint}, step {state.step} of {settings.steps}")
+    if settings.report_to != "none":
+        accelerator.init_trackers("logs")
+    dtype = dtype or training_dtype(student)
+    _fit(train_step, state, identity, output_dir, validate, dtype)
+    for tracker in accelerator.trackers:
+        tracker.finish()  # and no end_training(), after which these processes could not train any more
+    tuned = _cast(state.result().requires_grad_(False).eval(), dtype)
+    report = TuningReport.of(output_dir)
+    if accelerator.is_main_process:
+        _save_result(tuned, report, _recipe(student, settings, identity, state))
+    return tuned, report
 
 
 def _accelerator(settings: Settings, output_dir: Path) -> tuple[Any, bool]:
@@ -199,6 +265,7 @@ def _setup(
     settings: Settings,
     accelerator: Any,
     sharded: bool,
+    masks: PruningMasks | None,
 ) -> TrainStep:
     """Put the models on their device, let accelerate prepare the student, and return the training step."""
     objective, inputs = Objective(losses, student, teacher), frozenset(batches.batch(0, [0]).inputs)
@@ -214,7 +281,7 @@ def _setup(
         teacher = copy.deepcopy(teacher).to(accelerator.device, precision)
     teacher_features = FeatureExtractor(teacher, objective.teacher_taps, inputs)
     torch.manual_seed(settings.seed)  # of the first weights of adapters
-    model = Student(student, objective.pairs, teacher, inputs, settings.gradient_checkpointing)
+    model = Student(student, objective.pairs, teacher, inputs, settings.gradient_checkpointing, masks)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if sharded:
         prepared = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
@@ -223,17 +290,16 @@ def _setup(
         prepared = accelerator.prepare(model)
     trained = [model.get_parameter(name) for name in names]
     noise_schedule = batches.noise_schedule.to(accelerator.device)
-    return TrainStep(accelerator, settings, batches, noise_schedule, objective, teacher_features, prepared, trained)
+    return TrainStep(
+        accelerator, settings, batches, noise_schedule, objective, teacher_features, prepared, trained, masks
+    )
 
 
-def _resume(
-    state: TrainState, checkpoint: Path, identity: Identity, settings: Settings, losses: Sequence[Loss]
-) -> None:
-    """Take over the state of a checkpoint of the same run."""
+def _resume(state: TrainState, checkpoint: Path, identity: Identity, settings: Settings, endless: bool) -> None:
+    """Take over the state of a checkpoint of the same run, which may get more steps if it is endless."""
     saved = read(checkpoint)
     changes = identity.check(read_identity(checkpoint, saved), checkpoint)
-    fading = any(loss.until is not None for loss in losses)
-    settings.check_resumed(saved["settings"], saved["step"], str(checkpoint), endless=not fading)
+    settings.check_resumed(saved["settings"], saved["step"], str(checkpoint), endless)
     check_versions(saved.get("versions", {}))
     state.load(checkpoint)
     if changes:
@@ -262,10 +328,12 @@ def _fit(
         return state.step == settings.steps or state.step % interval == 0
 
     bar = Bar(total=settings.steps, initial=state.step, desc="tuning", unit="step", disable=not main)
-    with Log(output_dir / LOG if main else None, train_step.objective.names, state.step) as lines, bar:
+    gates = train_step.masks.figures if train_step.masks is not None else dict[str, float]
+    columns = (*train_step.objective.names, *gates())
+    with Log(output_dir / LOG if main else None, columns, state.step) as lines, bar:
         try:
             while state.step < settings.steps:
-                figures: dict[str, float] = {"learning_rate": state.learning_rate, **train_step(state.step)}
+                figures = {"learning_rate": state.learning_rate, **train_step(state.step), **gates()}
                 wrong = [name for name, figure in figures.items() if not math.isfinite(figure)]
                 if accelerator.scaler is not None and wrong == ["gradient_norm"]:
                     wrong = []  # the optimizer leaves such a step out, and the scale of the loss is lowered

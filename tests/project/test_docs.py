@@ -33,6 +33,7 @@ QUICKER = {
     '"num_inference_steps": 25': '"num_inference_steps": 2',
     "num_inference_steps=16": "num_inference_steps=1",
     "steps=5000": "steps=2",
+    "LearnedPruning(1000": "LearnedPruning(1",
     "resolution=512": "resolution=64",
 }
 QUICK = ["drop-in.md"]  # the others run pipelines, passes and exports

@@ -12,8 +12,8 @@ import pytest
 
 from sdgraph.errors import SavedError, TuningError
 from sdgraph.plan_search.evaluator import Measurements
+from sdgraph.runtime.digest import hash_files
 from sdgraph.text import json_object
-from sdgraph.tuning.digest import hash_files
 
 ROOT = Path(__file__).parents[2]
 WRITING = (".write_text(", ".write_bytes(", "._write(")

@@ -15,6 +15,7 @@ from torch.nn.functional import kl_div, mse_loss
 import sdgraph
 from sdgraph import errors
 from sdgraph.passes import MECondConv, PruneBlocks
+from sdgraph.runtime.latents import as_pipelines_run_it, encoded, scaled, unscaled
 from sdgraph.spec import read
 from sdgraph.tuning import (
     AttentionMaps,
@@ -32,7 +33,6 @@ from sdgraph.tuning import (
     Wavelet,
 )
 from sdgraph.tuning.losses.image import high_bands
-from sdgraph.tuning.sources.latents import as_pipelines_run_it, encoded, scaled, unscaled
 from sdgraph.tuning.train_step import Objective
 
 from ..models import build, trace

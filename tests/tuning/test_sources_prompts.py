@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sdgraph.errors import TuningError
+from sdgraph.runtime.digest import as_number, hash_text
 from sdgraph.tuning import Prompts
-from sdgraph.tuning.digest import as_number, hash_text
 from sdgraph.tuning.random_numbers import generator
 
 from ..photos import CAPTIONS

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdgraph.errors import TuningError
-from sdgraph.tuning.digest import hash_text
+from sdgraph.runtime.digest import hash_text
 from sdgraph.tuning.sources.tensor_cache import RECORD, TensorCache
 
 COUNT, SIZE = 10, 4

@@ -1,6 +1,6 @@
 """Losses: what training minimises, one frozen dataclass for each term.
 
-They import `batch`, `noise_schedule` and `feature_extractor` of `sdgraph.tuning`, and the layers below it.
+They import `batch` and `noise_schedule` of `sdgraph.tuning`, and the layers below it.
 """
 
 from .attention import AttentionMaps

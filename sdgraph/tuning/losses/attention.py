@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import PathError
 from ...graph import Graph
 from ...options import Text
-from ..feature_extractor import Tap
+from ...runtime.feature_extractor import Tap
 from .base import Comparison, Loss, TapPairs, Values
 
 CROSS = r".+\.attn2"

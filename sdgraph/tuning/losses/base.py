@@ -11,9 +11,9 @@ from torch import Tensor
 from ...errors import TuningError
 from ...graph import Graph
 from ...options import Bounds, Positive
+from ...runtime.feature_extractor import Tap
 from ...spec import Spec
 from ..batch import Batch
-from ..feature_extractor import Tap
 from ..noise_schedule import NoiseSchedule
 
 TapPairs = Sequence[tuple[Tap, Tap | None]]

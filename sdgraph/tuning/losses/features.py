@@ -14,7 +14,7 @@ from ...errors import PathError, SpecError, TuningError, did_you_mean
 from ...graph import Graph
 from ...ir.nodes import values as values_of
 from ...options import Bounds, Positive, Text
-from ..feature_extractor import Tap
+from ...runtime.feature_extractor import Tap
 from .base import Comparison, Loss, TapPairs, Values
 
 PRESETS = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import TuningError
 from ...options import Bounds, Count
-from ..sources.latents import unscaled
+from ...runtime.latents import unscaled
 from .base import Comparison, Loss, Values
 
 

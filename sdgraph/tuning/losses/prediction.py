@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from ...errors import PathError, TuningError
 from ...graph import Graph
 from ...options import Paths, Positive
+from ...runtime.feature_extractor import Tap
 from ..batch import Batch
-from ..feature_extractor import Tap
 from ..noise_schedule import NoiseSchedule
 from .base import Comparison, Loss, TapPairs, Values
 

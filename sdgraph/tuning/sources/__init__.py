@@ -1,6 +1,6 @@
 """The data that a model is tuned on: tensors, a folder of images with captions, or prompts alone.
 
-They import `random_numbers`, `digest`, `processes` and `noise_schedule` of `sdgraph.tuning`, and the layers below it.
+They import `random_numbers`, `processes` and `noise_schedule` of `sdgraph.tuning`, and the layers below it.
 """
 
 from .base import Samples, Source

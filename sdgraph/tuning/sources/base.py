@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from ..digest import hash_text
+from ...runtime.digest import hash_text
 
 
 @dataclass(frozen=True)

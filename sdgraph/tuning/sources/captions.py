@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import TuningError
 from ...options import checked
-from ..digest import hash_model, hash_text, hash_tokenizer
+from ...runtime.digest import hash_model, hash_text, hash_tokenizer
 from .base import Contents, Samples, Source
 
 log = logging.getLogger("sdgraph")

@@ -17,7 +17,7 @@ from ...errors import TuningError, did_you_mean
 from ...extra import imported
 from ...options import Text, checked
 from ...progress import Bar
-from ..digest import hash_bytes
+from ...runtime.digest import hash_bytes
 
 MARK = ".unpacked"  # a file by which a folder is known as one whose images may be replaced
 TABLE = "metadata.jsonl"

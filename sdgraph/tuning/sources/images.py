@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ...errors import TuningError
 from ...options import Count, Index, Text, checked
-from ..digest import as_number, hash_files, hash_model, hash_text
+from ...runtime.digest import as_number, hash_files, hash_model, hash_text
+from ...runtime.latents import as_pipelines_run_it, encoded, scaled
 from ..processes import begin_worker
 from ..random_numbers import generator
 from .base import Contents, Samples, Source
 from .captions import Captions, as_texts, time_ids, with_empty
 from .image_folder import Captioned, Crop, captioned, colour, pixels
-from .latents import as_pipelines_run_it, encoded, scaled
 from .tensor_cache import FILES, GIGABYTE, TensorCache, begin
 
 BATCH = 16  # images that are encoded at a time

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...errors import TuningError
 from ...options import Count, Index, NotNegative, checked
+from ...runtime.digest import as_number, hash_model, hash_text
 from ...runtime.pipelines import without_bar
-from ..digest import as_number, hash_model, hash_text
 from ..noise_schedule import NoiseSchedule
 from ..random_numbers import generator
 from .base import Contents, Samples, Source

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ...errors import TuningError
 from ...progress import Bar
+from ...runtime.digest import hash_text, is_hash
 from ...text import json_object
-from ..digest import hash_text, is_hash
 
 RECORD, FILES = "kept.json", "files.json"  # the recipe of the rows, and the hashes of files that were read for them
 FORMAT = "1"  # of the folder

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import TuningError
 from ...options import checked
-from ..digest import hash_rows, hash_tensors
+from ...runtime.digest import hash_rows, hash_tensors
 from .base import Contents, Samples, Source
 
 

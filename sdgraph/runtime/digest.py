@@ -20,8 +20,8 @@ from torch import Tensor, nn, uint8
 from ..errors import TuningError
 from ..ir.verify import structure
 from ..progress import Bar
-from ..runtime.unet import GraphUNet
 from ..text import json_object
+from .unet import GraphUNet
 
 FORMAT = 1  # of a file of hashes
 SIZE = 16  # bytes of a hash

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import sdgraph
 from sdgraph.passes import PruneBlocks
-from sdgraph.tuning import digest
-from sdgraph.tuning.digest import hash_files, hash_model, hash_rows, hash_tensors, hash_tokenizer
+from sdgraph.runtime import digest
+from sdgraph.runtime.digest import hash_files, hash_model, hash_rows, hash_tensors, hash_tokenizer
 
 from ..models import build
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import TuningError
+from ..errors import TuningError
 
 
 def as_pipelines_run_it(vae: Any) -> Any:

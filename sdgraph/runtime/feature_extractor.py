@@ -15,8 +15,8 @@ from ..ir.gates import insert_gates
 from ..ir.regions import region_at
 from ..ir.variants import Variant, copy_nodes
 from ..options import Text, check
-from ..runtime.unet import GraphUNet
 from .gradient_checkpointing import checkpoint_blocks
+from .unet import GraphUNet
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class FeatureExtractor(nn.Module):
 
         Args:
             inputs: the inputs of the UNet by name, (B, ...) each.
-            gates: the gates, (gated,), in the dtype of the UNet; None if no region has one.
+            gates: the gates, (gated,); None if no region has one.
         """
         more = () if gates is None else (gates,)
         return self.graph_module(*(inputs[name] for name in self.order), *more)  # type: ignore[no-any-return]
