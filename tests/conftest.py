@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,22 @@ def run(pipe: StableDiffusionPipeline) -> Iterator[Callable[..., torch.Tensor]]:
 
     yield latents
     pipe.unet, pipe.scheduler = own, scheduler
+
+
+@pytest.fixture
+def ways_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `engines.compare` run its ways here: each of its processes imports PyTorch and diffusers anew."""
+
+    from sdgraph.exporters import engines
+
+    def failure(self: Any, command: list[str]) -> str | None:
+        try:
+            engines._measure(Path(command[-1]))
+        except Exception as error:
+            return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        return None
+
+    monkeypatch.setattr(engines._Measured, "_failure", failure)
 
 
 @pytest.fixture(autouse=True)

@@ -25,10 +25,10 @@ class Block:
     """A block of code.
 
     Args:
-        language: that it declares.
-        text: the code.
-        line: of the document, before its first line.
-        label: of the comment above it; the file that it is part of.
+        language: the language that it declares.
+        text: its code.
+        line: the number of the line of the document before its first line.
+        label: the text of the comment above it, which is the file that it is part of.
     """
 
     language: str

@@ -1,4 +1,4 @@
-"""Folders appear whole or not at all, also after a process was killed."""
+"""Folders appear complete or do not appear, also after a process was killed."""
 
 from __future__ import annotations
 

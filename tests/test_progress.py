@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, every: float = 60.0) -> str:
-    """What is written for three images, a note, and a bar of which nothing is to be seen."""
+    """Return the text that is written for three images, a note, and a bar that is not shown."""
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setattr(progress, "EVERY", every)
     with Bar(total=3, desc="evaluate", unit="image") as bar:

@@ -1,4 +1,4 @@
-"""What commands are given: a file of prompts, a folder with a UNet."""
+"""The inputs of commands: a file of prompts, a folder with a UNet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all commands have in common: help, refusals in a line, quiet libraries."""
+"""The common behaviour of all commands: help, refusals in a line, quiet libraries."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_interrupting_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 @pytest.mark.parametrize(
-    ("raised", "status", "said"),
+    ("raised", "status", "message"),
     [
         (PermissionError(13, "Permission denied", "some/file"), 2, "sdgraph: some/file: Permission denied\n"),
         (OSError("the disk is gone"), 2, "sdgraph: the disk is gone\n"),
@@ -173,14 +173,14 @@ def test_interrupting_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     ],
 )
 def test_what_goes_wrong_is_told_from_a_defect(
-    raised: Exception, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    raised: Exception, status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(args: Any) -> None:
         raise raised
 
     monkeypatch.setattr(cli.passes, "run", interrupted)
     assert main(["passes"]) == status
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ def test_libraries_may_talk_again_afterwards(unet: Path) -> None:
 
 @pytest.mark.long
 def test_nothing_is_printed_but_ours(prompts: Path) -> None:
-    """In a process of its own, where libraries have not been told anything, and read by a pipe that closes early."""
+    """In a separate process, where libraries have no settings yet, and read by a pipe that closes early."""
     sdgraph_ = [sys.executable, "-m", "sdgraph"]
     given = ["evaluate", str(MODEL), "CleanUp", "--prompts", str(prompts), "--steps", "1"]
     done = subprocess.run([*sdgraph_, *given], capture_output=True, text=True, check=True)

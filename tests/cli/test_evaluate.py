@@ -70,7 +70,7 @@ def test_a_figure_that_is_not_measured(prompts: Path, capsys: pytest.CaptureFixt
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], out: Path, *given: str) -> tuple[str, str, dict[str, Any]]:
-    """What is printed of an evaluation, and what is written."""
+    """Return the text that an evaluation prints, and the figures that it writes."""
     capsys.readouterr()
     assert main(["evaluate", str(MODEL), *given, "--out", str(out), "--overwrite"]) == 0
     said = capsys.readouterr()

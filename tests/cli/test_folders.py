@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from scenes.pipeline import MODEL
 
 import sdgraph
 from sdgraph.__main__ import main
-from sdgraph.exporters import engines
 
 from ..models import build
 
@@ -26,7 +24,7 @@ RUNS_ON_IMAGES = "the pipeline does not run on prompts"
 
 @pytest.fixture(scope="module")
 def models(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline, plain and as a variant, and UNets of their own, to be copied."""
+    """A pipeline, plain and as a variant, and separate UNets, to be copied."""
     folder = tmp_path_factory.mktemp("models")
     pipe.save_pretrained(folder / "plain")
     pipe.save_pretrained(folder / "variant", variant="fp16")
@@ -145,22 +143,8 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], Any], str | None, str | None]] =
 }
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `bench` run its ways here: each of its processes imports PyTorch and diffusers anew."""
-
-    def failure(self: Any, command: list[str]) -> str | None:
-        try:
-            engines._measure(Path(command[-1]))
-        except Exception as error:
-            return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-        return None
-
-    monkeypatch.setattr(engines._Measured, "_failure", failure)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("ways_in_this_process")
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_a_command_reads_the_folder_or_says_what_is_wrong(
     kind: str, models: Path, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]

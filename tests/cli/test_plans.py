@@ -20,7 +20,7 @@ PLAN = '{"format": 1, "passes": "CleanUp", "steps": 4, "solver": "", "unet": {},
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Path:
-    """What `sdgraph search --save` writes, as far as it is read."""
+    """The part of a plan of `sdgraph search --save` that is read."""
     config = {name: value for name, value in load().unet.config.items() if not name.startswith("_")}
     content = {
         "format": 1, "passes": CACHE, "steps": 4, "solver": "other", "unet": config, "timetable": {"calls": 4},

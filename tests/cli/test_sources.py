@@ -1,4 +1,4 @@
-"""What commands load, and in which dtype."""
+"""The models that commands load, and their dtypes."""
 
 from __future__ import annotations
 

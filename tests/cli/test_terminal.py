@@ -25,10 +25,10 @@ PRUNE = "PruneBlocks('mid_block')"
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "status", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_signals_stop_a_command_once(
-    number: int, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int, status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     removed = []
 
@@ -45,7 +45,7 @@ def test_signals_stop_a_command_once(
     monkeypatch.setattr(cli.passes, "run", run)
     assert main(["passes"]) == status
     assert removed
-    assert capsys.readouterr().err == f"\nsdgraph: {said}\n"
+    assert capsys.readouterr().err == f"\nsdgraph: {message}\n"
     assert before == [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
 
 

@@ -172,12 +172,12 @@ def test_a_dataset_is_read_with_broken_images_left_out_and_goes_on(
 ) -> None:
     datasets = pytest.importorskip("datasets", reason="the extra datasets is not installed")
     contents = [path.read_bytes() for path in sorted(write_photos(Path("photos")).glob("*.png"))]
-    columns = {"picture": [{"bytes": one, "path": None} for one in (*contents, b"nothing")], "said": ["a circle"] * 6}
-    kinds = datasets.Features({"picture": datasets.Image(), "said": datasets.Value("string")})
+    columns = {"picture": [{"bytes": one, "path": None} for one in (*contents, b"nothing")], "text": ["a circle"] * 6}
+    kinds = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(columns, kinds).save_to_disk("saved")
     config = written(
         without="train_data_dir", pretrained_model_name_or_path=str(model), dataset_name="saved",
-        image_column="picture", caption_column="said", skip_broken=True, losses=["Output"],
+        image_column="picture", caption_column="text", skip_broken=True, losses=["Output"],
     )  # fmt: skip
     text = json.loads(config.read_text())
     del text["max_train_steps"]

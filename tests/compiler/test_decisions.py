@@ -1,4 +1,4 @@
-"""What a pass decides by the numbers of weights is recorded, saved and taken over on loading."""
+"""Decisions of a pass by the values of weights are recorded, saved and taken over on loading."""
 
 from __future__ import annotations
 

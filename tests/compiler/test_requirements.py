@@ -1,4 +1,4 @@
-"""What a pass requires of the sizes of a call: calls that have others are refused."""
+"""Conditions of a pass on the sizes of a call: calls that have others are refused."""
 
 from __future__ import annotations
 

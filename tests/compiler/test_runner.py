@@ -93,7 +93,7 @@ def test_a_lying_pass_is_caught_and_the_first_node_named(graph: Graph) -> None:
         sdgraph.apply(graph, [LyingScale()])
     assert "mid_block" in caught.value.where
     assert "computed from the new mul" in caught.value.where
-    sdgraph.apply(graph, [LyingScale()], verify=False)  # not asked, not told
+    sdgraph.apply(graph, [LyingScale()], verify=False)  # nothing is verified
 
 
 def test_a_close_contract_has_bounds(graph: Graph) -> None:

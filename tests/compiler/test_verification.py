@@ -1,4 +1,4 @@
-"""What `verify` sees: a pass that promises EXACT and breaks it only at some calls is refused all the same."""
+"""Verification: a pass that promises EXACT and breaks it only at some calls is refused all the same."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ PRUNE = "PruneBlocks('mid_block.attentions.0')"
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
-    """One of a tiny UNet that reads the scenes' captions; nobody has set up its progress bar yet."""
+    """One of a tiny UNet that reads the scenes' captions; its progress bar is not set up yet."""
     torch.manual_seed(0)
     tokenizer = models.tokenizer()
     unet = build(sample_size=16, cross_attention_dim=models.TEXT_WIDTH)
@@ -82,7 +82,7 @@ def test_a_traced_unet_makes_the_same_images(pipe: StableDiffusionPipeline, tmp_
 
 
 def test_images_are_those_of_the_pipeline(pipe: StableDiffusionPipeline) -> None:
-    """Whatever the batch: each image has the seed it is said to have."""
+    """Whatever the batch: each image has the seed that is recorded with it."""
     pruned = sdgraph.apply(pipe.unet, PRUNE)
     pipe.set_progress_bar_config(disable=True)
     found = sdgraph.evaluate(pipe, pruned, PROMPTS, seeds=(3, 4), batch=3, **CALL)
@@ -152,7 +152,7 @@ def test_a_pass_on_what_it_has_changed_already(
 
 @pytest.mark.slow
 def test_passes_on_a_unet_that_inherits(pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two sides take turns, and neither takes over features of the other, or of its own earlier images."""
+    """The two sides take turns, and neither takes over features of the other, or of its earlier images."""
     own, call = pipe.unet, {**CALL, "num_inference_steps": 4}
     inheriting = sdgraph.apply(own, ["CleanUp", CACHE])
     monkeypatch.setattr(pipe, "unet", inheriting)

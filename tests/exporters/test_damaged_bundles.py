@@ -104,7 +104,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 
 
 def link(path: Path) -> None:
-    """What is there lies outside now, and is linked to."""
+    """Move a file out of the folder, and link to it."""
     elsewhere = path.parent.parent / f"elsewhere-{path.name}"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)

@@ -1,4 +1,4 @@
-"""What an export writes: files, manifest and report, whole or not at all."""
+"""The files, the manifest and the report of an export, all of them or none."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,16 +55,28 @@ def test_the_weights_are_there_once(exported: Callable[[str], Exported]) -> None
     assert len(inherit) < len(hoisted) < len(whole)
 
 
+@pytest.fixture(scope="module")
+def in_one_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """An export in one file by passes, which all providers share."""
+
+    @functools.cache
+    def of(passes: str) -> Exported:
+        unet = sdgraph.apply(build(**ONE_LEVEL), passes, verify=False)
+        folder = tmp_path_factory.mktemp("export") / "single"
+        return Exported(unet, folder, export(unet, folder, layout="single", calls=4, progress=False))
+
+    return of
+
+
 @pytest.mark.parametrize("passes", ["InheritFeatures.deep_cache(2)", "HoistInvariants, InheritFeatures.deep_cache(3)"])
-def test_all_kinds_of_calls_in_one_file(passes: str, provider: str, tmp_path: Path) -> None:
-    unet = sdgraph.apply(build(**ONE_LEVEL), passes, verify=False)
-    report = export(unet, tmp_path / "single", layout="single", calls=4, progress=False)
-    assert {path.suffix for path in (tmp_path / "single").iterdir()} == {".json", ".onnx", ".data"}
+def test_all_kinds_of_calls_in_one_file(passes: str, provider: str, in_one_file: Callable[[str], Exported]) -> None:
+    unet, folder, report = in_one_file(passes)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".onnx", ".data"}
     assert len({each.model for each in report.comparisons}) == (2 if passes.startswith("Inherit") else 3)
-    model = onnx.load(tmp_path / "single" / "model.onnx", load_external_data=False)
-    onnx.checker.check_model(str(tmp_path / "single" / "model.onnx"))
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    onnx.checker.check_model(str(folder / "model.onnx"))
     assert [node.op_type for node in model.graph.node] == ["Constant", "Equal", "If"]
-    running = opened(tmp_path / "single", provider)
+    running = opened(folder, provider)
     assert running.manifest.sites == unet.graph.sites
     for size in ({}, {"B": 1, "H": 13, "W": 10}):
         call = call_of(unet, L=77, **size)

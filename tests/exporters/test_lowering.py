@@ -62,7 +62,7 @@ def test_a_width_without_a_kernel_is_left() -> None:
 
 
 def test_none_where_there_should_be_some_is_an_error() -> None:
-    """Without cleaning up, casts lie between an attention and what joins its heads; here something does for good."""
+    """Casts lie between an attention and what joins its heads before cleaning up; here something stays there."""
     graph = sdgraph.apply(build(), "CleanUp").graph.copy()
     for node in list(graph.nodes):
         if node.target is torch.nn.functional.scaled_dot_product_attention:

@@ -1,7 +1,7 @@
 """optimum runs `model.onnx` of an exported directory, of a UNet that inherits features too.
 
-optimum-onnx 0.1 wants transformers below 4.58, older than the one that the other tests run with: these need an
-environment of their own, see docs/deploying.md.
+optimum-onnx 0.1 wants transformers below 4.58, older than the one that the other tests run with: these need a
+separate environment, see docs/deploying.md.
 """
 
 from __future__ import annotations

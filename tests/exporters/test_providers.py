@@ -1,4 +1,4 @@
-"""Execution providers: which one is chosen, in which precision it computes, and what it is told."""
+"""Execution providers: which one is chosen, in which precision it computes, and its options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be exported, called or run says why."""
+"""Refusals to export, to call and to run give the reason."""
 
 from __future__ import annotations
 

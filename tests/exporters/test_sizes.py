@@ -1,4 +1,4 @@
-"""What is computed from the sizes of a call is the same in eager code, in its graph and in ONNX Runtime, or refused."""
+"""Numbers from the sizes of a call are the same in eager code, in its graph and in ONNX Runtime, or refused."""
 
 from __future__ import annotations
 

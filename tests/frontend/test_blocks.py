@@ -123,7 +123,7 @@ def test_what_is_not_covered_is_refused(changes: dict[str, Any], error: type, wo
 
 
 def test_karras_blocks_are_exact_where_the_source_runs() -> None:
-    """The latent upscaler's: they edit weights of their own in place, and pad by reflection."""
+    """The latent upscaler's: they edit their weights in place, and pad by reflection."""
     unet = build(**KARRAS)
     graph = trace(unet)
     assert unet.state_dict().keys() == graph.state_dict().keys()

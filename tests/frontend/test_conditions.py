@@ -1,4 +1,4 @@
-"""What comes beside the latents and the text: masks, residuals, image prompts, added conditions."""
+"""The inputs beside the latents and the text: masks, residuals, image prompts, added conditions."""
 
 from __future__ import annotations
 

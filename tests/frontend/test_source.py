@@ -1,4 +1,4 @@
-"""What a UNet must be to be traced: anything else is refused with module path and hint, or honoured exactly."""
+"""Conditions on a UNet for tracing: anything else is refused with module path and hint, or honoured exactly."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ WAYS: dict[str, tuple[Any, str]] = {
     "old spectral norm": (lambda u, c: nn.utils.spectral_norm(c), r"(?s)by SpectralNorm.*conv1.*remove_spectral_norm"),
     "quantised": (quantised, r"(?s)quantised.*where: \S+.*floating dtype"),
     "integers": (integers, r"(?s)quantised.*int8.*conv1.weight"),
-    "a tensor of its own": (lambda u, c: setattr(c, "weight", Masked(c.weight.detach())), "(?s)Masked.*conv1.weight"),
+    "a subclass of Tensor": (lambda u, c: setattr(c, "weight", Masked(c.weight.detach())), "(?s)Masked.*conv1.weight"),
     "forward of a leaf": (lambda u, c: setattr(c, "forward", lambda x: x), REPLACED),
     "part of a leaf": (lambda u, c: replaced_method(c), REPLACED),
     "a bound forward of another": (lambda u, c: setattr(c, "forward", u.conv_in.forward), REPLACED),

@@ -72,7 +72,7 @@ def test_an_attached_pipeline_tells_the_run(
 def test_no_value_is_read_once_attached(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], caching: GraphUNet
 ) -> None:
-    """What would stop a GPU: reading a timestep. Once per generation all of them are."""
+    """Reading a timestep would stop a GPU. All of them are read once per generation."""
     expected = run(caching)
 
     class Unread(torch.utils._python_dispatch.TorchDispatchMode):
@@ -164,7 +164,7 @@ pipe("a large red circle", num_inference_steps=2, output_type="latent", height=6
 
 @pytest.mark.slow
 def test_a_script_that_stays_attached_ends_quietly() -> None:
-    """When Python ends, it clears modules and then objects, of which some want to be told that others are gone."""
+    """When Python ends, it clears modules and then objects, of which some expect a notice that others are gone."""
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(ROOT / "examples/scenes/model")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Exception ignored" not in done.stderr

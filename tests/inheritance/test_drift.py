@@ -33,7 +33,7 @@ def test_gaps_widen_and_narrow_within_bounds() -> None:
 def test_calls_that_compute(
     pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], monkeypatch: Any, bound: float, computed: list[int]
 ) -> None:
-    """Where nothing is borne every call computes; where everything is, gaps grow to the widest."""
+    """Every call computes if no drift is borne; if any is, gaps grow to the widest."""
     unet = sdgraph.apply(pipe.unet, replace(InheritFeatures.deep_cache(), schedule=Drift(bound, 1, 3)))
     calls = calls_that_compute(unet, monkeypatch)
     run(unet, steps=11)
@@ -100,7 +100,7 @@ def test_noise_levels_are_known_from_an_attached_or_expected_scheduler(
         assert torch.equal(run(unet, steps=7), attached)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert not torch.equal(run(by_call, steps=7), attached)
-    assert torch.equal(run(unet, steps=7), run(by_call, steps=7))  # nobody tells them
+    assert torch.equal(run(unet, steps=7), run(by_call, steps=7))  # they are not known
     assert any("sdgraph.attach(pipe)" in record.message for record in caplog.records)
 
 

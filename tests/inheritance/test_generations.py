@@ -248,7 +248,7 @@ def test_guidance_switched_off_midway(
 
 
 def test_the_functional_form(caching: GraphUNet) -> None:
-    """What the module keeps between calls goes in and comes out instead."""
+    """The values that the module keeps between calls are arguments and results instead."""
     prompt = torch.randn(1, 24, models.TEXT_WIDTH)
     copy_of = copy.deepcopy(caching)
     with torch.no_grad(), copy_of.expecting(4):

@@ -162,7 +162,7 @@ def test_the_noise_levels_of_a_part_are_those_of_the_part() -> None:
 @pytest.mark.law("Fitted forecasts are used only for the solver and the calls that they were fitted for.")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "warning"),
     [
         ({"scheduler": EulerDiscreteScheduler()}, "of EulerDiscreteScheduler"),
         ({"steps": 5}, "this run has 5 of DDIMScheduler"),
@@ -170,7 +170,7 @@ def test_the_noise_levels_of_a_part_are_those_of_the_part() -> None:
     ],
 )
 def test_fitted_weights_are_not_used_elsewhere(
-    changed: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
+    changed: dict[str, Any], warning: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     build_pipe, call = PIPELINES["text"]
     pipe = build_pipe()
@@ -186,7 +186,7 @@ def test_fitted_weights_are_not_used_elsewhere(
         with sdgraph.attach(pipe), caplog.at_level(logging.WARNING, "sdgraph"):
             images.append(make(pipe, call, changed.get("steps", STEPS)))
     assert torch.equal(*images)
-    assert told in caplog.text
+    assert warning in caplog.text
     assert str(otherwise) in caplog.text
 
 

@@ -69,7 +69,7 @@ def told(unet: GraphUNet, scheduler: Any, how: str) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [DDIMScheduler, DDIMInverseScheduler, EulerAncestralDiscreteScheduler])
-@pytest.mark.parametrize("how", ["expected", "attached", "not told"])
+@pytest.mark.parametrize("how", ["expected", "attached", "not known"])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_equal_contents_are_one_prompt_or_it_is_said(
     prompt: str, how: str, make: Any, caching: GraphUNet, monkeypatch: pytest.MonkeyPatch, caplog: Any
@@ -79,7 +79,7 @@ def test_equal_contents_are_one_prompt_or_it_is_said(
     with told(caching, scheduler, how):
         for _ in range(2):  # the second generation has the same prompt
             run(caching, scheduler, PROMPTS[prompt])
-    if how != "not told":
+    if how != "not known":
         assert calls == [True, False] * 4
         assert not caplog.records
         assert caching.cache_bytes() == 0
@@ -87,7 +87,7 @@ def test_equal_contents_are_one_prompt_or_it_is_said(
         assert calls[1] is False or len(caplog.records) == 1
 
 
-@pytest.mark.parametrize("how", ["expected", "not told"])
+@pytest.mark.parametrize("how", ["expected", "not known"])
 def test_other_conditioning_that_is_made_anew(
     how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -120,19 +120,19 @@ def test_values_end_with_the_block_or_the_attachment(caching: GraphUNet) -> None
         assert caching.cache_bytes() == 0
 
 
-KINDS = ("one tensor", "a tensor of its own", "made anew", "made anew and kept")
+KINDS = ("one tensor", "a separate tensor", "made anew", "made anew and kept")
 
 
 @hypothesis.given(
     st.lists(st.sampled_from("AB"), min_size=3, max_size=9),
     st.tuples(st.sampled_from(KINDS), st.sampled_from(KINDS)),
-    st.sampled_from(["expected", "not told"]),
+    st.sampled_from(["expected", "not known"]),
 )
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_samples_by_turns_never_share_features(
     caching: GraphUNet, turns: list[str], kinds: tuple[str, str], how: str
 ) -> None:
-    """Two samples with equal prompts: every output is that of a call that inherits of its own sample, or nothing."""
+    """Two samples with equal prompts: every output is that of a call that inherits from the same sample, or nothing."""
     caching.reset()
     text, kept = TEXT[:1], []
     timesteps = [float(timestep) for timestep in range(900, 0, -100)]
@@ -143,7 +143,7 @@ def test_samples_by_turns_never_share_features(
     with caching.expecting(timesteps) if how == "expected" else contextlib.nullcontext():
         for name in turns:
             kind = kinds["AB".index(name)]
-            prompt = {"one tensor": text, "a tensor of its own": own[name]}.get(kind)
+            prompt = {"one tensor": text, "a separate tensor": own[name]}.get(kind)
             loops[name].prompt = text.clone() if prompt is None else prompt
             if kind == "made anew and kept":
                 kept.append(loops[name].prompt)

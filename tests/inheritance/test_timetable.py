@@ -137,7 +137,7 @@ def tiny() -> GraphUNet:
 
 
 class Counted:
-    """What the calls of a UNet really run."""
+    """The multiply-accumulates that the calls of a UNet really take."""
 
     def __init__(self, unet: GraphUNet, monkeypatch: pytest.MonkeyPatch) -> None:
         self.macs: list[int] = []
@@ -185,7 +185,7 @@ class Counted:
 
 
 class _Pipe(SimpleNamespace):
-    """What `attach` reads of a pipeline."""
+    """The parts of a pipeline that `attach` reads."""
 
 
 def _draws(scheduler: Any) -> bool:

@@ -82,7 +82,7 @@ def test_samples_by_turns_where_calls_are_expected(turns: str, inheriting: Graph
 
 
 def test_one_image_after_another_with_one_prompt(inheriting: GraphUNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each inherits like the first, told of the calls or not."""
+    """Each inherits like the first, whether the calls are known or not."""
     prompt, timesteps = torch.randn(1, 5, CROSS), (900, 800, 700, 600)
     reused: list[bool] = []
     module = inheriting.backend.module

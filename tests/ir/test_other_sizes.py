@@ -1,4 +1,4 @@
-"""What code computes from the sizes of a call, compared with its graph at many sizes: the same, or refused.
+"""Numbers that code computes from the sizes of a call, compared with its graph at many sizes: the same, or refused.
 
 A trace looks at two sizes. Whatever is equal at both by chance, such as the length of a slice with a constant bound, is
 no number of the graph.

@@ -129,7 +129,7 @@ def test_every_attention_layout(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_gated_variant_starts_as_the_joint_one_and_learns() -> None:
-    """The gates are those that are told: σ of the difference of the logarithms of sums of exponentials."""
+    """The gates are those of the documentation: σ of the difference of the logarithms of sums of exponentials."""
     source = build()
     joint, gated = (
         sdgraph.apply(source, f"GRIAttention(4, pool=2, shift=2, variant='{name}')") for name in ("joint", "gated")

@@ -121,7 +121,7 @@ def test_whole_modules(
 
 @pytest.mark.slow
 def test_the_branch_of_a_resnet(pipe: StableDiffusionPipeline, run: Callable[..., torch.Tensor], whole: Graph) -> None:
-    """What comes past the resnet is fresh."""
+    """Values that come past the resnet are fresh."""
     sites = ("down_blocks.0.resnets.1", "up_blocks.2.resnets.1")  # without and with a shortcut convolution
     unet = sdgraph.apply(whole, InheritFeatures(sites, Uniform(3)))
     reference = copy.deepcopy(pipe.unet)

@@ -1,4 +1,4 @@
-"""What calls cost: measured here, or read from the figures of another machine."""
+"""The costs of calls: measured here, or read from the figures of another machine."""
 
 from __future__ import annotations
 

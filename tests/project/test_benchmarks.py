@@ -158,7 +158,7 @@ def test_entry_points_are_commands_and_shared_modules_are_not() -> None:
 
 @pytest.mark.long
 def test_the_benchmark_runs(tmp_path: Path) -> None:
-    """As users run it: the case in a process of its own, figures and samples in a file, its table printed."""
+    """As users run it: the case in a separate process, figures and samples in a file, its table printed."""
     out = tmp_path / "result.json"
     run = subprocess.run(
         [*PYTHON, "benchmarks.overhead", "--quick", "--seconds", "0.1", "--out", str(out), "apply/tiny"],

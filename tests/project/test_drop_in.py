@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +53,7 @@ class PipelineFastTests(unittest.TestCase):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tests_are_compared_by_outcome_and_by_every_bit(tmp_path: Path) -> None:
     suite = tmp_path / "tests" / "pipelines" / "small"
     suite.mkdir(parents=True)
@@ -75,3 +77,37 @@ def test_tests_are_compared_by_outcome_and_by_every_bit(tmp_path: Path) -> None:
     (refused,) = small["fail only with ours"].values()
     assert refused["refusal"]
     assert len(small["of these, other numbers"]) == 1
+
+
+def test_outcomes_are_compared_by_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    drop_in = importlib.import_module("benchmarks.drop_in")
+
+    def test(outcome: str, outputs: str = "", cause: str = "", refusal: bool = False) -> dict[str, Any]:
+        return {"outcome": outcome, "cause": cause, "refusal": refusal, "outputs": outputs}
+
+    names = [
+        f"tests/pipelines/small/test_small.py::{name}" for name in ("same", "other", "refused", "fails", "skipped")
+    ]
+    own = [test("passed", "a"), test("passed", "b"), test("passed", "c"), test("failed"), test("skipped")]
+    ours = [test("passed", "a"), test("passed", "x"), test("failed", "", "CallError: no", True), test("passed"),
+            test("skipped")]  # fmt: skip
+    outcomes = {drop_in.OWN: dict(zip(names, own, strict=True)), "traced": dict(zip(names, ours, strict=True))}
+    table = drop_in.table(outcomes)
+    assert "4 tests, 1 fail with diffusers' UNet" in table
+    assert (
+        "traced: 1 fail only with ours, 1 only with diffusers'; 1 of 2 that pass with both give other numbers" in table
+    )
+    assert "1  refused  CallError: no" in table
+    assert f"DIFFERS  {names[1]}" in table
+    assert drop_in.summary(outcomes, ["small"]) == {
+        "traced": {
+            "small": {
+                "tests": 4,
+                "fail with diffusers' own": 1,
+                "fail only with ours": {names[2]: {"cause": "CallError: no", "refusal": True}},
+                "pass with both": 2,
+                "of these, other numbers": [names[1]],
+            }
+        }
+    }

@@ -110,12 +110,13 @@ def test_functions(name: str) -> None:
         assert_refused_or_accepted(ALONE[name], value)
 
 
+@pytest.mark.usefixtures("ways_in_this_process")
 @pytest.mark.parametrize(
     ("entry", "option"),
     [(entry, name) for entry, (code, _) in OPTIONS.items() for name in inspect.signature(code).parameters],
 )
 def test_options(entry: str, option: str) -> None:
-    """What is refused anyway, in the end, is refused by us whatever else is asked for."""
+    """A call that is refused in any case is refused by us, whatever its other arguments are."""
     code, required = OPTIONS[entry]
     for value in VALUES:
         with pytest.raises(SdgraphError):

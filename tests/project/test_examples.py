@@ -1,4 +1,4 @@
-"""What users read first: the examples."""
+"""The examples, which users read first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is installed is `sdgraph`, `sdgraph.passes` and `sdgraph.exporters`, whatever the folders are."""
+"""The installed packages are `sdgraph`, `sdgraph.passes` and `sdgraph.exporters`, whatever the folders are."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_image_prompts_are_loaded_scaled_and_unloaded() -> None:
     for pipe in pipes:
         pipe.set_ip_adapter_scale(0.3)
     assert torch.equal(scaled, make(pipes[1], prompted))
-    pipes[1].unet = twin  # which has a scale of its own
+    pipes[1].unet = twin  # which has a separate scale
     assert torch.equal(scaled, make(pipes[1], prompted))
     pipes[1].unload_ip_adapter()
     assert torch.equal(before, make(pipes[1], call))
@@ -65,7 +65,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def set_scales(unet: Any, scale: Any) -> None:
-    """What `pipe.set_ip_adapter_scale` does."""
+    """Do as `pipe.set_ip_adapter_scale`."""
     pipe: Any = IPAdapterMixin()
     pipe.unet = unet
     pipe.set_ip_adapter_scale(scale)
@@ -163,7 +163,7 @@ def test_scales_of_image_prompts_act_in_compiled_calls() -> None:
 
 
 class Strong:
-    """An attention processor with a setting of its own."""
+    """An attention processor with a setting that only it has."""
 
     strength = 1.0
 
@@ -299,7 +299,7 @@ def test_lora_leaves_the_source_alone_and_is_not_forgotten(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_lora_and_passes() -> None:
-    """What a pass removed takes its LoRA with it, as fusing before would; of what it rewrote, LoRA is refused."""
+    """Removed modules take their LoRA with them, as fusing before would; LoRA of rewritten modules is refused."""
     pruned = sdgraph.apply(build(), "PruneBlocks('mid_block')")
     pruned.load_lora_adapter(adapter("to_q", "conv1"), prefix="unet")
     fused = build()

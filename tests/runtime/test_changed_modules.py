@@ -1,5 +1,5 @@
-"""What runs is what is copied, converted and saved, whatever somebody does to the modules of a GraphUNet; or it is
-refused, at the latest when it would be lost."""
+"""The modules that run are those that are copied, converted and saved, whatever is done to them; a change that
+would be lost is refused."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_forged_configurations(saved: Path, data: st.DataObject) -> None:
 @given(data=st.data())
 @settings(max_examples=400)
 def test_forged_manifests(bundle: Path, data: st.DataObject) -> None:
-    """What is read can be asked for the sizes of a call, which are refused or not."""
+    """Guards that are read can be asked for the sizes of a call, which are refused or not."""
     flat = {
         "sample": torch.zeros(2, 2, 8, 12),
         "timestep": torch.zeros(1),

@@ -1,4 +1,4 @@
-"""What diffusers alone reads of saved folders: the same UNet, or nothing. Never another one in silence."""
+"""Plain diffusers reads the same UNet from a saved folder, or refuses it; never another one in silence."""
 
 from __future__ import annotations
 

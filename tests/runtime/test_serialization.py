@@ -115,7 +115,7 @@ def test_options_that_would_be_ignored_are_refused(pruned: GraphUNet, folder: Pa
     with pytest.raises(SavedError, match="quantization_config"):
         GraphUNet.from_pretrained(folder, quantization_config={"load_in_8bit": True})
     with pytest.raises(SavedError, match="no folder"):
-        GraphUNet.from_pretrained("nobody/nothing")
+        GraphUNet.from_pretrained("someone/nothing")
     pruned.save_pretrained(tmp_path / "variant", variant="fp16")
     assert (tmp_path / "variant" / "diffusion_pytorch_model.fp16.safetensors").exists()
     GraphUNet.from_pretrained(tmp_path / "variant", variant="fp16")

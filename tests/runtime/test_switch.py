@@ -42,7 +42,7 @@ def pipe(large_unet: UNet2DConditionModel) -> Any:
 
 
 def images(pipe: Any, unet: Any, attached: bool = False, steps: int = 5, **call: Any) -> torch.Tensor:
-    """What a pipeline makes with a UNet."""
+    """Return the images of a pipeline with a UNet."""
     pipe.unet = unet
     if not attached:
         return make(pipe, TEXT, steps=steps, **call)

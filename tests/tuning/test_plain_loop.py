@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils import clip_grad_norm_
 
 import sdgraph
-from sdgraph.passes import PruneBlocks
+from sdgraph.passes import MECondConv, PruneBlocks
 from sdgraph.tuning import (
     DEFAULT,
     AttentionMaps,
@@ -30,6 +31,7 @@ from sdgraph.tuning import (
     Loss,
     NoiseSchedule,
     Output,
+    RoutingPrior,
     Similarity,
     Tensors,
     Wavelet,
@@ -106,7 +108,7 @@ def test_the_default_losses_on_models_of_diffusers(
 
 def plain_loop(
     student: sdgraph.GraphUNet, teacher: sdgraph.GraphUNet, batches: Batches, losses: Sequence[Loss], steps: int,
-    train: tuple[str, ...] = ("",),
+    train: tuple[str, ...] = ("",), factors: Mapping[str, float] | None = None,
 ) -> tuple[sdgraph.GraphUNet, list[float]]:  # fmt: skip
     """Return a student that was trained in a plain loop, and its loss at every step.
 
@@ -114,25 +116,35 @@ def plain_loop(
         student: the student, which stays as it is.
         teacher: the teacher.
         batches: the batches.
-        losses: the losses, whose formulas have tests of their own.
+        losses: the losses, whose formulas have separate tests.
         steps: the number of steps.
         train: the beginnings of the names of the parameters that are trained.
+        factors: the factors of the learning rate, by parts of the names of parameters.
     """
     unet, pairs = copy.deepcopy(student).train(), [list(loss.taps(student.graph, teacher.graph)) for loss in losses]
-    names = frozenset(batches.batch(0, [0]).inputs)
+    names, wanted = frozenset(batches.batch(0, [0]).inputs), [tap for taps in pairs for _, tap in taps]
     run = FeatureExtractor(unet, [tap for taps in pairs for tap, _ in taps], names)
-    run_teacher = FeatureExtractor(teacher, [tap for taps in pairs for _, tap in taps if tap], names)
-    trained = [parameter for name, parameter in unet.named_parameters() if name.startswith(train)]
-    optimizer, history = torch.optim.AdamW(trained, RATE), []
+    run_teacher = FeatureExtractor(teacher, [tap for tap in wanted if tap], names)
+    named = [(name, parameter) for name, parameter in unet.named_parameters() if name.startswith(train)]
+    trained = [parameter for _, parameter in named]
+    rates = [RATE * math.prod(f for part, f in (factors or {}).items() if part in name) for name, _ in named]
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(trained, rates, strict=True)]
+    optimizer, history = torch.optim.AdamW(groups), []
     for step in range(steps):
         batch = batches.batch(step, range(batches.size))
         prediction, *values = run(batch.inputs)
         with torch.no_grad():
             expected, *teacher_values = run_teacher(batch.inputs)
-        both = iter(zip(values, teacher_values, strict=True))
+        given = iter(teacher_values)
+        both = iter([(value, next(given) if tap else None) for value, tap in zip(values, wanted, strict=True)])
         it = Comparison(batch, batches.noise_schedule, prediction, expected)
         loss = sum(
-            (one.weight * one(it, [next(both) for _ in taps]) for one, taps in zip(losses, pairs, strict=True)),
+            (
+                one.weight
+                * max(0.0, 1 - (step / steps) / (one.until or math.inf))
+                * one(it, [next(both) for _ in taps])
+                for one, taps in zip(losses, pairs, strict=True)
+            ),
             torch.zeros(()),
         )
         loss.backward()
@@ -202,6 +214,25 @@ def test_widths_that_differ_are_mapped(teacher: UNet2DConditionModel, data: Tens
     assert report.column("loss") == pytest.approx(history, rel=1e-4)
     assert_equal(tuned, unet, narrow)
     assert not any("adapter" in name for name in tuned.state_dict())
+
+
+@pytest.mark.slow
+def test_experts_are_led_by_a_prior_that_ends(teacher: UNet2DConditionModel, data: Tensors, tmp_path: Path) -> None:
+    experts = [PruneBlocks("bk-sdm-base"), MECondConv(experts=2, donors="copies")]
+    student, teaching = sdgraph.apply(teacher, experts, verify=False), sdgraph.apply(teacher, [])
+    losses = (Output(), RoutingPrior(until=0.5))
+    tuned, report = sdgraph.tune(
+        student, teacher, data, scheduler=DDPMScheduler(), max_train_steps=4, output_dir=tmp_path / "run",
+        losses=losses, train_batch_size=SIZE, learning_rate=RATE, learning_rates={"**.routing.*": 10},
+        timestep_intervals=2, proportion_empty_prompts=0.0, report_to="none",
+    )  # fmt: skip
+    batches = Batches(data, NoiseSchedule.of(DDPMScheduler()), SIZE, timestep_intervals=2)
+    expected, history = plain_loop(student, teaching, batches, losses, 4, factors={".routing.": 10})
+    assert report.column("loss") == pytest.approx(history, rel=1e-4)
+    assert report.column("RoutingPrior")[0] == pytest.approx(math.log(2), rel=1e-4)  # nothing is preferred at first
+    assert_equal(tuned, expected, student)
+    weights, before = tensors(tuned), tensors(student)
+    assert any(not torch.equal(value, before[name]) for name, value in weights.items() if ".mix." in name)
 
 
 def _call(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,7 +81,7 @@ def factors(value: Any) -> bool:
     return isinstance(value, dict) and all(map(positive, value.values()))
 
 
-# What is right on a CPU, by field, in words of its own.
+# What is right on a CPU, by field, independent of the code.
 RIGHT: dict[str, Callable[[Any], bool]] = {
     "max_train_steps": count,
     "num_train_epochs": lambda v: v is None or count(v),

@@ -1,4 +1,4 @@
-"""What sources keep in a folder: rows by their contents, in whole chunks within a bound, filled by several at once."""
+"""The folder that sources keep rows in: rows by their contents, in whole chunks within a bound, filled by several."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from ..models import build
 
 
 class Small(nn.Module):
-    """A leaf, a module that is used twice, a parameter of its own, tuples, slices and sizes."""
+    """A leaf, a module that is used twice, a free parameter, tuples, slices and sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def pruned(unet: Graph) -> Graph:
 
 
 def bare(printed: str) -> str:
-    """Without the padding of the columns."""
+    """Return the text without the padding of the columns."""
     return re.sub(r"(?<=\S) {2,}", "  ", printed)
 
 
