@@ -37,7 +37,8 @@ QUICKER = {
     "resolution=512": "resolution=64",
 }
 QUICK = ["drop-in.md"]  # the others run pipelines, passes and exports
-LONG = ["deploying.md", "getting-started.md"]  # exports; that of README.md stays in `make test`
+# More than ten seconds each; README.md and others of the kind stay in `make test`.
+LONG = ["deploying.md", "getting-started.md", "passes.md", "serving.md", "tuning.md"]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
