@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from sdgraph import Contract, Graph, Pass, Redundancy, analyse_unet
@@ -58,7 +59,7 @@ class PruneToBudget(Pass):
     time: Budget | None = None
     macs: Budget | None = None
     parameters: Budget | None = None
-    analysis: Redundancy | Text | None = None
+    analysis: Redundancy | Text | Path | None = None
     criterion: Literal["error", "gate"] = "error"
     neighbours: tuple[int, int] | None = (2, 3)
     tuned: bool = False
@@ -66,6 +67,8 @@ class PruneToBudget(Pass):
     seed: Seed = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.analysis, Path):
+            object.__setattr__(self, "analysis", str(self.analysis))  # which has a text
         if self.time is None and self.macs is None and self.parameters is None:
             raise SpecError("there is no budget", where="PruneToBudget", hint="time=0.7, macs=0.7 or parameters=0.7")
         if self.neighbours is not None and not 1 <= self.neighbours[0] <= self.neighbours[1]:

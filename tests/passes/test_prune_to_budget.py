@@ -59,6 +59,26 @@ def test_what_dies_with_several_removals_together_is_counted(small: sdgraph.Grap
     assert choice.left["parameters"] == pytest.approx(counted)
 
 
+def test_time_is_predicted_by_adding_up_also_of_a_pruned_unet(small: sdgraph.Graph, found: Redundancy) -> None:
+    timed = dataclasses.replace(
+        found, removals=tuple(dataclasses.replace(one, time=0.1) for one in found.removals if one.level == "layer")
+    )
+    choice = timed.cheapest(time=0.85, unet=small)
+    assert len(choice.paths) == 2
+    assert choice.left["time"] == pytest.approx(0.8)
+    pruned = sdgraph.apply(small, PruneBlocks(choice.paths[0]), verify=False)
+    again = sdgraph.apply(pruned, PruneToBudget(time=0.85, analysis=timed), verify=False)
+    assert set(again.graph.removed) == set(choice.paths)
+    by_gate = tuple(
+        dataclasses.replace(one, gate=0.0 if number == 1 else 1.0) for number, one in enumerate(timed.removals)
+    )
+    gated = dataclasses.replace(timed, removals=by_gate)
+    learned = sdgraph.apply(small, PruneToBudget(time=0.95, analysis=gated, criterion="gate"), verify=False)
+    assert set(learned.graph.removed) == {timed.removals[1].path}
+    with pytest.raises(SpecError, match="no gate"):
+        sdgraph.apply(small, PruneToBudget(time=0.95, analysis=timed, criterion="gate"), verify=False)
+
+
 def test_the_least_joint_budget_can_be_met(small: sdgraph.Graph, found: Redundancy) -> None:
     with pytest.raises(SpecError, match=r"no choice meets macs=0\.02, parameters=0\.01") as caught:
         found.cheapest(macs=0.02, parameters=0.01, unet=small)
@@ -107,6 +127,7 @@ def test_its_text_and_its_pickle_come_back(found: Redundancy) -> None:
     ):
         assert sdgraph.parse(str(one)) == (one,)
         assert pickle.loads(pickle.dumps(one)) == one
+    assert PruneToBudget(macs=0.7, analysis=Path("a.json")) == PruneToBudget(macs=0.7, analysis="a.json")
     held = PruneToBudget(macs=0.7, analysis=found)
     assert pickle.loads(pickle.dumps(held)) == held
     assert str(held) == f"PruneToBudget(macs=0.7, analysis='<of {found.model[:8]}>')"
