@@ -13,7 +13,7 @@ from torch import fx
 from ..contract import Contract
 from ..errors import ContractError, PassError, PreconditionError, SdgraphError, SpecError
 from ..graph import Graph
-from ..ir.decisions import Decisions
+from ..ir.decisions import Applied, Decisions
 from ..ir.edits import Edit
 from ..ir.guards import Guard
 from ..ir.verify import check_interface, check_invariants, fingerprint
@@ -234,6 +234,7 @@ class Chain(Pass, abstract=True):
                 break
             passes[number], more = inner.choose(trial)
             passes[number].apply(trial, CompilerRun(graph, Decisions()))
+            trial.passes += (Applied(passes[number]),)
             notes += more
         return replace(self, passes=tuple(passes)), tuple(notes)
 

@@ -14,7 +14,7 @@ import torch
 import sdgraph
 from sdgraph import Redundancy
 from sdgraph.errors import NoChangeError, SavedError, SpecError
-from sdgraph.passes import CleanUp, PruneBlocks, PruneToBudget
+from sdgraph.passes import CleanUp, PruneBlocks, PruneToBudget, ShareWeights
 
 from ..models import ONE_LEVEL, build
 
@@ -108,8 +108,10 @@ def test_it_is_recorded_saved_and_printed_as_a_plain_prune_blocks(
 
 def test_passes_within_a_chain_choose_too(small: sdgraph.Graph, found: Redundancy) -> None:
     budget = PruneToBudget(macs=0.8, analysis=found)
+    cleaned = sdgraph.apply(small, sdgraph.Chain((CleanUp(), budget)), verify=False)  # which is exact
+    assert set(cleaned.graph.removed) == set(sdgraph.apply(small, budget, verify=False).graph.removed)
     with pytest.raises(SpecError, match="structure differs"):
-        sdgraph.apply(small, sdgraph.Chain((CleanUp(), budget)), verify=False)
+        sdgraph.apply(small, sdgraph.Chain((ShareWeights(("**.resnets.0", "**.resnets.1")), budget)), verify=False)
     first = PruneBlocks(min(found.removals, key=found.error).path)
     unet = sdgraph.apply(small, sdgraph.Chain((first, budget, CleanUp())), verify=False)
     (recorded,) = unet.graph.passes
