@@ -14,7 +14,7 @@ import torch
 import sdgraph
 from sdgraph import Redundancy
 from sdgraph.errors import NoChangeError, SavedError, SpecError
-from sdgraph.passes import CleanUp, PruneBlocks, PruneToBudget, ShareWeights
+from sdgraph.passes import CleanUp, Overparameterize, PruneBlocks, PruneToBudget
 
 from ..models import ONE_LEVEL, build
 
@@ -111,7 +111,7 @@ def test_passes_within_a_chain_choose_too(small: sdgraph.Graph, found: Redundanc
     cleaned = sdgraph.apply(small, sdgraph.Chain((CleanUp(), budget)), verify=False)  # which is exact
     assert set(cleaned.graph.removed) == set(sdgraph.apply(small, budget, verify=False).graph.removed)
     with pytest.raises(SpecError, match="structure differs"):
-        sdgraph.apply(small, sdgraph.Chain((ShareWeights(("**.resnets.0", "**.resnets.1")), budget)), verify=False)
+        sdgraph.apply(small, sdgraph.Chain((Overparameterize("**.conv1"), budget)), verify=False)
     first = PruneBlocks(min(found.removals, key=found.error).path)
     unet = sdgraph.apply(small, sdgraph.Chain((first, budget, CleanUp())), verify=False)
     (recorded,) = unet.graph.passes
