@@ -13,7 +13,6 @@ measured sets chooses the last one. Beside them stands the whole UNet with fewer
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import itertools
 from pathlib import Path
@@ -40,7 +39,20 @@ from .measuring.solvers import KARRAS
 from .measuring.tables import distinct, features
 
 SOLVERS = ("DDIM", KARRAS, "DPM++ 2M", "UniPC")
-SAME = ("steps", "captions", "scenes", "rate", "sampling", "prompts", "calls", "gates", "levels", "cost", "quick")
+SAME = (
+    "steps",
+    "captions",
+    "scenes",
+    "rate",
+    "sampling",
+    "prompts",
+    "calls",
+    "gates",
+    "weighings",
+    "levels",
+    "cost",
+    "quick",
+)
 BASE = PRESETS[0]
 CANDIDATES = 500  # random sets among which the predictor chooses
 LEARNED = "LambdaRank"
@@ -61,6 +73,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=6, help="calls of a generation that the analysis measures on")
     parser.add_argument("--gates", type=int, default=100, help="steps in which the gates of the analysis are learned")
     parser.add_argument("--levels", nargs="+", default=["block", "layer"], help="levels of the analysis")
+    parser.add_argument("--weighings", type=int, default=60, help="random sets whose times say what removals save")
     parser.add_argument("--turns", type=int, default=20, help="timed calls of a set")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="folder of the runs; default: in out/")
@@ -69,7 +82,7 @@ def main() -> None:
     if args.quick:
         args.steps, args.captions, args.scenes, args.sampling, args.prompts, args.calls = 2, 4, 64, 2, 2, 2
         args.gates, args.levels, args.cost, args.budgets, args.random, args.turns = 2, ["block"], "macs", [0.98], 1, 4
-        args.criteria = ["MACs only", "output error"]
+        args.criteria, args.weighings = ["MACs only", "output error"], 4
     torch.set_num_threads(args.threads)
     args.folder = args.folder or ROOT / "out" / f"pruning{'-quick' * args.quick}"
     study = Study(args, begin("pruning", "cpu", args.draft or args.quick))
@@ -115,21 +128,21 @@ class Study:
         self.learned(budgets[0])
 
     def analysis(self) -> Redundancy:
-        """Return the analysis, whose times are those of the process, since others may use the machine."""
+        """Return the analysis, whose times are those of the process and of sets, for less noise."""
         args, file = self.args, self.args.folder / "analysis.json"
         if not file.exists():
-            found = sdgraph.analyse(
-                self.pipe, captions(args.prompts), levels=args.levels, calls=args.calls, latents=not args.quick,
-                gates=args.gates, pairs=True, folder=args.folder / "analysis", num_inference_steps=args.sampling,
-            )  # fmt: skip
-            times = self.result.setdefault("times", {})
-            for one in found.removals:
-                if one.path not in times:
-                    times[one.path] = self.evaluator.time(self.pruned((one.path,)), turns=args.turns)
-                    record(self.out, self.result)
-            removals = tuple(dataclasses.replace(one, time=1 - times[one.path]) for one in found.removals)
-            dataclasses.replace(found, removals=removals).save(file)
-        return Redundancy.load(file)
+            sdgraph.analyse(
+                self.pipe, captions(args.prompts), levels=args.levels, target=None, calls=args.calls,
+                latents=not args.quick, gates=args.gates, pairs=True, folder=args.folder / "analysis",
+                num_inference_steps=args.sampling,
+            ).save(file)  # fmt: skip
+        found, weighed = Redundancy.load(file), self.result.setdefault("weighed", [])
+        if len(weighed) < args.weighings:
+            sets = filter(self.fits_together, removal_sets.weighings(found))
+            for paths in itertools.islice(sets, len(weighed), args.weighings):
+                weighed.append([list(paths), self.evaluator.time(self.pruned(paths), turns=args.turns)])
+                record(self.out, self.result)
+        return removal_sets.weighed(found, weighed)
 
     def pruned(self, paths: tuple[str, ...]) -> sdgraph.GraphUNet:
         return sdgraph.apply(self.whole, [PruneBlocks(paths)] if paths else [], verify=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sdgraph import JointRemoval, Redundancy, Removal
@@ -60,6 +61,20 @@ def test_random_sets_leave_what_they_should_and_follow_the_seed() -> None:
     assert len(set(drawn)) > 3
     assert drawn == list(itertools.islice(sets.at_random(found, "macs", 0.6, 0), 20))
     assert drawn != list(itertools.islice(sets.at_random(found, "macs", 0.6, 1), 20))
+
+
+def test_savings_are_weighed_with_less_noise_than_one_by_one() -> None:
+    sets, found = module("removal_sets"), analysis()
+    savings = dict(zip(PATHS, (0.0, 0.02, 0.04, 0.06, 0.08, 0.1), strict=True))
+    random = np.random.default_rng(0)
+    measured = [
+        (paths, 1 - sum(savings[path] for path in paths) + random.normal(0, 0.02))
+        for paths in itertools.islice(sets.weighings(found), 200)
+    ]
+    off = {one.path: one.time - savings[one.path] for one in sets.weighed(found, measured).removals}
+    assert max(map(abs, off.values())) < 0.008
+    assert all(one.time >= 0 for one in sets.weighed(found, measured).removals)
+    assert 2 < np.mean([len(paths) for paths, _ in measured]) < 4
 
 
 def test_ranks_are_correlated_and_learned() -> None:
