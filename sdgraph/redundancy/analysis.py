@@ -24,7 +24,7 @@ from ..graph import Graph
 from ..options import Bounds, Count, Index, Seed, Text, checked
 from ..plan_search.evaluator import Measurements
 from ..plan_search.final_latents import Array, check_request, final_latents, relative_errors, typical
-from ..progress import Bar
+from ..progress import Bar, note
 from ..runtime.apply import apply
 from ..runtime.digest import hash_each, hash_model, hash_program
 from ..runtime.latents import as_pipelines_run_it, unscaled
@@ -151,6 +151,8 @@ def analyse(
             errors = () if NOT_FINITE in map(fixed.get, both) else trial.output_errors(_Without(whole, both))
             if errors:
                 joint.append(JointRemoval(both, errors))
+            else:
+                note(f"without {' and '.join(both)}, numbers are not finite: this pair is left out")
             bar.update()
         timesteps = _timesteps(replay.calls)
         noise = _noise(pipe.scheduler, timesteps)
@@ -273,7 +275,7 @@ class _Drift:
             raise SpecError(
                 f"{type(pipe).__name__} has no VAE to decode images with", where="images", hint="latents=True"
             )
-        self._vae = as_pipelines_run_it(pipe.vae)
+        self._vae, self._quantity = as_pipelines_run_it(pipe.vae), f"images, {hash_model(pipe.vae)}"
         self._decoded = self._decode(reference)
         if min(self._decoded.shape[1:3]) < 11:
             raise SpecError("the images are smaller than 11 pixels", where="images", hint="larger height= and width=")
@@ -295,12 +297,11 @@ class _Drift:
 
             figures["latents"] = next(iter(known.numbers("latents", subject, error).tolist()), None)
         if self._images:
-            vae = hash_model(self._vae)
 
             def similarity() -> Array:
                 return _finite([ssim(self._decode(latents()), self._decoded)])
 
-            figures["images"] = next(iter(known.numbers(f"images {vae}", subject, similarity).tolist()), None)
+            figures["images"] = next(iter(known.numbers(self._quantity, subject, similarity).tolist()), None)
         return None if None in figures.values() else figures
 
     @torch.no_grad()

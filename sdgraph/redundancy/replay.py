@@ -29,7 +29,7 @@ class Replay:
 
     Args:
         whole: the UNet with all of its regions.
-        calls: the flat inputs of the calls, all with the same inputs and sizes.
+        calls: the flat inputs of the calls. Those that have other inputs than the first are computed as a whole.
         paths: the module paths of the regions that are going to be removed.
         limit: the bytes of the values that are kept, of all calls together.
     """
@@ -63,7 +63,9 @@ class Replay:
         module, reads = self.rest(without.graph)
         with torch.no_grad():
             return [
-                module(*(flat[name] for name in self._given), *(kept[name] for name in reads))
+                without.run(flat)
+                if kept is None
+                else module(*(flat[name] for name in self._given), *(kept[name] for name in reads))
                 for flat, kept in zip(self.calls, self._recorded[1], strict=True)
             ]
 
@@ -77,7 +79,7 @@ class Replay:
         """
         nodes = drop_inputs(pruned.fx, self._missing)
         same = _unchanged(self._nodes, nodes)
-        kept = self._recorded[1][0]
+        kept = self._recorded[1][0] or {}
         last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
         given = dict[str, fx.Node]()
         for node in [node for node in nodes.nodes if node.name in kept and node.name in same]:
@@ -94,8 +96,11 @@ class Replay:
         return drop_inputs(self._whole.graph.fx, self._missing)
 
     @cached_property
-    def _recorded(self) -> tuple[list[Tensor], list[dict[str, Tensor]], dict[str, float]]:
-        """The outputs and kept values of each call of the whole UNet, and the similarities of regions."""
+    def _recorded(self) -> tuple[list[Tensor], list[dict[str, Tensor] | None], dict[str, float]]:
+        """The outputs and kept values of each call of the whole UNet, and the similarities of regions.
+
+        Of calls that have other inputs than the first, no values are kept.
+        """
         nodes = copy_nodes(self._whole.graph.fx)
         copies, end = {node.name: node for node in nodes.nodes}, nodes.output_node()
         names, compared = self._worth_keeping(), list[str]()
@@ -110,9 +115,14 @@ class Replay:
         end.args = (tuple(results),)
         nodes = drop_inputs(nodes, self._missing)
         module = fx.GraphModule(self._whole.graph.weights, nodes)
-        outputs, kept = list[Tensor](), list[dict[str, Tensor]]()
+        outputs, kept = list[Tensor](), list[dict[str, Tensor] | None]()
         found: dict[str, list[float]] = {path: [] for path in self._paths}
         for flat in self.calls:
+            if flat.keys() != self.calls[0].keys():
+                with torch.no_grad():
+                    outputs.append(self._whole.run(flat))
+                kept.append(None)
+                continue
             with torch.no_grad():
                 result, *values = module(*(flat[name] for name in self._given))
             outputs.append(result)

@@ -165,6 +165,8 @@ def test_a_command_reads_the_folder_or_says_what_is_wrong(
         many.write_text("".join(f"a red circle {number}\n" for number in range(24)))
         search = ["search", source, "--prompts", many, "--steps", "1"]
         commands["search"] = [*search, "--budget", "0.5", "--folder", tmp_path / "kept"], of_pipeline
+        analyse = ["analyse", source, *few, "--levels", "block", "--target", "none", "--calls", "1"]
+        commands["analyse"] = [*analyse, "--folder", tmp_path / "analysed"], of_pipeline
         config = tmp_path / "tune.json"
         settings = {
             "pretrained_model_name_or_path": str(source),
