@@ -115,6 +115,16 @@ class Attachment(PositionSource):
         return CallPosition(self._values[index], index - self._first, self.run, timesteps)
 
     @property
+    def guidance_scale(self) -> float | None:
+        """The scale of classifier-free guidance in the pipeline's call, whose batch has samples without a prompt and then
+        with it; None if the pipeline combines its predictions in another way, or runs without guidance.
+        """
+        pipe = self._pipe()
+        if not getattr(pipe, "do_classifier_free_guidance", False) or hasattr(pipe, "image_guidance_scale"):
+            return None
+        return None if getattr(pipe, "guidance_rescale", 0.0) else float(pipe.guidance_scale)  # type: ignore[union-attr]
+
+    @property
     def _scheduler_timesteps(self) -> object:
         return getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
 

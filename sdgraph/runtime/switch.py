@@ -6,6 +6,7 @@ import copy
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, Self
 
 import torch
@@ -13,11 +14,12 @@ from diffusers import ModelMixin, UNet2DConditionModel
 from torch import nn
 
 from ..errors import CallError, ModeError, SavedError, ScheduleError, SourceError, SpecError, did_you_mean
+from ..inheritance.attach import Attachment
 from ..inheritance.cache import Backend, Turn, no_value
 from ..inheritance.tracker import GenerationTracker
 from ..ir.inputs import Input
 from ..ir.sites import sites
-from ..options import Count, Share, checked
+from ..options import Count, Positive, Share, checked
 from ..schedules import TRAINED, ByTimestep, MemberSchedule, SamplingRun
 from ..solvers import looks_back
 from ..spec import known, read
@@ -71,6 +73,7 @@ def switch(
     denoising_end: Share | None = None,
     num_train_timesteps: Count = TRAINED,
     carry_features: bool = False,
+    guidance_scale: Mapping[str, Positive] | None = None,
     verify: bool = True,
 ) -> SwitchUNet:
     """Return one UNet that lets several UNets compute the calls of a generation, each as a schedule says.
@@ -90,6 +93,8 @@ def switch(
         num_train_timesteps: the number of training timesteps, for these two.
         carry_features: whether the values of sites that two UNets both have, in the same shape, are taken over when
             the turn changes. Otherwise no features are inherited across a change.
+        guidance_scale: the scale of classifier-free guidance of UNets by name, in the place of the pipeline's, which
+            has to be attached. The difference of the two predictions of a sample is scaled before the pipeline does.
         verify: whether the traces of UNets of diffusers are compared with them.
     Returns:
         a UNet for any pipeline of its members. A schedule by call needs `sdgraph.attach(pipe)`, or `expecting`.
@@ -129,7 +134,10 @@ def switch(
     _check_schedule(schedule, names)
     _check_agreement({name: _facts(one) for name, one in members.items()})
     return SwitchUNet(
-        {name: apply(_unet_of(one), verify=verify) for name, one in members.items()}, schedule, carry_features
+        {name: apply(_unet_of(one), verify=verify) for name, one in members.items()},
+        schedule,
+        carry_features,
+        guidance_scale or {},
     )
 
 
@@ -144,6 +152,7 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         members: the UNets by name. They belong to this module from now on, and share equal weights.
         schedule: the schedule that names the UNet of each call.
         carry_features: whether values of common sites are taken over when the turn changes.
+        guidance_scale: the scale of classifier-free guidance of members by name, where it is not the pipeline's.
     """
 
     __module__ = "sdgraph"  # which diffusers writes into the index of a pipeline, and asks its readers to import
@@ -152,14 +161,19 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 
     @checked(SourceError)
     def __init__(
-        self, members: Mapping[str, GraphUNet], schedule: MemberSchedule, carry_features: bool = False
+        self,
+        members: Mapping[str, GraphUNet],
+        schedule: MemberSchedule,
+        carry_features: bool = False,
+        guidance_scale: Annotated[Mapping[str, float], Any] = MappingProxyType({}),
     ) -> None:
         _check_names(members)
         _check_schedule(schedule, tuple(members))
         _check_agreement({name: _facts(member) for name, member in members.items()})
         ModelMixin.__init__(self)
         self.members = nn.ModuleDict(members)  # type: ignore[assignment]
-        self.schedule, self.carry_features = schedule, carry_features
+        _check_known(schedule, guidance_scale, tuple(members), "guidance_scale")
+        self.schedule, self.carry_features, self.guidance_scale = schedule, carry_features, dict(guidance_scale)
         self.tracker = GenerationTracker()
         self._checked_run: SamplingRun | None = None
         self._carried = _common_sites(members.values()) if carry_features else frozenset()
@@ -195,8 +209,24 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
     def _turn(self, flat: Mapping[str, torch.Tensor], name: str) -> Turn:
         """Return the turn of a member, which covers the call."""
         member = self.members[name]
-        backend = member.backend if member.prepare(flat) else _Whole(member.backend)
+        backend: Backend[Any, Any] = member.backend if member.prepare(flat) else _Whole(member.backend)
+        if name in self.guidance_scale and not flat["sample"].is_meta:
+            backend = _Guided(backend, self.guidance_scale[name] / self._pipeline_scale(flat))
         return Turn(backend, name, self._carried)
+
+    def _pipeline_scale(self, flat: Mapping[str, torch.Tensor]) -> float:
+        """Return the scale of guidance of the attached pipeline that makes a call."""
+        sources = [one for one in self.tracker.position_sources if isinstance(one, Attachment)]
+        source = next((one for one in sources if one.read(flat["timestep"]) is not None), None)
+        scale = source.guidance_scale if source is not None else None
+        if scale is None or flat["sample"].shape[0] % 2:
+            what = "the pipeline runs without guidance, or combines its predictions in another way"
+            raise ModeError(
+                what if source is not None else "no attached pipeline makes this call, so its guidance is unknown",
+                where="guidance_scale",
+                hint="sdgraph.attach(pipe), with guidance_scale above 1 and without guidance_rescale; or leave it out",
+            )
+        return scale
 
     def _member(self, timesteps: torch.Tensor, call: int | None, timestep: float | None, run: SamplingRun) -> str:
         """Return the name of the UNet that computes a call, see `Turns`."""
@@ -360,6 +390,7 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
                 str(self.schedule),
                 self.carry_features,
                 {name: member.graph for name, member in self.members.items()},
+                self.guidance_scale,
                 {name: member.tensors() for name, member in self.members.items()},
             ),
             self.config,
@@ -391,7 +422,7 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         try:
             schedule = _read_schedule(contents.schedule)
             members = {name: GraphUNet(graph) for name, graph in contents.graphs.items()}
-            unet = cls(members, schedule, contents.carry_features)
+            unet = cls(members, schedule, contents.carry_features, contents.guidance_scale)
         except (ScheduleError, SpecError, SourceError) as error:
             raise SavedError(
                 f"the members and the schedule do not fit: {error.what}", where=str(path), hint="save the switch again"
@@ -402,7 +433,7 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SwitchUNet:
         members = {name: copy.deepcopy(member, memo) for name, member in self.members.items()}
-        return SwitchUNet(members, self.schedule, self.carry_features)
+        return SwitchUNet(members, self.schedule, self.carry_features, self.guidance_scale)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModeError("a SwitchUNet is not pickled", hint="use save_pretrained(directory) and from_pretrained")
@@ -431,6 +462,26 @@ class _Whole:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the output of a call."""
         return self._backend.compute(inputs, frozenset(), no_value)[0], {}
+
+
+class _Guided:
+    """A backend whose prediction with a prompt lies farther from that without, or nearer to it.
+
+    Args:
+        backend: the backend that computes the calls, of samples without a prompt and the same ones with it.
+        factor: the factor of the difference.
+    """
+
+    def __init__(self, backend: Backend[Mapping[str, torch.Tensor], torch.Tensor], factor: float) -> None:
+        self.sites, self._backend, self._factor = backend.sites, backend, factor
+
+    def compute(
+        self, inputs: Mapping[str, torch.Tensor], reused: frozenset[str], read: Callable[[str], torch.Tensor]
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Return the output of a call, and the values of the sites that it computed."""
+        output, computed = self._backend.compute(inputs, reused, read)
+        without, given = output.chunk(2)
+        return torch.cat([without, without + self._factor * (given - without)]), computed
 
 
 # -- equal weights ----------------------------------------------------------------------------------------------------
@@ -527,11 +578,13 @@ def _check_schedule(schedule: MemberSchedule, members: tuple[str, ...]) -> None:
         )
 
 
-def _check_known(schedule: MemberSchedule, names: Iterable[str], members: tuple[str, ...]) -> None:
+def _check_known(
+    schedule: MemberSchedule, names: Iterable[str], members: tuple[str, ...], who: str = "the schedule"
+) -> None:
     for name in names:
         if name not in members:
             raise ScheduleError(
-                f"the schedule names a UNet {name!r}",
+                f"{who} names a UNet {name!r}",
                 where=str(schedule),
                 hint=did_you_mean(name, members) or f"members: {', '.join(members)}",
             )

@@ -38,6 +38,7 @@ class SwitchRecipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         schedule: the schedule as text.
         carry_features: whether values of common sites are taken over when the turn changes.
         members: the recipe of each member by name, in order.
+        guidance_scale: the scale of classifier-free guidance of members by name, where it is not the pipeline's.
         files: SHA-256 of each other file, by name.
         weights: name of the file of weights, or of the index of its shards. Its tensors are named `MEMBER.TENSOR`.
         same: the tensor that is stored, for each that is not, because the two are equal.
@@ -50,6 +51,7 @@ class SwitchRecipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     members: Annotated[dict[MemberName, GraphRecipe], msgspec.Meta(min_length=1, max_length=100)]
     files: dict[FileName, Digest]
     weights: FileName
+    guidance_scale: dict[MemberName, Annotated[float, msgspec.Meta(gt=0, le=1e6)]] = {}
     same: dict[str, str] = {}
 
 
@@ -61,12 +63,14 @@ class Contents:
         schedule: the schedule as text.
         carry_features: whether values of common sites are taken over when the turn changes.
         graphs: the graph of each member by name.
+        guidance_scale: the scale of classifier-free guidance of members by name, where it is not the pipeline's.
         tensors: the parameters and buffers of each member, by name.
     """
 
     schedule: str
     carry_features: bool
     graphs: Mapping[str, Graph]
+    guidance_scale: Mapping[str, float]
     tensors: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     def stored(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -132,6 +136,7 @@ def save_switch(
             members=recipes,
             files={name: sha256(folder / name) for name in (CONFIG, *files)},
             weights=weights,
+            guidance_scale=dict(contents.guidance_scale),
             same=same,
         )
         plain = json.loads(json.dumps(msgspec.to_builtins(recipe), default=str))
@@ -183,7 +188,7 @@ def load_switch(
     for name, graph in graphs.items():
         put_weights(graph, dict(_of_member(name, found, recipe.same, path)), folder / recipe.weights)
         graph.config = {**graph.config, "_name_or_path": str(folder)}
-    return Contents(recipe.schedule, recipe.carry_features, graphs), path
+    return Contents(recipe.schedule, recipe.carry_features, graphs, recipe.guidance_scale), path
 
 
 def _of_member(

@@ -227,6 +227,34 @@ def test_gradients_reach_the_latents_through_the_member_whose_turn_it_is(members
     assert torch.equal(found, call["sample"].grad)
 
 
+# -- guidance ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_scale_of_guidance_for_each_unet(members: dict[str, GraphUNet], pipe: Any) -> None:
+    schedule = "ByCall(('large', 'small'), (2,))"
+    alone = sdgraph.switch({"large": members["large"]}, guidance_scale={"large": 3.0})
+    found, wanted = images(pipe, alone, attached=True), images(pipe, members["large"], guidance_scale=3.0)
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert not torch.allclose(found, images(pipe, members["large"]), atol=1e-2)
+    unet = sdgraph.switch(members, schedule, guidance_scale={"small": 7.5})
+    plain_unet = sdgraph.switch(members, schedule)
+    found, wanted = (images(pipe, one, attached=True, output_type="latent") for one in (unet, plain_unet))
+    assert torch.allclose(found, wanted, atol=1e-3)  # the pipeline's scale, by another order of operations
+
+
+def test_guidance_that_a_unet_cannot_scale(members: dict[str, GraphUNet], pipe: Any) -> None:
+    unet = sdgraph.switch(members, boundary_ratio=0.5, guidance_scale={"large": 3.0})
+    with pytest.raises(errors.ModeError, match="no attached pipeline makes this call"):
+        images(pipe, unet)
+    for options in ({"guidance_scale": 1.0}, {"guidance_rescale": 0.7}):
+        with pytest.raises(errors.ModeError, match="runs without guidance, or combines"):
+            images(pipe, unet, attached=True, **options)
+    with pytest.raises(errors.ScheduleError, match="guidance_scale names a UNet 'other'"):
+        sdgraph.switch(members, boundary_ratio=0.5, guidance_scale={"other": 3.0})
+    with pytest.raises(errors.SpecError, match="guidance_scale is"):
+        sdgraph.switch(members, boundary_ratio=0.5, guidance_scale={"large": -1.0})
+
+
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +292,8 @@ def test_saved_and_loaded(
     inheriting: dict[str, GraphUNet], members: dict[str, GraphUNet], pipe: Any, tmp_path: Any
 ) -> None:
     mixed = {"whole": members["large"], "reusing": inheriting["large"], "small": members["small"]}
-    unet = sdgraph.switch(mixed, "ByCall(('whole', 'reusing', 'small'), (1, 4))")
+    schedule = "ByCall(('whole', 'reusing', 'small'), (1, 4))"
+    unet = sdgraph.switch(mixed, schedule, guidance_scale={"small": 5.0})
     expected = images(pipe, unet, attached=True)
     pipe.save_pretrained(tmp_path)
     absent = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor"))
