@@ -116,8 +116,9 @@ class Attachment(PositionSource):
 
     @property
     def guidance_scale(self) -> float | None:
-        """The scale of classifier-free guidance in the pipeline's call, whose batch has samples without a prompt and then
-        with it; None if the pipeline combines its predictions in another way, or runs without guidance.
+        """The scale of classifier-free guidance in the pipeline's call; None if there is none, or another combination.
+
+        The batch has the samples without a prompt first, and then the same ones with it.
         """
         pipe = self._pipe()
         if not getattr(pipe, "do_classifier_free_guidance", False) or hasattr(pipe, "image_guidance_scale"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import pytest
+import scenes.pipeline
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UNet2DConditionModel
 
 import sdgraph
 from sdgraph import GraphUNet, SwitchUNet, errors
@@ -153,6 +155,39 @@ def test_a_solver_of_two_calls_per_step(members: dict[str, GraphUNet], pipe: Any
     assert images(pipe, unet, attached=True, steps=4).isfinite().all()
     images(pipe, unet, attached=True, steps=4)
     assert caplog.text.count("HeunDiscreteScheduler combines the predictions of several calls") == 1
+
+
+@pytest.mark.slow
+def test_the_history_of_the_other_unet_changes_less_than_the_switch() -> None:
+    """The figure of docs/switching.md: run with -s to see it."""
+    pipe, steps, first = scenes.pipeline.load(), 10, 5
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    large = pipe.unet
+    both = sdgraph.switch(
+        {"large": large, "small": scenes.pipeline.load_student()}, ByCall(("large", "small"), (first,))
+    )
+    prompts = ["a red circle", "a blue square", "a green triangle", "a yellow circle"]
+
+    def latents(unet: Any, forgetting: bool = False) -> torch.Tensor:
+        def forget(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if forgetting and step == first - 1:
+                pipe.scheduler.lower_order_nums = 0  # the next step is of the first order, as at the beginning
+            return {}
+
+        pipe.unet = unet
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+        with sdgraph.attach(pipe) if unet is both else contextlib.nullcontext():
+            return pipe(prompts, num_inference_steps=steps, generator=generators, output_type="latent",
+                        callback_on_step_end=forget).images  # type: ignore[no-any-return]  # fmt: skip
+
+    def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float(((one - other).flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1)).mean())
+
+    switched = latents(both)
+    of_history, of_switch = distance(latents(both, forgetting=True), switched), distance(switched, latents(large))
+    print(f"history {of_history:.4f}, switch {of_switch:.4f} (relative L2 of the final latents)")
+    assert 0.02 < of_history / of_switch < 0.25
 
 
 # -- features ---------------------------------------------------------------------------------------------------------
