@@ -26,6 +26,7 @@ KINDS = {
     "frontier": tables.quality,
     "tuning": tables.tuning,
     "pruning": tables.pruning,
+    "channels": tables.channels,
     "gpu": tables.gpu,
     "providers": tables.engines,
     "images": tables.images,

@@ -336,3 +336,25 @@ def drop_in(result: Result) -> dict[str, str]:
             values = (found[key] for key in COUNTS)
             rows.append((mode, suite, *(str(v if isinstance(v, int) else len(v)) for v in values)))
     return {"conditions": f"diffusers {result['diffusers']} ({result['date'][:10]}).", "suites": markdown(rows)}
+
+
+def channels(result: Result) -> dict[str, str]:
+    """Return the table of `channels.py`."""
+    whole, *others = result["rows"]
+    rows = [("way", "budget", "parameters", "GMACs", "time/whole", "error of the noise")]
+    for row in (whole, *others):
+        head = (row["name"], f"{row['budget']:g}")
+        if "failure" in row:
+            rows.append((*head, "-", "-", "-", f"fails: {row['failure']}"))
+            continue
+        share = f"{row['parameters'] / 1e6:.2f} M ({row['parameters'] / whole['parameters']:.3f})"
+        time = ratio(row["samples"], whole["samples"])
+        rows.append((*head, share, f"{row['macs'] / 1e9:.3f}", time, f"{row['error']:.3g}"))
+    conditions = (
+        f"{result['device']}, {result['threads']} threads, float32, batch {2 * result['captions']}; torch "
+        f"{result['torch']}, diffusers {result['diffusers']}, Torch-Pruning {result['torch_pruning']} "
+        f"({result['date'][:10]}, {result['commit']}). Squared error of the predicted noise relative to its square, "
+        f"before any tuning, the mean over the {result['sampling']} calls of a generation of {result['captions']} "
+        "captions. The median of the ratios of times within each turn, and their quartiles."
+    )
+    return {"conditions": f"{conditions} {QUICK}" if result["quick"] else conditions, "channels": markdown(rows)}

@@ -287,3 +287,17 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     ]
     assert max(whole) < 1e-3 < min(inheriting)
     assert "no CUDA graphs" in run.stderr  # it says why
+
+
+@pytest.mark.long
+def test_channels_are_compared_at_one_budget(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    command, out = [*PYTHON, "benchmarks.channels", "--quick"], tmp_path / "result.json"
+    run = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    whole, *rows = json.loads(out.read_text())["rows"]
+    assert sum(row["name"].startswith("PruneChannels") for row in rows) == 3
+    assert not [row for row in rows if row["name"].startswith("PruneChannels") and "failure" in row]
+    for row in rows:
+        assert "failure" in row or (row["parameters"] <= 0.9 * whole["parameters"] and row["error"] > 0), row["name"]
+    assert "| Torch-Pruning, inside blocks" in run.stdout
