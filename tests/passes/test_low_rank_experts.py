@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -81,21 +82,30 @@ def test_a_truncated_matrix_is_the_best_approximation() -> None:
     torch.testing.assert_close(up @ down, matrix, rtol=1e-4, atol=1e-5)
 
 
-def test_it_learns_from_where_it_starts() -> None:
+def test_training_equals_that_of_the_kernel_that_is_never_formed() -> None:
     conv = nn.Conv2d(4, 4, 3, padding=1)
     module = LowRankConv2d([conv], 3, 8, "softmax", 1.0, rank=2)
     x, embedding, target = torch.randn(2, 4, 8, 8), torch.randn(2, 8), torch.randn(2, 4, 8, 8)
-    trained = [p for name, p in module.named_parameters() if name not in ("weight", "bias")]
-    before = [p.detach().clone() for p in trained]
-    optimizer, losses = torch.optim.Adam(trained, lr=0.05), []
-    for _ in range(20):
-        loss = F.mse_loss(module(x, embedding), target)
-        losses.append(float(loss.detach()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < 0.95 * losses[0]
-    assert not any(torch.equal(a, b) for a, b in zip(trained, before, strict=True))
+    before, plain = [p.detach().clone() for p in module.parameters()], copy.deepcopy(module)
+
+    def formed() -> torch.Tensor:
+        gates, rows = plain.gates(F.silu(embedding)), []
+        ups, downs = plain.up.flatten(1).split(2, 1), plain.down.flatten(1).split(2)
+        for sample in range(2):
+            parts = [gate * up @ down for gate, up, down in zip(gates[sample, 1:], ups, downs, strict=True)]
+            kernel = plain.weight + sum(parts).reshape(plain.weight.shape)
+            rows.append(F.conv2d(x[sample : sample + 1], kernel, plain.bias, padding=1))
+        return torch.cat(rows)
+
+    for trained, forward in ((module, lambda: module(x, embedding)), (plain, formed)):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.mse_loss(forward(), target).backward()
+            optimizer.step()
+    for (name, value), expected, old in zip(module.named_parameters(), plain.parameters(), before, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=name)
+        assert not torch.equal(value, old), name
 
 
 @pytest.mark.parametrize("routing", ["timestep", "input"])

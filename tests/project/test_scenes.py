@@ -163,7 +163,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert [step for step, _, _ in read_log(tmp_path / "stopped" / "loss.csv")] == list(range(25, 201, 25))
     losses = [[loss for _, _, loss in read_log(tmp_path / name / "loss.csv")] for name in ("whole", "stopped")]
     assert losses[0][1:] == losses[1][1:]
-    assert losses[0][-1] < losses[0][0] / 100
 
 
 @pytest.mark.long
