@@ -1,4 +1,4 @@
-"""The scenes of `examples/scenes`, the model trained on them, and the judge."""
+"""The code of `examples/scenes`; test_scenes_model.py checks the model that is shipped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from scenes import card, data, models, quality, student
+from scenes import card, data, models, quality
 from scenes.caption import WORDS, CaptionError, Mention, caption, mentions
 from scenes.draw import draw
 from scenes.fit import OutOfTimeError, fit, read_log
-from scenes.judge import Judge, labels
-from scenes.pipeline import GUIDANCE, JUDGE, MODEL, STUDENT, AssetError, load, load_student
+from scenes.judge import Judge
+from scenes.pipeline import GUIDANCE, JUDGE, MODEL, AssetError, load, load_student
 from scenes.scene import COLOURS, HELD_OUT, SHAPES, Scene
 from torch import Tensor, nn
 
@@ -214,31 +213,7 @@ def equal_weights(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-# -- the judge and its figures ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_the_judge_reads_drawn_scenes(judge: Judge, held_out: bool) -> None:
-    scenes = some(1000, held_out, seed=11)
-    _, found = judge.look(draw(one) for one in scenes)
-    truth = torch.stack([labels(one) for one in scenes]).numpy()
-    assert (found == truth).all((1, 2)).mean() >= 0.99  # all attributes of all objects of a scene
-    assert (MODEL / JUDGE).stat().st_size < 2e6
-
-
-@pytest.mark.slow
-def test_figures_of_drawn_scenes_are_at_the_ceiling(judge: Judge) -> None:
-    scenes, captions = quality.held_out_captions(200)
-    images = np.stack([draw(one) for one in scenes]) / 255
-    figures = quality.Quality(judge, references=500)(images, captions)
-    assert figures["shape and colour"] >= 0.99
-    assert figures["place"] >= 0.99
-    blurred = images[:, ::-1]  # upside down: what is on top is at the bottom
-    turned = quality.Quality(judge, references=500)(blurred, captions)
-    assert turned["place"] < 0.75
-    assert turned["frechet"] > figures["frechet"]
-    swapped = quality.Quality(judge, references=500)(images, captions[1:] + captions[:1])
-    assert swapped["shape and colour"] < 0.05
+# -- figures ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_verdict() -> None:
@@ -300,43 +275,6 @@ def test_assets_that_are_missing_or_damaged(tmp_path: Path) -> None:
     weights.write_bytes(data)
     with pytest.raises(AssetError, match=r"unet.*is damaged.*git checkout"):
         load(model)
-
-
-@pytest.mark.parametrize("folder", [MODEL, STUDENT])
-def test_the_card_is_current(folder: Path) -> None:
-    """If this fails: `python -m scenes.card`, from examples/."""
-    assert card.filled(folder) == (folder / "README.md").read_text()
-
-
-def test_the_figures_meet_the_bar() -> None:
-    found = json.loads((MODEL / "quality.json").read_text())
-    generated = found["figures"]["generated"]
-    assert found["count"] == 1000
-    assert generated["shape and colour"] >= 0.90
-    assert generated["place"] >= 0.85
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("unet", [None, load_student], ids=["model", "student"])
-def test_the_model_makes_what_captions_say(unet: Callable[[], nn.Module] | None) -> None:
-    """The recorded figures, on fewer images and steps."""
-    pipe = load()
-    if unet is not None:
-        pipe.unet = unet()
-    figures, _, _ = quality.measure(pipe, count=40, steps=20, guidance=quality.GUIDANCE)
-    assert figures["generated"]["shape and colour"] >= 0.75
-    assert figures["generated"]["place"] >= 0.7
-
-
-def test_the_student_is_the_pruned_unet_of_the_model() -> None:
-    tuned, untuned = load_student(), sdgraph.apply(load().unet, student.PASSES)
-    assert [str(p.one) for p in tuned.graph.passes] == [student.PASSES]
-    assert {name: p.shape for name, p in tuned.named_parameters()} == {
-        name: p.shape for name, p in untuned.named_parameters()
-    }
-    assert not equal_weights(tuned, untuned)
-    assert tuned.dtype == torch.float32
-    assert sum(file.stat().st_size for file in STUDENT.rglob("*.safetensors")) < 8e6
 
 
 @pytest.mark.slow
