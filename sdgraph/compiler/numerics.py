@@ -1,4 +1,4 @@
-"""Comparison of graphs: they are run on random inputs.
+"""Comparison of graphs: they are run on random inputs, and what a pass changed is held against its contract.
 
 The inputs are those of generations: calls with the same conditioning, in which later calls reuse values of the first.
 So the values that sites keep are compared too.
@@ -14,15 +14,19 @@ import torch
 from torch import fx, nn
 
 from ..contract import Contract
+from ..errors import ContractError, SdgraphError
 from ..forecasts import REPEAT
 from ..graph import Graph
 from ..inheritance.cache import FeatureCache, no_value
+from ..ir.decisions import Decisions
 from ..ir.dims import evaluate
 from ..ir.guards import raised
 from ..ir.inputs import random_value
 from ..ir.nodes import scope
 from ..ir.variants import Variant
 from ..schedules import Once, SamplingRun, Uniform
+from .error_location import failure
+from .passes import CompilerRun, Pass
 
 Call = dict[str, torch.Tensor]
 NO_TIME = 0.0  # the timestep of a call whose schedules count calls
@@ -204,3 +208,69 @@ def first_difference(before: Graph, after: Graph, flat: Mapping[str, torch.Tenso
             origin = f", computed from the new {sources}" if sources else ""
             return f"{scope(node) or '(top level)'}, node {node.name} (largest difference {figure:.3g}{origin})"
     return "the output, through new nodes only"
+
+
+def check_contract(pass_: Pass, before: Graph, after: Graph) -> float:
+    """Return the largest difference that a pass made to the outputs, on random inputs.
+
+    The graphs are compared at two sizes, with and without optional inputs, and at a second call that inherits the sites
+    that the pass added.
+
+    Args:
+        pass_: the pass.
+        before: the graph that it was applied to.
+        after: the graph that it left.
+    Raises:
+        ContractError: the difference is larger than the contract allows; the error names the first node that differs.
+    """
+    single, double = generations(before, after)
+    old, new = frozenset(before.sites), frozenset(after.sites)
+    trials = [(single, old, new), (double, frozenset(), new - old), *([(double, old, new)] if old else ())]
+    return max(_compare(pass_, before, after, *trial) for trial in trials)
+
+
+def _compare(
+    pass_: Pass, before: Graph, after: Graph, calls: list[Call], old: frozenset[str], new: frozenset[str]
+) -> float:
+    expected = play(before, calls, old)
+    try:
+        outputs = play(after, calls, new)
+    except SdgraphError:
+        raise
+    except Exception as error:
+        raise failure(pass_, error, after) from error
+    differences = [largest_difference(a, b) for a, b in zip(expected, outputs, strict=True)]
+    difference = max(differences)
+    wrong = [
+        number for number, (a, b) in enumerate(zip(expected, outputs, strict=True)) if not pass_.contract.holds(a, b)
+    ]
+    if not wrong:
+        return difference
+    if pass_.contract.kind == "exact":
+        noise = max(map(largest_difference, expected, play(before, calls, old)))
+        if difference <= 4 * noise:
+            return difference  # the device's kernels do not repeat bit for bit either
+    _blame(pass_, before)
+    number = wrong[0]
+    inherited = new if number else frozenset()
+    where = (
+        f"a call that inherits {', '.join(sorted(inherited)[:3])}"
+        if inherited and pass_.contract.holds(*(play(g, [calls[number]])[0] for g in (before, after)))
+        else first_difference(before, after, calls[number])
+    )
+    if pass_.contract.kind == "approximate":
+        raise ContractError(f"{pass_} makes the output infinite or nan", where=where)
+    raise ContractError(
+        f"{pass_} promises {pass_.contract} but its output differs by {differences[number]:.3g}",
+        where=where,
+        hint="mend the pass, or declare what it does: Contract.CLOSE(...) or Contract.APPROXIMATE",
+    )
+
+
+def _blame(pass_: Pass, graph: Graph) -> None:
+    """Apply the parts of a failed pass one by one, so that the error names the guilty one."""
+    for inner in pass_.parts:
+        after = graph.copy()
+        inner.apply(after, CompilerRun(graph, Decisions()))
+        check_contract(inner, graph, after)
+        graph = after

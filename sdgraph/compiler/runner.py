@@ -14,7 +14,7 @@ from ..ir.read_only import read_only
 from ..ir.tracer import watched_modules
 from ..ir.verify import fingerprint
 from .error_location import failure
-from .numerics import Call, first_difference, generations, largest_difference, play
+from .numerics import check_contract
 from .passes import CompilerRun, Pass
 from .report import PassReport, Size
 
@@ -80,7 +80,7 @@ def run_pass(
                 where=f"nearest misses: {closest}" if closest else "",
                 hint="drop it, or set may_change_nothing = True on the pass",
             )
-        difference = _verify(pass_, graph, after) if verify else None
+        difference = check_contract(pass_, graph, after) if verify else None
     decisions = run.decisions.finish()
     after.passes = (*graph.passes, Applied(pass_, decisions))
     seconds = time.perf_counter() - start
@@ -119,68 +119,6 @@ def replay(passes: Iterable[Applied], graph: Graph) -> Graph:
         assert isinstance(applied.one, Pass)
         graph, _ = run_pass(applied.one, graph, verify=False, recorded=applied.decisions)
     return graph
-
-
-def _verify(pass_: Pass, before: Graph, after: Graph) -> float:
-    """Return the largest difference on random inputs.
-
-    The graphs are compared at two sizes, with and without optional inputs, and at a second call that inherits the sites
-    that the pass added.
-
-    Raises:
-        ContractError: the difference is larger than the contract allows; the error names the first node that differs.
-    """
-    single, double = generations(before, after)
-    old, new = frozenset(before.sites), frozenset(after.sites)
-    trials = [(single, old, new), (double, frozenset(), new - old), *([(double, old, new)] if old else ())]
-    return max(_compare(pass_, before, after, *trial) for trial in trials)
-
-
-def _compare(
-    pass_: Pass, before: Graph, after: Graph, calls: list[Call], old: frozenset[str], new: frozenset[str]
-) -> float:
-    expected = play(before, calls, old)
-    try:
-        outputs = play(after, calls, new)
-    except SdgraphError:
-        raise
-    except Exception as error:
-        raise failure(pass_, error, after) from error
-    differences = [largest_difference(a, b) for a, b in zip(expected, outputs, strict=True)]
-    difference = max(differences)
-    wrong = [
-        number for number, (a, b) in enumerate(zip(expected, outputs, strict=True)) if not pass_.contract.holds(a, b)
-    ]
-    if not wrong:
-        return difference
-    if pass_.contract.kind == "exact":
-        noise = max(map(largest_difference, expected, play(before, calls, old)))
-        if difference <= 4 * noise:
-            return difference  # the device's kernels do not repeat bit for bit either
-    _blame(pass_, before)
-    number = wrong[0]
-    inherited = new if number else frozenset()
-    where = (
-        f"a call that inherits {', '.join(sorted(inherited)[:3])}"
-        if inherited and pass_.contract.holds(*(play(g, [calls[number]])[0] for g in (before, after)))
-        else first_difference(before, after, calls[number])
-    )
-    if pass_.contract.kind == "approximate":
-        raise ContractError(f"{pass_} makes the output infinite or nan", where=where)
-    raise ContractError(
-        f"{pass_} promises {pass_.contract} but its output differs by {differences[number]:.3g}",
-        where=where,
-        hint="mend the pass, or declare what it does: Contract.CLOSE(...) or Contract.APPROXIMATE",
-    )
-
-
-def _blame(pass_: Pass, graph: Graph) -> None:
-    """Apply the parts of a failed pass one by one, so that the error names the guilty one."""
-    for inner in pass_.parts:
-        after = graph.copy()
-        inner.apply(after, CompilerRun(graph, Decisions()))
-        _verify(inner, graph, after)
-        graph = after
 
 
 def _leaves(pass_: Pass) -> list[Pass]:
