@@ -1,4 +1,8 @@
-"""The interface of diffusers: the call that all UNets of sdgraph share, and the methods that a traced UNet refuses."""
+"""The interface of diffusers: the call that all UNets of sdgraph share, and the methods that a traced UNet refuses.
+
+What diffusers changes in a traced UNet after it was made is `Adapters`, which makes another graph. Methods of diffusers
+that concern the weights of a `GraphUNet` or its folder stand beside those in `unet.py`, because they are as much ours.
+"""
 
 from __future__ import annotations
 

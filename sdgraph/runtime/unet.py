@@ -78,6 +78,8 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
     _supports_gradient_checkpointing = False
     backend: TorchBackend
 
+    # -- the graph -----------------------------------------------------------------------------------------------
+
     @checked(SourceError)
     def __init__(self, graph: Graph, report: Report | None = None) -> None:
         ModelMixin.__init__(self)  # without UNet2DConditionModel's own, which would build its modules
@@ -137,6 +139,82 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             self.tracker.warn(
                 "PyTorch's hooks for all modules are called for the leaves of a graph and for the UNet, not for blocks"
             )
+
+    def reschedule(self, sites: Mapping[str, Site]) -> None:
+        """Give sites other schedules and forecasts. Generations that are under way keep theirs.
+
+        Args:
+            sites: the sites that differ, by name.
+        Raises:
+            PathError: there is no site of a name.
+        """
+        self._graph = self._graph.rescheduled(sites)
+        self.backend = self.backend.rescheduled(self._graph)
+        self.adapters = self.adapters.rescheduled(self._graph)
+
+    def variant(self, given: frozenset[str], reused: frozenset[str] = frozenset()) -> fx.GraphModule:
+        """Return the straight-line module for the calls that reuse some sites. It is built once.
+
+        Args:
+            given: the inputs of the call.
+            reused: the sites that are not computed.
+        Returns:
+            a module over this module's weights. Its arguments are those inputs, in graph order, and the values of the
+            sites in `meta["reads"]`; it returns the output and the values of the sites in `meta["writes"]`, as one
+            tuple. If the graph has no sites it returns the output.
+        """
+        return self.backend.module(given, reused)
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The `torch.fx.GraphModule` for a call without optional inputs that computes all sites, see `variant`."""
+        return self.variant(frozenset(i.name for i in self.graph.inputs if not i.optional))
+
+    def compile(self, **options: Any) -> None:
+        """Let `torch.compile` compile each variant when it is first run.
+
+        `torch.compile(unet)` would also trace the bookkeeping between calls, which is not for a compiler.
+
+        Args:
+            options: options of `torch.compile`, such as `mode="max-autotune"`. There are no graph breaks, so
+                `fullgraph=True` holds.
+        """
+        self._compile_options = options
+        self.backend = TorchBackend(self._graph, options)
+
+    def check_unaltered(self) -> None:
+        """Refuse to go on from this UNet if it was given what its graph does not say, and what would be lost.
+
+        Raises:
+            ModeError: there are LoRA layers that are not fused, hooks, methods that were exchanged on a module, modules
+                that nothing calls, or weights that are not here because they are offloaded.
+        """
+        self.follow_changes()
+        self._graph.check_unaltered()
+        altered = alteration(self)
+        if altered:
+            raise ModeError(
+                f"the UNet was given {altered}, which would be lost", where="GraphUNet", hint="remove it first"
+            )
+        offloaded = next((name for name, tensor in self.tensors().items() if tensor.is_meta), None)
+        if offloaded is not None and any(hasattr(module, "_hf_hook") for module in self.modules()):
+            raise ModeError("the weight is offloaded", where=offloaded, hint="pipe.remove_all_hooks() first")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphUNet:
+        altered = alteration(self)
+        if altered not in ("", "hooks"):
+            raise ModeError(
+                f"the UNet was given {altered}, which may be bound to it", where="GraphUNet", hint="remove it"
+            )
+        self.follow_changes()
+        twin = GraphUNet(self._graph.copy(), self.report)
+        for name in (*HOOKS, *WITH_HOOKS):
+            twin.__dict__[name] = copy.deepcopy(self.__dict__[name], {**memo, id(self): twin})
+        twin._ownership.take(twin)
+        return twin.train(True) if self.training else twin
+
+    def extra_repr(self) -> str:
+        return f"passes: {', '.join(map(str, self._graph.passes)) or 'none'}"
 
     # -- the call ------------------------------------------------------------------------------------------------
 
@@ -257,49 +335,11 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         self._accept(flat)
         return flat
 
-    def variant(self, given: frozenset[str], reused: frozenset[str] = frozenset()) -> fx.GraphModule:
-        """Return the straight-line module for the calls that reuse some sites. It is built once.
-
-        Args:
-            given: the inputs of the call.
-            reused: the sites that are not computed.
-        Returns:
-            a module over this module's weights. Its arguments are those inputs, in graph order, and the values of the
-            sites in `meta["reads"]`; it returns the output and the values of the sites in `meta["writes"]`, as one
-            tuple. If the graph has no sites it returns the output.
-        """
-        return self.backend.module(given, reused)
-
-    def compile(self, **options: Any) -> None:
-        """Let `torch.compile` compile each variant when it is first run.
-
-        `torch.compile(unet)` would also trace the bookkeeping between calls, which is not for a compiler.
-
-        Args:
-            options: options of `torch.compile`, such as `mode="max-autotune"`. There are no graph breaks, so
-                `fullgraph=True` holds.
-        """
-        self._compile_options = options
-        self.backend = TorchBackend(self._graph, options)
-
-    def reschedule(self, sites: Mapping[str, Site]) -> None:
-        """Give sites other schedules and forecasts. Generations that are under way keep theirs.
-
-        Args:
-            sites: the sites that differ, by name.
-        Raises:
-            PathError: there is no site of a name.
-        """
-        self._graph = self._graph.rescheduled(sites)
-        self.backend = self.backend.rescheduled(self._graph)
-        self.adapters = self.adapters.rescheduled(self._graph)
-
-    @property
-    def graph_module(self) -> fx.GraphModule:
-        """The `torch.fx.GraphModule` for a call without optional inputs that computes all sites, see `variant`."""
-        return self.variant(frozenset(i.name for i in self.graph.inputs if not i.optional))
-
     # -- weights, modes, moves -----------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return parameters and buffers by name, also those buffers that `state_dict` leaves out."""
+        return {**dict(self.named_buffers()), **self.state_dict()}
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode. The weights become this module's own (one copy), so that the source stays as it is.
@@ -331,28 +371,27 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             self._invalidate()  # or what was kept would stay on the other device
         return self
 
-    # -- what diffusers does with a UNet -------------------------------------------------------------------------
-
-    @property
-    def attn_processors(self) -> dict[str, Any]:
-        """The processors that were traced, by module path. The scale of an IP-Adapter may be set in them."""
-        return self.adapters.processors
-
-    set_attn_processor = _adapting(Adapters.set_attn_processor)
-    set_default_attn_processor = _adapting(Adapters.set_default_attn_processor)
-    fuse_qkv_projections = _adapting(Adapters.fuse_qkv_projections)
-    unfuse_qkv_projections = _adapting(Adapters.unfuse_qkv_projections)
-    enable_freeu = _adapting(Adapters.enable_freeu)
-    disable_freeu = _adapting(Adapters.disable_freeu)
-    _load_ip_adapter_weights = _adapting(Adapters.load_ip_adapter_weights)
-
-    def set_attention_slice(self, slice_size: Any = "auto") -> None:
-        """Change nothing: PyTorch's fused attention keeps no matrix of attention that could be sliced.
+    def enable_group_offload(self, onload_device: Any, *args: Any, **options: Any) -> None:
+        """Offload as in diffusers, leaf by leaf.
 
         Args:
-            slice_size: the size of a slice as in diffusers, which is ignored.
+            onload_device: the device that computes.
+            args: further options of diffusers, by position.
+            options: further options of diffusers, by name; `offload_type` is "leaf_level".
+        Raises:
+            ModeError: `offload_type` asks for blocks, which a graph does not call.
         """
-        log.warning("attention slicing changes nothing in a traced UNet, whose fused attention needs no memory for it")
+        if options.get("offload_type", args[1] if len(args) > 1 else "block_level") != "leaf_level":
+            raise ModeError(
+                "a graph calls its leaves, so blocks would never be brought in",
+                where="enable_group_offload",
+                hint="offload_type='leaf_level'",
+            )
+        super().enable_group_offload(onload_device, *args, **options)
+        self._invalidate()
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Change nothing: a graph has no gradient checkpointing."""
 
     def __getattr__(self, name: str) -> Any:
         kind = getattr(type(self), name, None)
@@ -383,69 +422,30 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         self._graph.weights.check_attribute(name, module)
         super().add_module(name, module)
 
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:
-        """Build the UNet of a configuration with random weights, as in diffusers, and apply the passes it lists.
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """The processors that were traced, by module path. The scale of an IP-Adapter may be set in them."""
+        return self.adapters.processors
+
+    set_attn_processor = _adapting(Adapters.set_attn_processor)
+    set_default_attn_processor = _adapting(Adapters.set_default_attn_processor)
+    fuse_qkv_projections = _adapting(Adapters.fuse_qkv_projections)
+    unfuse_qkv_projections = _adapting(Adapters.unfuse_qkv_projections)
+    enable_freeu = _adapting(Adapters.enable_freeu)
+    disable_freeu = _adapting(Adapters.disable_freeu)
+    _load_ip_adapter_weights = _adapting(Adapters.load_ip_adapter_weights)
+
+    def set_attention_slice(self, slice_size: Any = "auto") -> None:
+        """Change nothing: PyTorch's fused attention keeps no matrix of attention that could be sliced.
 
         Args:
-            config: the configuration, or the folder of a UNet.
-            return_unused_kwargs: whether the entries that the UNet does not have are returned as well.
-            options: further options of diffusers.
-        Returns:
-            the UNet, or the UNet and the unused entries.
-        Raises:
-            SavedError: the configuration cannot be read.
+            slice_size: the size of a slice as in diffusers, which is ignored.
         """
-        if not isinstance(config, Mapping):
-            try:
-                config = UNet2DConditionModel.load_config(config)
-            except (OSError, ValueError, TypeError) as error:
-                hint = "pass a configuration, or the folder of a UNet"
-                raise SavedError(f"no configuration can be read: {error}", where=str(config), hint=hint) from error
-        passes = config.get(PASSES, ())
-        plain = {name: value for name, value in config.items() if name != PASSES} | {
-            "_class_name": "UNet2DConditionModel"
-        }
-        known = UNet2DConditionModel._get_init_keys(UNet2DConditionModel)
-        own = {name: value for name, value in plain.items() if name in known or name.startswith("_")}
-        source, unused = UNet2DConditionModel.from_config(own, return_unused_kwargs=True, **options)
-        unused |= {name: value for name, value in plain.items() if name not in own}  # such as that of a moving average
-        graph = capture(source)  # which may be on the meta device: accelerate makes empty models to look at their sizes
-        unet = cls(replay(read_passes(passes), graph))
-        return (unet, unused) if return_unused_kwargs else unet
+        log.warning("attention slicing changes nothing in a traced UNet, whose fused attention needs no memory for it")
 
-    def enable_group_offload(self, onload_device: Any, *args: Any, **options: Any) -> None:
-        """Offload as in diffusers, leaf by leaf.
-
-        Args:
-            onload_device: the device that computes.
-            args: further options of diffusers, by position.
-            options: further options of diffusers, by name; `offload_type` is "leaf_level".
-        Raises:
-            ModeError: `offload_type` asks for blocks, which a graph does not call.
-        """
-        if options.get("offload_type", args[1] if len(args) > 1 else "block_level") != "leaf_level":
-            raise ModeError(
-                "a graph calls its leaves, so blocks would never be brought in",
-                where="enable_group_offload",
-                hint="offload_type='leaf_level'",
-            )
-        super().enable_group_offload(onload_device, *args, **options)
-        self._invalidate()
-
-    def disable_gradient_checkpointing(self) -> None:
-        """Change nothing: a graph has no gradient checkpointing."""
-
-    # -- back and to disk ----------------------------------------------------------------------------------------
-
-    def to_diffusers(self) -> UNet2DConditionModel:
-        """Return a plain diffusers model that computes the same, with its own copy of the weights.
-
-        Raises:
-            ModeError: no plain model computes the same. The error names the first difference.
-        """
-        self.check_unaltered()
-        return to_diffusers(self.graph, self.tensors())
+    # -- saving --------------------------------------------------------------------------------------------------
 
     @checked(SavedError)
     def save_pretrained(
@@ -508,43 +508,45 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
             nn.Module.to(unet, dtype or torch_dtype)
         return unet if device_map is None else nn.Module.to(unet, one_device(unet, device_map, max_memory))
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return parameters and buffers by name, also those buffers that `state_dict` leaves out."""
-        return {**dict(self.named_buffers()), **self.state_dict()}
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:
+        """Build the UNet of a configuration with random weights, as in diffusers, and apply the passes it lists.
 
-    def check_unaltered(self) -> None:
-        """Refuse to go on from this UNet if it was given what its graph does not say, and what would be lost.
+        Args:
+            config: the configuration, or the folder of a UNet.
+            return_unused_kwargs: whether the entries that the UNet does not have are returned as well.
+            options: further options of diffusers.
+        Returns:
+            the UNet, or the UNet and the unused entries.
+        Raises:
+            SavedError: the configuration cannot be read.
+        """
+        if not isinstance(config, Mapping):
+            try:
+                config = UNet2DConditionModel.load_config(config)
+            except (OSError, ValueError, TypeError) as error:
+                hint = "pass a configuration, or the folder of a UNet"
+                raise SavedError(f"no configuration can be read: {error}", where=str(config), hint=hint) from error
+        passes = config.get(PASSES, ())
+        plain = {name: value for name, value in config.items() if name != PASSES} | {
+            "_class_name": "UNet2DConditionModel"
+        }
+        known = UNet2DConditionModel._get_init_keys(UNet2DConditionModel)
+        own = {name: value for name, value in plain.items() if name in known or name.startswith("_")}
+        source, unused = UNet2DConditionModel.from_config(own, return_unused_kwargs=True, **options)
+        unused |= {name: value for name, value in plain.items() if name not in own}  # such as that of a moving average
+        graph = capture(source)  # which may be on the meta device: accelerate makes empty models to look at their sizes
+        unet = cls(replay(read_passes(passes), graph))
+        return (unet, unused) if return_unused_kwargs else unet
+
+    def to_diffusers(self) -> UNet2DConditionModel:
+        """Return a plain diffusers model that computes the same, with its own copy of the weights.
 
         Raises:
-            ModeError: there are LoRA layers that are not fused, hooks, methods that were exchanged on a module, modules
-                that nothing calls, or weights that are not here because they are offloaded.
+            ModeError: no plain model computes the same. The error names the first difference.
         """
-        self.follow_changes()
-        self._graph.check_unaltered()
-        altered = alteration(self)
-        if altered:
-            raise ModeError(
-                f"the UNet was given {altered}, which would be lost", where="GraphUNet", hint="remove it first"
-            )
-        offloaded = next((name for name, tensor in self.tensors().items() if tensor.is_meta), None)
-        if offloaded is not None and any(hasattr(module, "_hf_hook") for module in self.modules()):
-            raise ModeError("the weight is offloaded", where=offloaded, hint="pipe.remove_all_hooks() first")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphUNet:
-        altered = alteration(self)
-        if altered not in ("", "hooks"):
-            raise ModeError(
-                f"the UNet was given {altered}, which may be bound to it", where="GraphUNet", hint="remove it"
-            )
-        self.follow_changes()
-        twin = GraphUNet(self._graph.copy(), self.report)
-        for name in (*HOOKS, *WITH_HOOKS):
-            twin.__dict__[name] = copy.deepcopy(self.__dict__[name], {**memo, id(self): twin})
-        twin._ownership.take(twin)
-        return twin.train(True) if self.training else twin
-
-    def extra_repr(self) -> str:
-        return f"passes: {', '.join(map(str, self._graph.passes)) or 'none'}"
+        self.check_unaltered()
+        return to_diffusers(self.graph, self.tensors())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModeError("a GraphUNet is not pickled", hint="use save_pretrained(directory) and from_pretrained")
