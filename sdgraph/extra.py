@@ -29,3 +29,13 @@ def imported(module: str, extra: str) -> Any:
             hint=f"install the extra {extra!r}, from a clone: pip install -e '.[{extra}]', or from a wheel "
             f"file: pip install 'sdgraph_compiler-{__version__}-py3-none-any.whl[{extra}]'",
         ) from error
+
+
+def require_onnx() -> None:
+    """Require the packages of the extra `onnx`.
+
+    Raises:
+        ExtraError: a package is missing; the message says which, and how to install it.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        imported(name, "onnx")

@@ -15,7 +15,7 @@ from sdgraph.ir.sites import Site
 from sdgraph.ir.sites import sites as site_nodes
 from sdgraph.ir.variants import per_call
 
-from .manifest import MODEL, Dtype, Layout, Manifest, Target, Value, Variant
+from .manifest import MODEL, Dtype, ExportedVariant, Layout, Manifest, Target, Value
 
 
 def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, opset: int, calls: Any) -> Manifest:
@@ -68,17 +68,17 @@ def _require_one_timestep(graph: Graph) -> None:
     graph.propagate(anew=True)
 
 
-def _variants(graph: Graph, calls: Any) -> tuple[Variant, ...]:
+def _variants(graph: Graph, calls: Any) -> tuple[ExportedVariant, ...]:
     """Return the variants that the calls need. The first computes all sites, as the first call of a generation does."""
     if not graph.sites:
-        return (Variant(MODEL, macs=graph.macs),)
+        return (ExportedVariant(MODEL, macs=graph.macs),)
     variants = []
     may_go = {name for name, site in graph.sites.items() if site.bypassed}
     for number, planned in enumerate(graph.timetable(calls).variants):
         name = f"variant_{number}.onnx"
         kept = tuple(site for site in planned.computed if site not in may_go)
         computed = tuple(site for site in planned.computed if site in may_go)
-        variants.append(Variant(name, planned.reads, kept, planned.macs, planned.bypassed, computed))
+        variants.append(ExportedVariant(name, planned.reads, kept, planned.macs, planned.bypassed, computed))
     return tuple(variants)
 
 

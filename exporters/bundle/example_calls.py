@@ -12,7 +12,7 @@ from sdgraph.errors import ExportError
 from sdgraph.ir.dims import evaluate
 from sdgraph.ir.inputs import random_value
 
-from .manifest import Manifest, Variant
+from .manifest import ExportedVariant, Manifest
 
 
 def example_call(unet: GraphUNet, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -61,7 +61,7 @@ def random_call(unet: Any, manifest: Manifest, sizes: Mapping[str, int], seed: i
 
 
 def with_values(
-    unet: GraphUNet, manifest: Manifest, variant: Variant, call: Mapping[str, torch.Tensor]
+    unet: GraphUNet, manifest: Manifest, variant: ExportedVariant, call: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Return a call with the values that a variant reads: PyTorch computes them at the same call."""
     if not variant.reads:

@@ -14,7 +14,7 @@ from sdgraph.untrusted import read_config, require_folder
 from sdgraph.views.format import format_count, format_macs, format_names, format_ranges, format_table
 from sdgraph.views.timetable import supposition
 
-from .manifest import AGAIN, CONFIG, DATA, FIRST, MODEL, REPORT, Manifest, Variant
+from .manifest import AGAIN, CONFIG, DATA, FIRST, MODEL, REPORT, ExportedVariant, Manifest
 from .manifest_file import check_files, read_manifest
 from .untrusted import check_model
 
@@ -45,7 +45,7 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
     ]
     run = SamplingRun.of(calls)
     plan = Plan.of(run, always(BundleCosts(manifest)))
-    served: dict[Variant, list[int]] = {}
+    served: dict[ExportedVariant, list[int]] = {}
     for number, possible in enumerate(plan.calls):
         for variant in dict.fromkeys(manifest.variant_for(reused)[0] for reused in possible):
             served.setdefault(variant, []).append(number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from msgspec import Meta
@@ -28,7 +28,6 @@ NAMES = {"B": "batch", "H": "height", "W": "width", "L": "sequence"}  # of sizes
 Target = Literal["portable", "cuda"]
 Layout = Literal["variants", "single"]
 Dtype = Literal["float32", "float16"]
-TARGETS, LAYOUTS = get_args(Target), get_args(Layout)
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 AGAIN = "export the UNet again"
 
@@ -60,7 +59,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Variant:
+class ExportedVariant:
     """The ONNX model of one variant of the graph, see `sdgraph.ir.variants.Variant`.
 
     Args:
@@ -114,7 +113,7 @@ class Manifest:
     inputs: tuple[Input, ...]
     given: tuple[str, ...]
     output: tuple[int | str, ...]
-    variants: tuple[Variant, ...]
+    variants: tuple[ExportedVariant, ...]
     values: tuple[Value, ...] = ()
     guards: tuple[Guard, ...] = ()
     recipe: tuple[str, ...] = ()
@@ -152,7 +151,7 @@ class Manifest:
         """The shapes of the values, by site."""
         return {value.site: value.shape for value in self.values}
 
-    def variant_for(self, reused: frozenset[str]) -> tuple[Variant, bool]:
+    def variant_for(self, reused: frozenset[str]) -> tuple[ExportedVariant, bool]:
         """Return the variant for the calls that reuse some sites, and whether it was exported for such calls.
 
         The variant for such calls reuses no other site and computes none of these; at most one variant does so. Without
@@ -164,24 +163,24 @@ class Manifest:
                 return variant, True
         return min(candidates, key=lambda variant: variant.macs), False
 
-    def session_inputs(self, variant: Variant) -> tuple[Input, ...]:
+    def session_inputs(self, variant: ExportedVariant) -> tuple[Input, ...]:
         """Return all inputs of the file of a model, in the file's order."""
         if self.layout == "variants":
             return self.inputs_of(variant)
         values = (self._port("reused", value.site) for value in self.kept)
         return (*self.model_inputs, Input(CHOICE, (), (), "index"), *values)
 
-    def session_outputs(self, variant: Variant) -> tuple[Input, ...]:
+    def session_outputs(self, variant: ExportedVariant) -> tuple[Input, ...]:
         """Return all outputs of the file of a model, in the file's order."""
         if self.layout == "variants":
             return self.outputs_of(variant)
         return (Input(OUTPUT, (), self.output), *(self._port("computed", value.site) for value in self.kept))
 
-    def inputs_of(self, variant: Variant) -> tuple[Input, ...]:
+    def inputs_of(self, variant: ExportedVariant) -> tuple[Input, ...]:
         """Return all inputs of a model, in its order."""
         return (*self.model_inputs, *(self._port("reused", site) for site in variant.reads))
 
-    def outputs_of(self, variant: Variant) -> tuple[Input, ...]:
+    def outputs_of(self, variant: ExportedVariant) -> tuple[Input, ...]:
         """Return all outputs of a model, in its order."""
         return (Input(OUTPUT, (), self.output), *(self._port("computed", site) for site in variant.writes))
 

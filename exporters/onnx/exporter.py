@@ -20,13 +20,13 @@ import sdgraph
 from sdgraph import GraphUNet
 from sdgraph.atomic import appearing
 from sdgraph.errors import ExportError, SavedError, SdgraphError, SpecError
+from sdgraph.extra import require_onnx
 from sdgraph.options import Bounds, NotNegative, Text, checked
 from sdgraph.progress import Bar
 
 from ..bundle.describe import describe
 from ..bundle.example_calls import example_call, with_values
 from ..bundle.external_data import Weights
-from ..bundle.extra import require_onnx
 from ..bundle.manifest import CONFIG, DATA, MODEL, REPORT, Layout, Manifest, Target
 from ..bundle.manifest_file import read_manifest, write_manifest
 from . import parity

@@ -18,6 +18,7 @@ import torch
 
 from sdgraph import GraphUNet
 from sdgraph.errors import ExportError, ExtraError
+from sdgraph.extra import require_onnx
 from sdgraph.ir.dims import evaluate
 from sdgraph.ir.inputs import Input
 from sdgraph.ir.variants import copy_nodes, drop_inputs
@@ -25,7 +26,6 @@ from sdgraph.ir.variants import copy_nodes, drop_inputs
 from ..bundle.describe import describe
 from ..bundle.example_calls import example_call
 from ..bundle.external_data import SharedWeights, Weights
-from ..bundle.extra import require_onnx
 from ..bundle.manifest import DATA, MODEL, NAMES
 from . import translate
 from .exporter import OPSETS

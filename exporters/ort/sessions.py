@@ -15,7 +15,7 @@ from sdgraph.ir.dims import evaluate
 from sdgraph.ir.inputs import Input
 
 from ..bundle.external_data import SharedWeights
-from ..bundle.manifest import AGAIN, CHOICE, NAMES, Manifest, Variant
+from ..bundle.manifest import AGAIN, CHOICE, NAMES, ExportedVariant, Manifest
 from . import session_options as options
 from .io_binding import Captured, run
 from .providers import CPU, CUDA, Provider, choose
@@ -75,7 +75,7 @@ class Sessions:
             self._without_graphs(f"{self.provider} has none, or PyTorch has no CUDA")
         elif cuda_graph:
             self._provider = replace(self._provider, options={**self._provider.options, "enable_cuda_graph": "1"})
-        self._chosen: dict[frozenset[str], Variant] = {}
+        self._chosen: dict[frozenset[str], ExportedVariant] = {}
         self._accepted: dict[object, Mapping[str, int]] = {}
         self.sites = manifest.sites
 
@@ -109,7 +109,7 @@ class Sessions:
             self._accepted[signature] = self.manifest.check(inputs)
         return self._accepted[signature]
 
-    def of(self, reused: frozenset[str]) -> Variant:
+    def of(self, reused: frozenset[str]) -> ExportedVariant:
         """Return the variant for the calls that reuse some sites, or one that computes more."""
         if reused not in self._chosen:
             variant, exact = self.manifest.variant_for(reused)
@@ -122,7 +122,7 @@ class Sessions:
         return self._chosen[reused]
 
     def run(
-        self, variant: Variant, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+        self, variant: ExportedVariant, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
     ) -> tuple[torch.Tensor, ...]:
         """Run a variant, and return its outputs on the session's device.
 
@@ -149,7 +149,7 @@ class Sessions:
         return tuple(outputs[spec.name] for spec in self.manifest.outputs_of(variant))
 
     def _input(
-        self, spec: Input, variant: Variant, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+        self, spec: Input, variant: ExportedVariant, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
     ) -> torch.Tensor:
         if spec.name == CHOICE:
             return torch.tensor(self.manifest.variants.index(variant))  # on the CPU, where branches are taken
@@ -158,7 +158,7 @@ class Sessions:
         return self._empty(spec, sizes).zero_()  # in a single file all sites are inputs, taken or not
 
     def _captured(
-        self, variant: Variant, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+        self, variant: ExportedVariant, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Run through a CUDA graph. On the first failure, warn and disable CUDA graphs for all sessions."""
         key = variant.file, *(tuple(value.shape) for value in inputs.values())
@@ -202,7 +202,7 @@ class Sessions:
             return torch.device("cuda", int(self._provider.options.get("device_id", 0)))
         return torch.device("cpu")
 
-    def session(self, variant: Variant) -> Any:
+    def session(self, variant: ExportedVariant) -> Any:
         """The session of a model, opened when first asked for.
 
         Raises:
@@ -213,10 +213,10 @@ class Sessions:
             self._sessions[variant.file] = self._open(variant)
         return self._sessions[variant.file]
 
-    def close(self, variant: Variant) -> None:
+    def close(self, variant: ExportedVariant) -> None:
         self._sessions.pop(variant.file, None)
 
-    def _open(self, variant: Variant) -> Any:
+    def _open(self, variant: ExportedVariant) -> Any:
         path = self.folder / variant.file
         what: str | bytes = str(path)
         settings = self._session_options

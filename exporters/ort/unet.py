@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 
 from sdgraph.errors import ModeError, SpecError
+from sdgraph.extra import require_onnx
 from sdgraph.inheritance.cache import always, no_value
 from sdgraph.inheritance.tracker import GenerationTracker
 from sdgraph.options import Bounds, Text, checked
@@ -22,7 +23,6 @@ from sdgraph.runtime.diffusers_api import UNetCall
 from sdgraph.untrusted import read_config, require_folder
 
 from ..bundle.example_calls import random_call
-from ..bundle.extra import require_onnx
 from ..bundle.manifest import AGAIN, CONFIG, DATA
 from ..bundle.manifest_file import check_files, read_manifest
 from ..bundle.untrusted import check_model

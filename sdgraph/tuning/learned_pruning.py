@@ -105,10 +105,10 @@ class LearnedPruning(Spec):
         Raises:
             TuningError: the run has no step beside the search.
         """
-        rest = of_run.steps - self.steps
+        rest = of_run.last_step - self.steps
         if rest < 1:
             raise TuningError(
-                f"the search takes {self.steps} of {of_run.steps} steps, and none is left for tuning",
+                f"the search takes {self.steps} of {of_run.last_step} steps, and none is left for tuning",
                 where="learn_pruning",
                 hint="raise max_train_steps, or search in fewer steps",
             )

@@ -213,8 +213,8 @@ class Settings:
                 raise TuningError(f"there is no option {name!r} of a training run", where=name, hint=hint)
 
     @property
-    def steps(self) -> int:
-        """The number of optimizer steps, which `counted` computes from epochs."""
+    def last_step(self) -> int:
+        """The number of the last optimizer step, which `counted` computes from epochs."""
         assert self.max_train_steps is not None
         return self.max_train_steps
 
@@ -260,9 +260,9 @@ class Settings:
             TuningError: settings differ, or the checkpoint is beyond the last step. More steps are fine where neither
                 the learning rate nor a loss depends on their number.
         """
-        if step > self.steps:
+        if step > self.last_step:
             raise TuningError(
-                f"the checkpoint is at step {step}, beyond the {self.steps} steps of this run",
+                f"the checkpoint is at step {step}, beyond the {self.last_step} steps of this run",
                 where=where,
                 hint="pass at least as many steps, or another `output_dir`",
             )

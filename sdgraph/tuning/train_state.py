@@ -117,7 +117,7 @@ class TrainState:
             optimizer,
             step_rules=settings.step_rules,
             num_warmup_steps=settings.lr_warmup_steps,
-            num_training_steps=settings.steps,
+            num_training_steps=settings.last_step,
             num_cycles=settings.lr_num_cycles,
             power=settings.lr_power,
         )

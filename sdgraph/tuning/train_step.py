@@ -211,7 +211,7 @@ class TrainStep:
         batch = self.batches.batch(step, rows).to(self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
             teacher = [value.float() for value in self.teacher(batch.inputs)]
-        progress = step / self.settings.steps
+        progress = step / self.settings.last_step
         more: tuple[Tensor, ...] = ()
         if self.masks is not None:
             draw = generator(self.settings.seed, "mask", step, rows[0])

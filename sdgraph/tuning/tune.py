@@ -196,7 +196,7 @@ def _run(
         _resume(state, checkpoint, identity, settings, endless)
         if accelerator.is_main_process:
             name = "tuning" if search is None else "the search of what to prune"
-            note(f"{name} goes on from {checkpoint}, step {state.step} of {settings.steps}")
+            note(f"{name} goes on from {checkpoint}, step {state.step} of {settings.last_step}")
     if settings.report_to != "none":
         accelerator.init_trackers("logs")
     dtype = dtype or training_dtype(student)
@@ -325,14 +325,14 @@ def _fit(
         accelerator.wait_for_everyone()
 
     def is_due(interval: int) -> bool:
-        return state.step == settings.steps or state.step % interval == 0
+        return state.step == settings.last_step or state.step % interval == 0
 
-    bar = Bar(total=settings.steps, initial=state.step, desc="tuning", unit="step", disable=not main)
+    bar = Bar(total=settings.last_step, initial=state.step, desc="tuning", unit="step", disable=not main)
     gates = train_step.masks.figures if train_step.masks is not None else dict[str, float]
     columns = (*train_step.objective.names, *gates())
     with Log(output_dir / LOG if main else None, columns, state.step) as lines, bar:
         try:
-            while state.step < settings.steps:
+            while state.step < settings.last_step:
                 figures = {"learning_rate": state.learning_rate, **train_step(state.step), **gates()}
                 wrong = [name for name, figure in figures.items() if not math.isfinite(figure)]
                 if accelerator.scaler is not None and wrong == ["gradient_norm"]:
@@ -361,7 +361,7 @@ def _fit(
                     state.save(output_dir, settings, identity)
                     saved = state.step
             if main:
-                _log_stop(reason, state.step, settings.steps, output_dir / f"checkpoint-{saved}")
+                _log_stop(reason, state.step, settings.last_step, output_dir / f"checkpoint-{saved}")
             raise
 
 

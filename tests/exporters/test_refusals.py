@@ -11,9 +11,9 @@ import torch
 
 import sdgraph
 from sdgraph import errors
-from sdgraph.exporters.bundle import extra
 from sdgraph.exporters.onnx import export
 from sdgraph.exporters.ort.unet import ORTUNet
+from sdgraph.extra import require_onnx
 
 from ..models import build, call_of
 from ..pipelines import plain
@@ -41,7 +41,7 @@ def test_what_cannot_be_exported_says_why(exported: Callable[..., Exported], tmp
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(errors.ExtraError, match=r"pip install -e '\.\[onnx\]'"):
-        extra.require_onnx()
+        require_onnx()
 
 
 def test_calls_that_are_not_covered(exported: Callable[..., Exported]) -> None:
