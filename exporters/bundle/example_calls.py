@@ -42,6 +42,24 @@ def example_call(unet: GraphUNet, manifest: Manifest) -> dict[str, torch.Tensor]
     )
 
 
+def uneven_calls(unet: GraphUNet, manifest: Manifest) -> list[dict[str, torch.Tensor]]:
+    """Return two random calls that share no size: one that the down-sampling divides, one that it does not, if the
+    graph takes such. The second gives one timestep for the whole batch.
+
+    Args:
+        unet: the traced UNet.
+        manifest: its manifest.
+    """
+    unit = unit_of(unet)
+    even = unet.graph.allowed(B=3, H=2 * unit, W=3 * unit, L=11)
+    odd = unet.graph.allowed(B=2, H=2 * unit + 1, W=unit + 3, L=4)
+    symbols = [s for s in unet.graph.dims.symbols if s.name not in even]
+    first = random_call(unet, manifest, {s.name: s.nominal for s in symbols} | even)
+    second = random_call(unet, manifest, {s.name: s.generic for s in symbols} | odd, seed=1)
+    second["timestep"] = second["timestep"][:1]
+    return [first, second]
+
+
 def random_call(unet: Any, manifest: Manifest, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
     """Return random inputs of the model by name, on the UNet's device.
 

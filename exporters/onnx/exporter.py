@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -25,13 +27,13 @@ from sdgraph.options import Bounds, NotNegative, Text, checked
 from sdgraph.progress import Bar
 
 from ..bundle.describe import describe
-from ..bundle.example_calls import example_call, with_values
+from ..bundle.example_calls import example_call, uneven_calls, with_values
 from ..bundle.external_data import Weights
 from ..bundle.manifest import CONFIG, DATA, MODEL, REPORT, Layout, Manifest, Target
 from ..bundle.manifest_file import read_manifest, write_manifest
 from . import parity
 from .parity import Comparison, ExportReport
-from .request import as_graph, check_target, chosen_inputs, config_text
+from .request import as_graph, check_target, chosen_inputs
 
 if TYPE_CHECKING:
     from ..ort.providers import Provider
@@ -193,7 +195,7 @@ def _export(
                 manifest = _joined(folder, manifest)
             elif manifest.variants[0].file != MODEL:
                 _write_plain(folder, manifest.variants[0].file)
-            (folder / CONFIG).write_bytes(config_text(unet))
+            _write_config(folder, unet)
             write_manifest(manifest, folder)
         comparisons: tuple[Comparison, ...] = ()
         for options in _lean(manifest), also:
@@ -250,6 +252,13 @@ def _write_plain(folder: Path, file: str) -> None:
     onnx.save(model, folder / MODEL)
 
 
+def _write_config(folder: Path, unet: GraphUNet) -> None:
+    """Write the configuration of the source UNet, as diffusers does."""
+    public = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    named = {"_class_name": "UNet2DConditionModel", "_diffusers_version": diffusers.__version__, **public}
+    (folder / CONFIG).write_bytes((json.dumps(named, indent=2, sort_keys=True) + "\n").encode())
+
+
 def _loaded(folder: Path, manifest: Manifest, on: Provider | dict[str, Any]) -> ORTUNet:
     """The exported models, on a provider, or on the CPU's with settings of its sessions."""
     from ..ort.providers import CPU
@@ -278,7 +287,7 @@ def _compare(
     atol, rtol = (own if given is None else given for given, own in zip(bounds, usual, strict=True))
     for name, variant in zip(names, manifest.variants, strict=True):
         module = unet.variant(frozenset(manifest.given), variant.reused)
-        for call in parity.calls(unet, manifest):
+        for call in uneven_calls(unet, manifest):
             with stage("check", name):
                 given = with_values(unet, manifest, variant, call)
                 eager = module(*given.values())

@@ -8,12 +8,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from sdgraph import GraphUNet
 from sdgraph.errors import ParityError
 from sdgraph.views.format import format_table
-
-from ..bundle.example_calls import random_call, unit_of
-from ..bundle.manifest import Manifest
 
 FORMAT = 1  # of the file of a report
 # Largest difference allowed, as (atol, rtol) with rtol of the largest eager value. fp32 differs by the order of
@@ -89,22 +85,6 @@ class ExportReport:
     def json(self) -> str:
         """Return the report as JSON."""
         return json.dumps({"format": FORMAT, **self.as_dict()}, indent=2) + "\n"
-
-
-def calls(unet: GraphUNet, manifest: Manifest) -> list[dict[str, torch.Tensor]]:
-    """Two random calls that share no size: one that the down-sampling divides, one that it does not, if the graph
-    takes such.
-
-    The second gives one timestep for the whole batch.
-    """
-    unit = unit_of(unet)
-    even = unet.graph.allowed(B=3, H=2 * unit, W=3 * unit, L=11)
-    odd = unet.graph.allowed(B=2, H=2 * unit + 1, W=unit + 3, L=4)
-    symbols = [s for s in unet.graph.dims.symbols if s.name not in even]
-    first = random_call(unet, manifest, {s.name: s.nominal for s in symbols} | even)
-    second = random_call(unet, manifest, {s.name: s.generic for s in symbols} | odd, seed=1)
-    second["timestep"] = second["timestep"][:1]
-    return [first, second]
 
 
 def compare(

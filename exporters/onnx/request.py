@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -60,13 +58,6 @@ def chosen_inputs(unet: GraphUNet, names: Collection[str]) -> frozenset[str]:
             raise SpecError(f"no optional input {name!r}", where="inputs", hint=hint)
         chosen |= matches
     return frozenset(chosen)
-
-
-def config_text(unet: GraphUNet) -> bytes:
-    """Return the configuration of the source UNet as JSON."""
-    public = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    named = {"_class_name": "UNet2DConditionModel", "_diffusers_version": diffusers.__version__, **public}
-    return (json.dumps(named, indent=2, sort_keys=True) + "\n").encode()
 
 
 def check_target(overwrite: bool, target: Path) -> None:

@@ -23,6 +23,7 @@ EXCEPTIONS = {
     "exporters/bundle/manifest_file.py:write_manifest": "the format is a field of the manifest",
     "sdgraph/runtime/weight_files.py:write_weights": "the index of shards has the format of diffusers",
     "sdgraph/tuning/sources/dataset.py:unpacked": "metadata.jsonl has the format of datasets",
+    "exporters/onnx/exporter.py:_write_config": "the configuration has the format of diffusers",
     "exporters/engines.py:run": "the file is the task of a process that this function starts",
     "exporters/engines.py:_measure": "the file is the answer of that process",
 }
