@@ -159,7 +159,7 @@ class Pass(Spec, abstract=True):
 
     def _check(self, conditions: Iterable[Condition], graph: Graph, error: type[PassError], verb: str) -> None:
         for condition in conditions:
-            method = getattr(self, condition.__name__, None)
+            method: Any = getattr(self, condition.__name__, None)
             check = method if getattr(method, "__func__", None) is condition else condition
             places = [f"{p.name} of {graph.module_path(p) or 'the model'}" if isinstance(p, fx.Node) else p
                       for p in check(graph)]  # fmt: skip
