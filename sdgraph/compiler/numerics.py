@@ -42,14 +42,18 @@ def example(graph: Graph, seed: int = 0, optional: bool = False, **sizes: int) -
             graph requires.
     """
     known = _sizes([graph])[0]
-    known |= raised(graph.guards, known | sizes)
+    return _random_call(graph, known | raised(graph.guards, known | sizes), seed, optional)
+
+
+def _random_call(graph: Graph, sizes: Mapping[str, int], seed: int, optional: bool) -> Call:
+    """Return random inputs of a call of known sizes, see `example`."""
     weight = next(iter(graph.parameters().values()), torch.empty(0, dtype=graph.dtype, device=graph.device))
     generator = torch.Generator().manual_seed(seed)
     flat = {}
     for spec in graph.resolved_inputs():
         if (spec.optional and not optional) or spec.shape is None or "?" in spec.shape:
             continue
-        shape = [d if isinstance(d, int) else int(evaluate(d, known)) for d in spec.shape]
+        shape = [d if isinstance(d, int) else int(evaluate(d, sizes)) for d in spec.shape]
         value = random_value(spec, shape, generator, graph.config)
         flat[spec.name] = value.to(weight) if spec.kind in ("float", "mask") else value.to(weight.device)
     return flat
@@ -68,9 +72,9 @@ def generations(graph: Graph, *others: Graph) -> tuple[list[Call], list[Call]]:
     shared = {i.name for i in set.intersection(*inputs)}
     constant = {i.name for i in graph.inputs if i.conditioning}
     first, second = (
-        {n: value for n, value in example(graph, seed, True, **odd).items() if n in shared} for seed in (1, 2)
+        {n: value for n, value in _random_call(graph, odd, seed, True).items() if n in shared} for seed in (1, 2)
     )
-    return [example(graph, 0, False, **even)], [
+    return [_random_call(graph, even, 0, False)], [
         first,
         {n: first[n] if n in constant else value for n, value in second.items()},
     ]
