@@ -20,7 +20,7 @@ from ..models import ONE_LEVEL, build
 LEVELS = ("block", "layer", "unit")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.law("An exported UNet without a region computes what the pruned UNet computes, within rounding.")
 def test_every_region_of_an_export_is_removed_as_by_prune_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -224,3 +224,30 @@ def test_a_target_that_is_not_there_is_refused_before_anything_is_measured(
     monkeypatch.setitem(__import__("sys").modules, "sdgraph.exporters.onnx.removed_regions", None)
     with pytest.raises(ExtraError, match="removed_regions"):
         analyse(tiny, PROMPTS, **{**OPTIONS, "target": "onnx:CPUExecutionProvider"})
+
+
+@pytest.mark.parametrize("target", [pytest.param("onnx:CPUExecutionProvider", marks=pytest.mark.long), "compiled"])
+def test_seconds_on_other_targets(target: str, tiny: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    if target == "compiled":  # by the same steps, without a compiler
+        monkeypatch.setattr(sdgraph.GraphUNet, "compile", lambda unet: setattr(unet, "compiled", True))
+    else:
+        pytest.importorskip("onnxruntime")
+    found = analyse(tiny, PROMPTS, **{**OPTIONS, "target": target, "levels": ("block", "layer")})
+    assert [one.path for one in found.removals] == ["mid_block", PATH]
+    assert all(isinstance(one.time, float) for one in found.removals)
+    assert found.target is not None
+    assert target.removeprefix("onnx:") in found.target
+    assert "threads" in found.target
+    assert "time" in str(found).split()
+
+
+def test_a_compiler_that_is_not_there_is_said(tiny: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_(unet: sdgraph.GraphUNet) -> None:
+        def fails(*_: object) -> None:
+            raise RuntimeError("no compiler\n  at all")
+
+        monkeypatch.setattr(unet, "run", fails)
+
+    monkeypatch.setattr(sdgraph.GraphUNet, "compile", compile_)
+    with pytest.raises(SpecError, match=r"cannot compile the UNet here: no compiler\n"):
+        analyse(tiny, PROMPTS, **{**OPTIONS, "target": "compiled"})
