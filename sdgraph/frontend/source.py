@@ -75,7 +75,7 @@ def check_source(unet: Any, trusted: Collection[type] = ()) -> None:
         raise SourceError(
             "a switch of several UNets has several graphs",
             where=type(unet).__name__,
-            hint="sdgraph.apply or tune each of them, and switch between the results",
+            hint="apply passes to each of them, tune and export each, and switch between the results",
         )
     if not isinstance(unet, UNet2DConditionModel):
         hints = {"unet": "pass pipe.unet, not the pipeline", "_orig_mod": "pass unet._orig_mod, and compile the result"}

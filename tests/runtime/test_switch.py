@@ -312,6 +312,22 @@ def test_equal_weights_are_held_once(large_unet: UNet2DConditionModel) -> None:
     assert moved.dtype is torch.float64
 
 
+def test_masks_by_call_are_members_over_one_set_of_weights(large_unet: UNet2DConditionModel, pipe: Any) -> None:
+    masks = {
+        "all": (),
+        "light": "PruneBlocks('down_blocks.0.attentions.1')",
+        "lightest": "PruneBlocks(('down_blocks.0.attentions.1', 'up_blocks.0.attentions.2'))",
+    }
+    members = {name: sdgraph.apply(large_unet, passes, verify=False) for name, passes in masks.items()}
+    unet = sdgraph.switch(members, PerCall(("all", "light", "lightest", "light", "all")))
+    held = storages(unet)
+    assert held["lightest"] < held["light"] < held["all"]
+    assert held["all"] == {p.data_ptr() for p in large_unet.parameters()}
+    found = images(pipe, unet, attached=True)
+    assert not torch.equal(found, images(pipe, members["all"]))
+    assert [v.calls for v in unet.timetable(5).variants] == [(0, 4), (1, 3), (2,)]
+
+
 def test_a_weight_that_differs_in_the_sign_of_zero_is_not_equal(large_unet: UNet2DConditionModel) -> None:
     one, other = copy.deepcopy(large_unet), copy.deepcopy(large_unet)
     with torch.no_grad():
