@@ -2,6 +2,7 @@
 
     python -m benchmarks.pruning                                 # presets, random sets and every criterion
     python -m benchmarks.pruning --steps 200 --random 8          # a longer tuning, and more random sets
+    python -m benchmarks.pruning --search 300                    # and the sets that a tuning learns in 300 steps
     python -m benchmarks.pruning --quick                         # a smoke test
 
 Every set is measured as it is and after the same number of optimizer steps with the losses of `sdgraph.tune`. Criteria
@@ -27,6 +28,7 @@ from examples.scenes.student import RATE, TRAINING, captions, drawn
 from sdgraph import Redundancy
 from sdgraph.errors import EditError, SpecError
 from sdgraph.passes import PruneBlocks
+from sdgraph.tuning import LearnedPruning
 
 from .measuring import removal_sets
 from .measuring.documents import report
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="captions of the analysis")
     parser.add_argument("--calls", type=int, default=6, help="calls of a generation that the analysis measures on")
     parser.add_argument("--gates", type=int, default=100, help="steps in which the gates of the analysis are learned")
+    parser.add_argument("--search", type=int, default=0, help="steps in which a tuning learns one more set; 0: none")
     parser.add_argument("--levels", nargs="+", default=["block", "layer"], help="levels of the analysis")
     parser.add_argument("--weighings", type=int, default=60, help="random sets whose times say what removals save")
     parser.add_argument("--turns", type=int, default=20, help="timed calls of a set")
@@ -162,6 +165,8 @@ class Study:
                 continue
             if paths is not None:
                 self.measure(full, paths, "criterion", budget)
+        if self.args.search:
+            self.measure(*self.searched(budget), "criterion", budget)
         for number in range(self.args.random):
             name = f"random {number}, {cost} {budget:.2f}"
             if name not in self.result["methods"]:
@@ -170,6 +175,22 @@ class Study:
             else:
                 paths = tuple(self.result["methods"][name]["paths"])
             self.measure(name, paths, "random", budget)
+
+    def searched(self, budget: float) -> tuple[str, tuple[str, ...]]:
+        """Return the name and the set that the first steps of a tuning learn. What else they learn is left out."""
+        args = self.args
+        name = f"learned in {args.search} steps, {args.cost} {budget:.2f}"
+        if name in self.result["methods"]:
+            return name, tuple(self.result["methods"][name]["paths"])
+        budgets: dict[str, Any] = {args.cost: budget}
+        tuned, _ = sdgraph.tune(
+            self.whole, self.whole, drawn(self.pipe, args.scenes, args.folder / "data"), scheduler=scheduler(),
+            learn_pruning=LearnedPruning(args.search, **budgets), max_train_steps=args.search + 1,
+            losses=RECIPES["ours"].losses(self.pipe), learning_rate=args.rate, seed=0,
+            output_dir=args.folder / "runs" / f"search-{args.search}-{args.cost}-{budget:.2f}",
+            **{**TRAINING, "checkpointing_steps": 20},
+        )  # fmt: skip
+        return name, tuple(tuned.graph.removed)
 
     def fits_together(self, paths: tuple[str, ...]) -> bool:
         """Return whether regions can be removed together."""

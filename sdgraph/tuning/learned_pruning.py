@@ -112,12 +112,11 @@ class LearnedPruning(Spec):
                 where="learn_pruning",
                 hint="raise max_train_steps, or search in fewer steps",
             )
-        plain = {f.name: f.default for f in dataclasses.fields(Settings) if f.name.startswith(("lr_", "step_rules"))}
-        search = dataclasses.replace(
-            of_run,
-            **{**plain, "max_train_steps": self.steps, "learning_rate": self.learning_rate, "learning_rates": None},
-            seed=(of_run.seed + 1) % 2**63,
-        )
+        options: dict[str, Any] = {
+            f.name: f.default for f in dataclasses.fields(Settings) if f.name.startswith(("lr_", "step_rules"))
+        }
+        options |= {"max_train_steps": self.steps, "learning_rate": self.learning_rate, "learning_rates": None}
+        search = dataclasses.replace(of_run, **options, seed=(of_run.seed + 1) % 2**63)
         return search, dataclasses.replace(of_run, max_train_steps=rest)
 
 

@@ -27,6 +27,7 @@ from sdgraph.tuning.random_numbers import generator
 
 from ..models import CROSS, ONE_LEVEL, answer, build, call_of
 from .conftest import equal, tensors
+from .test_processes import assert_close, launched
 
 Learn = Callable[..., tuple[sdgraph.GraphUNet, sdgraph.tuning.TuningReport]]
 USELESS = "up_blocks.0.resnets.1"
@@ -234,6 +235,42 @@ def test_a_useless_region_is_found(learn: Learn) -> None:
     ranked = sorted(report.search.gates, key=lambda name: report.search.column(name)[-1])  # type: ignore[union-attr]
     assert ranked[0] == f"gate {USELESS}"
     assert USELESS in tuned.graph.removed
+
+
+SCRIPT = """
+import sys, torch, sdgraph
+from diffusers import DDPMScheduler
+from sdgraph.tuning import LearnedPruning, Output, Tensors
+torch.set_num_threads(1)
+folder = sys.argv[1]
+whole, kept = sdgraph.GraphUNet.from_pretrained(f"{folder}/whole"), torch.load(f"{folder}/data.pt")
+sdgraph.tune(
+    whole, whole, Tensors(kept["latents"], {"encoder_hidden_states": kept["captions"]}), scheduler=DDPMScheduler(),
+    max_train_steps=4, output_dir=f"{folder}/run", losses=(Output(),), train_batch_size=2, report_to="none",
+    learn_pruning=LearnedPruning(3, parameters=0.93, learning_rate=2e-3),
+)
+"""
+
+
+@pytest.mark.long
+def test_two_processes_search_as_one_with_two_accumulated_batches(
+    learn: Learn, whole: sdgraph.GraphUNet, tmp_path: Path
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    captions = torch.randn(6, 5, CROSS, generator=draw)
+    torch.save({"latents": torch.randn(6, 4, 8, 8, generator=draw), "captions": captions}, tmp_path / "data.pt")
+    whole.save_pretrained(tmp_path / "whole")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launched(tmp_path)
+    one, report = learn(output_dir=tmp_path / "one", gradient_accumulation_steps=2)
+    two = sdgraph.tuning.TuningReport.of(tmp_path / "run")
+    assert two.search is not None
+    assert report.search is not None
+    for name in ("loss", *report.search.gates):
+        assert two.search.column(name) == pytest.approx(report.search.column(name), rel=1e-3)
+    written = sdgraph.GraphUNet.from_pretrained(tmp_path / "run" / "unet")
+    assert written.graph.removed.keys() == one.graph.removed.keys()
+    assert_close(written, one, sdgraph.apply(whole, [one.graph.passes[0].one], verify=False))
 
 
 def test_what_cannot_be_learned_is_refused(learn: Learn, whole: sdgraph.GraphUNet, tmp_path: Path) -> None:
