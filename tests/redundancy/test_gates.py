@@ -82,7 +82,8 @@ def objective(unet: Any, regions: Mapping[str, Tensor], step: int, expected: lis
         return found
     off = ((found - expected[step % 3]) ** 2).flatten(1).mean(1) / (expected[step % 3] ** 2).flatten(1).mean(1)
     penalty = 1e-4 * 4e4 ** (step / (steps - 1)) * torch.stack(list(regions.values())).sum()
-    return weight / 0.5 * off.mean() / 0.02 + penalty
+    total: Tensor = weight / 0.5 * off.mean() / 0.02 + penalty
+    return total
 
 
 def test_gates_are_those_of_a_plain_loop(whole: sdgraph.GraphUNet) -> None:
