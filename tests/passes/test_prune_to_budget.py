@@ -60,9 +60,8 @@ def test_what_dies_with_several_removals_together_is_counted(small: sdgraph.Grap
 
 
 def test_time_is_predicted_by_adding_up_also_of_a_pruned_unet(small: sdgraph.Graph, found: Redundancy) -> None:
-    timed = dataclasses.replace(
-        found, removals=tuple(dataclasses.replace(one, time=0.1) for one in found.removals if one.level == "layer")
-    )
+    layers = tuple(dataclasses.replace(one, time=0.1) for one in found.removals if one.level == "layer")
+    timed = dataclasses.replace(found, target="eager", removals=layers)
     choice = timed.cheapest(time=0.85, unet=small)
     assert len(choice.paths) == 2
     assert choice.left["time"] == pytest.approx(0.8)
