@@ -199,6 +199,14 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "Bypass": {"sites": "mid_block"},
     "Assemble": {"regions": "mid_block", "source": "unet"},
     "ShareWeights": {"groups": ("mid_block.*",)},
+    "ByCall": {"members": ("a", "b"), "starts": (3,)},
+    "ByShare": {"members": ("a", "b"), "starts": (0.5,)},
+    "ByTimestep": {"members": ("a", "b"), "starts": (500.0,)},
+    "InTurns": {"members": ("a", "b")},
+    "PerCall": {"members": ("a", "b")},
+    "LearnedPruning": {"steps": 3, "macs": 0.5},
+    "PruneChannels": {"macs": 0.7},
+    "PruneToBudget": {"macs": 0.7},
     "ImageFeatures": {"encoder": torch.nn.Identity(), "vae": torch.nn.Identity()},
 }
 
@@ -258,13 +266,14 @@ def test_every_argument_of_every_preset_is_right_or_refused_by_name(spec: type[S
     preset = presets(spec)[name]
     hints = annotations_of(preset.__func__)
     parameters = inspect.signature(preset).parameters
-    required = {"level": "block"} if "level" in parameters else {}
+    needed = {"level": "block", "ratio": 0.5, "share": 0.5, "end": 0.5, "calls": 3}
+    required = {n: needed[n] for n, p in parameters.items() if p.default is inspect.Parameter.empty and n in needed}
     for argument in parameters:
         for value in VALUES:
             try:
                 fitted(value, hints[argument])
             except Misfit:
-                with pytest.raises(SpecError, match=f"^{argument} is ") as error:
+                with pytest.raises(spec.refusal, match=f"^{argument} is ") as error:
                     preset(**{**required, argument: value})
                 assert error.value.where == f"{spec.__name__}.{name}"
             else:
@@ -272,7 +281,7 @@ def test_every_argument_of_every_preset_is_right_or_refused_by_name(spec: type[S
                     one = preset(**{**required, argument: value})
                 except SdgraphError:
                     continue
-                assert parse(str(one)) == (one,)
+                assert read(str(one)) == one
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,8 @@ class Fixpoint(Chain, abstract=True):
     repeat: Count = 10
 
     def apply(self, graph: Graph, run: CompilerRun) -> PassReport:
-        start, before, rounds, mark = time.perf_counter(), Size.of(graph), [], fingerprint(graph)
+        start, before, rounds = time.perf_counter(), Size.of(graph), []
+        mark: Hashable = fingerprint(graph)
         for _ in range(self.repeat):
             reports, mark = self._round(graph, run, mark)
             rounds.append(reports)

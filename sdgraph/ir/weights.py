@@ -249,9 +249,9 @@ def kind(module: nn.Module) -> tuple[object, ...]:
     own = vars(module)
     options = tuple((name, repr(own[name])) for name in _option_names(type(module)) if name in own)  # type: ignore[arg-type]
     if module._modules:
-        tensors = dict((*module.named_parameters(), *module.named_buffers()))
+        tensors: dict[str, torch.Tensor | None] = dict((*module.named_parameters(), *module.named_buffers()))
     else:  # the same, in a tenth of the time
-        tensors = {**module._parameters, **module._buffers}
+        tensors = dict((*module._parameters.items(), *module._buffers.items()))
     shapes = sorted((name, tuple(tensor.shape)) for name, tensor in tensors.items() if tensor is not None)
     return type(module), alteration(module), options, tuple(shapes)
 
