@@ -74,8 +74,9 @@ def test_the_result_equals_zeros_in_place_of_the_channels(name: str) -> None:
     pruned = sdgraph.apply(unet, PruneChannels(keep=keep), verify=False)
     expected = zeroed(unet, keep)
     assert keep
-    odd = {"H": 16, "W": 8} if name == "karras" else {"H": 9, "W": 11}  # its blocks up-sample by factors only
-    for sizes in ({"W": 8}, {"B": 1, "L": 3, **odd}):
+    even = {"H": 16, "W": 16} if name == "karras" else {"W": 8}  # its blocks up-sample by factors only
+    odd = {"H": 16, "W": 24} if name == "karras" else {"H": 9, "W": 11}
+    for sizes in (even, {"B": 1, "L": 3, **odd}):
         call = call_of(unet, **sizes)
         torch.testing.assert_close(answer(pruned, call), answer(expected, call), **CLOSE)
     assert not torch.equal(answer(pruned, call), answer(unet, call))
