@@ -118,6 +118,7 @@ def test_a_process_runs_the_lines_and_reports_the_images(job: Job, tmp_path: Pat
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")  # if PyTorch is the fastest
 def test_a_comparison_runs_every_engine_that_is_installed(job: Job) -> None:
     leave_out = ["compiled"]
     found = compare(
