@@ -11,9 +11,8 @@ import numpy as np
 
 from sdgraph import Contract, Findings, Graph, Importance, Pass, Widths, WidthTimes
 from sdgraph.errors import SpecError
-from sdgraph.options import Bounds, Count, Index, Paths
+from sdgraph.options import Bounds, Budget, Count, Index, Paths
 
-Budget = Annotated[float, Bounds(gt=0, le=1)]
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Numbers = Annotated[tuple[Index, ...], Bounds(length=1)]
 INNER = "**.{resnets.*,attn1,attn2,ff}"

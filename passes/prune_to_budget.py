@@ -10,11 +10,10 @@ from typing import Annotated, ClassVar, Literal
 
 from sdgraph import Contract, Graph, Pass, Redundancy, analyse_unet
 from sdgraph.errors import SpecError
-from sdgraph.options import Bounds, Seed, Text
+from sdgraph.options import Bounds, Budget, Seed, Text
 
 from .prune_blocks import PruneBlocks
 
-Budget = Annotated[float, Bounds(gt=0, le=1)]
 log = logging.getLogger("sdgraph")
 
 

@@ -23,6 +23,7 @@ from .errors import SdgraphError, SpecError, did_you_mean
 
 __all__ = [
     "Bounds",
+    "Budget",
     "Count",
     "Finite",
     "Index",
@@ -97,6 +98,7 @@ Finite = Annotated[float, Bounds(gt=-math.inf, lt=math.inf)]
 Positive = Annotated[float, Bounds(gt=0, lt=math.inf)]
 NotNegative = Annotated[float, Bounds(ge=0, lt=math.inf)]
 Share = Annotated[float, Bounds(ge=0, le=1)]
+Budget = Annotated[float, Bounds(gt=0, le=1)]
 Seed = Annotated[int, Bounds(ge=0, lt=2**63)]
 Text = Annotated[str, Bounds(length=1)]
 Paths: TypeAlias = Text | Annotated[tuple[Text, ...], Bounds(length=1)]

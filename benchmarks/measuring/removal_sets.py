@@ -12,6 +12,7 @@ import torch
 from scipy import optimize
 
 from sdgraph import Redundancy, Removal
+from sdgraph.runtime.recorded_calls import spread
 
 PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
 CLOSE = 0.03  # how far below its budget a random set may be
@@ -173,8 +174,7 @@ class Calls:
         finally:
             pipe.unet = own
             hook.remove()
-        places = np.linspace(0, len(calls) - 1, min(count, len(calls))).round().astype(int)
-        self._calls = [calls[place] for place in places]
+        self._calls = spread(calls, count)
         self._outputs = [self._output(whole, call) for call in self._calls]
         alphas = pipe.scheduler.alphas_cumprod
         self._noise = [1 - float(alphas[round(float(args[1] if len(args) > 1 else named["timestep"]))])

@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import log10
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 from ..atomic import owned
 from ..compiler.passes import Chain, Pass
 from ..errors import ScheduleError, SpecError
-from ..options import Bounds, Index, Seed, Text, checked
+from ..options import Budget, Index, Seed, Text, checked
 from ..progress import Bar
 from ..runtime.apply import apply
 from ..schedules import Steps
@@ -38,7 +38,6 @@ from .costs import seconds_of
 from .evaluator import HELD_OUT, TUNING, VALIDATION, Evaluator, Measurements, SearchedPipeline
 from .final_latents import check_request, typical
 
-Budget = Annotated[float, Bounds(gt=0, le=1)]
 CONVERGED = 100  # steps of the reference latents, unless given
 DAMPINGS = (0.0, 0.5, 1.0)
 RELIABLE = 2.0  # the largest factor between a predicted error and the error on held-out prompts

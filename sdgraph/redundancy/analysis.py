@@ -28,7 +28,7 @@ from ..progress import Bar, note
 from ..runtime.apply import apply
 from ..runtime.digest import hash_each, hash_model, hash_program
 from ..runtime.latents import as_pipelines_run_it, unscaled
-from ..runtime.recorded_calls import CallRecorder
+from ..runtime.recorded_calls import CallRecorder, spread, timestep_of
 from ..runtime.unet import GraphUNet
 from .gates import GateTraining
 from .pruning_program import block_of
@@ -118,7 +118,7 @@ def analyse(
         hint = f"add levels: {', '.join(level for level in LEVELS if level not in levels) or 'there are no more'}"
         raise SpecError(f"no region of {', '.join(levels)} can be removed", where="levels", hint=hint)
     couples = _neighbours(levels_of) if pairs else ()
-    removals, joint = list[Removal](), list[JointRemoval]()
+    joint = list[JointRemoval]()
     with contextlib.ExitStack() as stack:
         if folder is not None:
             stack.enter_context(owned(Path(folder), SpecError, "folder"))
@@ -133,28 +133,22 @@ def analyse(
         request = (hash_model(whole), *prompts, f"{seed} {calls}", repr(sorted(call.items())))
         key = "\n".join(request).encode() + reference.cpu().float().numpy().tobytes()
         known = Measurements(None if folder is None else Path(folder), key)
-        replay = Replay(whole, _spread(recorder.calls, calls), list(levels_of), kept_bytes)
+        replay = Replay(whole, spread(recorder.calls, calls), list(levels_of), kept_bytes)
         drift = _Drift(pipe, generate, reference, latents, images) if latents or images else None
         trial = _Trial(whole, replay, known, timed, drift)
         total = len(levels_of) + len(couples)
         bar = stack.enter_context(Bar(total=total, desc="analyse", unit="removal", disable=not progress))
-        for path, level in levels_of.items():
-            bar.set_postfix_str(path)
-            removal = trial.removal(path, level)
-            if removal is None:
-                fixed[path] = NOT_FINITE
-            else:
-                removals.append(removal)
-            bar.update()
+        removals, broken = trial.removals(levels_of, bar)
+        fixed |= broken
         for both in couples:
             bar.set_postfix_str(" + ".join(both))
-            errors = () if NOT_FINITE in map(fixed.get, both) else trial.output_errors(_Without(whole, both))
+            errors = () if broken.keys() & both else trial.output_errors(_Without(whole, both))
             if errors:
                 joint.append(JointRemoval(both, errors))
             else:
                 note(f"without {' and '.join(both)}, numbers are not finite: this pair is left out")
             bar.update()
-        timesteps = _timesteps(replay.calls)
+        timesteps = tuple(map(timestep_of, replay.calls))
         noise = _noise(pipe.scheduler, timesteps)
         if gates is not None:
             removals = trial.gated(removals, noise, gates, progress)
@@ -197,17 +191,12 @@ def analyse_unet(
     inputs = [example(whole.graph, seed + number, False, **sizes) for number in range(calls)]
     for flat, timestep in zip(inputs, np.linspace(999, 0, calls + 2)[1:-1], strict=True):
         flat["timestep"] = torch.full_like(flat["timestep"], round(timestep))
-    replay, removals = Replay(whole, inputs, list(paths), KEPT), list[Removal]()
+    replay = Replay(whole, inputs, list(paths), KEPT)
     timed = Target("eager", whole, paths) if nominal else None
     trial = _Trial(whole, replay, Measurements(None, b""), timed, None)
-    for path, level in paths.items():
-        removal = trial.removal(path, level)
-        if removal is None:
-            fixed[path] = NOT_FINITE
-        else:
-            removals.append(removal)
+    removals, broken = trial.removals(paths)
     on = None if timed is None else timed.on
-    return _redundancy(whole, on, 0, _timesteps(inputs), (1.0,) * calls, removals, (), fixed)
+    return _redundancy(whole, on, 0, tuple(map(timestep_of, inputs)), (1.0,) * calls, removals, (), fixed | broken)
 
 
 def _redundancy(
@@ -332,7 +321,27 @@ class _Trial:
         self._whole, self._replay, self._known = whole, replay, known
         self._target, self._drift = target, drift
 
-    def removal(self, path: str, level: str) -> Removal | None:
+    def removals(self, levels_of: Mapping[str, str], bar: Any = None) -> tuple[list[Removal], dict[str, str]]:
+        """Return the removals of regions, and why the others could not be measured, by path.
+
+        Args:
+            levels_of: the level of each region by path.
+            bar: the bar that shows the progress; None for no bar.
+        """
+        found, broken = list[Removal](), dict[str, str]()
+        for path, level in levels_of.items():
+            if bar is not None:
+                bar.set_postfix_str(path)
+            removal = self._removal(path, level)
+            if removal is None:
+                broken[path] = NOT_FINITE
+            else:
+                found.append(removal)
+            if bar is not None:
+                bar.update()
+        return found, broken
+
+    def _removal(self, path: str, level: str) -> Removal | None:
         """Return what the removal of one region changes and saves; None if its numbers are not finite."""
         without, graph, target = _Without(self._whole, (path,)), self._whole.graph, self._target
         errors = self.output_errors(without)
@@ -403,10 +412,6 @@ def _finite(numbers: Sequence[float]) -> Array:
     return np.array(numbers if np.isfinite(numbers).all() else [], dtype=np.float64)
 
 
-def _timesteps(calls: Sequence[Mapping[str, Tensor]]) -> tuple[float, ...]:
-    return tuple(float(flat["timestep"].reshape(-1)[0]) for flat in calls)
-
-
 def _removable(graph: Graph, levels: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return the level of each region that can be removed alone, and the reason of each that cannot."""
     removable = dict[str, str]()
@@ -437,12 +442,6 @@ def _neighbours(paths: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str, st
         for first, second in itertools.pairwise(ordered)
         if block_of(first) == block_of(second) and not second.startswith(f"{first}.")
     )
-
-
-def _spread(calls: Sequence[Mapping[str, Tensor]], number: int) -> list[Mapping[str, Tensor]]:
-    """Return calls that are spread evenly over a generation, the first and the last among them."""
-    places = np.linspace(0, len(calls) - 1, min(number, len(calls))).round().astype(int)
-    return [calls[place] for place in places]
 
 
 def _check_prompts(prompts: Sequence[str]) -> None:

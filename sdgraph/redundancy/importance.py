@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 
 from ..atomic import written
@@ -20,7 +19,7 @@ from ..graph import Graph
 from ..options import Count, Misfit, NotNegative, Seed, fitted
 from ..plan_search.final_latents import check_request, final_latents
 from ..runtime.apply import apply
-from ..runtime.recorded_calls import CallRecorder
+from ..runtime.recorded_calls import CallRecorder, spread, timestep_of
 from ..runtime.unet import GraphUNet
 from ..spec import Spec
 from ..text import json_object
@@ -97,7 +96,7 @@ class Importance(Spec):
         check_request("Importance.taylor", pipe, prompts, call)
         recorder = CallRecorder(apply(pipe.unet, ()).graph)
         final_latents(pipe, recorder, prompts, seed, call)
-        late = [flat for flat in recorder.calls if float(flat["timestep"].reshape(-1)[0]) <= until]
+        late = [flat for flat in recorder.calls if timestep_of(flat) <= until]
         if not late:
             hint = "raise it, or generate in more steps"
             raise SpecError(f"no call of the generation has a timestep of {until:g} or less", where="until", hint=hint)
@@ -105,8 +104,7 @@ class Importance(Spec):
         widths = unet.graph.widths()
         scores = {path: [0.0] * width.slices for path, width in widths.items()}
         draw = torch.Generator().manual_seed(seed)
-        places = np.linspace(0, len(late) - 1, min(calls, len(late))).round().astype(int)
-        for flat in (late[place] for place in places):
+        for flat in spread(late, calls):
             with torch.enable_grad():
                 output = unet.run(flat)
                 signs = torch.randint(0, 2, output.shape, generator=draw).to(output) * 2 - 1
@@ -164,10 +162,8 @@ class Importance(Spec):
             SavedError: the file is missing or damaged.
         """
         hint = "pass a file that Importance.save wrote"
-        plain = json_object(Path(path), SavedError, hint=hint)
+        plain = json_object(Path(path), SavedError, hint=hint, format=FORMAT)
         try:
-            if plain["format"] != FORMAT:
-                raise SavedError(f"the format is {plain['format']!r}", where=path, hint=hint)
             return cls(fitted(plain["criterion"], str), fitted(plain["scores"], Scores))
         except (KeyError, Misfit) as error:
             raise SavedError(f"this is no importance: {error}", where=path, hint=hint) from error

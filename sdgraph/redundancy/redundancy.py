@@ -19,7 +19,7 @@ from ..compiler.passes import Pass
 from ..contract import Contract
 from ..errors import EditError, SavedError, SpecError
 from ..graph import Graph
-from ..options import Bounds, Count, Finite, check, checked
+from ..options import Budget, Count, Finite, check, checked
 from ..runtime.apply import apply
 from ..runtime.digest import hash_each, hash_model, hash_program
 from ..runtime.unet import GraphUNet
@@ -31,7 +31,6 @@ from .pruning_program import Measure, PruningChoice, PruningProgram
 Level = Literal["block", "layer", "unit"]
 LEVELS: tuple[Level, ...] = ("block", "layer", "unit")
 FORMAT = 1
-Share = Annotated[float, Bounds(gt=0, le=1)]
 Criterion = Literal["error", "gate"]
 BUDGETS = ("time", "macs", "parameters")
 GONE = "removed by"  # begins the reason of a region that an earlier pass removed
@@ -173,9 +172,9 @@ class Redundancy:
     def cheapest(
         self,
         *,
-        time: Share | None = None,
-        macs: Share | None = None,
-        parameters: Share | None = None,
+        time: Budget | None = None,
+        macs: Budget | None = None,
+        parameters: Budget | None = None,
         neighbours: tuple[int, int] | None = (2, 3),
         criterion: Criterion = "error",
         unet: Annotated[UNet2DConditionModel | GraphUNet | Graph | None, Any] = None,
@@ -314,9 +313,8 @@ class Redundancy:
             SavedError: the file is missing, damaged, incomplete or of another format.
         """
         hint = "measure again: sdgraph.analyse, or the command that wrote it"
-        plain = json_object(Path(path), SavedError, hint=hint)
-        if plain.pop("format", None) != FORMAT:
-            raise SavedError("the file is no analysis of this version", where=str(path), hint=hint)
+        plain = json_object(Path(path), SavedError, hint=hint, format=FORMAT)
+        del plain["format"]
         try:
             plain["removals"] = tuple(Removal(**one) for one in plain["removals"])
             plain["pairs"] = tuple(JointRemoval(**one) for one in plain["pairs"])

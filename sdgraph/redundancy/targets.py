@@ -77,7 +77,9 @@ class Target:
                 self._models = self._open.enter_context(self._removed_regions.exported(self._paths, flat))
             self._timed = self._run("", self._whole, flat)
         run = self._run(path, without, flat)
-        ratios = [_seconds(run, self._whole.device) / _seconds(self._timed, self._whole.device) for _ in range(TURNS)]
+        ratios = [
+            seconds_of(run, self._whole.device) / seconds_of(self._timed, self._whole.device) for _ in range(TURNS)
+        ]
         return statistics.median(ratios[2:] or ratios)
 
     def _run(self, path: str, unet: GraphUNet, flat: Mapping[str, Tensor]) -> Run:
@@ -103,8 +105,13 @@ class Target:
 
 
 @torch.no_grad()
-def _seconds(run: Run, device: torch.device) -> float:
-    """Return the seconds of a call."""
+def seconds_of(run: Run, device: torch.device) -> float:
+    """Return the seconds of a call, until its device has finished.
+
+    Args:
+        run: the call.
+        device: the device that it runs on.
+    """
     start = time.perf_counter()
     run()
     if device.type == "cuda":

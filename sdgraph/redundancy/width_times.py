@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -24,9 +23,9 @@ from ..runtime.apply import apply
 from ..runtime.unet import GraphUNet
 from ..spec import Spec
 from ..text import json_object
+from .targets import Run, seconds_of
 
 Table = Mapping[str, Mapping[str, NotNegative]]
-Call = Callable[[], object]
 FORMAT = 1
 
 
@@ -137,10 +136,8 @@ class WidthTimes(Spec):
             SavedError: the file is missing or damaged.
         """
         hint = "pass a file that WidthTimes.save wrote"
-        plain = json_object(Path(path), SavedError, hint=hint)
+        plain = json_object(Path(path), SavedError, hint=hint, format=FORMAT)
         try:
-            if plain["format"] != FORMAT:
-                raise SavedError(f"the format is {plain['format']!r}", where=path, hint=hint)
             table = fitted(plain["table"], Table)
             if not all(each and all(count.isdigit() for count in each) for each in table.values()):
                 raise SavedError("the numbers of slices are no numbers", where=path, hint=hint)
@@ -155,7 +152,7 @@ def _lies_in_region(graph: Graph, width: Width) -> bool:
     return inside and all(end.path.startswith(f"{width.path}.") for end in width.ends)
 
 
-def _region_call(graph: Graph, path: str, target: str) -> Call:
+def _region_call(graph: Graph, path: str, target: str) -> Run:
     """Return a call of a region alone, on random inputs."""
     region, nodes = graph.region(path), fx.Graph()
     values: dict[fx.Node, Any] = {}
@@ -175,7 +172,7 @@ def _region_call(graph: Graph, path: str, target: str) -> Call:
     return lambda: module(*inputs)
 
 
-def _whole_call(graph: Graph, target: str) -> Call:
+def _whole_call(graph: Graph, target: str) -> Run:
     """Return a call of the whole UNet, on random inputs."""
     unet = GraphUNet(graph.copy())
     if target == "compiled":
@@ -192,16 +189,12 @@ def _random(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.randn(value.shape, device=device).to(value.dtype)
 
 
-@torch.no_grad()
-def _in_turns(calls: Sequence[Call], turns: int, device: torch.device) -> list[float]:
+def _in_turns(calls: Sequence[Run], turns: int, device: torch.device) -> list[float]:
     """Return the seconds of the fastest call of each, one of each per turn."""
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(turns + 2):
         for call, sample in zip(calls, samples, strict=True):
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn > 1:
-                sample.append(time.perf_counter() - start)
+            seconds = seconds_of(call, device)
+            if turn > 1:  # two turns warm up
+                sample.append(seconds)
     return [min(sample) for sample in samples]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from ..errors import ScheduleError
 from ..graph import Graph
 from .unet import GraphUNet
+
+Call = TypeVar("Call")
 
 
 class CallRecorder(GraphUNet):
@@ -25,6 +29,26 @@ class CallRecorder(GraphUNet):
     def run(self, flat: Mapping[str, Tensor]) -> Tensor:
         self.calls.append({name: value.clone() for name, value in flat.items()})
         return super().run(flat)
+
+
+def timestep_of(call: Mapping[str, Tensor]) -> float:
+    """Return the timestep of a recorded call, which is that of its first sample.
+
+    Args:
+        call: the inputs of the call, by name.
+    """
+    return float(call["timestep"].reshape(-1)[0])
+
+
+def spread(calls: Sequence[Call], number: int) -> list[Call]:
+    """Return calls that are spread evenly over a generation, the first and the last among them.
+
+    Args:
+        calls: the calls of the generation.
+        number: the largest number of calls to return.
+    """
+    places = np.linspace(0, len(calls) - 1, min(number, len(calls))).round().astype(int)
+    return [calls[place] for place in places]
 
 
 def first_call(graph: Graph, generate: Callable[[GraphUNet], object]) -> Mapping[str, Tensor]:

@@ -19,7 +19,7 @@ from torch.nn.functional import softplus
 from ..atomic import written
 from ..errors import PathError, SdgraphError, SpecError, TuningError
 from ..extra import imported
-from ..options import Bounds, Count, Positive
+from ..options import Bounds, Budget, Count, Positive
 from ..redundancy.analysis import analyse_unet
 from ..redundancy.pruning_program import PruningChoice, PruningProgram
 from ..redundancy.redundancy import Redundancy
@@ -32,7 +32,6 @@ from .report import CHOICE, CHOICE_FORMAT, GATE
 from .settings import Settings
 from .train_state import training_dtype
 
-Budget = Annotated[float, Bounds(gt=0, le=1)]
 LEAST = 0.01  # the cost of a removal, however low the score, so that nothing is removed beyond the budget
 
 
