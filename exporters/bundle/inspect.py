@@ -40,6 +40,7 @@ def contents(directory: Path, calls: Any = 50, verify: bool = True) -> str:
     lines = [
         f"{directory}: {manifest.dtype}, opset {manifest.opset}, written by sdgraph {manifest.version}",
         f"passes: {', '.join(manifest.recipe) or 'none'}",
+        *([f"8 bits: {manifest.quantization}"] if manifest.quantization else []),
         f"{manifest.target}, {manifest.layout}; " + ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
         "",
     ]

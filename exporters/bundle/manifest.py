@@ -100,6 +100,7 @@ class Manifest:
         values: the values that calls may inherit.
         guards: conditions on the sizes of a call.
         recipe: the passes that were applied, as text.
+        quantization: the layers in 8 bits and how, as text; "" for models in float.
         files: SHA-256 of each other file, by name.
         versions: versions of the packages that made it, for the reader.
         version: version of the sdgraph that wrote it.
@@ -117,6 +118,7 @@ class Manifest:
     values: tuple[Value, ...] = ()
     guards: tuple[Guard, ...] = ()
     recipe: tuple[str, ...] = ()
+    quantization: str = ""
     files: Mapping[FileName, Digest] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__

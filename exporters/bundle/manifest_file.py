@@ -19,6 +19,7 @@ from sdgraph.untrusted import as_kind, check_format, read_json, require_inside
 from .manifest import AGAIN, CONFIG, DATA, FORMAT, KINDS, MANIFEST, REPORT, Manifest
 
 _MODEL_FILE = re.compile(r"[A-Za-z0-9][\w-]{0,60}\.onnx")
+_STRATEGY = re.compile(r"Quantize\([^\x00-\x1f]{0,100000}\)")
 _SYMBOL = re.compile(r"[A-Z]\d{0,3}")  # of a size of the call
 _LARGEST_SIZE = 1 << 31  # of a dimension, where the sizes of the call are 64
 
@@ -101,6 +102,8 @@ def _check(manifest: Manifest) -> None:
     for i, spec in enumerate(manifest.inputs):
         _require_known(spec.kind, KINDS, f"inputs[{i}].kind")
         _require_known(spec.place[0] if spec.place else "", ARGUMENTS, f"inputs[{i}].place")
+    if manifest.quantization and not _STRATEGY.fullmatch(manifest.quantization):
+        raise ValueError(f"quantization: {manifest.quantization[:80]!r} is no strategy")
     names = [spec.name for spec in manifest.inputs if spec.shape is not None]
     if len({spec.name for spec in manifest.inputs}) < len(manifest.inputs) or names[:2] != ["sample", "timestep"]:
         raise ValueError("inputs: sample and timestep, and each once")

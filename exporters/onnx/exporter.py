@@ -33,6 +33,7 @@ from ..bundle.manifest import CONFIG, DATA, MODEL, REPORT, Layout, Manifest, Tar
 from ..bundle.manifest_file import read_manifest, write_manifest
 from . import parity
 from .parity import Comparison, ExportReport
+from .quantize import Calibration, Quantize, check_request, quantized, with_quality
 from .request import as_graph, check_target, chosen_inputs
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def export(
     opset: Annotated[int, Bounds(ge=OPSETS[0], le=OPSETS[-1])] = 20,
     provider: str | None = None,
     precision: str | None = None,
+    quantize: Quantize | None = None,
+    calibration: Annotated[Calibration | None, Any] = None,
     overwrite: bool = False,
     atol: NotNegative | None = None,
     rtol: NotNegative | None = None,
@@ -94,6 +97,9 @@ def export(
         provider: a provider of ONNX Runtime on which the models are compared as well, beside the CPU's; see
             `ORTUNet.from_pretrained`.
         precision: the precision of that provider, which has separate bounds.
+        quantize: the layers to compute in 8 bits. The models in float are compared with eager first, then those in 8
+            bits with them, on images.
+        calibration: the generations for scales and for that comparison; needed with `quantize`.
         overwrite: replace an earlier export, once the new one is checked.
         atol: bound on the largest difference from eager, which is `atol + rtol * largest value`.
         rtol: the other part of that bound.
@@ -106,7 +112,8 @@ def export(
         ExportError: wrong kind of model or dtype, the directory exists or cannot be written, or the translation failed.
         ScheduleError: a schedule does not fit `calls`.
         ParityError: the numbers are out of bounds.
-        SpecError: unknown inputs, target, layout or opset.
+        SpecError: unknown inputs, target, layout or opset; or 8 bits that these models, this processor or the
+            calibration do not allow.
     Example:
         `print(export(unet, "unet-onnx"))`
     """
@@ -116,6 +123,8 @@ def export(
     lowered, fused = _lowered(unet) if target == "cuda" else (unet, {})
     from ..ort.providers import choose
 
+    if quantize is not None or calibration is not None:
+        check_request(quantize, calibration, manifest)
     also = None
     if provider is not None or precision is not None:
         also = choose(provider, precision, None, manifest.dtype)  # refused before the minutes of an export
@@ -126,6 +135,8 @@ def export(
             with torch.no_grad():
                 report = _export(unet, lowered, folder, manifest, also, (atol, rtol), progress)
                 report = replace(report, fused=fused)
+                if quantize is not None and calibration is not None:
+                    report = _in_eight_bits(folder, manifest, unet, quantize, calibration, report, progress)
         finally:
             torch.nn.Module.train(unet, training)
         (folder / REPORT).write_text(report.json())
@@ -208,6 +219,37 @@ def _export(
     report = ExportReport(nodes, weight_bytes, file_bytes, comparisons, seconds)
     parity.require(report, choosing)
     return report
+
+
+def _in_eight_bits(
+    folder: Path,
+    manifest: Manifest,
+    unet: GraphUNet,
+    quantize: Quantize,
+    calibration: Calibration,
+    report: ExportReport,
+    progress: bool,
+) -> ExportReport:
+    """Replace the models by those with layers in 8 bits, and add them to the report."""
+    start = time.perf_counter()
+    with Bar(total=4, desc="export: 8 bits", unit="stage", disable=not progress) as bar, _ticking(bar):
+        loaded = _loaded(folder, read_manifest(folder), {})
+        reference = calibration.latents(loaded, held_out=True)
+        bar.update()
+        for variant in manifest.variants:
+            loaded.backend.close(variant)
+        with _written(folder):
+            found = quantized(folder, manifest, unet.config, quantize, calibration)
+            if manifest.variants[0].file != MODEL:
+                _write_plain(folder, manifest.variants[0].file)
+            write_manifest(replace(manifest, quantization=str(quantize)), folder)
+        bar.update(2)
+        loaded = _loaded(folder, read_manifest(folder), {})
+        found = with_quality(quantize, found, calibration.latents(loaded, held_out=True), reference)
+        bar.update()
+    seconds = {**report.seconds, "8 bits": time.perf_counter() - start}
+    file_bytes = sum(f.stat().st_size for f in folder.iterdir())
+    return replace(report, quantization=found, seconds=seconds, file_bytes=file_bytes)
 
 
 @contextmanager

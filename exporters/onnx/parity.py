@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -46,6 +47,30 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """The quantisation of a bundle, as the report of an export has it.
+
+    Args:
+        strategy: the `Quantize` as text.
+        layers: the number of layers by mode, "static", "dynamic" and "float", in the variant that computes everything.
+        psnr: the mean PSNR of the final latents of the held-out prompts to those of float, in dB.
+        worst: the lowest of them, in dB.
+        prompts: the number of held-out prompts.
+    """
+
+    strategy: str
+    layers: dict[str, int] = field(default_factory=dict)
+    psnr: float = math.nan
+    worst: float = math.nan
+    prompts: int = 0
+
+    def __str__(self) -> str:
+        layers = ", ".join(f"{count} layers {mode}" for mode, count in self.layers.items())
+        quality = f"{self.psnr:.1f} dB to float, {self.worst:.1f} at worst, on {self.prompts} held-out prompts"
+        return f"8 bits: {self.strategy}\n{layers}; {quality}"
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """The files of an export, and their comparison with eager. It prints as a table; `as_dict()` is plain data.
 
@@ -56,6 +81,7 @@ class ExportReport:
         comparisons: the comparisons, one per model and shape.
         seconds: the wall time of each stage, in seconds.
         fused: the number of places at which each lowering applied.
+        quantization: the layers in 8 bits and their quality; None for models in float.
     """
 
     nodes: dict[str, int]
@@ -64,6 +90,7 @@ class ExportReport:
     comparisons: tuple[Comparison, ...]
     seconds: dict[str, float] = field(default_factory=dict)
     fused: dict[str, int] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
     def __str__(self) -> str:
         rows = [("model", "nodes", "sample", "on", "largest |eager|", "difference", "bound", "")]
@@ -76,7 +103,8 @@ class ExportReport:
         took = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
         size = f"{self.file_bytes / 1e6:.1f} MB for {self.weight_bytes / 1e6:.1f} MB of weights"
         fused = [", ".join(f"{name} {count}" for name, count in self.fused.items())] if self.fused else []
-        return "\n".join([format_table(rows), *fused, size, took])
+        bits = [] if self.quantization is None else [str(self.quantization)]
+        return "\n".join([format_table(rows), *fused, *bits, size, took])
 
     def as_dict(self) -> dict[str, object]:
         """Return the report as plain data."""

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ PLUGIN = "onnxruntime_ep_openvino"  # the package that brings OpenVINO's provide
 CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
 # OpenVINO's names of the dtypes that it computes in.
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+# Instructions that add products of 8 bits in 32 bits, as Linux names them.
+EIGHT_BITS = frozenset(("avx512_vnni", "avx_vnni"))
 # Properties of OpenVINO that other arguments set.
 SETTLED = {
     "INFERENCE_PRECISION_HINT": "pass precision=",
@@ -132,6 +135,37 @@ def _fastest(available: list[str], precision: str | None, dtype: str) -> str:
 def has_bfloat16(device: Any) -> bool:
     """Return whether OpenVINO multiplies in bfloat16 on a device; elsewhere it would compute in float32 instead."""
     return "BF16" in dict(device.ep_metadata).get("OPTIMIZATION_CAPABILITIES", "").split()
+
+
+def require_eight_bits(name: str) -> None:
+    """Refuse layers in 8 bits on a provider or a processor that does not compute them as such.
+
+    Args:
+        name: the name of the provider.
+    Raises:
+        SpecError: the provider computes them in float, or the processor has no instructions for them.
+    """
+    if name not in (CPU, OPENVINO):
+        raise SpecError(
+            f"{name} computes layers in 8 bits as float, and slower",
+            where="provider",
+            hint="on an NVIDIA GPU TensorRT has 8 bits; or run the bundle in float there",
+        )
+    flags = processor_flags()
+    if flags and flags.isdisjoint(EIGHT_BITS):
+        raise SpecError(
+            "this processor has no VNNI: without it, sums of products in 8 bits overflow, and images differ",
+            where="quantize",
+            hint="export and run the UNet in float here",
+        )
+
+
+def processor_flags() -> frozenset[str]:
+    """Return the instruction sets of an x86 processor, as Linux names them; none where they are not known."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = (line.partition(":")[2].split() for line in lines if line.startswith("flags"))
+    return frozenset(next(found, ()))
 
 
 def _openvino(precision: str, options: Mapping[str, Any]) -> Provider:

@@ -18,7 +18,7 @@ from ..bundle.external_data import SharedWeights
 from ..bundle.manifest import AGAIN, CHOICE, NAMES, ExportedVariant, Manifest
 from . import session_options as options
 from .io_binding import Captured, run
-from .providers import CPU, CUDA, Provider, choose
+from .providers import CPU, CUDA, Provider, choose, require_eight_bits
 
 log = logging.getLogger("sdgraph")
 _ORT = {torch.float32: "tensor(float)", torch.float16: "tensor(float16)", torch.int64: "tensor(int64)"}
@@ -53,6 +53,8 @@ class Sessions:
 
         self.folder, self.manifest = folder, manifest
         self._provider = choose(provider, precision, provider_options, manifest.dtype)
+        if manifest.quantization:
+            require_eight_bits(self._provider.name)
         self._free_dims = dict(free_dims or {})
         self._sizes = _by_symbol(self._free_dims)
         self._session_options = {} if session_options is None else session_options

@@ -3,6 +3,9 @@
   sdgraph export stable-diffusion-v1-5/stable-diffusion-v1-5 --passes "CleanUp, InheritFeatures.deep_cache(3)" \\
       --out unet-ort
 
+With --quantize "Quantize()" and --prompts FILE, layers are computed in 8 bits, with scales that are calibrated on the
+images of these prompts.
+
 The directory has one graph for each variant, and one file with the weights of all graphs. It appears only if every
 graph agrees with PyTorch.
 """
@@ -10,10 +13,23 @@ graph agrees with PyTorch.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from .arguments import CALLS, add_calls, add_dtype, add_imports, add_model, add_output, add_provider, add_threads
+from ..errors import SpecError
+from ..spec import Spec, read
+from .arguments import (
+    CALLS,
+    add_calls,
+    add_dtype,
+    add_imports,
+    add_model,
+    add_number,
+    add_output,
+    add_provider,
+    add_threads,
+)
 from .plans import add_passes, read_passes
-from .sources import load_unet
+from .sources import load_pipeline, load_unet, read_prompts
 
 CHOICES = ("target", "layout", "inputs", "overwrite", "provider", "precision")
 
@@ -38,21 +54,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="optional inputs to export, such as ControlNet's mid_block_additional_residual",
     )  # fmt: skip
     add_provider(parser, "none; the CPU's is always compared with PyTorch, and this one too")
+    parser.add_argument(
+        "--quantize", metavar="SPEC",
+        help="compute layers in 8 bits: 'Quantize()', or with options as in 'Quantize(linears=\"dynamic\")'; needs the "
+        "folder of a pipeline and --prompts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="text file with one prompt per line, of which 8 bits are calibrated on three in four and checked on one",
+    )  # fmt: skip
+    add_number(parser, "--steps", "inference steps of these images (default: --calls)")
     add_threads(parser, "PyTorch", "ONNX Runtime")
     add_imports(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..exporters.onnx import check_target, export
+    from ..exporters.onnx import Calibration, check_target, export
     from ..runtime.apply import apply
 
     check_target(args.overwrite, args.out)  # before the minutes that the export takes
     requested = read_passes(args.passes)
     requested.check_calls(args.calls)
-    source = load_unet(args.model, args.dtype, args.variant)
+    quantize = _quantize(args)
+    pipe = None if quantize is None else load_pipeline(args.model, args.dtype, "cpu", args.variant)
+    source = load_unet(args.model, args.dtype, args.variant) if pipe is None else pipe.unet
     requested.check_unet(source.config)
     unet = apply(source, requested.passes)
     if unet.graph.passes:
         print(unet.report)
     options = {name: getattr(args, name) for name in CHOICES}
-    print(export(unet, args.out, calls=args.calls or requested.calls or CALLS, **options))
+    calls = args.calls or requested.calls or CALLS
+    if pipe is not None:
+        prompts, steps = read_prompts(args.prompts), args.steps or requested.steps or calls
+        options |= {"quantize": quantize, "calibration": Calibration(pipe, prompts, num_inference_steps=steps)}
+    print(export(unet, args.out, calls=calls, **options))
+
+
+def _quantize(args: argparse.Namespace) -> Spec | None:
+    """Return the layers to compute in 8 bits, or None.
+
+    Raises:
+        SpecError: the text is no `Quantize`, or there are no prompts to calibrate on.
+    """
+    from ..exporters.onnx import Quantize
+
+    if args.quantize is None:
+        if args.prompts is not None:
+            raise SpecError("--prompts are for 8 bits", where="--prompts", hint="add --quantize 'Quantize()'")
+        return None
+    spec = read(args.quantize, Quantize)
+    if args.prompts is None:
+        raise SpecError("8 bits need prompts to calibrate on", where="--quantize", hint="add --prompts FILE")
+    return spec

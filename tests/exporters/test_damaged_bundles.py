@@ -122,6 +122,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "weights cut": ("model.onnx.data is not the file", lambda d: truncate(d / "model.onnx.data", 0.9)),
     "other weights": ("model.onnx.data is not the file", lambda d: flip(d / "model.onnx.data")),
     "no manifest": ("sdgraph.json cannot be read", lambda d: (d / "sdgraph.json").unlink()),
+    "a strategy that is none": ("'import os' is no strategy", lambda d: forge(d, "import os", "quantization")),
     "manifest cut": ("sdgraph.json is not JSON", lambda d: truncate(d / "sdgraph.json")),
     "a recipe": ("not that of an export", lambda d: (d / "sdgraph.json").write_text('{"format": 1, "passes": []}')),
     "manifest edited": ("was edited", lambda d: edit_manifest(d, signed=False, opset=19)),
