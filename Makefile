@@ -5,7 +5,7 @@ RUN := $(CURDIR)/$(VENV)/bin
 # Models are part of the repository or built from configurations: nothing is downloaded.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo train scenes student test test-fast test-long test-full test-oldest test-wheel wheel lint docs bench frontier tuning pruning drop-in package-tree
+.PHONY: demo train scenes student test test-fast test-long test-full test-oldest test-wheel wheel lint docs bench frontier tuning pruning switching drop-in package-tree
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/.installed-onnx,plots,pipelines
@@ -80,6 +80,9 @@ tuning: $(VENV)/.installed-bench,pipelines,tuning
 
 pruning: $(VENV)/.installed-bench,pipelines,plots,pruning,tuning
 	$(RUN)/python -m benchmarks.pruning $(ARGS)
+
+switching: $(VENV)/.installed-bench,pipelines,plots,pruning
+	$(RUN)/python -m benchmarks.switching $(ARGS)
 
 # diffusers' own pipeline tests with our UNet in the place of theirs: make drop-in ARGS=path/to/diffusers
 drop-in: $(VENV)/.installed-test,bench

@@ -35,6 +35,8 @@ def draw(texts: Iterable[str]) -> None:
             plots.frontier(result(file), file.with_suffix(".svg"))
         elif result(file)["benchmark"] == "pruning":
             plots.predictions(result(file), file.with_suffix(".svg"))
+        elif result(file)["benchmark"] == "switching":
+            plots.mixes(result(file), file.with_suffix(".svg"))
     for block in BLOCK.finditer("\n".join(texts)):
         if block["kind"] == "curves":
             found = tables.curves([result(ROOT / file) for file in block["files"].split()])

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import cases, tables
+from . import cases, mixes, tables
 from .record import RESULTS, ROOT
 
 KINDS = {
@@ -26,13 +26,14 @@ KINDS = {
     "frontier": tables.quality,
     "tuning": tables.tuning,
     "pruning": tables.pruning,
+    "switching": mixes.tables,
     "channels": tables.channels,
     "gpu": tables.gpu,
     "providers": tables.engines,
     "images": tables.images,
     "drop_in": tables.drop_in,
 }
-EXTRACTS = ("front",)  # tables that are shown by name only
+EXTRACTS = ("front", "front-psnr", "front-captions")  # tables that are shown by name only
 BLOCK = re.compile(r"<!-- (?P<kind>figures|curves): (?P<files>[^>]+) -->\n.*?<!-- end of (?P=kind) -->", re.DOTALL)
 CELL = re.compile(r"<!-- cell: (?P<parts>[^>]+) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")

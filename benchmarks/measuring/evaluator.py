@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import sdgraph
 from examples.scenes.quality import Quality, held_out_captions, sheet
 from sdgraph.evaluation import metrics
 
@@ -97,6 +98,8 @@ class Evaluator:
         for rows in [range(first, min(first + batch, count)) for first in range(0, count, batch)]:
             generators = [torch.Generator().manual_seed(row) for row in rows]
             texts = [self.captions[row] for row in rows]
-            images.append(self.pipe(texts, generator=generators, num_inference_steps=steps, output_type="np").images)
+            with sdgraph.attach(self.pipe):  # schedules by call count its calls
+                made = self.pipe(texts, generator=generators, num_inference_steps=steps, output_type="np")
+            images.append(made.images)
         self.pipe.unet, self.pipe.scheduler = own
         return np.concatenate(images)

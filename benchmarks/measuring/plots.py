@@ -11,6 +11,7 @@ import numpy as np
 from examples.scenes.quality import sheet
 from sdgraph.views.figure import save_figure
 
+from . import mixes as measured_mixes
 from .comparison import MethodImages, psnrs
 from .generator import Method, file_name
 from .pareto import front
@@ -50,6 +51,25 @@ def frontier(result: Mapping[str, Any], path: Path) -> None:
             axes.grid(alpha=0.3)
         panels[0].set_ylabel(f"PSNR against {result['reference']}, dB", fontsize=8)
         panels[1].legend(fontsize=7, loc="lower right")
+        figure.tight_layout()
+
+
+def mixes(result: Mapping[str, Any], path: Path) -> None:
+    """Draw quality against time of the mixes of UNets and of their parts, with both Pareto fronts."""
+    methods = measured_mixes.timed(result)
+    kinds = dict.fromkeys(method["kind"] for method in methods.values())
+    with save_figure(path) as figure:
+        figure.set_size_inches(12, 5)
+        for axes, (key, title) in zip(figure.subplots(1, 2), LEARNED.items(), strict=True):
+            for kind, marker in zip(kinds, MARKERS, strict=False):
+                points = [(m["time"], measured_mixes.quality(m, key)) for m in methods.values() if m["kind"] == kind]
+                axes.plot(*zip(*points, strict=True), marker, label=kind, markersize=4, alpha=0.8)
+            best = [methods[name] for name in measured_mixes.front(methods, key)]
+            line = [(method["time"], measured_mixes.quality(method, key)) for method in best]
+            axes.step(*zip(*line, strict=True), "k-", where="post", linewidth=0.7, label="Pareto front")
+            axes.set(xlabel="time, in calls of the teacher", title=title)
+            axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="lower right")
         figure.tight_layout()
 
 

@@ -113,7 +113,7 @@ def record(file: Path, result: dict[str, Any]) -> None:
 
 def commits(result: dict[str, Any]) -> list[str]:
     """Return the commits that a result was measured at, each once; a plus marks a tree that differed from it."""
-    parts = [result, *(result["methods"].values() if result["benchmark"] in ("tuning", "pruning") else ())]
+    parts = [result, *(result["methods"].values() if result["benchmark"] in ("tuning", "pruning", "switching") else ())]
     return list(dict.fromkeys(part["commit"] for part in parts if "commit" in part))
 
 

@@ -301,3 +301,51 @@ def test_channels_are_compared_at_one_budget(tmp_path: Path) -> None:
     for row in rows:
         assert "failure" in row or (row["parameters"] <= 0.9 * whole["parameters"] and row["error"] > 0), row["name"]
     assert "| Torch-Pruning, inside blocks" in run.stdout
+
+
+@pytest.mark.long
+def test_mixes_of_unets_are_measured_beside_their_parts(tmp_path: Path) -> None:
+    """The same command goes on: the second time it only measures the times."""
+    command, out = [*PYTHON, "benchmarks.switching", "--quick", "--folder", str(tmp_path)], tmp_path / "result.json"
+    for _ in range(2):
+        run = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+    assert "of the captions" not in run.stdout
+    result = json.loads(out.read_text())
+    methods = result["methods"]
+    assert {method["kind"] for method in methods.values()} == {"teacher", "student", "inheriting", "masked", "mix"}
+    assert methods["teacher, 4 steps of DDIM"]["time"] == 4
+    expected = 2 + 2 * result["calls"]["student"]
+    assert methods["2 teacher, 2 student, 4 steps of DDIM"]["time"] == pytest.approx(expected)
+    assert methods["DeepCache, 4 steps of DDIM"]["time"] < 4
+    assert out.with_suffix(".svg").exists()
+
+
+def test_a_mix_is_compared_with_what_all_parts_reach_in_its_time() -> None:
+    mixes = module("measuring.mixes")
+
+    def method(kind: str, what: str, time: float, psnr: float) -> dict[str, Any]:
+        figures = {"psnr": psnr, "shape and colour": psnr / 100}
+        return {"kind": kind, "what": what, "solver": "DDIM", "time": time, "converged": figures}
+
+    methods = {
+        "large, 4": method("teacher", "large", 4, 30),
+        "large, 6": method("teacher", "large", 6, 34),
+        "small, 4": method("student", "small", 2, 25),
+        "small, 6": method("student", "small", 3, 31),
+        "good": method("mix", "both", 5, 33),
+        "equal": method("mix", "both", 3, 31),
+        "early": method("mix", "both", 1, 40),
+    }
+    assert mixes.affordable(methods.values(), 5, "psnr") == 32  # between 4 and 6 steps of the large one
+    assert mixes.affordable(methods.values(), 4, "psnr") == 31  # the small one, for less
+    assert mixes.affordable(methods.values(), 2.5, "psnr") == 28
+    assert mixes.margin(methods, "good", "psnr") == 1
+    assert mixes.margin(methods, "equal", "psnr") == 0
+    assert mixes.margin(methods, "early", "psnr") is None  # nothing else is as fast
+    assert mixes.margin(methods, "large, 4", "psnr") is None
+    del methods["early"]
+    assert mixes.front(methods, "psnr") == ["small, 4", "small, 6", "good", "large, 6"]
+    assert mixes.winners(methods, "psnr") == ["good"]
+    del methods["good"]
+    assert mixes.winners(methods, "psnr") == []
