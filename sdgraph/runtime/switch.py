@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Self
 
@@ -13,41 +12,32 @@ import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from torch import nn
 
-from ..errors import CallError, ModeError, SavedError, ScheduleError, SourceError, SpecError, did_you_mean
-from ..inheritance.attach import Attachment
-from ..inheritance.cache import Backend, Turn, no_value
+from ..errors import ModeError, SavedError, ScheduleError, SourceError, SpecError
+from ..inheritance.cache import Backend
 from ..inheritance.tracker import GenerationTracker
-from ..ir.inputs import Input
-from ..ir.sites import sites
 from ..options import Count, Positive, Share, checked
 from ..schedules import TRAINED, ByTimestep, MemberSchedule, SamplingRun
-from ..solvers import looks_back
-from ..spec import known, read
 from ..views.timetable import Timetable, timetable
 from .adapters import LORA
 from .apply import apply
 from .diffusers_api import REFUSED, UNetCall, refusal
+from .members import (
+    check_agreement,
+    check_names,
+    common_inputs,
+    common_sites,
+    facts,
+    hold_once,
+    site_shapes,
+    tensors_of,
+    unet_of,
+)
 from .recipe import PASSES
+from .rota import Rota, Whole, check_schedule, read_schedule
 from .serialization import one_device
 from .switch_folder import Contents, load_switch, save_switch
 from .unet import GraphUNet
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
-# Entries of a configuration that say which latents and conditioning a UNet takes.
-AGREEING = (
-    "in_channels",
-    "out_channels",
-    "cross_attention_dim",
-    "encoder_hid_dim",
-    "encoder_hid_dim_type",
-    "class_embed_type",
-    "num_class_embeds",
-    "projection_class_embeddings_input_dim",
-    "addition_embed_type",
-    "addition_time_embed_dim",
-    "time_cond_proj_dim",
-    "prediction_type",
-)
 ON_MEMBERS = "do it on each UNet before sdgraph.switch, or on unet.members[name]"
 CHANGING = (  # methods of diffusers that change what a UNet computes
     *LORA,
@@ -111,7 +101,7 @@ def switch(
     """
     if not isinstance(members, Mapping) or not members:
         raise SpecError("there are no UNets", where="members", hint='pass them by name: {"large": unet, "small": unet}')
-    _check_names(members)
+    check_names(members)
     names = tuple(members)
     ratios = {"boundary_ratio": boundary_ratio, "denoising_end": denoising_end}
     given = [name for name, value in ({"schedule": schedule} | ratios).items() if value is not None]
@@ -120,7 +110,7 @@ def switch(
         hint = "pass one of them, such as boundary_ratio=0.5 or schedule=\"InTurns(('large', 'small'))\""
         raise SpecError(f"{found} {'are' if len(given) > 1 else 'is'} given", where="switch", hint=hint)
     if isinstance(schedule, str):
-        schedule = _read_schedule(schedule)
+        schedule = read_schedule(schedule)
     if boundary_ratio is not None or denoising_end is not None:
         if len(names) != 2:
             hint = f"use a schedule, such as ByTimestep({names!r}, (700, 300))"
@@ -131,10 +121,10 @@ def switch(
             else ByTimestep.denoising_end(denoising_end, names, num_train_timesteps)  # type: ignore[arg-type]
         )
     schedule = schedule if isinstance(schedule, MemberSchedule) else ByTimestep(names)
-    _check_schedule(schedule, names)
-    _check_agreement({name: _facts(one) for name, one in members.items()})
+    check_schedule(schedule, names)
+    check_agreement({name: facts(one) for name, one in members.items()})
     return SwitchUNet(
-        {name: apply(_unet_of(one), verify=verify) for name, one in members.items()},
+        {name: apply(unet_of(one), verify=verify) for name, one in members.items()},
         schedule,
         carry_features,
         guidance_scale or {},
@@ -167,20 +157,18 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         carry_features: bool = False,
         guidance_scale: Annotated[Mapping[str, float], Any] = MappingProxyType({}),
     ) -> None:
-        _check_names(members)
-        _check_schedule(schedule, tuple(members))
-        _check_agreement({name: _facts(member) for name, member in members.items()})
+        check_names(members)
+        check_agreement({name: facts(member) for name, member in members.items()})
         ModelMixin.__init__(self)
         self.members = nn.ModuleDict(members)  # type: ignore[assignment]
-        _check_known(schedule, guidance_scale, tuple(members), "guidance_scale")
-        self.schedule, self.carry_features, self.guidance_scale = schedule, carry_features, dict(guidance_scale)
+        shapes = [site_shapes(member.graph) for member in members.values()] if carry_features else []
         self.tracker = GenerationTracker()
-        self._checked_run: SamplingRun | None = None
-        self._carried = _common_sites(members.values()) if carry_features else frozenset()
+        carried = common_sites(shapes) if carry_features else frozenset()
+        self.rota = Rota(schedule, members, self.tracker, carried, guidance_scale)
         hold_once([list(tensors_of(member)) for member in members.values()])
         first = next(iter(members.values()))
         self.register_to_config(**{k: v for k, v in first.graph.config.items() if k != PASSES})
-        self.call_inputs = tuple(_common_inputs([member.call_inputs for member in members.values()]))
+        self.call_inputs = tuple(common_inputs([member.call_inputs for member in members.values()]))
         self._conditioning = tuple(i.name for i in self.call_inputs if i.conditioning)
         nn.Module.train(self, False)
 
@@ -192,73 +180,12 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         for member in self.members.values():
             member.follow_changes()
 
-        def turns(call: int | None, timestep: float | None, run: SamplingRun) -> Turn:
-            return self._turn(flat, self._member(flat["timestep"], call, timestep, run))
+        def backend(name: str) -> Backend[Any, Any]:
+            member = self.members[name]
+            return member.backend if member.prepare(flat) else Whole(member.backend)
 
-        if flat["sample"].is_meta:  # where no timestep can be read
-            alone = self._turn(flat, next(iter(self.members)))
-        elif not self.schedule.counts and not any(member.backend.sites for member in self.members.values()):
-            position = self.tracker.position(flat["timestep"])
-            place = (None, SamplingRun()) if position is None else (position.timestep, position.run)
-            alone = turns(None, *place)
-        else:
-            return self.tracker.run(flat, self._conditioning, turns, self._weights)
-        output: torch.Tensor = alone.backend.compute(flat, frozenset(), no_value)[0]
-        return output
-
-    def _turn(self, flat: Mapping[str, torch.Tensor], name: str) -> Turn:
-        """Return the turn of a member, which covers the call."""
-        member = self.members[name]
-        backend: Backend[Any, Any] = member.backend if member.prepare(flat) else _Whole(member.backend)
-        if name in self.guidance_scale and not flat["sample"].is_meta:
-            backend = _Guided(backend, self.guidance_scale[name] / self._pipeline_scale(flat))
-        return Turn(backend, name, self._carried)
-
-    def _pipeline_scale(self, flat: Mapping[str, torch.Tensor]) -> float:
-        """Return the scale of guidance of the attached pipeline that makes a call."""
-        sources = [one for one in self.tracker.position_sources if isinstance(one, Attachment)]
-        source = next((one for one in sources if one.read(flat["timestep"]) is not None), None)
-        scale = source.guidance_scale if source is not None else None
-        if scale is None or flat["sample"].shape[0] % 2:
-            what = "the pipeline runs without guidance, or combines its predictions in another way"
-            raise ModeError(
-                what if source is not None else "no attached pipeline makes this call, so its guidance is unknown",
-                where="guidance_scale",
-                hint="sdgraph.attach(pipe), with guidance_scale above 1 and without guidance_rescale; or leave it out",
-            )
-        return scale
-
-    def _member(self, timesteps: torch.Tensor, call: int | None, timestep: float | None, run: SamplingRun) -> str:
-        """Return the name of the UNet that computes a call, see `Turns`."""
-        if call is None and self.schedule.counts:
-            raise ScheduleError(
-                "nothing says which call of the generation this is, and the schedule counts calls",
-                where=str(self.schedule),
-                hint="sdgraph.attach(pipe), or `with unet.expecting(timesteps)` in a loop of your own",
-            )
-        if timestep is None:
-            names = {self.schedule.member(0, float(one), run) for one in timesteps.reshape(-1).tolist()}
-            if len(names) > 1:
-                raise CallError(
-                    f"the samples of a batch have timesteps of {' and '.join(sorted(names))}",
-                    where="argument timestep",
-                    hint="call the UNet once for each of them",
-                )
-            return names.pop()
-        if run is not self._checked_run and (run.timesteps is not None or run.calls is not None):
-            self._check_run(run)
-        return self.schedule.member(call or 0, timestep, run)
-
-    def _check_run(self, run: SamplingRun) -> None:
-        """Refuse a run of which a call has no UNet, and warn where the solver looks back over a switch."""
-        names = self.schedule.turns(run)
-        _check_known(self.schedule, names, tuple(self.members))
-        if looks_back(run.solver) and len(set(names)) > 1:
-            self.tracker.warn(
-                f"{run.solver.partition('(')[0]} combines the predictions of several calls, so the steps after a "
-                f"switch also use those of the UNet before it; see docs/switching.md for what that changes"
-            )
-        self._checked_run = run
+        inherits = any(member.backend.sites for member in self.members.values())
+        return self.rota.run(flat, self._conditioning, backend, inherits, self._weights)
 
     def _weights(self, waits: bool) -> object:
         """Return an object that stays the same as long as values that were kept would be computed as they were."""
@@ -282,7 +209,7 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         graphs = {name: member.graph for name, member in self.members.items()}
         nominal = {s.name: s.nominal for s in next(iter(graphs.values())).dims.symbols if s.name in ("H", "W")}
         at = {name: graph.at(**(nominal | sizes)) for name, graph in graphs.items()}
-        return timetable(at, run, self.schedule.turns(run), self._carried)
+        return timetable(at, run, self.schedule.turns(run), self.rota.carried)
 
     def warm_up(self, height: Count, width: Count, *, batch: Count = 2, tokens: Count = 77, calls: Any = 25) -> None:
         for member in self.members.values():
@@ -296,6 +223,26 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         """
         for member in self.members.values():
             member.compile(**options)
+
+    @property
+    def schedule(self) -> MemberSchedule:
+        """The schedule that names the UNet of each call."""
+        return self.rota.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: MemberSchedule) -> None:
+        check_schedule(schedule, self.rota.members)
+        self.rota.schedule = schedule
+
+    @property
+    def carry_features(self) -> bool:
+        """Whether values of common sites are taken over when the turn changes."""
+        return bool(self.rota.carried)
+
+    @property
+    def guidance_scale(self) -> Mapping[str, float]:
+        """The scale of classifier-free guidance of members by name, where it is not the pipeline's."""
+        return self.rota.guidance_scale
 
     # -- weights, modes, moves -----------------------------------------------------------------------------------
 
@@ -420,7 +367,7 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         options.pop("torch_dtype", None)
         contents, path = load_switch(directory, **options)
         try:
-            schedule = _read_schedule(contents.schedule)
+            schedule = read_schedule(contents.schedule)
             members = {name: GraphUNet(graph) for name, graph in contents.graphs.items()}
             unet = cls(members, schedule, contents.carry_features, contents.guidance_scale)
         except (ScheduleError, SpecError, SourceError) as error:
@@ -444,210 +391,3 @@ class SwitchUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
 
 for _name, _hint in {**REFUSED, **dict.fromkeys(CHANGING, ON_MEMBERS)}.items():
     setattr(SwitchUNet, _name, refusal(_name, _hint, "a switch of several UNets", "SwitchUNet"))
-
-
-class _Whole:
-    """A backend whose calls compute everything, and of which nothing is kept.
-
-    Args:
-        backend: the backend that computes them.
-    """
-
-    def __init__(self, backend: Backend[Mapping[str, torch.Tensor], torch.Tensor]) -> None:
-        self.sites: Mapping[str, Any] = {}
-        self._backend = backend
-
-    def compute(
-        self, inputs: Mapping[str, torch.Tensor], reused: frozenset[str], read: Callable[[str], torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the output of a call."""
-        return self._backend.compute(inputs, frozenset(), no_value)[0], {}
-
-
-class _Guided:
-    """A backend whose prediction with a prompt lies farther from that without, or nearer to it.
-
-    Args:
-        backend: the backend that computes the calls, of samples without a prompt and the same ones with it.
-        factor: the factor of the difference.
-    """
-
-    def __init__(self, backend: Backend[Mapping[str, torch.Tensor], torch.Tensor], factor: float) -> None:
-        self.sites, self._backend, self._factor = backend.sites, backend, factor
-
-    def compute(
-        self, inputs: Mapping[str, torch.Tensor], reused: frozenset[str], read: Callable[[str], torch.Tensor]
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        """Return the output of a call, and the values of the sites that it computed."""
-        output, computed = self._backend.compute(inputs, reused, read)
-        without, given = output.chunk(2)
-        return torch.cat([without, without + self._factor * (given - without)]), computed
-
-
-# -- equal weights ----------------------------------------------------------------------------------------------------
-
-
-def tensors_of(unet: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Return an iterator over parameters and buffers by name."""
-    yield from unet.named_parameters()
-    yield from unet.named_buffers()
-
-
-def hold_once(models: list[list[tuple[str, torch.Tensor]]]) -> None:
-    """Let tensors of a model share the storage of tensors of earlier models with equal contents.
-
-    Args:
-        models: the parameters and buffers of each model, with their names; of several equal tensors that of the same
-            name is chosen.
-    """
-    earlier: dict[object, dict[str, torch.Tensor]] = {}
-    for model in models:
-        for name, tensor in model:
-            known = earlier.get(_outline(tensor), {})
-            candidates = [known[name]] if name in known else []
-            for other in (*candidates, *known.values()):
-                if other.data_ptr() == tensor.data_ptr() or torch.equal(_bits(other), _bits(tensor)):
-                    tensor.data = other.data
-                    break
-        for name, tensor in model:
-            if tensor.numel() and not tensor.is_meta:
-                earlier.setdefault(_outline(tensor), {}).setdefault(name, tensor)
-
-
-def _outline(tensor: torch.Tensor) -> object:
-    """Return what equal tensors have in common, and different ones hardly: their form, and a few of their numbers."""
-    if tensor.is_meta or not tensor.numel():
-        return None
-    flat = tensor.detach().reshape(-1)
-    few = _bits(flat[:: max(1, len(flat) // 16)]).tolist()
-    return tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride(), tuple(few)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)  # nan equals nan, and 0 is not -0
-
-
-# -- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _unet_of(member: Any) -> Any:
-    """Return the UNet of a member, which may be a pipeline."""
-    return member.unet if hasattr(member, "scheduler") and hasattr(member, "unet") else member
-
-
-def _facts(member: Any) -> dict[str, Any]:
-    """Return what has to agree between members."""
-    unet = _unet_of(member)
-    if not isinstance(unet, UNet2DConditionModel):
-        raise SourceError(
-            f"a member is a {type(unet).__name__}", where="members", hint="pass UNets of diffusers or of sdgraph"
-        )
-    config = {name: unet.config.get(name) for name in AGREEING}
-    widths = config["cross_attention_dim"]
-    if isinstance(widths, list | tuple) and len(set(widths)) == 1:
-        config["cross_attention_dim"] = widths[0]
-    scheduler = getattr(getattr(member, "scheduler", None), "config", {})
-    config["prediction_type"] = scheduler.get("prediction_type", config["prediction_type"])
-    return config | {"dtype": unet.dtype, "device": unet.device}
-
-
-def _check_names(members: Mapping[Any, Any]) -> None:
-    for name in members:
-        if not isinstance(name, str) or not NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
-            raise SpecError(
-                f"a member is named {name!r}",
-                where="members",
-                hint="use 1 to 40 letters, digits, _ and -, as in 'large'",
-            )
-
-
-def _read_schedule(text: str) -> MemberSchedule:
-    schedule = read(text, MemberSchedule)
-    if not isinstance(schedule, MemberSchedule):
-        kinds = ", ".join(sorted(known(MemberSchedule)))
-        raise ScheduleError(f"{text} names no UNets", where="schedule", hint=f"schedules of UNets: {kinds}")
-    return schedule
-
-
-def _check_schedule(schedule: MemberSchedule, members: tuple[str, ...]) -> None:
-    _check_known(schedule, schedule.members, members)
-    unnamed = [name for name in members if name not in schedule.members]
-    if unnamed:
-        raise ScheduleError(
-            f"the schedule never names {', '.join(unnamed)}", where=str(schedule), hint="leave it out of the members"
-        )
-
-
-def _check_known(
-    schedule: MemberSchedule, names: Iterable[str], members: tuple[str, ...], who: str = "the schedule"
-) -> None:
-    for name in names:
-        if name not in members:
-            raise ScheduleError(
-                f"{who} names a UNet {name!r}",
-                where=str(schedule),
-                hint=did_you_mean(name, members) or f"members: {', '.join(members)}",
-            )
-
-
-def _check_agreement(facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse members that take other latents or conditioning than the first one."""
-    first, *others = facts
-    for other in others:
-        ours, theirs = facts[first], facts[other]
-        differing = [
-            f"{name} {ours[name]} and {theirs[name]}"
-            for name in ours
-            if ours[name] != theirs[name] and not (name == "prediction_type" and None in (ours[name], theirs[name]))
-        ]
-        if differing:
-            raise SourceError(
-                f"{first} and {other} differ: {'; '.join(differing)}",
-                where="members",
-                hint="the UNets of a switch get the same latents, prompts and timesteps, in one dtype on one device",
-            )
-
-
-def _common_inputs(inputs: list[Sequence[Input]]) -> Iterator[Input]:
-    """Yield the inputs that all members have. Residuals are left out together, as a ControlNet passes them.
-
-    Raises:
-        SourceError: a member needs an input that another one does not have.
-    """
-    first, *others = inputs
-    by_name = [{spec.name: spec for spec in other} for other in others]
-    differing = {str(spec.place[0]) for spec in first for other in by_name if other.get(spec.name) != spec}
-    names = {spec.name for spec in first}
-    differing |= {str(spec.place[0]) for other in others for spec in other if spec.name not in names}
-    if any(name.startswith(("down_block_add", "mid_block_add")) for name in differing):
-        differing |= {"down_block_additional_residuals", "mid_block_additional_residual"}
-    for each in inputs:
-        for spec in each:
-            if str(spec.place[0]) in differing and not spec.optional:
-                raise SourceError(
-                    f"the members take {spec.name} differently", where="members", hint="use UNets of one conditioning"
-                )
-    yield from (spec for spec in first if str(spec.place[0]) not in differing)
-
-
-def _common_sites(members: Iterable[GraphUNet]) -> frozenset[str]:
-    """Return the sites that all members have in one shape, and whose values are kept."""
-    shapes = []
-    for member in members:
-        graph = member.graph
-        nodes = sites(graph.fx)
-        shapes.append(
-            {
-                (name, graph.dims.expressions(nodes[name].meta["val"], nodes[name].meta["probe"]))
-                for name, site in graph.sites.items()
-                if not site.bypassed
-            }
-        )
-    common = frozenset(name for name, shape in set.intersection(*shapes) if "?" not in shape)
-    if not common:
-        raise SpecError(
-            "the members have no site in common, in one shape",
-            where="carry_features",
-            hint="leave it out, or apply InheritFeatures with the same sites to all members",
-        )
-    return common

@@ -19,13 +19,13 @@ from ..errors import SavedError
 from ..graph import Graph
 from ..untrusted import Digest, FileName, Format, as_kind, check_format, read_config, read_json, require_inside
 from ..version import __version__
+from .members import MemberName
 from .recipe import CONFIG, SWITCH, GraphRecipe
 from .serialization import HARMLESS, OURS, check_target, graph_recipe, only_defaults, rebuilt
 from .weight_files import put_weights, read_weights, write_weights
 
 FORMAT = 1
 AGAIN = "save the switch again"
-MemberName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,40}\Z")]
 log = logging.getLogger("sdgraph")
 
 
