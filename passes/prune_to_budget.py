@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from sdgraph import Contract, Graph, Pass, Redundancy, analyse_unet
 from sdgraph.errors import SpecError
-from sdgraph.options import Bounds, Budget, Seed, Text
+from sdgraph.options import Bounds, Budget, Neighbours, Seed, Text
 
 from .prune_blocks import PruneBlocks
 
@@ -60,7 +60,7 @@ class PruneToBudget(Pass):
     parameters: Budget | None = None
     analysis: Redundancy | Text | Path | None = None
     criterion: Literal["error", "gate"] = "error"
-    neighbours: tuple[int, int] | None = (2, 3)
+    neighbours: Neighbours | None = (2, 3)
     tuned: bool = False
     levels: Annotated[tuple[Literal["block", "layer", "unit"], ...], Bounds(length=1)] = ("block", "layer")
     seed: Seed = 0
@@ -70,9 +70,6 @@ class PruneToBudget(Pass):
             object.__setattr__(self, "analysis", str(self.analysis))  # which has a text
         if self.time is None and self.macs is None and self.parameters is None:
             raise SpecError("there is no budget", where="PruneToBudget", hint="time=0.7, macs=0.7 or parameters=0.7")
-        if self.neighbours is not None and not 1 <= self.neighbours[0] <= self.neighbours[1]:
-            most, of = self.neighbours
-            raise SpecError(f"at most {most} of {of} neighbours", where="neighbours", hint="two numbers such as (2, 3)")
 
     def __str__(self) -> str:
         if isinstance(self.analysis, Redundancy):  # its numbers would fill pages

@@ -28,6 +28,7 @@ __all__ = [
     "Finite",
     "Index",
     "Misfit",
+    "Neighbours",
     "NotNegative",
     "Number",
     "Paths",
@@ -61,6 +62,7 @@ class Bounds:
         le: the largest number allowed.
         lt: the exclusive upper bound.
         length: the smallest length of a text or a tuple.
+        ascending: whether no number of a tuple is below the one before it.
     Example:
         `ratio: Annotated[float, Bounds(gt=0, le=0.5)] = 0.5`
     """
@@ -70,6 +72,7 @@ class Bounds:
     le: float | None = None
     lt: float | None = None
     length: int = 0
+    ascending: bool = False
 
     def __contains__(self, value: Any) -> bool:
         """Return whether a value is in the range; nan is in no range."""
@@ -79,6 +82,7 @@ class Bounds:
             and (self.le is None or value <= self.le)
             and (self.lt is None or value < self.lt)
             and (not self.length or len(value) >= self.length)
+            and (not self.ascending or list(value) == sorted(value))
         )
 
     def __str__(self) -> str:
@@ -88,7 +92,7 @@ class Bounds:
         high = high if self.lt is None else f"below {self.lt:g}" if self.lt < math.inf else ""
         if low.startswith("of") and high.startswith("at"):
             return f"from {self.ge:g} to {self.le:g}"
-        return " and ".join(filter(None, (low, high)))
+        return " and ".join(filter(None, (low, high, "in ascending order" * self.ascending)))
 
 
 Count = Annotated[int, Bounds(ge=1)]
@@ -99,6 +103,7 @@ Positive = Annotated[float, Bounds(gt=0, lt=math.inf)]
 NotNegative = Annotated[float, Bounds(ge=0, lt=math.inf)]
 Share = Annotated[float, Bounds(ge=0, le=1)]
 Budget = Annotated[float, Bounds(gt=0, le=1)]
+Neighbours: TypeAlias = Annotated[tuple[Count, Count], Bounds(ascending=True)]
 Seed = Annotated[int, Bounds(ge=0, lt=2**63)]
 Text = Annotated[str, Bounds(length=1)]
 Paths: TypeAlias = Text | Annotated[tuple[Text, ...], Bounds(length=1)]

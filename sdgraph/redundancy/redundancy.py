@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,14 +19,14 @@ from ..compiler.passes import Pass
 from ..contract import Contract
 from ..errors import EditError, SavedError, SpecError
 from ..graph import Graph
-from ..options import Budget, Count, Finite, check, checked
+from ..options import Budget, Count, Finite, Neighbours, check, checked
 from ..runtime.apply import apply
 from ..runtime.digest import hash_each, hash_model, hash_program
 from ..runtime.unet import GraphUNet
 from ..text import json_object
 from ..views.format import format_table
 from .heat_map import draw_heat_map
-from .pruning_program import Measure, PruningChoice, PruningProgram
+from .pruning_program import Parts, PruningChoice, PruningProgram
 
 Level = Literal["block", "layer", "unit"]
 LEVELS: tuple[Level, ...] = ("block", "layer", "unit")
@@ -175,7 +175,7 @@ class Redundancy:
         time: Budget | None = None,
         macs: Budget | None = None,
         parameters: Budget | None = None,
-        neighbours: tuple[int, int] | None = (2, 3),
+        neighbours: Neighbours | None = (2, 3),
         criterion: Criterion = "error",
         unet: Annotated[UNet2DConditionModel | GraphUNet | Graph | None, Any] = None,
         tuned: bool = False,
@@ -183,8 +183,8 @@ class Redundancy:
         """Choose the removals that cost least for one or more budgets, by integer programming.
 
         Costs and savings are added up over the removals; pairs that were measured together correct the sum of their
-        errors. No region is removed within another one that is. With the UNet, macs and parameters are counted in the
-        pruned UNet, with everything that nothing reads any more, and the choice is corrected until it meets them.
+        errors. No region is removed within another one that is. With the UNet, macs and parameters are those of
+        the pruned UNet, with everything that nothing reads any more, and the choice is the best by them.
 
         Args:
             time: the seconds of a call that may be left, as a share of those of the whole UNet.
@@ -224,7 +224,7 @@ class Redundancy:
             None if criterion == "error" else [self.cost(one, criterion) for one in self.removals],
             neighbours,
             [self._index[path] for path in gone],
-            None if model is None else self._measure(model.graph),
+            None if model is None else self._parts(model.graph),
         )
         chosen = program.best(budgets)
         if chosen is None:
@@ -240,12 +240,12 @@ class Redundancy:
     def _has(self, name: str) -> bool:
         return all(getattr(one, name) is not None for one in self.removals)
 
-    def _measure(self, graph: Graph) -> Measure:
-        """Return a function that counts what is left of a graph without some regions, as shares of the whole UNet."""
+    def _parts(self, graph: Graph) -> Parts:
+        """Return the parts of a graph, with their sizes as shares of those of the whole UNet."""
         whole = dict(self.sizes) or sizes_of(graph)
+        sizes = {name: {part: size / whole[name] for part, size in of.items()} for name, of in _sizes(graph).items()}
 
-        @cache
-        def measure(paths: tuple[str, ...]) -> Mapping[str, float] | None:
+        def lost(paths: tuple[str, ...]) -> Collection[str] | None:
             pruned = graph.copy()
             try:
                 for path in reversed(pruned.matching(paths) if paths else ()):  # the order of `PruneBlocks`
@@ -254,9 +254,10 @@ class Redundancy:
                 pruned.propagate()
             except EditError:
                 return None
-            return {name: size / whole[name] for name, size in sizes_of(pruned).items()}
+            present = {part for of in _sizes(pruned).values() for part in of}
+            return {part for of in sizes.values() for part in of} - present
 
-        return measure
+        return Parts(sizes, lost)
 
     def _gone(self, model: GraphUNet, tuned: bool) -> tuple[str, ...]:
         """Return the regions of the analysis that a UNet has lost.
@@ -392,4 +393,11 @@ class Redundancy:
 
 def sizes_of(graph: Graph) -> dict[str, int]:
     """Return the macs of a call and the parameters of a graph."""
-    return {"macs": graph.macs, "parameters": sum(p.numel() for p in graph.parameters().values())}
+    return {name: sum(of.values()) for name, of in _sizes(graph).items()}
+
+
+def _sizes(graph: Graph) -> dict[str, dict[str, int]]:
+    """Return the macs of each operation that has some, and the elements of each parameter."""
+    macs = {node.name: graph.macs_of(node) for node in graph.nodes}  # names without a dot, which parameters have
+    elements = {name: p.numel() for name, p in graph.parameters().items()}
+    return {"macs": {name: count for name, count in macs.items() if count}, "parameters": elements}

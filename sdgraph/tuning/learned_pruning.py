@@ -19,7 +19,7 @@ from torch.nn.functional import softplus
 from ..atomic import written
 from ..errors import PathError, SdgraphError, SpecError, TuningError
 from ..extra import imported
-from ..options import Bounds, Budget, Count, Positive
+from ..options import Bounds, Budget, Count, Neighbours, Positive
 from ..redundancy.analysis import analyse_unet
 from ..redundancy.pruning_program import PruningChoice, PruningProgram
 from ..redundancy.redundancy import Redundancy
@@ -57,7 +57,7 @@ class LearnedPruning(Spec):
         learning_rate: the learning rate of the updates.
         gate_learning_rate: the learning rate of the scores.
     Raises:
-        TuningError: there is no budget, or the limit for neighbours is none.
+        TuningError: there is no budget.
     Example:
         `sdgraph.tune(unet, unet, data, learn_pruning=LearnedPruning(1000, macs=0.7), max_train_steps=5000, **options)`
     Source:
@@ -73,7 +73,7 @@ class LearnedPruning(Spec):
     macs: Budget | None = None
     parameters: Budget | None = None
     levels: Annotated[tuple[Literal["block", "layer", "unit"], ...], Bounds(length=1)] = ("layer",)
-    neighbours: tuple[int, int] | None = (2, 3)
+    neighbours: Neighbours | None = (2, 3)
     rank: Count = 8
     learning_rate: Positive = 1e-4
     gate_learning_rate: Positive = 0.05
@@ -81,12 +81,6 @@ class LearnedPruning(Spec):
     def __post_init__(self) -> None:
         if not self.budgets:
             raise TuningError("there is no budget", where="LearnedPruning", hint="time=0.7, macs=0.7 or parameters=0.7")
-        if self.neighbours is not None and not 1 <= self.neighbours[0] <= self.neighbours[1]:
-            raise TuningError(
-                f"at most {self.neighbours[0]} of {self.neighbours[1]} neighbours",
-                where="neighbours",
-                hint="two numbers such as (2, 3)",
-            )
 
     @property
     def budgets(self) -> dict[str, float]:

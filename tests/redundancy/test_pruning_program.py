@@ -3,80 +3,103 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Sequence
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from sdgraph.redundancy.pruning_program import SIZES, PruningProgram
+from sdgraph.redundancy.pruning_program import Parts, PruningProgram
 from sdgraph.redundancy.redundancy import Removal
 
 PATHS = tuple(f"down_blocks.{number}.resnets.0" for number in range(5))
 PARTS = 8  # of which each removal saves some, and several removals may save the same
-Saved = list[set[int]]
 
 
 def removal(path: str, saved: float) -> Removal:
     return Removal(path, "layer", saved, saved, saved, (0.0,), 0.0)
 
 
-def counting(saved: Saved, apart: frozenset[str]) -> Callable[[tuple[str, ...]], Mapping[str, float] | None]:
-    """Return the function that counts what is left, where two removals may not be made together."""
+def parts_of(ways: Sequence[Sequence[set[int]]], apart: set[int] = frozenset()) -> Parts:  # type: ignore[assignment]
+    """Return parts of equal size.
 
-    def measure(paths: tuple[str, ...]) -> Mapping[str, float] | None:
-        if apart and apart <= set(paths):
+    Args:
+        ways: the ways to lose each part: sets of removals that lose it together.
+        apart: the removals that cannot be made together.
+    """
+
+    def lost(paths: tuple[str, ...]) -> set[str] | None:
+        chosen = {PATHS.index(path) for path in paths}
+        if apart and apart <= chosen:
             return None
-        gone = set().union(*(saved[PATHS.index(path)] for path in paths)) if paths else set()
-        return dict.fromkeys(SIZES, 1 - len(gone) / PARTS)
+        return {str(part) for part, each in enumerate(ways) if any(way <= chosen for way in each)}
 
-    return measure
+    return Parts({"macs": {str(part): 1 / len(ways) for part in range(len(ways))}}, lost)
 
 
-def best(saved: Saved, errors: list[float], share: float, apart: frozenset[str]) -> float | None:
+def left_of(parts: Parts, chosen: Iterable[int]) -> float | None:
+    lost = parts.lost(tuple(PATHS[n] for n in sorted(chosen)))
+    return None if lost is None else 1 - len(lost) / len(parts.sizes["macs"])
+
+
+def best(parts: Parts, errors: list[float], share: float) -> float | None:
     """Return the least error of all choices that meet the budget, by trying all of them."""
-    measure, found = counting(saved, apart), None
+    found = None
     for chosen in itertools.chain.from_iterable(itertools.combinations(range(len(PATHS)), n) for n in range(6)):
-        left = measure(tuple(PATHS[n] for n in chosen))
-        if left is not None and left["macs"] <= share + 1e-9:
+        left = left_of(parts, chosen)
+        if left is not None and left <= share + 1e-9:
             error = sum(errors[n] for n in chosen)
             found = error if found is None else min(error, found)
     return found
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(st.data())
-def test_the_choice_is_the_best_where_savings_overlap(data: st.DataObject) -> None:
-    saved = [data.draw(st.sets(st.integers(0, PARTS - 1), max_size=4)) for _ in PATHS]
-    errors = data.draw(st.lists(st.integers(1, 9).map(float), min_size=5, max_size=5))
-    apart = frozenset(
-        data.draw(st.sets(st.sampled_from(PATHS), min_size=2, max_size=2)) if data.draw(st.booleans()) else ()
-    )
-    share = data.draw(st.sampled_from([0.25, 0.5, 0.75]))
-    removals = [removal(path, len(parts) / PARTS) for path, parts in zip(PATHS, saved, strict=True)]
-    measure = counting(saved, apart)
-    program = PruningProgram(removals, (errors, {}), None, None, measure=measure)
-    chosen = program.best({"macs": share})
-    expected = best(saved, errors, share, apart)
+def check(parts: Parts, errors: list[float], share: float) -> None:
+    """Check the choice, and the least budget where there is none, against trying all."""
+    removals = [removal(path, 0.0) for path in PATHS]
+    program = PruningProgram(removals, (errors, {}), None, None, parts=parts)
+    chosen, expected = program.best({"macs": share}), best(parts, errors, share)
+    assert (chosen is None) == (expected is None)
     if chosen is None:
-        assert expected is None
         least = program.least({"macs": share})["macs"]
-        assert best(saved, errors, least, apart) is not None
-        assert best(saved, errors, least - 0.01, apart) is None
+        assert best(parts, errors, least) is not None
+        assert best(parts, errors, least - 0.01) is None
     else:
-        left = measure(tuple(PATHS[n] for n in sorted(chosen)))
+        left = left_of(parts, chosen)
         assert left is not None
-        assert left["macs"] <= share + 1e-9
-        assert program.left(chosen)["macs"] == pytest.approx(left["macs"])
+        assert left <= share + 1e-9
+        assert program.left(chosen)["macs"] == pytest.approx(left)
         assert program.error(chosen) == expected
 
 
+@pytest.mark.law("The choice for a budget is the cheapest, whatever removals save together")
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    st.lists(st.lists(st.sets(st.integers(0, 4), min_size=1, max_size=3), max_size=4), min_size=PARTS, max_size=PARTS),
+    st.lists(st.integers(1, 9).map(float), min_size=5, max_size=5),
+    st.sampled_from([0.25, 0.5, 0.75]),
+    st.just(set()) | st.sets(st.integers(0, 4), min_size=2, max_size=2),
+)
+def test_the_choice_is_the_best_where_savings_overlap_and_where_parts_die_together_only(
+    ways: list[list[set[int]]], errors: list[float], share: float, apart: set[int]
+) -> None:
+    check(parts_of(ways, apart), errors, share)
+
+
+def test_three_removals_that_overlap_in_pairs_are_found() -> None:
+    saved = [{0, 1, 3}, {0, 1, 4}, {0, 2, 5}]
+    ways = [[{2 + n} for n, parts in enumerate(saved) if part in parts] for part in range(PARTS)]
+    check(parts_of(ways), [1.0] * 5, 0.25)
+
+
 def test_what_several_removals_save_together_is_found_where_the_sum_falls_short() -> None:
-    def measure(paths: tuple[str, ...]) -> Mapping[str, float]:
-        return dict.fromkeys(SIZES, 0.2 if len(paths) == 5 else 1 - 0.1 * len(paths))
+    def lost(paths: tuple[str, ...]) -> set[str]:
+        return {*paths, *(["shared"] if len(paths) == 5 else [])}
 
     removals = [removal(path, 0.1) for path in PATHS]
-    program = PruningProgram(removals, ([1.0] * 5, {}), None, None, measure=measure)
+    sizes = dict.fromkeys(PATHS, 0.1) | {"shared": 0.3, "rest": 0.2}
+    program = PruningProgram(
+        removals, ([1.0] * 5, {}), None, None, parts=Parts({"macs": sizes, "parameters": sizes}, lost)
+    )
     assert program.best({"macs": 0.3}) == frozenset(range(5))
     assert len(program.best({"macs": 0.7}) or ()) == 3
     assert program.best({"macs": 0.1}) is None
