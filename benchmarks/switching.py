@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,18 @@ class Method:
 
 
 def methods(quick: bool) -> Iterator[Method]:
-    """Yield all methods: parts before mixes, and those that matter most first."""
+    """Yield all methods: for each solver the parts before their mixes, and masks last, which need an analysis."""
     plain, mixed = ({"DDIM": (2, 4)}, {"DDIM": (4,)}) if quick else (PLAIN, MIXED)
-    parts = {"teacher": "teacher", "student": "student"}
-    for what, kind in parts.items():
-        yield from (Method(what, kind, solver, n, (what,) * n) for solver, steps in plain.items() for n in steps)
-    yield from mixes("student", mixed)
-    for what in INHERITING:
-        yield from (
-            Method(what, "inheriting", solver, n, (what,) * n) for solver, steps in mixed.items() for n in steps
-        )
+    for solver, steps in plain.items():
+        some = {solver: mixed[solver]} if solver in mixed else {}
+        for what in ("teacher", "student"):
+            yield from (Method(what, what, solver, n, (what,) * n) for n in steps)
+        yield from mixes("student", some)
+        for what in INHERITING:
+            yield from (Method(what, "inheriting", solver, n, (what,) * n) for n in some.get(solver, ()))
     for what in MASKS:
-        yield from (Method(what, "masked", solver, n, (what,) * n) for solver, steps in mixed.items() for n in steps)
+        for solver, steps in mixed.items():
+            yield from (Method(what, "masked", solver, n, (what,) * n) for n in steps)
         yield from mixes(what, mixed, shares=(0.5,))
 
 
@@ -122,10 +122,9 @@ class Study:
         student = load_student().to(memory_format=torch.channels_last)
         self.unets = {"teacher": teacher, "student": student}
         self.unets |= {name: sdgraph.apply(teacher, passes) for name, passes in INHERITING.items()}
-        self.masks = self.chosen_masks()
-        self.unets |= {name: sdgraph.apply(teacher, [PruneBlocks(paths)]) for name, paths in self.masks.items()}
 
-    def chosen_masks(self) -> dict[str, tuple[str, ...]]:
+    @cached_property
+    def masks(self) -> dict[str, tuple[str, ...]]:
         """Return the regions that each mask leaves out: those with the least output error for its budget."""
         args, file = self.args, self.args.folder / "analysis.json"
         if not file.exists():
@@ -139,11 +138,12 @@ class Study:
     def images(self) -> None:
         """Measure the images of all methods that are missing."""
         for method in methods(self.args.quick):
+            masked = sorted({*method.members} & {*MASKS})
             mine = self.result["methods"].setdefault(method.name, {
                 "kind": method.kind, "what": method.what, "solver": method.solver, "steps": method.steps,
-                "schedule": str(method.schedule or ""), **self.provenance,
+                "schedule": str(method.schedule or ""), "left out": {name: list(self.masks[name]) for name in masked},
+                **self.provenance,
             })  # fmt: skip
-            mine |= {"left out": {name: list(self.masks[name]) for name in sorted({*method.members} & {*self.masks})}}
             if "converged" not in mine:
                 unet, key = self.unet(method), method.what
                 figures = partial(self.evaluator.figures, key, unet, method.solver, method.steps)
@@ -156,21 +156,31 @@ class Study:
     def unet(self, method: Method) -> Any:
         """Return the UNet of a method."""
         if method.schedule is None:
-            return self.unets[method.members[0]]
-        return sdgraph.switch({name: self.unets[name] for name in dict.fromkeys(method.members)}, method.schedule)
+            return self.only(method.members[0])
+        return sdgraph.switch({name: self.only(name) for name in dict.fromkeys(method.members)}, method.schedule)
+
+    def only(self, name: str) -> Any:
+        """Return a UNet that is no mix."""
+        if name in MASKS and name not in self.unets:
+            self.unets[name] = sdgraph.apply(self.unets["teacher"], [PruneBlocks(self.masks[name])])
+        return self.unets[name]
 
     def times(self) -> None:
-        """Measure the times, in calls of the teacher: those of UNets call by call, and of whole generations."""
+        """Measure the times, in calls of the teacher, of all methods that have images.
+
+        Those of a mix are added up over its calls; a whole generation of one shows what else a switch takes.
+        """
+        measured = [method for method in methods(self.args.quick) if method.name in self.result["methods"]]
         turns, known = 4 if self.args.quick else 30, self.result.setdefault("calls", {"teacher": 1.0})
-        for name in ("student", *self.masks):
-            known[name] = self.evaluator.time(self.unets[name], ROWS, turns)
+        for name in dict.fromkeys(n for m in measured if m.kind in ("student", "masked") for n in m.members):
+            known[name] = self.evaluator.time(self.only(name), ROWS, turns)
         record(self.out, self.result)
         switched = sdgraph.switch(
             {each: self.unets[each] for each in ("teacher", "student")}, "InTurns(('teacher', 'student'))"
         )
         self.result["switched"] = self.generation(switched, 8, turns) / (4 + 4 * known["student"])
         inheriting: dict[tuple[str, int], float] = {}
-        for method in methods(self.args.quick):
+        for method in measured:
             mine = self.result["methods"][method.name]
             if method.kind != "inheriting":
                 mine["time"] = sum(known[name] for name in method.members)
@@ -210,17 +220,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=128, help="held-out captions")
     parser.add_argument("--prompts", type=int, default=8, help="captions of the analysis that chooses masks")
-    parser.add_argument("--times", action="store_true", help="measure the times, after what is missing of the images")
+    parser.add_argument("--times", action="store_true", help="make no images, and measure the times of those there are")
     parser.add_argument("--folder", type=Path, help="folder of the images; default: in out/")
     add_options(parser)
     args = parser.parse_args()
     if args.quick:
-        args.captions, args.prompts, args.times = 4, 2, True
+        args.captions, args.prompts = 4, 2
     torch.set_num_threads(1)
     args.folder = args.folder or ROOT / "out" / f"switching{'-quick' * args.quick}"
     study = Study(args, begin("switching", "cpu", args.draft or args.quick))
-    study.images()
-    if args.times:
+    if args.quick or not args.times:
+        study.images()
+    if args.quick or args.times:
         study.times()
         plots.mixes(study.result, study.out.with_suffix(".svg"))
         print(f"\n{report(study.result)}\n\nwritten to {study.out}")
