@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ class Evaluator:
         teacher: the teacher's UNet.
         folder: the folder that keeps the images.
         count: the number of held-out captions, each with a separate noise.
+        guidance: the guidance scale; None for the pipeline's own.
     """
 
-    def __init__(self, pipe: Any, teacher: Any, folder: Path, count: int) -> None:
-        self.pipe, self.teacher, self.folder = pipe, teacher, folder
+    def __init__(self, pipe: Any, teacher: Any, folder: Path, count: int, guidance: float | None = None) -> None:
+        self.pipe, self.teacher, self.folder, self.guidance = pipe, teacher, folder, guidance
         self.quality, self.captions = Quality(), held_out_captions(count)[1]
         self.config = pipe.scheduler.config
         pipe.set_progress_bar_config(disable=True)
@@ -92,14 +93,29 @@ class Evaluator:
         return np.load(file)["images"] / 255.0
 
     def _generated(self, unet: Any, solver: str, steps: int, batch: int = 32) -> Any:
+        count = len(self.captions)
+        parts = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
+        return np.concatenate(
+            [self.images(unet, solver, steps, [self.captions[row] for row in rows], rows) for rows in parts]
+        )
+
+    def images(self, unet: Any, solver: str, steps: int, texts: Sequence[str], seeds: Iterable[int]) -> Any:
+        """Return the images (N, H, W, 3) in [0, 1] of a UNet.
+
+        Args:
+            unet: the UNet.
+            solver: a name of `SOLVERS`.
+            steps: the number of inference steps.
+            texts: the N captions.
+            seeds: the N seeds.
+        """
         own = self.pipe.unet, self.pipe.scheduler
         self.pipe.unet, self.pipe.scheduler = unet, SOLVERS[solver](self.config)
-        images, count = [], len(self.captions)
-        for rows in [range(first, min(first + batch, count)) for first in range(0, count, batch)]:
-            generators = [torch.Generator().manual_seed(row) for row in rows]
-            texts = [self.captions[row] for row in rows]
-            with sdgraph.attach(self.pipe):  # schedules by call count its calls
-                made = self.pipe(texts, generator=generators, num_inference_steps=steps, output_type="np")
-            images.append(made.images)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        call: dict[str, Any] = {"generator": generators, "num_inference_steps": steps, "output_type": "np"}
+        if self.guidance is not None:
+            call["guidance_scale"] = self.guidance
+        with sdgraph.attach(self.pipe):  # schedules by call count its calls
+            images = self.pipe(list(texts), **call).images
         self.pipe.unet, self.pipe.scheduler = own
-        return np.concatenate(images)
+        return images

@@ -28,9 +28,14 @@ class AssetError(OSError):
 
 
 class ScenePipeline(StableDiffusionPipeline):
-    """Stable Diffusion for scenes. Words that no caption has are an error, and the guidance scale is 3 by default."""
+    """Stable Diffusion for scenes. Words that no caption has are an error.
 
-    def __call__(self, *args: Any, guidance_scale: float = GUIDANCE, **kwargs: Any) -> Any:
+    The guidance scale is 3 by default, and 1 for a student that guidance is folded into.
+    """
+
+    def __call__(self, *args: Any, guidance_scale: float | None = None, **kwargs: Any) -> Any:
+        if guidance_scale is None:
+            guidance_scale = 1.0 if self.unet.config.get("guidance_folded") else GUIDANCE
         return super().__call__(*args, guidance_scale=guidance_scale, **kwargs)
 
     def check_inputs(self, prompt: str | list[str] | None, *args: Any, **kwargs: Any) -> None:

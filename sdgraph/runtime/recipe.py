@@ -16,6 +16,7 @@ from ..untrusted import Digest, FileName, Format, as_kind, check_format, read_js
 FORMAT = 1
 RECIPE, CONFIG, SWITCH = "sdgraph.json", "config.json", "switch.json"
 AGAIN = "save the UNet again"
+FOLDED, CALLS = "guidance_folded", "few_step_calls"  # the entries of the configuration of a few-step student
 PASSES = "sdgraph_passes"  # the entry of a configuration that lists the passes
 
 

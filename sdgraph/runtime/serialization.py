@@ -31,7 +31,9 @@ from ..version import __version__
 from .diffusers_api import UPLOAD
 from .recipe import (
     AGAIN,
+    CALLS,
     CONFIG,
+    FOLDED,
     FORMAT,
     PASSES,
     RECIPE,
@@ -284,7 +286,8 @@ def load(
     config = read_config(folder / CONFIG, AGAIN)
     graph = rebuilt(recipe, config, folder / RECIPE)
     load_weights(graph, folder / recipe.weights, recipe.files, recipe.names)
-    graph.config = {**graph.config, "_name_or_path": str(folder)}  # as diffusers notes where a model comes from
+    few_steps = {name: config[name] for name in (FOLDED, CALLS) if name in config}
+    graph.config = {**graph.config, "_name_or_path": str(folder), **few_steps}  # diffusers notes the folder as well
     return graph, {k: v for k, v in config.items() if not k.startswith("_") and k not in graph.config}
 
 

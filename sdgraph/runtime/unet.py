@@ -31,7 +31,7 @@ from ..options import checked
 from .adapters import LORA, Adapters, show_settings
 from .diffusers_api import REFUSED, UNetCall, refusal
 from .gradients import Ownership, differentiated, transformed
-from .recipe import PASSES, plain_passes, read_passes
+from .recipe import FOLDED, PASSES, plain_passes, read_passes
 from .serialization import load, one_device, save
 from .to_diffusers import to_diffusers
 from .torch_backend import TorchBackend
@@ -55,6 +55,26 @@ def _adapting(
             unet._set_graph(graph)
 
     return change
+
+
+def check_unguided(call: Mapping[str, Any]) -> None:
+    """Refuse a call with classifier-free guidance, which has all latents twice, by a student that guidance is folded into.
+
+    Args:
+        call: the arguments of the call by name.
+    Raises:
+        CallError: the first half of the samples is the second half.
+    """
+    sample = call.get("sample")
+    if not isinstance(sample, torch.Tensor) or sample.is_meta or len(sample) % 2 or not len(sample):
+        return
+    if torch.equal(*sample.chunk(2)):
+        raise CallError(
+            "the UNet is called with guidance, which is folded into its weights already, so that negative prompts have "
+            "no effect either",
+            where="guidance_scale",
+            hint="pass guidance_scale=1 to the pipeline; images of the same noise are generated one at a time",
+        )
 
 
 class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
@@ -170,6 +190,15 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         """The `torch.fx.GraphModule` for a call without optional inputs that computes all sites, see `variant`."""
         return self.variant(frozenset(i.name for i in self.graph.inputs if not i.optional))
 
+    def note_few_steps(self, entries: Mapping[str, Any]) -> None:
+        """Note in the configuration that guidance is folded into the weights, and for how many calls.
+
+        Args:
+            entries: the entries of the configuration.
+        """
+        self._graph.config = {**self._graph.config, **entries}
+        self.register_to_config(**entries)
+
     def compile(self, **options: Any) -> None:
         """Let `torch.compile` compile each variant when it is first run.
 
@@ -219,6 +248,8 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
     # -- the call ------------------------------------------------------------------------------------------------
 
     def predict(self, call: Mapping[str, Any]) -> torch.Tensor:
+        if self.config.get(FOLDED) and not torch.compiler.is_compiling():
+            check_unguided(call)
         self.follow_changes()
         if not self._hf_peft_config_loaded:
             return super().predict(call)

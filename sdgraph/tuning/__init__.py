@@ -17,14 +17,16 @@ from .losses import (
     ImageFeatures,
     Loss,
     Output,
+    Phased,
     RoutingPrior,
     Similarity,
+    Trajectory,
     Wavelet,
 )
 from .noise_schedule import NoiseSchedule
 from .report import TuningReport
 from .settings import Settings
-from .sources import Images, MoreCaptions, Prompts, Samples, Source, Tensors, unpacked
+from .sources import Guided, Images, MoreCaptions, Paths, Prompts, Samples, Source, Tensors, unpacked
 from .train_step import DEFAULT
 from .validation import ValidationImages
 
@@ -38,6 +40,7 @@ __all__ = [
     "FeatureExtractor",
     "Features",
     "Guidance",
+    "Guided",
     "ImageFeatures",
     "Images",
     "IncubationReport",
@@ -46,6 +49,8 @@ __all__ = [
     "MoreCaptions",
     "NoiseSchedule",
     "Output",
+    "Paths",
+    "Phased",
     "Prompts",
     "RoutingPrior",
     "Samples",
@@ -54,6 +59,7 @@ __all__ = [
     "Source",
     "Tap",
     "Tensors",
+    "Trajectory",
     "TuningReport",
     "ValidationImages",
     "Wavelet",

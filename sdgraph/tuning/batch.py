@@ -18,6 +18,7 @@ from .random_numbers import generator
 from .settings import Settings
 from .sources import MoreCaptions, Samples, Source
 
+PATH = ("target", "target_alphas", "following", "following_timesteps")  # what a row of a path has beside its point
 STEEPNESS = 5.0  # of random conditioning: p = 1 at the last timestep, 0.08 in the middle
 
 
@@ -33,6 +34,10 @@ class Batch:
         conditions: the other inputs of the UNet, by name.
         own: (B,), whether the caption of a row is that of its image, or left out; None if all are.
         pairs: whether two rows each are the same but for the caption, which every second row leaves out.
+        target: the latents (B, C, H, W) that a call of the student should arrive at; None if the data have no paths.
+        target_alphas: the cumulative products of 1 - beta at `target`, (B,).
+        following: the next recorded point of the path, (B, C, H, W).
+        following_timesteps: the timesteps of `following`, (B,).
     Example:
         `unet(**batch.inputs)`
     """
@@ -44,11 +49,22 @@ class Batch:
     conditions: dict[str, Tensor]
     own: Tensor | None = None
     pairs: bool = False
+    target: Tensor | None = None
+    target_alphas: Tensor | None = None
+    following: Tensor | None = None
+    following_timesteps: Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The inputs of the UNet, by name."""
         return {"sample": self.noisy, "timestep": self.timesteps, **self.conditions}
+
+    @property
+    def following_inputs(self) -> dict[str, Tensor]:
+        """The inputs of the UNet at the next point of a path, by name."""
+        assert self.following is not None
+        assert self.following_timesteps is not None
+        return {"sample": self.following, "timestep": self.following_timesteps, **self.conditions}
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device.
@@ -57,7 +73,7 @@ class Batch:
             device: the device.
         """
         moved = {name: getattr(self, name).to(device) for name in ("clean", "noisy", "timesteps")}
-        for name in ("noise", "own"):
+        for name in ("noise", "own", *PATH):
             moved[name] = None if getattr(self, name) is None else getattr(self, name).to(device)
         return replace(self, **moved, conditions={n: c.to(device) for n, c in self.conditions.items()})
 
@@ -182,7 +198,8 @@ class Batches:
         noisy = (
             noisy.float().contiguous()
         )  # or the layout in which a VAE encoded would decide which kernels a UNet runs
-        return Batch(clean, noise, noisy, timesteps, conditions, own, self.guidance_pairs)
+        of_path = {name: getattr(samples, name) for name in PATH}
+        return Batch(clean, noise, noisy, timesteps, conditions, own, self.guidance_pairs, **of_path)
 
     @property
     def _copies(self) -> int:
@@ -222,6 +239,7 @@ def _check_samples(samples: Samples, rows: int, timesteps: int) -> None:
     if not isinstance(samples, Samples):
         raise _unusable(f"samples() returns a {type(samples).__name__}", "return sdgraph.tuning.Samples")
     own = {name: getattr(samples, name) for name in ("noisy", "timesteps")}
+    own |= {name: getattr(samples, name) for name in PATH}
     given = {name: tensor for name, tensor in own.items() if tensor is not None}
     for name, tensor in {"latents": samples.latents, **given}.items():
         if not isinstance(tensor, Tensor) or tensor.ndim == 0 or len(tensor) != rows:
@@ -234,6 +252,8 @@ def _check_samples(samples: Samples, rows: int, timesteps: int) -> None:
         )
     if samples.noisy is not None and not torch.isfinite(samples.noisy).all():
         raise _unusable("noisy latents have values that are not finite", "leave them out")
+    if any(tensor is not None and not torch.isfinite(tensor).all() for tensor in (samples.target, samples.following)):
+        raise _unusable("points of a path have values that are not finite", "leave them out")
     if samples.timesteps is not None and not ((samples.timesteps >= 0) & (samples.timesteps < timesteps)).all():
         raise _unusable(f"there are timesteps beyond 0 to {timesteps - 1}", "return those of the noise schedule")
 

@@ -98,6 +98,23 @@ class NoiseSchedule:
             return (noisy - spread * prediction) / signal.clamp(min=1e-4)
         return signal * noisy - spread * prediction if self.prediction == "v_prediction" else prediction
 
+    def jump(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor, alphas: Tensor) -> Tensor:
+        """Return the latents (B, C, H, W) that a step of DDIM arrives at.
+
+        Args:
+            noisy: the noised latents, (B, C, H, W).
+            prediction: the prediction of a UNet for them, (B, C, H, W).
+            timesteps: the timesteps, (B,).
+            alphas: the cumulative products of 1 - beta where the step ends, (B,).
+        Source:
+            Song et al., "Denoising Diffusion Implicit Models", 2021.
+        """
+        signal, spread = self._at(timesteps)
+        clean = self.clean(noisy, prediction, timesteps)
+        noise = (noisy - signal * clean) / spread
+        end = alphas[:, None, None, None]
+        return end.sqrt() * clean + (1 - end).sqrt() * noise
+
     def min_snr(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Return the weights of the squared errors, (B,).
 

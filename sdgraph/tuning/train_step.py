@@ -106,6 +106,8 @@ class Objective:
             for tap in named:
                 tap.node(unet.graph)  # refuses unknown paths before anything is computed
         self._places = [[self.pairs.index(pair) for pair in pairs] for pairs in taps]
+        self.reads_teacher = any(loss.reads_teacher for loss in self.losses)
+        self.reads_following = any(loss.reads_following for loss in self.losses)
         self.names = tuple(_numbered([type(loss).__name__ for loss in self.losses]))
 
     def __call__(
@@ -115,6 +117,7 @@ class Objective:
         student: Sequence[Tensor],
         teacher: Sequence[Tensor],
         progress: float = 0.0,
+        following: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the sum, a scalar, and the terms without weights, (losses,).
 
@@ -124,10 +127,12 @@ class Objective:
             student: the prediction (B, C, H, W) and the features that `Student` returns.
             teacher: the prediction (B, C, H, W) of the teacher, and its values at `teacher_taps`.
             progress: the share of the run that is over, from 0 to 1.
+            following: the student's prediction (B, C, H, W) at the next point of a path, if a loss reads it.
         Raises:
             TuningError: a loss returns no scalar, or the sum has no gradient.
         """
-        comparison, teacher_values = Comparison(batch, noise_schedule, student[0], teacher[0]), iter(teacher[1:])
+        comparison = Comparison(batch, noise_schedule, student[0], teacher[0], following)
+        teacher_values = iter(teacher[1:])
         nothing = teacher[0].new_zeros(0)
         values = [
             (value, nothing if teacher_tap is None else next(teacher_values))
@@ -210,14 +215,16 @@ class TrainStep:
         """
         batch = self.batches.batch(step, rows).to(self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
-            teacher = [value.float() for value in self.teacher(batch.inputs)]
+            called = self.teacher(batch.inputs) if self.objective.reads_teacher else [batch.noisy.new_zeros(0)]
+            teacher = [value.float() for value in called]
+            following = self.student(batch.following_inputs)[0].float() if self.objective.reads_following else None
         progress = step / self.settings.last_step
         more: tuple[Tensor, ...] = ()
         if self.masks is not None:
             draw = generator(self.settings.seed, "mask", step, rows[0])
             more = (self.masks.noise(draw, progress).to(self.accelerator.device),)
         student = self.student(batch.inputs, *more)
-        return self.objective(batch, self.noise_schedule, student, teacher, progress)
+        return self.objective(batch, self.noise_schedule, student, teacher, progress, following)
 
 
 def losses_for(losses: Sequence[Loss] | None, row: Batch, snr_gamma: float | None) -> list[Loss]:

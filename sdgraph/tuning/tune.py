@@ -36,7 +36,7 @@ from .noise_schedule import NoiseSchedule
 from .processes import alone, terminable
 from .report import LOG, PRUNING, Log, TuningReport
 from .settings import Settings
-from .sources import Source, as_source
+from .sources import Paths, Source, as_source
 from .train_state import TrainState, checkpoint_to_resume, read, read_identity, training_dtype
 from .train_step import Objective, Student, TrainStep, losses_for
 from .validation import Validate, record
@@ -118,9 +118,11 @@ def tune(
     noise_schedule = NoiseSchedule.of(scheduler)
     first_row = Batches.of(source, noise_schedule, run_settings, 1).batch(0, [0])
     check_call_of_both(student, frozen_teacher, first_row.inputs)
-    if learn_pruning is None:
-        check_different(student, frozen_teacher, first_row.inputs)
     terms = losses_for(losses, first_row, run_settings.snr_gamma)
+    if isinstance(source, Paths):
+        source.check_schedule(noise_schedule)
+    if learn_pruning is None and any(loss.reads_teacher for loss in terms):
+        check_different(student, frozen_teacher, first_row.inputs)
     accelerator, sharded = _accelerator(run_settings, folder)
     batches = Batches.of(source, noise_schedule, run_settings, accelerator.num_processes)
     run_settings = run_settings.counted(len(source), batches.latents)
@@ -204,9 +206,12 @@ def _run(
     for tracker in accelerator.trackers:
         tracker.finish()  # and no end_training(), after which these processes could not train any more
     tuned = _cast(state.result().requires_grad_(False).eval(), dtype)
+    if isinstance(source, Paths):
+        tuned.note_few_steps(source.entries)
     report = TuningReport.of(output_dir)
     if accelerator.is_main_process:
-        _save_result(tuned, report, _recipe(student, settings, identity, state))
+        few_steps = source.scheduler if isinstance(source, Paths) else None
+        _save_result(tuned, report, _recipe(student, settings, identity, state), few_steps)
     return tuned, report
 
 
@@ -405,12 +410,14 @@ def _recipe(student: GraphUNet, settings: Settings, identity: Identity, state: T
     }
 
 
-def _save_result(unet: GraphUNet, report: TuningReport, recipe: Mapping[str, Any]) -> None:
-    """Write the recipe, the tuned student and the curves of its losses to the folder of the run."""
+def _save_result(unet: GraphUNet, report: TuningReport, recipe: Mapping[str, Any], scheduler: Any) -> None:
+    """Write the recipe, the tuned student, its scheduler if it has one, and the curves of its losses."""
     try:
         text = json.dumps({"format": RECIPE_FORMAT, **recipe}, indent=1) + "\n"
         (report.output_dir / "tuning.json").write_text(text)
         unet.save_pretrained(report.output_dir / "unet")
+        if scheduler is not None:
+            scheduler.save_pretrained(report.output_dir / "scheduler")
         report.picture(report.output_dir / "loss.svg")
     except (OSError, SafetensorError) as error:
         raise TuningError(

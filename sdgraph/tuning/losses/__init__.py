@@ -7,6 +7,7 @@ from .attention import AttentionMaps
 from .base import Comparison, Loss
 from .features import Features, Similarity
 from .image import ImageFeatures, Wavelet
+from .paths import Phased, Trajectory
 from .prediction import Denoising, Guidance, Output, RoutingPrior
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "ImageFeatures",
     "Loss",
     "Output",
+    "Phased",
     "RoutingPrior",
     "Similarity",
+    "Trajectory",
     "Wavelet",
 ]

@@ -28,7 +28,8 @@ class Comparison:
         batch: the inputs of both models.
         noise_schedule: the noise schedule.
         student: the student's prediction, (B, C, H, W).
-        teacher: the teacher's prediction, (B, C, H, W).
+        teacher: the teacher's prediction, (B, C, H, W); an empty tensor if no loss of the run reads it.
+        following: the student's prediction for `batch.following` without gradients, (B, C, H, W), if a loss reads it.
     Example:
         `(comparison.student - comparison.teacher).square().mean()`
     """
@@ -37,6 +38,7 @@ class Comparison:
     noise_schedule: NoiseSchedule
     student: Tensor
     teacher: Tensor
+    following: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Loss(Spec, abstract=True):
     """
 
     has_text: ClassVar[bool] = False  # a loss may hold a model, such as a decoder
+    reads_teacher: ClassVar[bool] = True  # otherwise the teacher is not called for it
+    reads_following: ClassVar[bool] = False  # whether the student is called at the next point of a path as well
 
     weight: Positive = field(default=1.0, kw_only=True)
     until: Annotated[float, Bounds(gt=0, le=1)] | None = field(default=None, kw_only=True)

@@ -7,7 +7,19 @@ from .base import Samples, Source
 from .captions import MoreCaptions
 from .dataset import unpacked
 from .images import Images
+from .paths import Guided, Paths
 from .prompts import Prompts
 from .tensors import Tensors, as_source
 
-__all__ = ["Images", "MoreCaptions", "Prompts", "Samples", "Source", "Tensors", "as_source", "unpacked"]
+__all__ = [
+    "Guided",
+    "Images",
+    "MoreCaptions",
+    "Paths",
+    "Prompts",
+    "Samples",
+    "Source",
+    "Tensors",
+    "as_source",
+    "unpacked",
+]

@@ -24,6 +24,10 @@ class Samples:
         timesteps: the timesteps of `noisy`, (B,).
         conditions: the inputs of the UNet that describe the latents rather than a caption, as SDXL's sizes of an image;
             they replace those of the caption, which may be that of another row, or empty.
+        target: the latents (B, C, H, W) that a call of the student should arrive at, as a point of a teacher's path.
+        target_alphas: the cumulative products of 1 - beta at `target`, (B,).
+        following: the next recorded point of the path, (B, C, H, W).
+        following_timesteps: the timesteps of `following`, (B,).
     Example:
         `Samples(latents[rows])`
     """
@@ -32,6 +36,10 @@ class Samples:
     noisy: Tensor | None = None
     timesteps: Tensor | None = None
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
+    target: Tensor | None = None
+    target_alphas: Tensor | None = None
+    following: Tensor | None = None
+    following_timesteps: Tensor | None = None
 
 
 @dataclass(frozen=True)
