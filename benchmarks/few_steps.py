@@ -34,7 +34,7 @@ from .measuring.evaluator import Evaluator
 from .measuring.record import ROOT, add_options, begin, begun, place, record
 
 GRID = 24
-STEPS = (1, 2, 4, 8, GRID)  # of the teacher
+STEPS = (1, 2, 4, 8, GRID)
 SAME = ("steps", "paths", "captions", "rate", "quick")  # what all students of a file have in common
 
 
@@ -74,12 +74,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=900, help="optimizer steps of a stage")
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate")
     parser.add_argument("--captions", type=int, default=128, help="held-out captions")
+    parser.add_argument("--teacher", type=int, nargs="+", default=STEPS, help="calls of the teacher to compare with")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="folder of the runs; default: in out/")
     add_options(parser)
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.captions, args.paths, args.students = 2, 4, 8, args.students[:1]
+        args.steps, args.captions, args.paths, args.students, args.teacher = 2, 4, 8, args.students[:1], (2, GRID)
     torch.set_num_threads(args.threads)
     args.folder = args.folder or ROOT / "out" / f"few-steps{'-quick' * args.quick}"
     provenance = begin("few_steps", "cpu", args.draft or args.quick)
@@ -103,7 +104,7 @@ def main() -> None:
         print(name, calls, figures, f"diversity {diversity:.3f}", flush=True)
         record(out, result)
 
-    for calls in (1, 2, GRID) if args.quick else STEPS:
+    for calls in args.teacher:
         if f"teacher, {calls} calls" not in result["methods"]:
             note("teacher", teacher, calls, evaluations=2 * calls)
         if f"teacher without guidance, {calls} calls" not in result["methods"]:
@@ -127,7 +128,12 @@ def main() -> None:
         key = f"{name}, {args.paths} paths, {args.steps} steps"
         if f"{name}, {stage.calls} calls" not in result["methods"]:
             seconds = time.monotonic() - begin_time
-            facts = {"evaluations": stage.calls, "loss": str(stage.loss), "start": stage.start, "training": seconds}
+            facts: dict[str, Any] = {
+                "evaluations": stage.calls,
+                "loss": str(stage.loss),
+                "start": stage.start,
+                "training": seconds,
+            }
             note(key, unet, stage.calls, **facts)
         return unet
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SpecError, did_you_mean
-from ..options import Count, Index, NotNegative, Text, annotations_of, check, described
+from ..options import Count, Index, NotNegative, Share, Text, annotations_of, check, described
 from ..text import from_json, read_text
 from ..tuning.settings import ELSEWHERE, Settings
 
@@ -61,6 +61,9 @@ class Configuration:
         data_cache_limit: the largest size of that folder, in bytes.
         num_inference_steps: the steps of the teacher's generations from prompts, and of validation.
         guidance_scale: the guidance of both; by default the pipeline's own.
+        student_calls: the calls of a student that guidance is folded into, which divide num_inference_steps. It learns
+            from whole generations from the prompts, `sdgraph.tuning.Paths`, and is validated with so many calls.
+        guidance_range: the first and the last share of a generation between which such guidance acts.
         calls_per_prompt: the calls that are kept of a generation from a prompt.
         validation_prompts: prompts to generate from at every validation.
         resume_from_checkpoint: "latest", or a folder checkpoint-N.
@@ -92,6 +95,8 @@ class Configuration:
     data_cache_limit: Count = 10**11
     num_inference_steps: Count = 25
     guidance_scale: NotNegative | None = None
+    student_calls: Count | None = None
+    guidance_range: tuple[Share, Share] = (0.0, 1.0)
     calls_per_prompt: Count = 4
     validation_prompts: tuple[str, ...] = ()
     resume_from_checkpoint: Text = "latest"
@@ -168,6 +173,17 @@ def read(path: Path, changes: Sequence[str] = ()) -> tuple[Configuration, Settin
         settings = settings.for_data(has_empty=False)
     if run.train_data_dir is not None and run.dataset_name is not None:
         raise SpecError("there are two sets of images", where=str(path), hint="name train_data_dir or dataset_name")
+    if run.student_calls is not None and (run.has_images or run.guidance_scale is None):
+        missing = "the data are images, which have no paths" if run.has_images else "guidance_scale is missing"
+        raise SpecError(
+            f"student_calls is {run.student_calls}, and {missing}",
+            where=str(path),
+            hint="name prompts alone, and the guidance_scale to fold in; 1 folds none in",
+        )
+    if run.student_calls is None and run.guidance_range != (0.0, 1.0):
+        raise SpecError(
+            "guidance_range is read with student_calls only", where=str(path), hint="leave it out, or set student_calls"
+        )
     if not run.has_images and run.prompts is None:
         raise SpecError(
             "there is no data",

@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
     from ..tuning.learned_pruning import LearnedPruning
     from ..tuning.losses import Loss
     from ..tuning.processes import alone
+    from ..tuning.sources import Paths
     from ..tuning.tune import tune
     from ..tuning.validation import ValidationImages
     from .configuration import read
@@ -95,9 +96,10 @@ def run(args: argparse.Namespace) -> None:
         student = apply(source, passes)  # before the data are encoded, which takes long
         if config.pretrained_teacher_model is not None:
             pipe.unet = load_unet(config.pretrained_teacher_model, "float32").to(process.device)
+        folded = config.student_calls is not None
         generation: dict[str, Any] = {
-            "num_inference_steps": config.num_inference_steps,
-            "guidance_scale": config.guidance_scale,
+            "num_inference_steps": config.student_calls if folded else config.num_inference_steps,
+            "guidance_scale": 1.0 if folded else config.guidance_scale,
         }
         options: dict[str, Any] = {
             "scheduler": pipe.scheduler,
@@ -109,7 +111,9 @@ def run(args: argparse.Namespace) -> None:
             else None,
             **{name: value for name, value in asdict(settings).items() if name != "max_train_steps"},
         }
-        data = _data(config, pipe, settings.seed)
+        data = _data(config, pipe, settings.seed, any(loss.reads_following for loss in losses or ()))
+        if isinstance(data, Paths):
+            pipe.scheduler = data.scheduler  # of validation, and of the pipeline that is saved
         tuned: GraphUNet
         report: TuningReport | IncubationReport
         if config.stage_steps:
@@ -170,11 +174,26 @@ def _save(pipe: Any, tuned: GraphUNet, folder: Path) -> None:
         tuned.save_pretrained(folder / "unet")  # the same to diffusers, and to sdgraph with the passes
 
 
-def _data(config: Configuration, pipe: Any, seed: int) -> Source:
-    """Return the images or the prompts that a configuration names, encoded."""
-    from ..tuning.sources import Images, MoreCaptions, Prompts, unpacked
+def _data(config: Configuration, pipe: Any, seed: int, every_point: bool) -> Source:
+    """Return the images or the prompts that a configuration names, encoded; of paths all points, or the edges."""
+    from ..tuning.sources import Guided, Images, MoreCaptions, Paths, Prompts, unpacked
 
     prompts = None if config.prompts is None else read_prompts(Path(config.prompts))
+    if config.student_calls is not None:
+        assert config.guidance_scale is not None
+        return Paths(
+            prompts or (),
+            pipe,
+            cache=config.data_cache or Path(config.output_dir, "data"),
+            calls=config.student_calls,
+            grid=config.num_inference_steps,
+            guidance=Guided(config.guidance_scale, config.guidance_range),
+            points="grid" if every_point else "edges",
+            height=config.resolution,
+            width=config.resolution,
+            seed=seed,
+            cache_limit=config.data_cache_limit,
+        )
     if not config.has_images:
         return Prompts(
             prompts or (),

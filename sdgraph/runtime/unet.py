@@ -58,7 +58,7 @@ def _adapting(
 
 
 def check_unguided(call: Mapping[str, Any]) -> None:
-    """Refuse a call with classifier-free guidance, which has all latents twice, by a student that guidance is folded into.
+    """Refuse a call with guidance, which has all latents twice, of a UNet that guidance is folded into.
 
     Args:
         call: the arguments of the call by name.

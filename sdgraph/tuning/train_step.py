@@ -19,7 +19,7 @@ from ..runtime.feature_extractor import FeatureExtractor
 from ..runtime.unet import GraphUNet
 from .batch import Batch, Batches
 from .learned_pruning import PruningMasks
-from .losses import Comparison, Denoising, Features, Loss, Output
+from .losses import Comparison, Denoising, Features, Loss, Output, Trajectory
 from .losses.base import TapPairs
 from .noise_schedule import NoiseSchedule
 from .random_numbers import generator
@@ -231,7 +231,8 @@ def losses_for(losses: Sequence[Loss] | None, row: Batch, snr_gamma: float | Non
     """Return the losses of a run, with the weights of timesteps that its settings ask for.
 
     Args:
-        losses: the losses that were passed; None stands for those of `DEFAULT` that the data allow.
+        losses: the losses that were passed; None stands for those of `DEFAULT` that the data allow, and for
+            `Trajectory` where they are paths.
         row: a row of the data.
         snr_gamma: the limit of min-SNR, for all losses that leave it out.
     Raises:
@@ -239,6 +240,7 @@ def losses_for(losses: Sequence[Loss] | None, row: Batch, snr_gamma: float | Non
     """
     if losses is None:
         losses = [loss for loss in DEFAULT if row.noise is not None or not isinstance(loss, Denoising)]
+        losses = losses if row.target is None else [Trajectory()]
     for loss in losses:
         loss.check(row)
     terms = [copy.copy(loss) for loss in losses]

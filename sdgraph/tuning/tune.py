@@ -82,7 +82,7 @@ def tune(
         max_train_steps: the number of optimizer steps; alternatively `num_train_epochs` says how long the run is.
         output_dir: the folder of the run.
         losses: the terms to minimise; by default the teacher's output, ten times its features by stage, and, if the
-            data are no trajectories, a hundredth of the denoising loss.
+            data are no trajectories, a hundredth of the denoising loss; `Trajectory` for `Paths`.
         train: the module paths, or patterns of `sdgraph.Graph.matching`, whose weights are trained; by default all.
         learn_pruning: a budget, for which the first steps learn what to remove from the student; by default nothing is
             removed. The log, the checkpoints and the choice of these steps are in `output_dir/pruning`, and the result

@@ -77,6 +77,9 @@ def test_toml_and_json_say_the_same_and_settings_can_be_changed() -> None:
     [
         ({"learning_rat": 1e-4}, "no setting 'learning_rat'(.|\n)*did you mean 'learning_rate'"),
         ({"without": "output_dir"}, "output_dir is missing"),
+        ({"student_calls": 2}, "the data are images, which have no paths"),
+        ({"without": "train_data_dir", "prompts": "prompts.txt", "student_calls": 2}, "guidance_scale is missing"),
+        ({"guidance_range": [0.2, 1.0]}, "guidance_range is read with student_calls only"),
         ({"without": "max_train_steps"}, "max_train_steps is missing"),
         ({"resolution": "large"}, "resolution is 'large'"),
         ({"prompts": "prompts.txt"}, "two kinds of data"),
@@ -239,6 +242,17 @@ def test_a_run_from_prompts_alone(model: Path, prompts: Path, capsys: pytest.Cap
     other = written(without="train_data_dir", losses=["Output", "Denoising"], **run)
     assert main(["tune", str(other)]) == 2
     assert "leave this loss out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_to_a_student_of_a_few_calls(model: Path, prompts: Path) -> None:
+    few = {"prompts": str(prompts), "student_calls": 1, "guidance_scale": 3.0}
+    main(["tune", str(written(without="train_data_dir", pretrained_model_name_or_path=str(model), **few))])
+    with quiet_libraries():
+        pipe, unet = load_pipeline("tuned", "float32", "cpu"), load_unet("tuned", "float32")
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    assert unet.config["few_step_calls"] == 1
+    assert unet.config["guidance_folded"] == {"scale": 3.0, "range": [0.0, 1.0]}
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ class Phased(Loss):
         arrived = comparison.noise_schedule.jump(
             batch.following, comparison.following, batch.following_timesteps, batch.target_alphas
         )
-        last = (batch.following == batch.target).flatten(1).all(1)[:, None, None, None]
+        last = torch.eq(batch.following, end).flatten(1).all(1)[:, None, None, None]
         difference = _jump(comparison, comparison.student) - torch.where(last, end, arrived.detach())
         return ((difference.square() + self.huber**2).sqrt() - self.huber).mean()
 
