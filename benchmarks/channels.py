@@ -4,8 +4,9 @@
     python -m benchmarks.channels --budgets 0.9 --captions 4
     python -m benchmarks.channels --quick                        # a smoke test
 
-Every way is given the same share of the parameters. Compared are the error of the predicted noise before any tuning, at
-calls of real generations, the multiply-accumulates, and the time of a call of the traced UNets in turns.
+Every way is given the same share of the parameters; PruneChannels also of multiply-accumulates and of time. Compared
+are the error of the predicted noise before any tuning, at calls of real generations, the multiply-accumulates, and the
+time of a call of the traced UNets in turns, beside the time that is predicted from the times of regions by width.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import nn
 
 import sdgraph
 from examples.scenes.pipeline import load
-from sdgraph import Importance
+from sdgraph import Importance, WidthTimes
 from sdgraph.passes import PruneChannels
 
 from .measuring.documents import report
@@ -41,6 +43,7 @@ CAPTIONS = (
     "a large green circle",
 )
 SHAPE = (4, 16, 16)  # of the latents
+PARTS = {"attention": r"\.attn\d", "feed-forward": r"\.ff(\.|$)", "resnets": r"\.resnets\.", "rest": ""}
 
 
 def main() -> None:
@@ -63,36 +66,44 @@ def main() -> None:
     calls = recorded(pipe, captions, args.sampling)
     taylor = Importance.taylor(pipe, captions, calls=args.sampling, num_inference_steps=args.sampling)
     whole = sdgraph.apply(pipe.unet, [], verify=False)
-    ways: dict[str, Callable[[float], Any]] = {
-        "PruneChannels, magnitude": lambda share: sdgraph.apply(whole, PruneChannels(parameters=share), verify=False),
-        "PruneChannels, Taylor": lambda share: sdgraph.apply(
-            whole, PruneChannels(parameters=share, importance=taylor), verify=False
-        ),
-        "PruneChannels, Taylor, as many MACs": lambda share: sdgraph.apply(
-            whole, PruneChannels(parameters=share, macs=share, importance=taylor), verify=False
-        ),
+    batch, length = calls[0]["encoder_hidden_states"].shape[:2]
+    points = {"points": 2, "turns": 1} if args.quick else {}
+    times = WidthTimes.measure(whole, B=batch, H=SHAPE[1], W=SHAPE[2], L=length, progress=False, **points)
+
+    def channels(**options: Any) -> sdgraph.GraphUNet:
+        return sdgraph.apply(whole, PruneChannels(**options), verify=False)
+
+    ways: dict[tuple[str, str], Callable[[float], Any]] = {
+        ("PruneChannels, magnitude", "parameters"): lambda share: channels(parameters=share),
+        ("PruneChannels, Taylor", "parameters"): lambda share: channels(parameters=share, importance=taylor),
+        ("PruneChannels, Taylor", "MACs"): lambda share: channels(macs=share, importance=taylor),
+        ("PruneChannels, Taylor", "time"): lambda share: channels(time=share, times=times, importance=taylor),
         **{
-            f"Torch-Pruning, {name}": lambda share, options=options: to_budget(pipe.unet, calls, share, **options)
+            (f"Torch-Pruning, {name}", "parameters"): lambda share, options=options: to_budget(
+                pipe.unet, calls, share, **options
+            )
             for name, options in SETTINGS.items()
         },
     }
-    unets, rows = {"whole": whole}, [{"name": "whole", "budget": 1.0}]
+    unets, rows = {"whole": whole}, [{"name": "whole", "of": "parameters", "budget": 1.0}]
     for share in args.budgets:
-        for name, way in ways.items():
-            row = {"name": name, "budget": share}
+        for (name, of), way in ways.items():
+            row = {"name": name, "of": of, "budget": share}
             rows.append(row)
             try:
-                unets[f"{name} {share}"] = way(share)
+                unets[f"{name} {of} {share}"] = way(share)
             except Exception as error:  # whatever another library raises is its result
                 row["failure"] = f"{type(error).__name__} {error}".strip()
             print(row, flush=True)
     timed = in_turns({name: lambda unet=unet: unet(**calls[0]) for name, unet in unets.items()}, "cpu", args.seconds, 5)
     for row in rows:
-        name = "whole" if row["name"] == "whole" else f"{row['name']} {row['budget']}"
+        name = "whole" if row["name"] == "whole" else f"{row['name']} {row['of']} {row['budget']}"
         if name in unets:
             unet = unets[name]
             row |= {"parameters": sum(p.numel() for p in unet.parameters()), "macs": unet.graph.macs}
-            row |= {"error": error_of(unet, whole, calls), "samples": timed[name]}
+            row |= {"error": error_of(unet, whole, calls), "samples": timed[name], "macs by part": macs_by_part(unet)}
+            if name.startswith("PruneChannels"):
+                row["predicted"] = predicted(times, whole, unet)
     result = {**provenance, "quick": args.quick, "captions": len(captions), "sampling": args.sampling, "rows": rows}
     result |= {"torch_pruning": version()}
     record(out, result)
@@ -113,6 +124,24 @@ def recorded(pipe: Any, captions: list[str], steps: int) -> Calls:
     pipe(captions, num_inference_steps=steps, generator=generators, output_type="latent")
     handle.remove()
     return calls
+
+
+def predicted(times: WidthTimes, whole: sdgraph.GraphUNet, pruned: sdgraph.GraphUNet) -> float:
+    """Return the time of a narrowed UNet as a share of that of the whole one, by the times of regions by width."""
+    before, after = whole.graph.widths(), pruned.graph.widths()
+    left = {path: after[path].slices if path in after else 1 for path in times.table}  # the last slice is no width
+    saved = [times.seconds(path, before[path].slices) - times.seconds(path, count) for path, count in left.items()]
+    return 1 - sum(saved) / times.whole
+
+
+def macs_by_part(unet: sdgraph.GraphUNet) -> dict[str, int]:
+    """Return the multiply-accumulates of a call in resnets, attentions, feed-forward layers and the rest."""
+    found = dict.fromkeys(PARTS, 0)
+    for node in unet.graph.nodes:
+        path = unet.graph.module_path(node)
+        part = next((name for name, pattern in PARTS.items() if re.search(pattern, path)), "rest")
+        found[part] += unet.graph.macs_of(node)
+    return found
 
 
 @torch.no_grad()

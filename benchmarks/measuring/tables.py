@@ -341,20 +341,27 @@ def drop_in(result: Result) -> dict[str, str]:
 def channels(result: Result) -> dict[str, str]:
     """Return the table of `channels.py`."""
     whole, *others = result["rows"]
-    rows = [("way", "budget", "parameters", "GMACs", "time/whole", "error of the noise")]
+    parts = list(whole["macs by part"])
+    rows = [("way", "budget of", "share", "parameters", "MACs", "time/whole", "predicted", "error of the noise")]
+    spent = [("way", "budget of", "share", "MACs", *parts, "time/whole")]
     for row in (whole, *others):
-        head = (row["name"], f"{row['budget']:g}")
+        head = (row["name"], row["of"], f"{row['budget']:g}")
         if "failure" in row:
-            rows.append((*head, "-", "-", "-", f"fails: {row['failure']}"))
+            rows.append((*head, "-", "-", "-", "-", f"fails: {row['failure']}"))
             continue
         share = f"{row['parameters'] / 1e6:.2f} M ({row['parameters'] / whole['parameters']:.3f})"
-        time = ratio(row["samples"], whole["samples"])
-        rows.append((*head, share, f"{row['macs'] / 1e9:.3f}", time, f"{row['error']:.3g}"))
+        time, macs = ratio(row["samples"], whole["samples"]), f"{row['macs'] / whole['macs']:.3f}"
+        guess = f"{row['predicted']:.3f}" if "predicted" in row else "-"
+        rows.append((*head, share, macs, time, guess, f"{row['error']:.3g}"))
+        left = [f"{row['macs by part'][part] / whole['macs by part'][part]:.2f}" for part in parts]
+        spent.append((*head, macs, *left, time))
     conditions = (
         f"{result['device']}, {result['threads']} threads, float32, batch {2 * result['captions']}; torch "
         f"{result['torch']}, diffusers {result['diffusers']}, Torch-Pruning {result['torch_pruning']} "
         f"({result['date'][:10]}, {result['commit']}). Squared error of the predicted noise relative to its square, "
         f"before any tuning, the mean over the {result['sampling']} calls of a generation of {result['captions']} "
-        "captions. The median of the ratios of times within each turn, and their quartiles."
+        "captions. The median of the ratios of times within each turn, and their quartiles. MACs are shares of the "
+        "whole UNet's, in the second table part by part."
     )
-    return {"conditions": f"{conditions} {QUICK}" if result["quick"] else conditions, "channels": markdown(rows)}
+    conditions = f"{conditions} {QUICK}" if result["quick"] else conditions
+    return {"conditions": conditions, "channels": markdown(rows), "parts": markdown(spent)}

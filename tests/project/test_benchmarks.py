@@ -296,10 +296,13 @@ def test_channels_are_compared_at_one_budget(tmp_path: Path) -> None:
     run = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     whole, *rows = json.loads(out.read_text())["rows"]
-    assert sum(row["name"].startswith("PruneChannels") for row in rows) == 3
+    assert sum("predicted" in row for row in rows) == 4
     assert not [row for row in rows if row["name"].startswith("PruneChannels") and "failure" in row]
     for row in rows:
-        assert "failure" in row or (row["parameters"] <= 0.9 * whole["parameters"] and row["error"] > 0), row["name"]
+        if "failure" not in row:
+            assert row["error"] > 0
+            assert row["of"] == "time" or row[row["of"].lower()] <= 0.9 * whole[row["of"].lower()], row["name"]
+            assert sum(row["macs by part"].values()) == row["macs"]
     assert "| Torch-Pruning, inside blocks" in run.stdout
 
 
