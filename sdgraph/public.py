@@ -18,6 +18,7 @@ from .ir.variants import per_call
 from .ir.widths import Width
 from .plan_search.fit_forecast import Fit, fit_forecast
 from .plan_search.search import SearchResult, search
+from .plan_search.switch_plan import SwitchPlan
 from .redundancy.analysis import analyse, analyse_unet
 from .redundancy.importance import Importance
 from .redundancy.pruning_program import PruningChoice
@@ -61,6 +62,7 @@ __all__ = [
     "SearchResult",
     "Site",
     "Spec",
+    "SwitchPlan",
     "SwitchUNet",
     "Timetable",
     "Width",

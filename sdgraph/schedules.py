@@ -587,6 +587,18 @@ class ByCall(MemberSchedule):
         return self.members[sum(call >= start for start in self.starts)]
 
     @classmethod
+    def of_calls(cls, names: Members) -> ByCall:
+        """Return the schedule of a generation whose calls are computed by the named UNets.
+
+        Args:
+            names: the name of the UNet of each call, in order.
+        Example:
+            `ByCall.of_calls(("large", "small", "small"))` is `ByCall(("large", "small"), (1,), 3)`
+        """
+        starts = tuple(n for n in range(1, len(names)) if names[n] != names[n - 1])
+        return cls(tuple(names[n] for n in (0, *starts)), starts, len(names))
+
+    @classmethod
     def hybrid_sd(cls, calls: Index, of: Count | None = None, members: Members = ("large", "small")) -> ByCall:
         """Return Hybrid SD's schedule: the large UNet first, and the small one for the rest.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,20 +91,10 @@ class RequestedPasses:
         Raises:
             SpecError: the configurations differ; the error names the differences.
         """
-        here = json.loads(json.dumps(dict(config), default=str))
+        from ..plan_search.switch_plan import check_model
+
         for file, plan in self.plans.items():
-            there = plan["unet"]
-            names = [name for name in {**there, **here} if not name.startswith("_") and name != "sample_size"]
-            off = [name for name in names if there.get(name) != here.get(name)]
-            if off:
-                first = off[0]
-                more = f", and {', '.join(off[1:4])}" if off[1:] else ""
-                raise SpecError(
-                    f"the plan is of another model: there {first} is {_short(there.get(first))}, here "
-                    f"{_short(here.get(first))}{more}",
-                    where=file,
-                    hint="search for a plan of this model, or give the model that the plan was found for",
-                )
+            check_model(plan["unet"], config, file)
 
     def check_solver(self, solver: str) -> None:
         """Print a note if a plan was found with another solver.
@@ -116,11 +105,6 @@ class RequestedPasses:
         for file, plan in self.plans.items():
             if plan["solver"] != solver:
                 note(f"{file} was found with {plan['solver']}; with {solver} its errors are not known")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def read_passes(texts: str | Sequence[str], *, folders: bool = False) -> RequestedPasses:
@@ -185,6 +169,12 @@ def _plan(text: str, path: Path) -> Mapping[str, Any]:
         plan = from_json(text)
     except (ValueError, RecursionError) as error:
         raise SpecError(f"{path} is not JSON: {error}", where=str(path), hint=hint) from error
+    if isinstance(plan, dict) and "unets" in plan:
+        raise SpecError(
+            f"{path} is a plan of several UNets, not passes of one",
+            where=str(path),
+            hint="pipe.unet = sdgraph.SwitchPlan.load(file).switch(unets)",
+        )
     kinds = {"format": int, "passes": str, "steps": int, "solver": str, "unet": dict, "timetable": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(plan.get(name), kind)]
     if wrong or not isinstance(plan["timetable"].get("calls"), int):

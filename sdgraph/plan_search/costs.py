@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,43 @@ from ..text import from_json, read_text
 from . import TIMES_FORMAT
 
 Cost = Callable[[frozenset[str]], float]  # maps the reused sites of a call to its cost
+MemberCost = Callable[[str, frozenset[str]], float]  # the same, of a call of the UNet that is named first
 TURNS = 7  # the first two are not counted
 
 
-def seconds_here(unet: GraphUNet, flat: Mapping[str, Tensor]) -> Cost:
-    """Return a cost in seconds, measured here in turns with calls that compute everything.
+def seconds_here(unets: Mapping[str, GraphUNet], flat: Mapping[str, Tensor]) -> MemberCost:
+    """Return a cost in seconds, measured here in turns with calls of the first UNet that compute everything.
 
     Args:
-        unet: the UNet, whose variants are timed.
+        unets: the UNets by name, whose variants are timed.
         flat: the inputs of a call.
     """
 
     @torch.no_grad()
-    def timed(reused: frozenset[str], values: Mapping[str, Tensor]) -> float:
+    def timed(unet: GraphUNet, reused: frozenset[str], values: Mapping[str, Tensor]) -> float:
         _wait(flat["sample"])
         start = time.perf_counter()
         unet.backend.compute(flat, reused, values.__getitem__)
         _wait(flat["sample"])
         return time.perf_counter() - start
 
-    with torch.no_grad():
-        _, values = unet.backend.compute(flat, frozenset(), no_value)
-    whole = statistics.median(timed(frozenset(), values) for _ in range(TURNS))
+    known: dict[str, Mapping[str, Tensor]] = {}
 
-    def cost(reused: frozenset[str]) -> float:
-        ratios = [timed(reused, values) / timed(frozenset(), values) for _ in range(TURNS)] if reused else [1.0]
-        return whole * statistics.median(ratios[2:] or ratios)  # the speed of the machine may have changed since
+    @torch.no_grad()
+    def values(name: str) -> Mapping[str, Tensor]:
+        if name not in known:
+            known[name] = unets[name].backend.compute(flat, frozenset(), no_value)[1]
+        return known[name]
+
+    first = next(iter(unets))
+    yardstick = partial(timed, unets[first], frozenset(), values(first))
+    whole = statistics.median(yardstick() for _ in range(TURNS))
+
+    def cost(member: str, reused: frozenset[str]) -> float:
+        if member == first and not reused:
+            return whole
+        ratios = [timed(unets[member], reused, values(member)) / yardstick() for _ in range(TURNS)]
+        return whole * statistics.median(ratios[2:])  # the speed of the machine may have changed since
 
     return cost
 

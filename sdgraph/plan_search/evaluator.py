@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from ..errors import SavedError, ScheduleError
 from ..forecasts import DAMPINGS
 from ..options import Misfit, Number, fitted
 from ..runtime.recorded_calls import first_call
+from ..runtime.switch import SwitchUNet
 from ..runtime.unet import GraphUNet
 from ..schedules import SamplingRun
 from ..text import json_object
 from .candidates import Candidates, Proposal
-from .costs import Cost, seconds_here, seconds_of
+from .costs import Cost, MemberCost, seconds_here, seconds_of
 from .final_latents import Array, final_latents, relative_errors
 from .fit_forecast import gauss_newton
 
@@ -37,8 +38,7 @@ class SearchedPipeline:
 
     Args:
         pipe: the pipeline, which every method leaves as it was.
-        source: the UNet without the candidates.
-        candidates: the passes that proposals refer to.
+        candidates: the UNets, and the passes that proposals refer to.
         groups: the prompts, by the name of their group.
         seed: the seed of the first image's latents; those of the others, of all groups in order, count up from it.
         call: further arguments of the pipeline.
@@ -49,18 +49,19 @@ class SearchedPipeline:
     def __init__(
         self,
         pipe: Any,
-        source: GraphUNet,
         candidates: Candidates,
         groups: Mapping[str, Sequence[str]],
         seed: int,
         call: Mapping[str, Any],
     ) -> None:
-        self._pipe, self._source, self.candidates, self._groups, self._call = pipe, source, candidates, groups, call
+        self._pipe, self.candidates, self._groups, self._call = pipe, candidates, groups, call
         images, self._seeds = int(call.get("num_images_per_prompt") or 1), dict[str, int]()
         for name, prompts in groups.items():
             self._seeds[name], seed = seed, seed + len(prompts) * images
-        generated = {name: self._generate(candidates.unet, name, call) for name in groups}
-        self.unchanged = {name: latents for name, (latents, _) in generated.items()}  # by the pipeline as it is
+        first, *others = map(candidates.alone, candidates.members)
+        generated = {name: self._generate(first, name, call) for name in groups}
+        self.unchanged = {name: latents for name, (latents, _) in generated.items()}  # by the first UNet as it is
+        self.unchanged_others = [self._generate(other, TUNING, call)[0] for other in others]
         self.run: SamplingRun = next(run for _, run in generated.values())
         if self.run.calls is None:
             hint = "pass a pipeline of diffusers"
@@ -68,14 +69,13 @@ class SearchedPipeline:
 
     def latents(self, proposal: Proposal, group: str) -> Tensor:
         """Return the final latents of a group with a proposal, (images, channels, height, width)."""
-        unet = self.candidates.unet
-        unet.reschedule(self.candidates.sites(proposal, self.run))
-        return self._generate(unet, group, self._call)[0]
+        return self._generate(self.candidates.unet(proposal, self.run), group, self._call)[0]
 
-    def computed(self, steps: int, group: str) -> Tensor:
-        """Return the final latents of a group with another number of steps, if every call computes everything."""
+    def computed(self, steps: int, group: str, member: str) -> Tensor:
+        """Return the final latents of a group with another number of steps, if a UNet computes everything."""
         others = {name: value for name, value in self._call.items() if name not in ("timesteps", "sigmas")}
-        return self._generate(self._source, group, {**others, "num_inference_steps": steps})[0]
+        source = self.candidates.members[member].source
+        return self._generate(source, group, {**others, "num_inference_steps": steps})[0]
 
     def fitted(self, proposal: Proposal, group: str, reference: Tensor) -> Array:
         """Return the dampings of a proposal's damped calls, fitted to the error of the final latents of a group."""
@@ -92,11 +92,13 @@ class SearchedPipeline:
         """Return the inputs of the first call for one prompt of a group, by name."""
         prompt = self._groups[group][:1]
         return first_call(
-            self.candidates.unet.graph,
+            self.candidates.members[self.candidates.first].unet.graph,
             lambda unet: final_latents(self._pipe, unet, prompt, self._seeds[group], self._call),
         )
 
-    def _generate(self, unet: GraphUNet, group: str, call: Mapping[str, Any]) -> tuple[Tensor, SamplingRun]:
+    def _generate(
+        self, unet: GraphUNet | SwitchUNet, group: str, call: Mapping[str, Any]
+    ) -> tuple[Tensor, SamplingRun]:
         return final_latents(self._pipe, unet, self._groups[group], self._seeds[group], call)
 
 
@@ -183,16 +185,18 @@ class Evaluator:
     ) -> None:
         self.pipeline, self.candidates, self.measurements = pipeline, pipeline.candidates, measurements
         self.budget, self.calls = budget, pipeline.run.calls or 0
-        self._progress, self._cost, self._costs = progress, cost, dict[frozenset[str], float]()
-        self._measure: Cost | None = None
+        self._progress, self._cost, self._costs = progress, cost, dict[tuple[str, frozenset[str]], float]()
+        self._measure: MemberCost | None = None
         self._references = {
-            group: measurements.latents(group, partial(pipeline.computed, reference_steps, group))
+            group: measurements.latents(
+                group, partial(pipeline.computed, reference_steps, group, self.candidates.first)
+            )
             for group in pipeline.unchanged
         }
-        self._full_cost = self._cost_of(Proposal.spaced(self.calls, self.calls, frozenset(), 0.0))
+        self._full_cost = self._cost_of(Proposal.spaced(self.calls, self.calls, member=self.candidates.first))
 
     def share(self, proposal: Proposal) -> float:
-        """Return the cost of a proposal as a share of the cost of computing everything."""
+        """Return the cost of a proposal as a share of the cost of computing everything with the first UNet."""
         return self._cost_of(proposal) / self._full_cost
 
     def fits(self, proposal: Proposal) -> bool:
@@ -209,9 +213,10 @@ class Evaluator:
         gains: Array = np.log(errors[0] / errors[1])
         return gains
 
-    def computed(self, steps: int) -> Array:
-        """Return the relative errors of the held-out prompts with a number of steps, if everything is computed."""
-        return self._errors(HELD_OUT, f"{steps} steps", lambda: self.pipeline.computed(steps, HELD_OUT))
+    def computed(self, steps: int, member: str) -> Array:
+        """Return the relative errors of the held-out prompts with a number of steps, if a UNet computes everything."""
+        subject = f"{steps} steps" + (f" of {member}" if member else "")
+        return self._errors(HELD_OUT, subject, lambda: self.pipeline.computed(steps, HELD_OUT, member))
 
     def fitted(self, proposal: Proposal) -> Proposal:
         """Return the proposal with dampings that are fitted to the tuning prompts."""
@@ -233,20 +238,25 @@ class Evaluator:
     def _cost_of(self, proposal: Proposal) -> float:
         return self.candidates.cost(proposal, self.pipeline.run, self._cost_of_call)
 
-    def _cost_of_call(self, reused: frozenset[str]) -> float:
-        if reused not in self._costs:
+    def _cost_of_call(self, member: str, reused: frozenset[str]) -> float:
+        call = member, reused
+        if call not in self._costs:
             if self._cost == "macs":
-                self._costs[reused] = self.candidates.unet.graph.call_macs(reused)
+                self._costs[call] = self.candidates.members[member].unet.graph.call_macs(reused)
             elif self._cost == "time":
-                subject = ", ".join(sorted(reused))
-                numbers = self.measurements.numbers("seconds", subject, lambda: self._seconds(reused))
-                self._costs[reused] = float(numbers[0])
+                subject = (f"{member}@" if member else "") + ", ".join(sorted(reused))
+                numbers = self.measurements.numbers("seconds", subject, lambda: self._seconds(member, reused))
+                self._costs[call] = float(numbers[0])
             else:
-                self._measure = self._measure or seconds_of(Path(self._cost))
-                self._costs[reused] = self._measure(reused)
-        return self._costs[reused]
+                self._costs[call] = self._seconds_of_file(reused)
+        return self._costs[call]
 
-    def _seconds(self, reused: frozenset[str]) -> Array:
+    def _seconds(self, member: str, reused: frozenset[str]) -> Array:
         if self._measure is None:
-            self._measure = seconds_here(self.candidates.unet, self.pipeline.first_call(TUNING))
-        return np.array([self._measure(reused)])
+            unets = {name: one.unet for name, one in self.candidates.members.items()}
+            self._measure = seconds_here(unets, self.pipeline.first_call(TUNING))
+        return np.array([self._measure(member, reused)])
+
+    @cached_property
+    def _seconds_of_file(self) -> Cost:
+        return seconds_of(Path(self._cost))

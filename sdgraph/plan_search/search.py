@@ -9,34 +9,42 @@ dampings of all calls on the *tuning* prompts, and then tries moves: two neighbo
 out something else, or a damping is changed. A change is accepted if it is better on the tuning prompts and also on the
 *validation* prompts, by more than the standard error. The *held-out* prompts give the error to expect. If the plan is
 not better than the best even spacing on these, the even spacing is the result.
+
+Of several UNets, a move may also let another one compute a call, and the simple plans are those of each UNet, and
+switches between two of them: the costlier one first, last, or spread evenly. If there are no more plans than trials,
+all are measured.
 """
 
 from __future__ import annotations
 
 import contextlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import log10
+from itertools import combinations
+from math import ceil, log10
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from ..atomic import owned
 from ..compiler.passes import Chain, Pass
-from ..errors import ScheduleError, SpecError
+from ..errors import ScheduleError, SourceError, SpecError, did_you_mean
 from ..options import Budget, Index, Seed, Text, checked
 from ..progress import Bar
 from ..runtime.apply import apply
-from ..schedules import Steps
+from ..runtime.switch import SwitchUNet, switch
+from ..runtime.unet import GraphUNet
+from ..schedules import ByCall, InTurns, Steps
 from ..views.format import format_table
 from ..views.timetable import Timetable, timetable
 from . import PLAN_FORMAT
-from .candidates import SHAPES, Candidates, Proposal
+from .candidates import SHAPES, Candidates, Proposal, ProposedCall
 from .costs import seconds_of
 from .evaluator import HELD_OUT, TUNING, VALIDATION, Evaluator, Measurements, SearchedPipeline
 from .final_latents import check_request, typical
+from .switch_plan import SwitchPlan
 
 CONVERGED = 100  # steps of the reference latents, unless given
 DAMPINGS = (0.0, 0.5, 1.0)
@@ -66,15 +74,16 @@ class SearchResult:
     """The result of a search. Prints as a table.
 
     Args:
-        passes: the candidates that are used, with their schedules and forecasts.
+        passes: the candidates that are used, with their schedules and forecasts; none if there are several UNets.
         timetable: the calls of the chosen plan, and what each computes and reuses.
-        rows: the chosen plan, the best even spacing, the solver with fewer steps in the same time, rounded up to whole
-            steps, and the solver with all steps.
-        moved: whether the chosen plan differs from the even spacing and is better on the held-out prompts.
+        rows: the chosen plan, the best even spacing, the best simple switch of several UNets, and of each UNet alone
+            the solver with fewer steps in the same time, rounded up to whole steps, and with all steps.
+        moved: whether the chosen plan differs from the best simple plan and is better on the held-out prompts.
         prompts: the number of prompts of the search, without those that were passed as held out.
         reference_steps: the number of steps of the reference latents, from which errors are measured.
         steps: the number of steps of the generations.
-        config: the configuration of the UNet that was searched on.
+        config: the configuration of the UNet that was searched on, the first of several.
+        plan: the UNet of each call and the passes of each UNet, if `unets` were given; `plan.switch(unets)` applies it.
     Example:
         `result = sdgraph.search(...); print(result); pipe.unet = sdgraph.apply(pipe.unet, result.passes)`
     """
@@ -87,6 +96,7 @@ class SearchResult:
     reference_steps: int
     steps: int
     config: Mapping[str, Any] = field(repr=False)
+    plan: SwitchPlan | None = None
 
     @property
     def predicted(self) -> float:
@@ -117,20 +127,25 @@ class SearchResult:
             rows.append((row.name, f"{row.share:.3f}", predicted, _decibels(row.held_out), f"{row.held_out:.2%}"))
         notes = [f"errors of the final latents, relative to the latents of {self.reference_steps} steps"]
         if not self.moved:
-            notes.append("no move from the even spacing helped on the held-out prompts")
+            simple = "even spacing" if self.plan is None else "best simple plan"
+            notes.append(f"no move from the {simple} helped on the held-out prompts")
         if self.warning:
             notes.append(f"warning: {self.warning}")
         notes = [textwrap.fill(note, 110, initial_indent="  ", subsequent_indent="  ") for note in notes]
-        return "\n".join([*map(str, self.passes.passes), str(self.timetable), format_table(rows), *notes])
+        found = map(str, self.passes.passes) if self.plan is None else [str(self.plan)]
+        return "\n".join([*found, str(self.timetable), format_table(rows), *notes])
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, whose passes `sdgraph.parse` reads."""
-        return {
+        """Return the result as plain data, whose passes `sdgraph.parse` reads, or whose plan `SwitchPlan.load` does."""
+        one = {
             "format": PLAN_FORMAT,
             "passes": str(self.passes),
             "steps": self.steps,
             "solver": self.timetable.run.solver,
             "unet": {name: value for name, value in self.config.items() if not name.startswith("_")},
+        }
+        return {
+            **(one if self.plan is None else self.plan.as_dict()),
             "rows": [asdict(row) for row in self.rows],
             "moved": self.moved,
             "prompts": self.prompts,
@@ -147,10 +162,11 @@ def _decibels(error: float) -> str:
 @checked(SpecError)
 def search(
     pipe: Any,
-    candidates: Sequence[Pass],
+    candidates: Annotated[Sequence[Pass] | Mapping[str, Sequence[Pass]], Any],
     prompts: Sequence[str],
     *,
     budget: Budget,
+    unets: Annotated[Mapping[str, Any] | None, Any] = None,
     held_out: Sequence[str] = (),
     cost: Text | Path = "time",
     reference_steps: Steps | None = None,
@@ -162,14 +178,19 @@ def search(
 ) -> SearchResult:
     """Find what each call should compute, reuse, forecast or bypass, for the pipeline's solver and number of steps.
 
-    It chooses the schedule and fits the dampings; if the schedule is settled, use `fit_forecast`.
+    It chooses the schedule and fits the dampings; if the schedule is settled, use `fit_forecast`. Of several UNets it
+    also chooses the one that computes each call. Features are inherited within a turn of one UNet.
 
     Args:
         pipe: a diffusers pipeline; its UNet is diffusers' own or a `GraphUNet`. The search leaves it as it was.
         candidates: the passes, `InheritFeatures` and `Bypass`, whose sites a call may leave out. They may be
-            alternatives, such as the branches of DeepCache. The search replaces their schedules and forecasts.
+            alternatives, such as the branches of DeepCache. The search replaces their schedules and forecasts. For
+            several UNets they hold for each, or are given by the names of UNets; there may be none.
         prompts: the prompts to tune and to validate on, by turns; pass 16 or more.
-        budget: the time of a generation, as a share of the time of computing everything, over 0 and up to 1.
+        budget: the time of a generation, as a share of the time of computing everything, over 0 and up to 1. Of several
+            UNets, the first one computes everything.
+        unets: the UNets to choose from, by name, as for `sdgraph.switch`; by default the pipeline's UNet alone. The
+            first one is the large one, to whose latents the others come close.
         held_out: the prompts on which only the result is measured; by default every third of `prompts`.
         cost: "time" measures calls on this machine, "macs" counts multiply-accumulates, and any other value is the JSON
             file of `sdgraph bench --out` for a bundle with these candidates, measured on the machine it is for.
@@ -183,11 +204,14 @@ def search(
         call: further arguments of the pipeline, such as `num_inference_steps=20`.
     Returns:
         The passes with their schedules and forecasts, and their errors beside those of the best even spacing and of
-        fewer steps of the same solver.
+        fewer steps of the same solver. Of several UNets, `plan` holds the UNet of each call and the passes of each, and
+        the errors of simple switches and of each UNet alone stand beside.
     Raises:
-        SourceError: the pipeline has no UNet, or its solver adds random numbers.
+        SourceError: the pipeline has no UNet, its solver adds random numbers, a UNet is a switch itself, or the UNets
+            take different latents or conditioning.
         SpecError: there are no candidates or too few prompts, a candidate has no sites, the budget is no share, a file
             is damaged, or another search writes to the folder.
+        SavedError: a file in the folder is damaged.
         ScheduleError: no plan meets the budget, or the file has no time of a call.
     Example:
         `sdgraph.search(pipe, [InheritFeatures.damped(2)], prompts, budget=0.5, num_inference_steps=20)`
@@ -196,31 +220,67 @@ def search(
     check_settings(prompts, budget, held_out, cost)
     dealt = 2 if held_out else 3
     groups = {TUNING: prompts[0::dealt], VALIDATION: prompts[1::dealt], HELD_OUT: held_out or prompts[2::dealt]}
-    source = apply(pipe.unet, ())
-    options = Candidates(source, candidates)
-    pipeline = SearchedPipeline(pipe, source, options, groups, seed, call)
+    if unets is not None and cost not in ("time", "macs"):
+        hint = "use cost='time' on the machine that it is for, or 'macs'"
+        raise SpecError("a file has the times of one UNet, not of several", where="cost", hint=hint)
+    sources = {"": apply(pipe.unet, ())} if unets is None else _members(unets)
+    options = Candidates(sources, _by_member(candidates, tuple(sources)))
+    pipeline = SearchedPipeline(pipe, options, groups, seed, call)
     steps = int(call.get("num_inference_steps") or pipeline.run.calls or 0)
     aim = max(CONVERGED, 2 * steps) if reference_steps is None else reference_steps
-    key = "\n".join([*map(str, options.passes), str(aim)]).encode()
-    key += b"".join(latents.cpu().float().numpy().tobytes() for latents in pipeline.unchanged.values())
+    named = [f"{name}@{one}" if name else str(one) for name, each in options.members.items() for one in each.passes]
+    key = "\n".join([*named, *filter(None, sources), str(aim)]).encode()
+    unchanged = [*pipeline.unchanged.values(), *pipeline.unchanged_others]
+    key += b"".join(latents.cpu().float().numpy().tobytes() for latents in unchanged)
     alone = owned(Path(folder), SpecError, "folder") if folder else contextlib.nullcontext()
     with alone, Bar(desc="search", unit="generation", disable=not progress) as bar:
         measurements = Measurements(Path(folder) if folder else None, key)
         evaluator = Evaluator(pipeline, measurements, cost, aim, budget, bar)
-        even, start = starting_proposals(evaluator)
+        simple, start = starting_proposals(evaluator, trials)
         improved = improve(evaluator, start, trials, seed)
-        moved = bool(evaluator.gains(even, improved, HELD_OUT).mean() > 0)
-        chosen = improved if moved else even
-        share = evaluator.share(chosen)
-        fewer = int(np.ceil(steps * share - 1e-9))
-        rows = [_row(evaluator, "chosen", chosen), _row(evaluator, "best even spacing", even)]
-        for number, part in ((fewer, fewer / steps), (steps, 1.0)):
-            rows.append(Row(f"{number} steps, all computed", part, None, typical(evaluator.computed(number))))
-    chain = options.chain(chosen, pipeline.run)
-    result = apply(source, chain.passes, verify=False)
-    return SearchResult(
-        chain, timetable({"": result.graph}, pipeline.run), tuple(rows), moved, len(prompts), aim, steps, source.config
-    )
+        best = min(simple.values(), key=lambda proposal: typical(evaluator.errors(proposal, VALIDATION)))
+        moved = bool(evaluator.gains(best, improved, HELD_OUT).mean() > 0)
+        chosen = improved if moved else best
+        rows = [_row(evaluator, name, proposal) for name, proposal in {"chosen": chosen, **simple}.items()]
+        for name in sources:
+            rows += _computed_rows(evaluator, name, steps, rows[0].share)
+    chains, turns = options.chains(chosen, pipeline.run), chosen.turns
+    graphs = {name: apply(sources[name], chain.passes, verify=False).graph for name, chain in chains.items()}
+    table = timetable(graphs, pipeline.run, () if unets is None else turns)
+    plan = None
+    if unets is not None:
+        passes = {name: chain.passes for name, chain in chains.items()}
+        configs = {name: sources[name].config for name in chains}
+        plan = SwitchPlan(ByCall.of_calls(turns), passes, steps, pipeline.run.solver, configs)
+    chain = chains[options.first] if len(sources) == 1 else Chain(())
+    config = sources[options.first].config
+    return SearchResult(chain, table, tuple(rows), moved, len(prompts), aim, steps, config, plan)
+
+
+def _members(unets: Mapping[str, Any]) -> dict[str, GraphUNet]:
+    """Return the traced UNets by name, which agree on latents and conditioning, and hold equal weights once."""
+    for name, unet in unets.items() if isinstance(unets, Mapping) else ():
+        if isinstance(getattr(unet, "unet", unet), SwitchUNet):
+            hint = "pass the UNets that it was made of"
+            raise SourceError("it is a switch of several UNets itself", where=f"unets[{name!r}]", hint=hint)
+    names = tuple(unets) if isinstance(unets, Mapping) else ()
+    schedule = InTurns(names) if names and all(isinstance(name, str) and name for name in names) else None
+    return dict(switch(unets, schedule).members)  # which refuses names and mappings that do not fit
+
+
+def _by_member(
+    candidates: Sequence[Pass] | Mapping[str, Sequence[Pass]], members: tuple[str, ...]
+) -> dict[str, Sequence[Pass]]:
+    """Return the candidates of each UNet."""
+    given = candidates if isinstance(candidates, Mapping) else dict.fromkeys(members, candidates)
+    for name, passes in given.items():
+        if name not in members:
+            hint = did_you_mean(str(name), members) or f"UNets: {', '.join(members)}"
+            raise SpecError(f"there are candidates of a UNet {name!r}", where="candidates", hint=hint)
+        if not isinstance(passes, Sequence) or not all(isinstance(one, Pass) for one in passes):
+            hint = "pass a list of passes, or such lists by the names of UNets"
+            raise SpecError("the candidates are no passes", where="candidates", hint=hint)
+    return {name: given.get(name, ()) for name in members}
 
 
 @checked(SpecError)
@@ -243,11 +303,22 @@ def _row(evaluator: Evaluator, name: str, proposal: Proposal) -> Row:
     return Row(name, evaluator.share(proposal), validated, held_out)
 
 
-def starting_proposals(evaluator: Evaluator) -> tuple[Proposal, Proposal]:
-    """Return the best even spacing, and the best of it, of other spacings and of all known proposals.
+def _computed_rows(evaluator: Evaluator, member: str, steps: int, share: float) -> list[Row]:
+    """Return the rows of a UNet that computes everything: in the time of a share, and with all steps."""
+    whole = evaluator.share(Proposal.spaced(evaluator.calls, evaluator.calls, member=member))
+    rows = []
+    for number in (ceil(steps * share / whole - 1e-9), steps):
+        name = f"{number} steps of {member}" if member else f"{number} steps, all computed"
+        rows.append(Row(name, whole * number / steps, None, typical(evaluator.computed(number, member))))
+    return rows
+
+
+def starting_proposals(evaluator: Evaluator, trials: int) -> tuple[dict[str, Proposal], Proposal]:
+    """Return the best simple plans by name, and the best of them, of other spacings and of all known proposals.
 
     Args:
         evaluator: the evaluator of proposals.
+        trials: the largest number of proposals of several UNets that are all measured.
     Raises:
         ScheduleError: no proposal meets the budget.
     """
@@ -256,36 +327,82 @@ def starting_proposals(evaluator: Evaluator) -> tuple[Proposal, Proposal]:
     def error(proposal: Proposal) -> float:
         return typical(evaluator.errors(proposal, VALIDATION))  # known proposals may be fitted to the tuning prompts
 
-    choices = [reused for reused in options.choices() if reused]
-    most = {reused: _most_refreshes(evaluator, reused) for reused in choices}
-    if not any(most.values()):
-        least = min(evaluator.share(Proposal.spaced(calls, 1, reused, 0.0)) for reused in choices)
+    cheapest = min(_cheapest_of_turns(options, calls), key=evaluator.share)
+    if not evaluator.fits(cheapest):
+        which = "candidates" if len(options.members) == 1 else "UNets and candidates"
         raise ScheduleError(
-            f"no plan meets a budget of {evaluator.budget:.3g}: these candidates need at least {least:.3g}",
+            f"no plan meets a budget of {evaluator.budget:.3g}: these {which} need at least "
+            f"{evaluator.share(cheapest):.3g}",
             where="search",
             hint="a larger budget, or other candidates",
         )
+    choices = [choice for choice in options.choices() if choice.reused]
+    most = {choice.choice: _most_refreshes(evaluator, choice) for choice in choices}
     spacings = [
-        (number, reused, damping)
-        for reused, largest in most.items()
+        (number, reused, damping, member)
+        for (member, reused), largest in most.items()
         if largest
         for number in dict.fromkeys((largest, -(-calls // -(-calls // largest))))  # the second is that of a Uniform
         for damping in DAMPINGS
     ]
-    best = min(spacings, key=lambda spacing: error(options.simplified(Proposal.spaced(calls, *spacing))))
-    even = options.simplified(Proposal.spaced(calls, *best))
-    number, reused, damping = max(best[0], most[best[1]]), best[1], best[2]
-    shaped = [options.simplified(Proposal.spaced(calls, number, reused, damping, shape)) for shape in SHAPES]
+    simple, others = {}, []
+
+    def spaced(number: int, reused: frozenset[int], damping: float, member: str, shape: str = "even") -> Proposal:
+        return options.simplified(Proposal.spaced(calls, number, reused, damping, shape, member))
+
+    if spacings:
+        best = min(spacings, key=lambda spacing: error(spaced(*spacing)))
+        simple["best even spacing"] = spaced(*best)
+        number, reused, damping, member = best
+        number = max(number, most[member, reused])
+        others += [spaced(number, reused, damping, member, shape) for shape in SHAPES]
+    if len(options.members) > 1:
+        switches = [proposal for proposal in _simple_switches(evaluator) if evaluator.fits(proposal)]
+        if switches:
+            simple["best simple switch"] = min(switches, key=error)
+        if len(options.choices()) ** calls <= trials:
+            others += options.every_proposal(calls)
+    if not simple:
+        simple["cheapest plan"] = cheapest
     known = map(Proposal.read, evaluator.measurements.subjects(VALIDATION))
-    others = [*shaped, options.own_proposal(evaluator.pipeline.run), *known]
+    others += [*options.own_proposals(evaluator.pipeline.run), *known]
     others = [proposal for proposal in others if evaluator.fits(proposal)]
-    return even, min((even, *others), key=error)
+    return simple, min((*simple.values(), *others), key=error)
 
 
-def _most_refreshes(evaluator: Evaluator, reused: frozenset[int]) -> int:
+def _cheapest_of_turns(options: Candidates, calls: int) -> Iterator[Proposal]:
+    """Yield proposals of which one costs least: a UNet computes the first call, and one leaves out the same later."""
+    for choice in options.choices():
+        if choice.reused or len(options.members) > 1:
+            for first in options.members:
+                yield options.simplified(Proposal((ProposedCall(member=first), *[choice] * (calls - 1))))
+
+
+def _simple_switches(evaluator: Evaluator) -> Iterator[Proposal]:
+    """Yield what computes everything: each UNet alone, and of each two the costlier one at as many calls as the budget
+    allows: the first ones, the last ones, or spread evenly.
+    """
+    calls, members = evaluator.calls, list(evaluator.candidates.members)
+    shares = {name: evaluator.share(Proposal.spaced(calls, calls, member=name)) for name in members}
+    for name in members:
+        yield Proposal.spaced(calls, calls, member=name)
+    for one, other in combinations(sorted(members, key=lambda name: -shares[name]), 2):
+        number = calls
+        if shares[one] > shares[other]:
+            number = int((evaluator.budget - shares[other]) / (shares[one] - shares[other]) * calls + 1e-9)
+        largest = min(number, calls - 1)
+        for number in sorted({largest, calls // 2} & set(range(1, largest + 1))):
+            spread = {ceil(calls * i / number - 1e-9) for i in range(number)}
+            for at in (range(number), range(calls - number, calls), spread):
+                yield Proposal(tuple(ProposedCall(member=one if n in at else other) for n in range(calls)))
+
+
+def _most_refreshes(evaluator: Evaluator, choice: ProposedCall) -> int:
     """Return the largest number of calls that may compute everything, if the others reuse the same; 0 if none may."""
-    numbers = range(evaluator.calls, 0, -1)
-    return next((n for n in numbers if evaluator.fits(Proposal.spaced(evaluator.calls, n, reused, 0.0))), 0)
+    for number in range(evaluator.calls, 0, -1):
+        if evaluator.fits(Proposal.spaced(evaluator.calls, number, choice.reused, member=choice.member)):
+            return number
+    return 0
 
 
 def improve(evaluator: Evaluator, proposal: Proposal, trials: int, seed: int) -> Proposal:

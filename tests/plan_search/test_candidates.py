@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,11 +30,16 @@ def source(traced: Callable[[str], tuple[object, GraphUNet]]) -> GraphUNet:
 def options(source: GraphUNet) -> Candidates:
     """A shallow site, a deep one behind it, and a module to bypass behind both."""
     shallow, deep = InheritFeatures.damped(), InheritFeatures.damped(branch=1)
-    return Candidates(source, [shallow, deep, Bypass("mid_block")])
+    return Candidates({"": source}, {"": [shallow, deep, Bypass("mid_block")]})
 
 
 def test_a_site_behind_another_makes_no_difference(options: Candidates) -> None:
-    assert options.choices() == [frozenset(), frozenset({0}), frozenset({1}), frozenset({2})]
+    assert [choice.reused for choice in options.choices()] == [
+        frozenset(),
+        frozenset({0}),
+        frozenset({1}),
+        frozenset({2}),
+    ]
     assert str(options.simplified(Proposal.read("* 0+1:0.5 1+2:0.5 0+2:0.5 * 2:0.5"))) == "* 0:0 1:0 0:0.5 * 2:0"
 
 
@@ -44,9 +50,9 @@ def test_a_damping_counts_from_the_second_refresh(options: Candidates) -> None:
 
 
 def test_the_passes_of_a_plan(options: Candidates) -> None:
-    chain = options.chain(Proposal.read("* 0:0 * 0:0.5 * 0:0.5 * 0:0.5"), RUN)
+    chain = options.chains(Proposal.read("* 0:0 * 0:0.5 * 0:0.5 * 0:0.5"), RUN)[""]
     assert chain.passes == (InheritFeatures.damped(2),)
-    chain = options.chain(Proposal.read("* 0:0 * 0:0.5 0:0.75 * 2:0 *"), RUN)
+    chain = options.chains(Proposal.read("* 0:0 * 0:0.5 0:0.75 * 2:0 *"), RUN)[""]
     inherit, bypass = chain.passes
     assert isinstance(inherit, InheritFeatures)
     assert isinstance(bypass, Bypass)
@@ -56,31 +62,37 @@ def test_the_passes_of_a_plan(options: Candidates) -> None:
     )
     assert bypass.schedule == Explicit((0, 2, 5, 7), 8)
     assert sdgraph.parse(str(chain)) == (chain,)
-    assert options.chain(Proposal.read("* * * *"), SamplingRun(4)).passes == ()
-    assert options.chain(Proposal.read("* 1:0 * 1:0"), SamplingRun(4)).passes == (InheritFeatures.deep_cache(2, 1),)
+    assert options.chains(Proposal.read("* * * *"), SamplingRun(4))[""].passes == ()
+    assert options.chains(Proposal.read("* 1:0 * 1:0"), SamplingRun(4))[""].passes == (
+        InheritFeatures.deep_cache(2, 1),
+    )
 
 
 def test_plans_cost_and_do_what_their_passes_do(options: Candidates, source: GraphUNet) -> None:
     rng = np.random.default_rng(0)
     kinds = options.choices()
     for _ in range(6):
-        drawn = [ProposedCall(kinds[rng.integers(len(kinds))], 0.5) for _ in range(7)]
+        drawn = [replace(kinds[rng.integers(len(kinds))], damping=0.5) for _ in range(7)]
         proposal = options.simplified(Proposal((ProposedCall(), *drawn)))
-        alone = sdgraph.apply(source, options.chain(proposal, RUN), verify=False)
-        assert options.cost(proposal, RUN, options.unet.graph.call_macs) == alone.graph.timetable(8).macs
+        alone = sdgraph.apply(source, options.chains(proposal, RUN)[""], verify=False)
+        assert (
+            options.cost(proposal, RUN, lambda member, reused: options.members[member].unet.graph.call_macs(reused))
+            == alone.graph.timetable(8).macs
+        )
 
 
 def test_the_plan_of_schedules_that_were_given(source: GraphUNet) -> None:
     given = [InheritFeatures.damped(2, damping=0.75), Bypass("mid_block", Uniform(3))]
-    assert str(Candidates(source, given).own_proposal(SamplingRun(7))) == "* 0:0 1:0 0:0.75 1:0 0:0.75 *"
+    (own,) = Candidates({"": source}, {"": given}).own_proposals(SamplingRun(7))
+    assert str(own) == "* 0:0 1:0 0:0.75 1:0 0:0.75 *"
 
 
 @pytest.mark.parametrize("one", [CleanUp(), HoistInvariants()])
 def test_passes_without_sites_to_schedule(source: GraphUNet, one: sdgraph.Pass) -> None:
     with pytest.raises(SpecError, match="has no sites to give a schedule"):
-        Candidates(source, [one])
+        Candidates({"": source}, {"": [one]})
 
 
 def test_no_candidates() -> None:
     with pytest.raises(SpecError, match="there are no candidates"):
-        Candidates(sdgraph.apply(build(), (), verify=False), [])
+        Candidates({"": sdgraph.apply(build(), (), verify=False)}, {"": []})

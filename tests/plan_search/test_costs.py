@@ -33,9 +33,9 @@ def test_calls_are_timed_here(
     graph, sites = unet.graph.at(B=2, H=32, W=32, L=7), frozenset(unet.graph.sites)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         monkeypatch.setattr("time.perf_counter", counter.get_total_flops)
-        cost = seconds_here(unet, flat)
-        assert cost(frozenset()) == 2 * graph.macs
-        assert cost(sites) == 2 * graph.call_macs(sites)
+        cost = seconds_here({"": unet}, flat)
+        assert cost("", frozenset()) == 2 * graph.macs
+        assert cost("", sites) == 2 * graph.call_macs(sites)
 
 
 def figures(**change: object) -> dict[str, object]:

@@ -48,7 +48,7 @@ def test_shapes_are_dense_where_they_say() -> None:
 
 def test_neighbours_are_one_move_away_and_keep_the_first_call() -> None:
     proposal = Proposal.read("* 0:0.5 * 1:0.5")
-    choices = [frozenset[int](), frozenset({0}), frozenset({1})]
+    choices = [ProposedCall(), ProposedCall(frozenset({0})), ProposedCall(frozenset({1}))]
     found = {str(move) for move in proposal.neighbours(choices)}
     assert found == {
         "* * 0:0.5 1:0.5", "* 0:0.5 1:0.5 *",  # calls change places

@@ -49,11 +49,11 @@ def test_a_plan_generates_what_its_passes_do(pipe: StableDiffusionPipeline) -> N
     """Bit for bit, also with several images of a prompt."""
     call = {"num_inference_steps": 5, "num_images_per_prompt": 2}
     source = sdgraph.apply(pipe.unet, (), verify=False)
-    options = Candidates(source, CANDIDATES)
-    pipeline = SearchedPipeline(pipe, source, options, {TUNING: PROMPTS[:1], VALIDATION: PROMPTS[1:2]}, 7, call)
+    options = Candidates({"": source}, {"": CANDIDATES})
+    pipeline = SearchedPipeline(pipe, options, {TUNING: PROMPTS[:1], VALIDATION: PROMPTS[1:2]}, 7, call)
     proposal = options.simplified(Proposal.read("* 0:0.5 * 0:0.75 1:0"))
     found = pipeline.latents(proposal, VALIDATION)
-    own, pipe.unet = pipe.unet, sdgraph.apply(source, options.chain(proposal, pipeline.run), verify=False)
+    own, pipe.unet = pipe.unet, sdgraph.apply(source, options.chains(proposal, pipeline.run)[""], verify=False)
     try:
         with sdgraph.attach(pipe):
             generators = [torch.Generator().manual_seed(seed) for seed in (9, 10)]
@@ -104,7 +104,9 @@ class KnownErrors(Evaluator):
     """
 
     def __init__(self, errors: Any) -> None:
-        self.candidates: Any = SimpleNamespace(simplified=lambda proposal: proposal, choices=lambda: [frozenset({0})])
+        self.candidates: Any = SimpleNamespace(
+            simplified=lambda proposal: proposal, choices=lambda: [ProposedCall(frozenset({0}))]
+        )
         self._known = errors
 
     def errors(self, proposal: Proposal, group: str) -> Any:
