@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts)
     twice = [name for name, _ in args.unets if [other for other, _ in args.unets].count(name) > 1]
     if twice:
-        raise SpecError(f"two UNets are named {twice[0]}", where="--unet", hint="give each a name of its own")
+        raise SpecError(f"two UNets are named {twice[0]}", where="--unet", hint="name each differently")
     if args.save_unet is not None and not args.unets:
         raise SpecError("there is no switch of one UNet to save", where="--save-unet", hint="use --save, or add --unet")
     held_out = () if args.held_out is None else read_prompts(args.held_out)

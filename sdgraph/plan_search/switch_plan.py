@@ -100,6 +100,8 @@ class SwitchPlan:
 
         Args:
             path: the file.
+        Returns:
+            the plan.
         Raises:
             SavedError: the file cannot be read, has another format, is damaged, or is a plan of one UNet.
         """

@@ -52,7 +52,16 @@ def test_search_over_several_unets(tmp_path: Path, prompts: Path, capsys: pytest
     plan, folder, held_out = tmp_path / "plan.json", tmp_path / "switched", tmp_path / "held-out.txt"
     held_out.write_text("a large green circle\n")
     given = ["search", str(MODEL), "--prompts", str(prompts), "--held-out", str(held_out), "--steps", "3"]
-    given += ["--unet", f"large={MODEL}", "--unet", f"small={STUDENT}", "--trials", "2", "--reference-steps", "6"]
+    given += [
+        "--unet",
+        f"large={MODEL}",
+        "--unet",
+        f"small={STUDENT / 'unet'}",
+        "--trials",
+        "2",
+        "--reference-steps",
+        "6",
+    ]
     given += ["--folder", str(tmp_path / "kept"), "--cost", "macs", "--budget", "0.8", "--guidance-scale", "1"]
     assert main([*given, "--save", str(plan), "--save-unet", str(folder)]) == 0
     assert "3 steps of small" in capsys.readouterr().out
@@ -66,7 +75,6 @@ def test_search_over_several_unets(tmp_path: Path, prompts: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (["--unet", "large"], "'large' is not NAME=FOLDER"),
         (["--unet", "a=no/such/x", "--unet", "a=no/such/y"], "two UNets are named a"),
         (["--save-unet", "none"], "there is no switch of one UNet to save"),
     ],
@@ -76,3 +84,9 @@ def test_unets_that_are_none(
 ) -> None:
     assert main(["search", str(MODEL), "--prompts", str(prompts), "--budget", "0.5", *change]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_a_unet_without_a_name(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["search", str(MODEL), "--prompts", str(prompts), "--budget", "0.5", "--unet", "large"])
+    assert "'large' is not NAME=FOLDER" in capsys.readouterr().err

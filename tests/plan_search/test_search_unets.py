@@ -257,7 +257,7 @@ def test_unets_that_do_not_fit(pipe: StableDiffusionPipeline, unets: Mapping[str
 def test_plans_that_do_not_fit(found: SearchResult, unets: Mapping[str, Any], tmp_path: Path) -> None:
     plan = found.plan
     assert plan is not None
-    with pytest.raises(SpecError, match="there is no UNet '(large|small)', which the plan uses"):
+    with pytest.raises(SpecError, match=r"there is no UNet '(large|small)', which the plan uses"):
         plan.switch({"lage": unets["large"]})
     with pytest.raises(SpecError, match="the plan is of another model: there "):
         plan.switch(dict.fromkeys(unets, build()))
