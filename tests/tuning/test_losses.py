@@ -28,8 +28,10 @@ from sdgraph.tuning import (
     Loss,
     NoiseSchedule,
     Output,
+    Phased,
     RoutingPrior,
     Similarity,
+    Trajectory,
     Wavelet,
 )
 from sdgraph.tuning.losses.image import high_bands
@@ -255,8 +257,10 @@ SPLIT: dict[type[Loss], Callable[[nn.Module], Loss]] = {
     Guidance: lambda _: Guidance(snr_gamma=5.0),
     ImageFeatures: lambda vae: ImageFeatures(Half(), vae),
     Output: lambda _: Output(snr_gamma=5.0),
+    Phased: lambda _: Phased(),
     RoutingPrior: lambda _: RoutingPrior(),
     Similarity: lambda _: Similarity(group=2),
+    Trajectory: lambda _: Trajectory(),
     Wavelet: lambda _: Wavelet(),
 }
 
@@ -264,6 +268,15 @@ SPLIT: dict[type[Loss], Callable[[nn.Module], Loss]] = {
 def test_all_losses_are_split() -> None:
     named = [getattr(sdgraph.tuning, name) for name in sdgraph.tuning.__all__]
     assert {one for one in named if isinstance(one, type) and issubclass(one, Loss)} - {Loss} == SPLIT.keys()
+
+
+def on_paths(it: Comparison) -> Comparison:
+    """The same rows as points of paths, of which the last two are the last ones of their phases."""
+    target, following, prediction = torch.randn(3, *it.batch.clean.shape)
+    following[-2:] = target[-2:]
+    lower = (it.batch.timesteps - 10).clamp(min=0)
+    path = {"target": target, "target_alphas": torch.rand(len(target)).clamp(min=0.1), "following": following}
+    return replace(it, batch=replace(it.batch, own=None, following_timesteps=lower, **path), following=prediction)
 
 
 @pytest.mark.parametrize("kind", SPLIT, ids=lambda kind: kind.__name__)
@@ -277,6 +290,8 @@ def test_the_gradient_of_a_batch_is_the_mean_of_its_parts(kind: type[Loss], seed
     it = comparison("v_prediction", tuple(steps.tolist()))
     own = torch.tensor([True, False, True, True, False, False, True, True])
     it = replace(it, batch=replace(it.batch, pairs=True, own=own))
+    if kind in (Phased, Trajectory):
+        it = on_paths(it)
     scale = torch.logspace(-2, 2, rows)
     shapes = {AttentionMaps: [(3, 16, 8), (3, 5, 8)], RoutingPrior: [(4,)]}.get(kind, [(8, 4, 4), (6, 4)])
     leaves = [it.student, *(torch.randn(rows, *shape) * scale.view(-1, *[1] * len(shape)) for shape in shapes)]
@@ -286,8 +301,15 @@ def test_the_gradient_of_a_batch_is_the_mean_of_its_parts(kind: type[Loss], seed
         live = [leaf.clone().requires_grad_() for leaf in leaves]
         for begin in range(0, rows, size):
             at = slice(begin, begin + size)
-            tensors = {name: getattr(it.batch, name)[at] for name in ("clean", "noise", "noisy", "timesteps", "own")}
-            part = replace(it, batch=replace(it.batch, **tensors), student=live[0][at], teacher=it.teacher[at])  # type: ignore[arg-type]
+            rows_of = {name: value[at] for name, value in vars(it.batch).items() if isinstance(value, Tensor)}
+            following = None if it.following is None else it.following[at]
+            part = replace(
+                it,
+                batch=replace(it.batch, **rows_of),
+                student=live[0][at],
+                teacher=it.teacher[at],
+                following=following,
+            )
             pairs = [(mine[at], its[at]) for mine, its in zip(live[1:], others, strict=True)]
             (loss(part, pairs) * size / rows).backward()  # type: ignore[no-untyped-call]
         return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in live]
