@@ -5,7 +5,7 @@ RUN := $(CURDIR)/$(VENV)/bin
 # Models are part of the repository or built from configurations: nothing is downloaded.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo train scenes student test test-fast test-long test-full test-oldest test-wheel wheel lint docs bench frontier tuning pruning switching drop-in package-tree
+.PHONY: demo train scenes student test test-fast test-long test-full test-oldest test-wheel optimum wheel lint docs bench frontier tuning pruning switching drop-in package-tree
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/.installed-onnx,plots,pipelines
@@ -59,6 +59,18 @@ test-oldest: $(VENV)/bin/python
 	$(RUN)/uv venv -q --allow-existing --python $(RUN)/python $(VENV)-oldest
 	$(RUN)/uv pip install -q --python $(VENV)-oldest/bin/python --resolution lowest-direct -e ".[test]" $(OLDEST)
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not (slow or long or full)" -o filterwarnings=ignore $(ARGS)
+
+# optimum loads exported pipelines. It wants older versions of transformers and diffusers, hence an environment that sees
+# the packages of $(VENV) behind those.
+OPTIMUM_VENV := .venv-optimum
+optimum: $(VENV)/.installed-test
+	$(RUN)/python -m venv $(OPTIMUM_VENV)
+	$(OPTIMUM_VENV)/bin/python -m pip install -q --no-deps "optimum-onnx>=0.1" "optimum>=2" "transformers>=4.57,<4.58" \
+		"diffusers>=0.35,<0.36" "huggingface_hub>=0.34,<1" "tokenizers>=0.22,<0.23"
+	$(RUN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(OPTIMUM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth
+	SDGRAPH_OPTIMUM=$(CURDIR)/$(OPTIMUM_VENV)/bin/python OMP_NUM_THREADS=1 $(RUN)/python -m pytest \
+		tests/exporters/test_whole_pipelines.py -m long $(ARGS)
 
 # A source distribution, and the wheel that is built from it, in dist/.
 wheel: $(VENV)/.installed-test,dev

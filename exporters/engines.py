@@ -116,7 +116,7 @@ class Way:
         Args:
             job: the images to make.
         """
-        words = ["sdgraph", "export", job.pipeline, "--out", self.bundle(job)]
+        words = ["sdgraph", "export", job.pipeline, "--unet-only", "--out", self.bundle(job)]
         words += ["--passes", self.passes] * bool(self.passes)
         words += [word for name in job.imports for word in ("--import", name)]
         words += [] if job.variant is None else ["--variant", job.variant]

@@ -3,9 +3,11 @@
 It imports `bundle`.
 """
 
+from .parts import ORTVAE, ORTTextEncoder
+from .pipeline import open_pipeline
 from .unet import ORTUNet, load_pipeline
 
-__all__ = ["ORTUNet", "load_pipeline"]
+__all__ = ["ORTVAE", "ORTTextEncoder", "ORTUNet", "load_pipeline", "open_pipeline"]
 
 
 def __dir__() -> list[str]:

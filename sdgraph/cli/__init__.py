@@ -18,13 +18,13 @@ from ..errors import ContractError, ExportError, PassError, QualityError, Sdgrap
 from ..progress import silent
 from ..spec import import_module
 from ..version import __version__
-from . import analyse, apply, bench, evaluate, export, inspect, passes, search, show, tune
+from . import analyse, apply, bench, evaluate, export, generate, inspect, passes, search, show, tune
 from .arguments import add_overwrite, add_quiet, check_outputs, threads
 from .terminal import interruptible, outputs, quiet_libraries
 
 __all__ = ["main"]
 
-COMMANDS = (apply, show, evaluate, search, analyse, tune, export, inspect, bench, passes)
+COMMANDS = (apply, show, evaluate, search, analyse, tune, export, generate, inspect, bench, passes)
 DESCRIPTION = """\
 A graph-transformation compiler for diffusion UNets: change a UNet by passes, compare its images, export it.
 

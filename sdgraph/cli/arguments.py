@@ -17,7 +17,20 @@ from ..progress import note
 
 CALLS = 50
 # The arguments that may name files or folders, which no command writes to.
-INPUTS = ("model", "pipeline", "directory", "change", "reference", "passes", "prompts", "held_out", "cost", "clip")
+INPUTS = (
+    "model",
+    "pipeline",
+    "directory",
+    "change",
+    "reference",
+    "passes",
+    "prompts",
+    "held_out",
+    "cost",
+    "clip",
+    "image",
+    "mask",
+)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -199,13 +212,13 @@ def add_output(
 
     Args:
         parser: the parser of the command.
-        name: the name of the option, with dashes.
+        name: the name of the option, with dashes, or a short and a long one, "-o/--out".
         metavar: the kind of output, FILE, DIR or PLAN.
         meaning: the help text.
         required: whether the option must be given.
         figure: whether the output is a figure, an SVG or PNG file.
     """
-    option = parser.add_argument(name, type=Path, required=required, metavar=metavar, help=meaning)
+    option = parser.add_argument(*name.split("/"), type=Path, required=required, metavar=metavar, help=meaning)
     parser.set_defaults(outputs={**(parser.get_default("outputs") or {}), option.dest: figure})
 
 

@@ -1,13 +1,14 @@
-"""Apply passes to a UNet, and export it for ONNX Runtime.
+"""Apply passes to the UNet of a pipeline, and export the pipeline for ONNX Runtime.
 
   sdgraph export stable-diffusion-v1-5/stable-diffusion-v1-5 --passes "CleanUp, InheritFeatures.deep_cache(3)" \\
-      --out unet-ort
+      --leave-out safety_checker --out sd15-onnx
+  sdgraph export MODEL --passes CleanUp --unet-only --out unet-onnx
 
-With --quantize "Quantize()" and --prompts FILE, layers are computed in 8 bits, with scales that are calibrated on the
-images of these prompts.
+With --quantize "Quantize()" and --prompts FILE, layers of the UNet are computed in 8 bits, with scales that are
+calibrated on the images of these prompts.
 
-The directory has one graph for each variant, and one file with the weights of all graphs. It appears only if every
-graph agrees with PyTorch.
+The directory has the text encoders, the VAE, and of the UNet one graph for each variant over one file of weights; with
+--unet-only, or of the folder of a UNet, it has the UNet alone. It appears only if every graph agrees with PyTorch.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from .arguments import (
     add_threads,
 )
 from .plans import add_passes, read_passes
-from .sources import load_pipeline, load_unet, read_prompts
+from .sources import is_pipeline, load_pipeline, load_unet, read_prompts
 
-CHOICES = ("target", "layout", "inputs", "overwrite", "provider", "precision")
+CHOICES = ("target", "overwrite", "provider", "precision")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", default="variants", choices=("variants", "single"),
         help="variants: one file for each graph; single: one file for all graphs (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--unet-only", action="store_true", help="export the UNet of the pipeline alone")
+    parser.add_argument(
+        "--leave-out", action="append", default=[], metavar="PART",
+        help="part of the pipeline that is not exported, such as safety_checker; may be repeated",
     )  # fmt: skip
     add_dtype(parser, ("float32", "float16"))
     add_calls(parser)
@@ -69,25 +75,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..exporters.onnx import Calibration, check_target, export
+    from ..exporters.onnx import Calibration, check_target, export, export_pipeline
     from ..runtime.apply import apply
+    from ..runtime.pipelines import with_unet
 
     check_target(args.overwrite, args.out)  # before the minutes that the export takes
     requested = read_passes(args.passes)
     requested.check_calls(args.calls)
     quantize = _quantize(args)
-    pipe = None if quantize is None else load_pipeline(args.model, args.dtype, "cpu", args.variant)
+    whole = not args.unet_only and is_pipeline(args.model)
+    for name, usual in (("layout", "variants"), ("inputs", ())):
+        if whole and getattr(args, name) != usual:
+            raise SpecError(f"--{name} is for a UNet alone", where=f"--{name}", hint="add --unet-only")
+    if args.leave_out and not whole:
+        raise SpecError("a UNet has no parts to leave out", where="--leave-out", hint="leave the option out")
+    pipe = load_pipeline(args.model, args.dtype, "cpu", args.variant) if whole or quantize is not None else None
     source = load_unet(args.model, args.dtype, args.variant) if pipe is None else pipe.unet
     requested.check_unet(source.config)
     unet = apply(source, requested.passes)
     if unet.graph.passes:
         print(unet.report)
     options = {name: getattr(args, name) for name in CHOICES}
-    calls = args.calls or requested.calls or CALLS
-    if pipe is not None:
+    options["calls"] = calls = args.calls or requested.calls or CALLS
+    if quantize is not None:
         prompts, steps = read_prompts(args.prompts), args.steps or requested.steps or calls
         options |= {"quantize": quantize, "calibration": Calibration(pipe, prompts, num_inference_steps=steps)}
-    print(export(unet, args.out, calls=calls, **options))
+    if whole and pipe is not None:
+        with with_unet(pipe, unet):
+            print(export_pipeline(pipe, args.out, leave_out=args.leave_out, **options))
+    else:
+        print(export(unet, args.out, layout=args.layout, inputs=args.inputs, **options))
 
 
 def _quantize(args: argparse.Namespace) -> Spec | None:

@@ -140,6 +140,16 @@ def load_pipeline(source: str, dtype: str, device: str, variant: str | None = No
     return pipe
 
 
+def is_pipeline(source: str) -> bool:
+    """Return whether a source is a pipeline, or a name on the hub, where UNets are parts of pipelines.
+
+    Raises:
+        SpecError: there is no such folder.
+    """
+    folder = local_folder(source)
+    return folder is None or (folder / INDEX).is_file()
+
+
 def load_unet(source: str, dtype: str, variant: str | None = None) -> Any:
     """Load the UNet of a pipeline, or a UNet from a separate folder.
 

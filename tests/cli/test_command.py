@@ -37,6 +37,7 @@ def arguments(command: str, source: str, out: Path, prompts: Path) -> list[str]:
         ],
         "analyse": ["analyse", source, f"--prompts={prompts}", f"--out={out}"],
         "export": ["export", source, "--out", str(out)],
+        "generate": ["generate", source, "a cat", "--out", str(out / "image.png")],
         "inspect": ["inspect", source],
         "show": ["show", source, "CleanUp", "--picture", f"{out}/picture.svg"],
         "bench": ["bench", source, "--out", str(out)],

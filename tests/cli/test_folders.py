@@ -159,7 +159,7 @@ def test_a_command_reads_the_folder_or_says_what_is_wrong(
         "bench": (["bench", source], ""),
     }
     if of_unet is not None:  # what runs takes long, and loads by the same function
-        commands["export"] = ["export", source, "--out", tmp_path / "out"], of_unet
+        commands["export"] = ["export", source, "--unet-only", "--out", tmp_path / "out"], of_unet
     if of_pipeline not in (None, RUNS_ON_IMAGES):
         many = tmp_path / "many.txt"
         many.write_text("".join(f"a red circle {number}\n" for number in range(24)))

@@ -81,6 +81,8 @@ OPTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "fit_forecast": (sdgraph.fit_forecast, {"pipe": None, "inherit": sdgraph.passes.CleanUp(), "prompts": ["a"]}),
     "evaluate": (sdgraph.evaluate, {"before": None, "after": "CleanUp", "prompts": ["a"]}),
     "export": (sdgraph.exporters.onnx.export, {"unet": None, "directory": "no/such"}),
+    "export_pipeline": (sdgraph.exporters.onnx.export_pipeline, {"pipe": None, "directory": "no/such"}),
+    "open_pipeline": (sdgraph.exporters.ort.open_pipeline, {"directory": "no/such"}),
     "ORTUNet.from_pretrained": (sdgraph.exporters.ort.ORTUNet.from_pretrained, {"directory": "no/such"}),
     "load_pipeline": (sdgraph.exporters.ort.load_pipeline, {"pipeline": "no/such", "unet": None}),
     "compare": (sdgraph.exporters.engines.compare, {"pipeline": "no/such", "leave_out": ["no"]}),
