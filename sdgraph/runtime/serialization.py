@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -83,7 +84,10 @@ HARMLESS = (
     "user_agent",
 )
 log = logging.getLogger("sdgraph")
-_rebuilt: deque[object] = deque(maxlen=8)  # what graphs were seen to come back from
+# What graphs were seen to come back from, and the plain model of each, or why there is none: a training saves one graph
+# many times.
+_rebuilt: deque[object] = deque(maxlen=8)
+_found: deque[tuple[object, tuple[dict[str, Any], dict[str, str]] | str]] = deque(maxlen=8)
 
 
 def save(
@@ -181,11 +185,18 @@ def _plain(graph: Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str,
     Returns:
         None if there is no such model, or if its tensors are not the graph's one by one.
     """
-    try:
-        config, names = counterpart(graph)
-    except ModeError as reason:
-        log.debug("plain diffusers cannot load what is saved: %s", reason.what)
+    made_of = _made_of(graph)
+    found = next((found for each, found in _found if each == made_of), None)
+    if found is None:
+        try:
+            found = copy.deepcopy(counterpart(graph))
+        except ModeError as reason:
+            found = reason.what
+        _found.append((made_of, found))
+    if isinstance(found, str):
+        log.debug("plain diffusers cannot load what is saved: %s", found)
         return None
+    config, names = copy.deepcopy(found)
     theirs = {ours: name for name, ours in names.items()}
     if theirs.keys() != tensors.keys() or len(theirs) != len(names):
         return None
@@ -207,6 +218,14 @@ def _traced(graph: Graph) -> tuple[dict[str, Any], list[str], Mapping[str, Any]]
     return config, [i.name for i in graph.inputs if i.name == "encoder_attention_mask"], settings_of(graph.source)
 
 
+def _made_of(graph: Graph) -> object:
+    """Return all of a graph but its numbers. It is equal for graphs that are saved in the same way."""
+    config, inputs, settings = _traced(graph)
+    recipe = copy.deepcopy(config), inputs, settings, [entry(applied) for applied in graph.passes], graph.dtype
+    functions = [node.target for node in graph.fx.nodes if node.op == "call_function"]  # `structure` has their names
+    return recipe, structure(graph), graph.details(), functions, list(graph.parameters())
+
+
 def check_savable(graph: Graph) -> None:
     """Refuse a graph that would not come back from its configuration and passes. Graphs that are alike are tried once.
 
@@ -217,9 +236,8 @@ def check_savable(graph: Graph) -> None:
     """
     graph.check_unaltered()
     config, inputs, settings = _traced(graph)
-    recipe = config, inputs, settings, [entry(applied) for applied in graph.passes], graph.dtype
-    tried = recipe, structure(graph), graph.details()
-    if tried in _rebuilt:
+    made_of = _made_of(graph)
+    if made_of in _rebuilt:
         return
     where, reason, cause = "save_pretrained", "", None  # type: str, str, Exception | None
     try:
@@ -236,7 +254,7 @@ def check_savable(graph: Graph) -> None:
         reason, cause = f": {error}", error
     else:
         if alike(again, graph):
-            _rebuilt.append(tried)
+            _rebuilt.append(made_of)
             return
         ours, theirs = graph.kinds(), again.kinds()
         changed = next((path for path in {**theirs, **ours} if ours.get(path) != theirs.get(path)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 import sdgraph
 from sdgraph import Graph, GraphUNet, Pass
 from sdgraph.errors import ModeError, SavedError
+from sdgraph.runtime import serialization
 from sdgraph.schedules import Uniform
 
 from ..models import answer, build, call_of, load_ip_adapter
@@ -83,6 +85,30 @@ def test_saving_again_replaces_and_leaves_nothing_else(pruned: GraphUNet, folder
     with pytest.raises(SavedError, match="holds other files: notes"):
         pruned.save_pretrained(folder)
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_graph_saved_again_is_not_traced_again(
+    pruned: GraphUNet, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other numbers are; another graph is, and a graph with other inputs."""
+    real, traced = serialization.counterpart, []
+    monkeypatch.setattr(serialization, "counterpart", lambda graph: traced.append(graph) or real(graph))
+    trained = copy.deepcopy(pruned)
+    with torch.no_grad():
+        trained.get_parameter("conv_in.bias").add_(1)
+    trained.save_pretrained(tmp_path / "again")
+    assert traced == []
+    monkeypatch.setattr(serialization, "_found", deque())
+    trained.save_pretrained(tmp_path / "first")
+    assert len(traced) == 1
+    again, first = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("again", "first"))
+    assert again == first
+    assert again[WEIGHTS] != (folder / WEIGHTS).read_bytes()
+    source = build()
+    for number, inputs in ((2, []), (3, ["encoder_attention_mask"])):
+        graph = sdgraph.trace(source, inputs=inputs)
+        GraphUNet(graph).save_pretrained(tmp_path / "other")
+        assert len(traced) == number
 
 
 @pytest.mark.law("A save that fails leaves the old folder.")
