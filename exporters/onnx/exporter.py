@@ -242,7 +242,7 @@ def _in_eight_bits(
             found = quantized(folder, manifest, unet.config, quantize, calibration)
             if manifest.variants[0].file != MODEL:
                 _write_plain(folder, manifest.variants[0].file)
-            write_manifest(replace(manifest, quantization=str(quantize)), folder)
+            write_manifest(replace(manifest, quantization=found.strategy), folder)
         bar.update(2)
         loaded = _loaded(folder, read_manifest(folder), {})
         found = with_quality(quantize, found, calibration.latents(loaded, held_out=True), reference)

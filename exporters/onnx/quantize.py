@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +19,7 @@ from sdgraph.errors import ParityError, SpecError
 from sdgraph.options import Count, Number, Seed, checked
 from sdgraph.plan_search.final_latents import check_request as check_generation
 from sdgraph.plan_search.final_latents import final_latents
+from sdgraph.runtime.recorded_calls import spread
 from sdgraph.spec import Spec
 
 from ..bundle.external_data import Weights
@@ -24,6 +28,7 @@ from ..ort.providers import CPU, require_eight_bits
 from ..ort.sessions import Sessions
 from ..ort.unet import ORTUNet
 from .parity import Quantization
+from .sensitivity import Layer, Range, cheapest, measured
 
 if TYPE_CHECKING:
     import onnx
@@ -32,7 +37,10 @@ if TYPE_CHECKING:
 # the keys and values of the text, which are computed once per generation where they are hoisted.
 SENSITIVE = ("conv_in", "conv_out", "*time_emb*", "*add_embedding*", "*class_embedding*", "*attn2.to_k", "*attn2.to_v")
 KINDS = {"Conv": "convolutions", "MatMul": "linears", "Gemm": "linears"}
+SENSITIVITY_CALLS = 4
 HELD_OUT = 4  # every fourth prompt is for the check
+
+log = logging.getLogger("sdgraph")
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Quantize(Spec):
             of the batch, so that an image depends on the others; or "float" for none.
         keep: patterns of the paths of layers that stay in float, as "conv_in" or "up_blocks.3.*".
         psnr: the lowest PSNR of the final latents of a held-out prompt to those of float, in dB.
+        goal: the mean PSNR on the other prompts for which static layers go back to float, in dB: those whose error is
+            large for the time that they save. The strategy that was found has no goal, and names them in `keep`.
     Example:
         `export(unet, "unet-8-bits", quantize=Quantize(), calibration=Calibration(pipe, prompts))`
     Source:
@@ -59,6 +69,7 @@ class Quantize(Spec):
     linears: Literal["static", "dynamic", "float"] = "static"
     keep: tuple[str, ...] = SENSITIVE
     psnr: Number = 20.0
+    goal: Number | None = None
 
     def __post_init__(self) -> None:
         if self.convolutions == self.linears == "float":
@@ -164,17 +175,54 @@ def quantized(
     Raises:
         SpecError: a value is not finite on the calibration, or no layer is left.
     """
+    sessions = CalibratingSessions(folder, manifest, quantize)
+    reference = calibration.latents(ORTUNet(sessions, config), held_out=False)
+    new = folder / "new"
+    found = _write(folder, new, manifest, quantize, sessions.ranges)
+    chosen, error, layers = quantize, math.inf, list[Layer]()
+    while quantize.goal is not None:
+        latents = calibration.latents(ORTUNet(_sessions(new, manifest), config), held_out=False)
+        reached = float(np.mean(latent_psnr(latents, reference)))
+        log.info("%.1f dB on the prompts of the calibration: %s", reached, found)
+        if reached >= quantize.goal:
+            break
+        if not layers:
+            layers = _measured(folder, new, manifest, quantize, sessions)
+            error = math.fsum(layer.error for layer in layers)
+        if all(layer.path in chosen.keep for layer in layers):
+            raise SpecError(
+                f"{reached:.1f} dB with all layers in float that may go back", where="Quantize.goal",
+                hint="linears='static' or 'float', or a lower goal",
+            )  # fmt: skip
+        error *= 10 ** (-max(quantize.goal - reached, 0.5) / 10)  # squared errors of layers add up to that of the image
+        chosen = replace(quantize, keep=(*quantize.keep, *cheapest(layers, error)))
+        shutil.rmtree(new)
+        found = _write(folder, new, manifest, chosen, sessions.ranges)
+    if set(found.layers) <= {"float"}:
+        raise SpecError(
+            "no layer is left for 8 bits", where="Quantize", hint="keep fewer layers in float, or a lower goal"
+        )
+    for file in new.iterdir():
+        file.replace(folder / file.name)
+    new.rmdir()
+    return replace(found, strategy=str(replace(chosen, goal=None)))
+
+
+def _sessions(folder: Path, manifest: Manifest) -> Sessions:
+    return Sessions(folder, manifest, CPU, None, None, None, None, False)
+
+
+def _write(
+    folder: Path, new: Path, manifest: Manifest, quantize: Quantize, ranges: Mapping[str, Mapping[str, Range]]
+) -> Quantization:
+    """Write the models with layers in 8 bits to a new folder."""
     import onnx
     import onnx_ir
 
-    sessions = CalibratingSessions(folder, manifest, quantize)
-    calibration.latents(ORTUNet(sessions, config), held_out=False)
-    new = folder / "new"
     new.mkdir()
     weights, counts = Weights(new / DATA), dict[str, int]()
     for variant in manifest.variants:
-        ranges = sessions.ranges.get(variant.file)
-        if ranges is None:
+        if variant.file not in ranges:
             raise SpecError(
                 f"no calibration call uses {variant.file}",
                 where="calibration",
@@ -182,19 +230,28 @@ def quantized(
             )
         model = onnx.load(folder / variant.file)
         modes = _modes(model, quantize)
-        model = _static(model, modes, ranges)
-        model = _dynamic(model, modes)
+        model = _dynamic(_static(model, modes, ranges[variant.file]), modes)
         if not counts:
             counts = {mode: list(modes.values()).count(mode) for mode in sorted(set(modes.values()))}
         converted = onnx_ir.from_proto(model)
         weights.take(converted)
         onnx_ir.save(converted, new / variant.file)
-    if set(counts) <= {"float"}:
-        raise SpecError("no layer is left for 8 bits", where="Quantize.keep", hint="keep fewer layers in float")
-    for file in new.iterdir():
-        file.replace(folder / file.name)
-    new.rmdir()
     return Quantization(str(quantize), counts)
+
+
+def _measured(
+    folder: Path, new: Path, manifest: Manifest, quantize: Quantize, sessions: CalibratingSessions
+) -> list[Layer]:
+    """Measure the static layers of the variant that computes everything."""
+    import onnx
+
+    file = manifest.variants[0].file
+    model = onnx.load(folder / file, load_external_data=False)
+    modes = _modes(model, quantize)
+    paths = {node.name: path_of(node) for node in model.graph.node if modes.get(node.name) == "static"}
+    calls = spread(sessions.calls, SENSITIVITY_CALLS)
+    options = partial(_options, sessions.threads)
+    return measured(folder / file, paths, sessions.ranges[file], calls, new / file, options)
 
 
 class CalibratingSessions(Sessions):
@@ -209,7 +266,8 @@ class CalibratingSessions(Sessions):
     def __init__(self, folder: Path, manifest: Manifest, quantize: Quantize) -> None:
         super().__init__(folder, manifest, CPU, None, None, None, None, False)
         self.quantize = quantize
-        self.ranges: dict[str, dict[str, tuple[float, float]]] = {}
+        self.ranges: dict[str, dict[str, Range]] = {}
+        self.calls: list[Mapping[str, Any]] = []  # of the variant that computes everything
         self._watched: dict[str, tuple[Any, list[str]]] = {}
 
     def run(
@@ -217,7 +275,10 @@ class CalibratingSessions(Sessions):
     ) -> tuple[torch.Tensor, ...]:
         session, names = self._watch(variant)
         inputs = {spec.name: self._input(spec, variant, given, sizes) for spec in self.manifest.session_inputs(variant)}
-        values = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        if variant is self.manifest.variants[0]:
+            self.calls.append({name: value.copy() for name, value in arrays.items()})
+        values = session.run(None, arrays)
         outputs, seen = values[: -2 * len(names)], values[-2 * len(names) :]
         ranges = self.ranges.setdefault(variant.file, {})
         for name, low, high in zip(names, seen[::2], seen[1::2], strict=True):
@@ -300,19 +361,23 @@ def _options(threads: int) -> Any:
     return options
 
 
+def path_of(layer: onnx.NodeProto) -> str:
+    """Return the path of the module of a layer, which its weight is named after."""
+    name: str = layer.input[1].rstrip("_")
+    return name.removesuffix(".T").removesuffix(".weight")  # a transposed weight has a further suffix
+
+
 def _modes(model: onnx.ModelProto, quantize: Quantize) -> dict[str, str]:
     """Return the mode of each layer with a constant weight, by the name of its node."""
     constants = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) >= 2}
     return {
-        node.name: quantize.mode(node, node.input[1].removesuffix("_").removesuffix(".weight"))
+        node.name: quantize.mode(node, path_of(node))
         for node in model.graph.node
         if node.op_type in KINDS and node.input[1] in constants
     }
 
 
-def _static(
-    model: onnx.ModelProto, modes: Mapping[str, str], ranges: Mapping[str, tuple[float, float]]
-) -> onnx.ModelProto:
+def _static(model: onnx.ModelProto, modes: Mapping[str, str], ranges: Mapping[str, Range]) -> onnx.ModelProto:
     """Put QuantizeLinear and DequantizeLinear around the static layers.
 
     ONNX Runtime computes a convolution in 8 bits only if the one consumer of its output is a QuantizeLinear; a matrix
@@ -338,7 +403,7 @@ def _static(
                        "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1}, "WeightSymmetric": True},
     )  # fmt: skip
     quantizer.quantize_model()
-    return quantizer.model.model
+    return quantizer.model.model  # type: ignore[no-any-return]
 
 
 def _dynamic(model: onnx.ModelProto, modes: Mapping[str, str]) -> onnx.ModelProto:
@@ -354,4 +419,4 @@ def _dynamic(model: onnx.ModelProto, modes: Mapping[str, str]) -> onnx.ModelProt
         ["MatMul", "Gemm"], {"MatMulConstBOnly": True},
     )  # fmt: skip
     quantizer.quantize_model()
-    return quantizer.model.model
+    return quantizer.model.model  # type: ignore[no-any-return]

@@ -18,7 +18,8 @@ from sdgraph.cli import main
 from sdgraph.exporters.bundle.inspect import contents
 from sdgraph.exporters.onnx import Calibration, ExportReport, Quantize, export
 from sdgraph.exporters.onnx.parity import Quantization
-from sdgraph.exporters.onnx.quantize import latent_psnr, with_quality
+from sdgraph.exporters.onnx.quantize import latent_psnr, path_of, with_quality
+from sdgraph.exporters.onnx.sensitivity import Layer, cheapest
 from sdgraph.exporters.ort import providers
 from sdgraph.spec import read
 
@@ -27,6 +28,7 @@ from .exports import opened
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle", "a red square"]
 STEPS = {"num_inference_steps": 3, "height": 64, "width": 64}
+KEPT = ("conv_in", "conv_out", "*time_emb*")
 PLAN = "InheritFeatures('up_blocks.-1.resnets.-1', Uniform(3), part='entry')"
 
 pytestmark = pytest.mark.skipif(
@@ -52,7 +54,7 @@ def in_eight_bits(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder = tmp_path_factory.mktemp("exported") / "bundle"
     unet = sdgraph.apply(pipe.unet, PLAN, verify=False)
     calibration = Calibration(pipe, PROMPTS, **STEPS)
-    quantize = Quantize(keep=("conv_in", "conv_out", "*time_emb*"))
+    quantize = Quantize(keep=KEPT)
     return folder, export(unet, folder, quantize=quantize, calibration=calibration, calls=3, progress=False)
 
 
@@ -99,7 +101,7 @@ def test_images_are_close_and_variants_share_their_weights(in_eight_bits: tuple[
 def test_the_strategy_is_kept_and_parses(in_eight_bits: tuple[Path, ExportReport]) -> None:
     folder, report = in_eight_bits
     kept = opened(folder).manifest.quantization
-    assert read(kept, Quantize) == Quantize(keep=("conv_in", "conv_out", "*time_emb*"))
+    assert read(kept, Quantize) == Quantize(keep=KEPT)
     assert f"8 bits: {kept}" in contents(folder, 3)
     assert f"8 bits: {kept}" in str(report)
 
@@ -176,3 +178,42 @@ def test_text_without_prompts_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     ):
         assert main(["export", model, "--out", str(tmp_path / "out"), *words]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_layers_go_back_to_float_until_the_goal_is_reached(
+    pipe: Any, in_eight_bits: tuple[Path, ExportReport], tmp_path: Path
+) -> None:
+    pytest.importorskip("scipy")
+    before = in_eight_bits[1].quantization
+    assert before is not None
+    unet = sdgraph.apply(pipe.unet, PLAN, verify=False)
+    quantize = Quantize(keep=KEPT, goal=before.psnr + 2)
+    calibration = Calibration(pipe, PROMPTS, **STEPS)
+    after = export(
+        unet, tmp_path / "out", quantize=quantize, calibration=calibration, calls=3, progress=False
+    ).quantization
+    assert after is not None
+    assert 0 < after.layers["static"] < before.layers["static"]
+    assert after.psnr > before.psnr
+    strategy = read(after.strategy, Quantize)
+    assert isinstance(strategy, Quantize)
+    assert strategy.goal is None
+    assert set(KEPT) < set(strategy.keep)
+
+
+def test_the_layers_that_stay_save_the_least_for_their_error() -> None:
+    pytest.importorskip("scipy")
+    layers = [Layer("dear", 1.0, 1.0), Layer("cheap", 0.1, 1.0), Layer("idle", 0.1, 0.0), Layer("quick", 0.5, 4.0)]
+    assert cheapest(layers, 2.0) in ((), ("idle",))
+    assert set(cheapest(layers, 0.65)) - {"idle"} == {"dear"}
+    assert set(cheapest(layers, 0.2)) - {"idle"} == {"dear", "quick"}
+
+
+@pytest.mark.parametrize(
+    "weight", ["mid_block.attn2.to_k.weight", "mid_block.attn2.to_k.weight.T", "mid_block.attn2.to_k.weight_"]
+)
+def test_a_layer_has_the_path_of_its_module(weight: str) -> None:
+    node = onnx.helper.make_node("MatMul", ["x", weight], ["y"])
+    assert path_of(node) == "mid_block.attn2.to_k"
+    assert Quantize().mode(node, path_of(node)) == "float"
