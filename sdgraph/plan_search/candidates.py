@@ -10,7 +10,7 @@ from math import ceil, pi, sin
 from typing import Any, Self
 
 from ..compiler.passes import Chain, Pass
-from ..errors import SpecError
+from ..errors import SavedError, SpecError
 from ..forecasts import DAMPING, REPEAT, Fitted, Forecast, Polynomial, as_forecast
 from ..inheritance.cache import Turn
 from ..inheritance.plan import Plan
@@ -244,6 +244,26 @@ class Candidates:
     def choices(self) -> list[ProposedCall]:
         """Return the calls to choose from, with no damping: of each UNet, the sets of candidates it may leave out."""
         return [ProposedCall(reused, member=name) for name, one in self.members.items() for reused in one.choices()]
+
+    def read(self, text: str, calls: int) -> Proposal:
+        """Return the proposal of a text among measurements.
+
+        Args:
+            text: the text.
+            calls: the number of calls that it has to have.
+        Raises:
+            SavedError: it is no proposal of these candidates.
+        """
+        try:
+            proposal = Proposal.read(text)
+            numbers = {name: set(range(len(one.passes))) for name, one in self.members.items()}
+            fits = len(proposal.calls) == calls and all(call.reused <= numbers[call.member] for call in proposal.calls)
+        except (ValueError, KeyError):
+            fits = False
+        if not fits:
+            hint = "delete the file of measurements in the folder; the same command measures again"
+            raise SavedError(f"{text[:60]!r} is no plan of these candidates", where="folder", hint=hint)
+        return proposal
 
     def every_proposal(self, calls: int) -> Iterator[Proposal]:
         """Yield every proposal for a number of calls, with no damping. Their number is exponential."""

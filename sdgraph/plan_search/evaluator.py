@@ -141,7 +141,11 @@ class Measurements:
         return np.array(self._known[name])
 
     def latents(self, name: str, generate: Callable[[], Tensor]) -> Tensor:
-        """Return the latents of a name, and generate them if they are not known."""
+        """Return the latents of a name, and generate them if they are not known.
+
+        Raises:
+            SavedError: their file is damaged.
+        """
         if self._path is None:
             return generate()
         path = self._path.with_name(f"{self._path.stem}-{name}.npy")
@@ -149,7 +153,11 @@ class Measurements:
             content = io.BytesIO()
             np.save(content, generate().float().cpu().numpy())
             self._write(path, content.getvalue())
-        return torch.from_numpy(np.load(path))
+        try:
+            return torch.from_numpy(np.load(path))
+        except (ValueError, EOFError, TypeError) as error:
+            hint = "delete it; the same command generates them again"
+            raise SavedError("the latents are damaged", where=str(path), hint=hint) from error
 
     def subjects(self, quantity: str) -> Iterator[str]:
         """Yield the subjects of which numbers of a quantity are known."""

@@ -364,7 +364,7 @@ def starting_proposals(evaluator: Evaluator, trials: int) -> tuple[dict[str, Pro
             others += options.every_proposal(calls)
     if not simple:
         simple["cheapest plan"] = cheapest
-    known = map(Proposal.read, evaluator.measurements.subjects(VALIDATION))
+    known = (options.read(text, calls) for text in evaluator.measurements.subjects(VALIDATION))
     others += [*options.own_proposals(evaluator.pipeline.run), *known]
     others = [proposal for proposal in others if evaluator.fits(proposal)]
     return simple, min((*simple.values(), *others), key=error)

@@ -163,6 +163,16 @@ def test_resumed(
     again = sdgraph.search(pipe, (), PROMPTS, **options)
     assert again.as_dict() == found.as_dict()
     assert json.loads((tmp_path / file.name).read_text()) == whole
+    for text in ("no", "large@*", "large@5:0 large@* large@*", "medium@* large@* large@*"):
+        numbers = {f"{VALIDATION}: {text}": [0.1]}
+        (tmp_path / file.name).write_text(json.dumps({**whole, "numbers": numbers}))
+        with pytest.raises(SavedError, match="is no plan of these candidates"):
+            sdgraph.search(pipe, (), PROMPTS, **options)
+    (tmp_path / file.name).write_text(file.read_text())
+    latents_file = next(tmp_path.glob("*.npy"))
+    latents_file.write_bytes(latents_file.read_bytes()[:100])
+    with pytest.raises(SavedError, match="the latents are damaged"):
+        sdgraph.search(pipe, (), PROMPTS, **options)
     (tmp_path / file.name).write_text('{"format": 1, "numbers": {"tuning: x": ["no"]}}')
     with pytest.raises(SavedError, match="the measurements are damaged"):
         sdgraph.search(pipe, (), PROMPTS, **options)
