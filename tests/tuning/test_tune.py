@@ -477,3 +477,22 @@ def test_data_of_any_precision_are_read(dtype: torch.dtype, tune: Tune, data: Te
         data=data, max_train_steps=1, proportion_empty_prompts=0.5, output_dir=report.output_dir.parent / "exact"
     )
     assert report.column("loss") == pytest.approx(expected.column("loss"), rel=0.02)
+
+
+def test_members_of_a_switch_that_share_weights(
+    student: sdgraph.GraphUNet, teaching: sdgraph.GraphUNet, tune: Tune
+) -> None:
+    """Tuning one leaves the other as it was, and the switch too; the switch itself is neither student nor teacher."""
+    both = sdgraph.switch({"large": teaching, "small": student}, boundary_ratio=0.5, verify=False)
+    large, small = both.members["large"], both.members["small"]
+    assert small.conv_in.weight.data_ptr() == large.conv_in.weight.data_ptr()
+    before = tensors(both)
+    tuned, _ = tune(student=small, teacher=large, max_train_steps=1)
+    assert equal(tensors(both), before)
+    assert not equal(tensors(tuned), tensors(small))
+    again = sdgraph.switch({"large": large, "small": tuned}, boundary_ratio=0.5, verify=False)
+    assert not torch.equal(again.members["small"].conv_in.weight, again.members["large"].conv_in.weight)
+    for role in ("student", "teacher"):
+        with pytest.raises(errors.SdgraphError) as refused:
+            tune(**{role: both}, max_train_steps=1)
+        assert "SwitchUNet" in str(refused.value)
