@@ -73,6 +73,15 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     return json_object(path, SavedError, hint=hint)
 
 
+def is_exported(folder: Path) -> bool:
+    """Return whether a folder holds models of ONNX, of a UNet or of a switch.
+
+    Args:
+        folder: the folder.
+    """
+    return any(folder.glob("*.onnx"))
+
+
 def require_folder(folder: Path, exported: bool) -> None:
     """Refuse a folder that is missing or holds something else.
 
@@ -86,7 +95,7 @@ def require_folder(folder: Path, exported: bool) -> None:
     if not folder.is_dir():
         what = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
         raise SavedError(what, where=str(folder), hint=f"give the folder of {wanted}")
-    if (folder / "sdgraph.json").exists() or (folder / "model.onnx").exists():
+    if (folder / "sdgraph.json").exists() or is_exported(folder):
         return  # the loader reports damage
     config = folder / "config.json"
     if (folder / "model_index.json").exists():

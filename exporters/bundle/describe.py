@@ -14,11 +14,21 @@ from sdgraph.forecasts import Order, Polynomial
 from sdgraph.ir.sites import Site
 from sdgraph.ir.sites import sites as site_nodes
 from sdgraph.ir.variants import per_call
+from sdgraph.views.timetable import GraphCosts, Timetable
 
-from .manifest import MODEL, Dtype, ExportedVariant, Layout, Manifest, Target, Value
+from .manifest import MODEL, Dtype, ExportedVariant, Layout, Manifest, Target, Value, named
 
 
-def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, opset: int, calls: Any) -> Manifest:
+def describe(
+    unet: GraphUNet,
+    given: frozenset[str],
+    target: str,
+    layout: str,
+    opset: int,
+    calls: Any,
+    member: str = "",
+    timetable: Timetable | None = None,
+) -> Manifest:
     """Return the manifest of a UNet, still without files.
 
     Args:
@@ -28,6 +38,8 @@ def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, o
         layout: "variants" or "single", see `Manifest`; a UNet with one variant has "variants".
         opset: the version of the ONNX operators.
         calls: the generations to serve, which decide the variants, see `sdgraph.Graph.timetable`.
+        member: the name of the UNet in a switch; "" for a UNet alone.
+        timetable: the timetable of the switch, which decides the variants of a member.
     Raises:
         ExportError: a size or an inherited value cannot be described.
         ScheduleError: a schedule does not fit `calls`.
@@ -41,7 +53,7 @@ def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, o
         if "?" in (spec.shape or ()):
             what = f"a size of {spec.name} is not a known expression of the call's sizes"
             raise ExportError(what, where=f"input {spec.name}", hint="a pass has caused this; please report it")
-    variants = _variants(graph, calls)
+    variants = _variants(graph, graph.timetable(calls) if timetable is None else timetable, member)
     return Manifest(
         target=cast(Target, target),
         layout=cast(Layout, layout if len(variants) > 1 else "variants"),
@@ -54,6 +66,7 @@ def describe(unet: GraphUNet, given: frozenset[str], target: str, layout: str, o
         values=tuple(_value(graph, name, site, unet.dtype) for name, site in graph.sites.items()),
         guards=graph.guards,
         recipe=tuple(map(str, graph.passes)),
+        member=member,
         versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "onnx", "onnxscript")},
     )
 
@@ -68,16 +81,19 @@ def _require_one_timestep(graph: Graph) -> None:
     graph.propagate(anew=True)
 
 
-def _variants(graph: Graph, calls: Any) -> tuple[ExportedVariant, ...]:
+def _variants(graph: Graph, timetable: Timetable, member: str) -> tuple[ExportedVariant, ...]:
     """Return the variants that the calls need. The first computes all sites, as the first call of a generation does."""
     if not graph.sites:
-        return (ExportedVariant(MODEL, macs=graph.macs),)
+        return (ExportedVariant(named(member, MODEL), macs=graph.macs),)
+    costs = GraphCosts(graph)
     variants = []
     may_go = {name for name, site in graph.sites.items() if site.bypassed}
-    for number, planned in enumerate(graph.timetable(calls).variants):
-        name = f"variant_{number}.onnx"
+    wanted = [frozenset((*one.reads, *one.bypassed)) for one in timetable.variants if one.member == member]
+    for number, reused in enumerate(dict.fromkeys((frozenset[str](), *wanted))):
+        planned = costs.variant(reused)
         kept = tuple(site for site in planned.computed if site not in may_go)
         computed = tuple(site for site in planned.computed if site in may_go)
+        name = named(member, f"variant_{number}.onnx")
         variants.append(ExportedVariant(name, planned.reads, kept, planned.macs, planned.bypassed, computed))
     return tuple(variants)
 

@@ -89,6 +89,7 @@ class SharedWeights:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
         self._lent: dict[str, tuple[int, torch.Tensor, Any]] = {}  # sessions have their addresses only
+        self._users: dict[str, set[Path]] = {}
 
     def of(self, path: Path) -> dict[str, Any]:
         """Return the weights of a model that sessions may share, as OrtValues by name.
@@ -109,6 +110,7 @@ class SharedWeights:
                 continue
             place = {entry.key: entry.value for entry in tensor.external_data}
             offset = int(place.get("offset", 0))
+            self._users.setdefault(tensor.name, set()).add(path)
             if tensor.name in self._lent:
                 if self._lent[tensor.name][0] != offset:
                     raise SavedError(f"{tensor.name} is two weights", where=str(path), hint=AGAIN)
@@ -120,3 +122,15 @@ class SharedWeights:
             lent[tensor.name] = onnxruntime.OrtValue.from_dlpack(weight)
             self._lent[tensor.name] = offset, weight, lent[tensor.name]
         return lent
+
+    def release(self, path: Path) -> None:
+        """Free the weights that no other model uses, because the session of a model has closed.
+
+        Args:
+            path: the file of the model.
+        """
+        for name, users in list(self._users.items()):
+            users.discard(path)
+            if not users:
+                del self._users[name]
+                self._lent.pop(name, None)

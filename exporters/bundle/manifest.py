@@ -13,16 +13,18 @@ from msgspec import Meta
 from sdgraph import __version__
 from sdgraph.errors import CallError, SpecError
 from sdgraph.forecasts import Forecast, Order, as_forecast
+from sdgraph.inheritance.tracker import GenerationTracker
 from sdgraph.ir.guards import Guard, check_call
 from sdgraph.ir.inputs import Input
 from sdgraph.ir.sites import Site
+from sdgraph.runtime.members import MemberName, common_sites
+from sdgraph.runtime.rota import Rota, read_schedule
 from sdgraph.schedules import Schedule
 from sdgraph.spec import read
 from sdgraph.untrusted import Digest, FileName, Format
 
 FORMAT = 1
 CONFIG, MODEL, DATA, REPORT, MANIFEST = "config.json", "model.onnx", "model.onnx.data", "export.json", "sdgraph.json"
-FIRST = "variant_0.onnx"  # of a UNet with sites: `model.onnx` with further outputs, the values of the sites
 OUTPUT, CHOICE = "out_sample", "variant"  # names of an output and an input of the models
 NAMES = {"B": "batch", "H": "height", "W": "width", "L": "sequence"}  # of sizes, in the models
 Target = Literal["portable", "cuda"]
@@ -101,6 +103,7 @@ class Manifest:
         guards: conditions on the sizes of a call.
         recipe: the passes that were applied, as text.
         quantization: the layers in 8 bits and how, as text; "" for models in float.
+        member: the name of the UNet in a switch, with which the names of its models begin; "" for a UNet alone.
         files: SHA-256 of each other file, by name.
         versions: versions of the packages that made it, for the reader.
         version: version of the sdgraph that wrote it.
@@ -119,10 +122,26 @@ class Manifest:
     guards: tuple[Guard, ...] = ()
     recipe: tuple[str, ...] = ()
     quantization: str = ""
+    member: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{0,40}\Z")] = ""
     files: Mapping[FileName, Digest] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
     format: Format = FORMAT
+
+    @property
+    def members(self) -> dict[str, Manifest]:
+        """The manifest itself, as that of the only member."""
+        return {self.member: self}
+
+    @property
+    def model(self) -> str:
+        """The file of the model that computes everything and has one output, for other tools."""
+        return named(self.member, MODEL)
+
+    @property
+    def own_files(self) -> set[str]:
+        """The names of the files that the models need."""
+        return {CONFIG, DATA, self.model, *(variant.file for variant in self.variants)}
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -218,6 +237,49 @@ class Manifest:
                     where=f"argument {places[name]}",
                     hint=f"export again with inputs=({places[name]!r},)",
                 )
+
+
+@dataclass(frozen=True)
+class SwitchManifest:
+    """The members of an exported switch, whose models share one file of weights, and who computes when.
+
+    Args:
+        schedule: the schedule that names the member of each call, as text.
+        members: the manifest of each member by name, in order.
+        carry_features: whether values of common sites are taken over when the turn changes.
+        guidance_scale: the scale of classifier-free guidance of members by name, where it is not the pipeline's.
+        version: version of the sdgraph that wrote it.
+        format: version of this description.
+    """
+
+    schedule: str
+    members: Annotated[Mapping[MemberName, Manifest], Meta(min_length=1, max_length=100)]
+    carry_features: bool = False
+    guidance_scale: Mapping[MemberName, Annotated[float, Meta(gt=0, le=1e6)]] = field(default_factory=dict)
+    version: str = __version__
+    format: Format = FORMAT
+
+    def rota(self, tracker: GenerationTracker) -> Rota:
+        """Return the turns of the members.
+
+        Args:
+            tracker: the tracker of the generations.
+        Raises:
+            ScheduleError, SpecError: the schedule or the sites do not fit the members.
+        """
+        shapes = [{(value.site, value.shape) for value in member.kept} for member in self.members.values()]
+        carried = common_sites(shapes) if self.carry_features else frozenset()
+        return Rota(read_schedule(self.schedule), self.members, tracker, carried, self.guidance_scale)
+
+
+def named(member: str, file: str) -> str:
+    """Return the name of a file of a member.
+
+    Args:
+        member: the name of the member; "" for a UNet alone.
+        file: the name of the file of a UNet alone.
+    """
+    return f"{member}-{file}" if member else file
 
 
 def _site(value: Value) -> Site:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,41 +13,56 @@ from typing import Any
 from sdgraph.atomic import sha256
 from sdgraph.errors import SavedError, SdgraphError
 from sdgraph.frontend.call import ARGUMENTS
+from sdgraph.inheritance.tracker import GenerationTracker
 from sdgraph.ir.dims import evaluate
 from sdgraph.untrusted import as_kind, check_format, read_json, require_inside
 
-from .manifest import AGAIN, CONFIG, DATA, FORMAT, KINDS, MANIFEST, REPORT, Manifest
+from .manifest import AGAIN, CONFIG, DATA, FORMAT, KINDS, MANIFEST, REPORT, Manifest, SwitchManifest, named
 
-_MODEL_FILE = re.compile(r"[A-Za-z0-9][\w-]{0,60}\.onnx")
+_MODEL_FILE = re.compile(r"[\w-]{1,100}\.onnx")
 _STRATEGY = re.compile(r"Quantize\([^\x00-\x1f]{0,100000}\)")
 _SYMBOL = re.compile(r"[A-Z]\d{0,3}")  # of a size of the call
 _LARGEST_SIZE = 1 << 31  # of a dimension, where the sizes of the call are 64
 
 
-def write_manifest(manifest: Manifest, folder: Path) -> None:
+def write_manifest(manifest: Manifest | SwitchManifest, folder: Path) -> None:
     """Write a manifest, with the hashes of the files in the folder."""
     files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, REPORT)}
-    plain = asdict(replace(manifest, files=files))
+    if isinstance(manifest, SwitchManifest):
+        members = {
+            name: replace(one, files={file: files[file] for file in sorted(one.own_files & files.keys())})
+            for name, one in manifest.members.items()
+        }
+        plain = asdict(replace(manifest, members=members))
+    else:
+        plain = asdict(replace(manifest, files=files))
     (folder / MANIFEST).write_text(json.dumps({**plain, "sha256": digest(plain)}, indent=1) + "\n")
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a directory.
+def read_manifest(folder: Path) -> Manifest | SwitchManifest:
+    """Read the manifest of a directory, of one UNet or of a switch.
 
     Raises:
         SavedError: it is missing, edited, malformed, or of a newer format.
     """
     path = folder / MANIFEST
     plain = read_json(path, AGAIN)
-    if "variants" not in plain or "format" not in plain:
+    if not plain.keys() & {"variants", "members"} or "format" not in plain:
         hint = "sdgraph.GraphUNet.from_pretrained reads what save_pretrained wrote"
         raise SavedError(f"{MANIFEST} is not that of an export", where=str(path), hint=hint)
     check_format(plain, FORMAT, path, AGAIN)
     if plain.pop("sha256", None) != digest(plain):
         raise SavedError(f"{MANIFEST} was edited", where=str(path), hint=f"{AGAIN}: it says what the variants are")
-    manifest = as_kind(plain, Manifest, path, AGAIN)
+    manifest: Manifest | SwitchManifest
+    if "members" in plain:
+        manifest = as_kind(plain, SwitchManifest, path, AGAIN)
+    else:
+        manifest = as_kind(plain, Manifest, path, AGAIN)
     try:
-        _check(manifest)
+        if isinstance(manifest, SwitchManifest):
+            _check_members(manifest)
+        else:
+            _check(manifest)
     except (SdgraphError, ValueError, RecursionError, MemoryError) as error:
         what = error.what if isinstance(error, SdgraphError) else str(error) or type(error).__name__
         raise SavedError(f"{MANIFEST} is damaged: {what}", where=str(path), hint=AGAIN) from error
@@ -59,22 +74,51 @@ def digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def check_files(manifest: Manifest, folder: Path, names: Iterable[str]) -> None:
+def check_files(manifest: Manifest | SwitchManifest, folder: Path, leave_out: Container[str] = ()) -> None:
     """Compare files with their hashes.
 
     Args:
         manifest: the manifest, which has the hashes.
         folder: the folder of the files.
-        names: the names of the files to compare.
+        leave_out: the names of the files that are not compared.
     Raises:
         SavedError: a file is missing, is not the one that was exported, or is a link out of the directory.
     """
-    for name in names:
-        require_inside(folder / name, AGAIN)
-        if not (folder / name).is_file():
-            raise SavedError(f"{name} is missing", where=str(folder), hint=AGAIN)
-        if sha256(folder / name) != manifest.files.get(name):
-            raise SavedError(f"{name} is not the file that was exported", where=str(folder / name), hint=AGAIN)
+    found: dict[str, str] = {}
+    for member, one in manifest.members.items():
+        of = f", of member {member}," if member else ""
+        for name, digest in one.files.items():
+            if name in leave_out:
+                continue
+            require_inside(folder / name, AGAIN)
+            if not (folder / name).is_file():
+                raise SavedError(f"{name}{of} is missing", where=str(folder), hint=AGAIN)
+            if name not in found:
+                found[name] = sha256(folder / name)
+            if found[name] != digest:
+                raise SavedError(f"{name}{of} is not the file that was exported", where=str(folder / name), hint=AGAIN)
+
+
+def _check_members(manifest: SwitchManifest) -> None:
+    """Check that the members and the schedule fit together.
+
+    Raises:
+        ValueError, SdgraphError: they do not.
+    """
+    first = next(iter(manifest.members.values()))
+    for name, member in manifest.members.items():
+        if member.member != name:
+            raise ValueError(f"members.{name}.member: it is {member.member!r}")
+        if member.dtype != first.dtype:
+            raise ValueError(f"members.{name}.dtype: {member.dtype}, and the first has {first.dtype}")
+        for i, variant in enumerate(member.variants):
+            if not variant.file.startswith(named(name, "")):
+                raise ValueError(f"members.{name}.variants[{i}].file: {variant.file[:100]!r} is of another member")
+        try:
+            _check(member)
+        except ValueError as error:
+            raise ValueError(f"members.{name}.{error}") from error
+    manifest.rota(GenerationTracker())  # this reads the schedule, which may fail
 
 
 def _check(manifest: Manifest) -> None:

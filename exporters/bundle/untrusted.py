@@ -13,12 +13,14 @@ from sdgraph.errors import SavedError
 from .manifest import AGAIN
 
 
-def check_model(path: Path, files: Collection[str]) -> None:
+def check_model(path: Path, files: Collection[str]) -> int:
     """Refuse a model file whose weights lie outside of its directory or beyond the end of their file.
 
     Args:
         path: the model file.
         files: the names of the files that have a hash; weights may lie in no others.
+    Returns:
+        the bytes of the file and of the weights that it reads.
     Raises:
         SavedError: the file is unsafe or damaged; the message says why.
     """
@@ -28,11 +30,14 @@ def check_model(path: Path, files: Collection[str]) -> None:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # the classes of protobuf's errors depend on its implementation
         raise SavedError(f"{path.name} is damaged", where=str(path), hint=AGAIN) from error
+    read: dict[tuple[str, int], int] = {}
     for tensor in _tensors(model.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_external(tensor, path, files)
+            location, start, end = _check_external(tensor, path, files)
+            read[location, start] = end - start
     if model.functions or any(n.domain not in ("", "ai.onnx", "com.microsoft") for n in nodes_of(model.graph)):
         raise SavedError("the model defines operators", where=str(path), hint=AGAIN)
+    return path.stat().st_size + sum(read.values())
 
 
 def nodes_of(graph: Any) -> Iterator[Any]:
@@ -55,8 +60,8 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 yield from _tensors(inner)
 
 
-def _check_external(tensor: Any, path: Path, files: Collection[str]) -> None:
-    """Require that a tensor lies in the directory, in a file with a hash, before its end."""
+def _check_external(tensor: Any, path: Path, files: Collection[str]) -> tuple[str, int, int]:
+    """Require that a tensor lies in the directory, in a file with a hash, before its end. Return file, start, end."""
     from onnx import helper
 
     entry = {entry.key: entry.value for entry in tensor.external_data}
@@ -78,3 +83,4 @@ def _check_external(tensor: Any, path: Path, files: Collection[str]) -> None:
     end = start + max(length, wanted)
     if end > file.stat().st_size:
         raise SavedError(f"{location} is truncated: {tensor.name} ends at {end}", where=str(file), hint=AGAIN)
+    return location, start, end

@@ -7,9 +7,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import sdgraph
-from sdgraph import GraphUNet
+from sdgraph import GraphUNet, SwitchUNet
 from sdgraph.atomic import appearing
 from sdgraph.errors import ExportError, SavedError, SdgraphError, SpecError
 from sdgraph.extra import require_onnx
@@ -29,15 +29,16 @@ from sdgraph.progress import Bar
 from ..bundle.describe import describe
 from ..bundle.example_calls import example_call, uneven_calls, with_values
 from ..bundle.external_data import Weights
-from ..bundle.manifest import CONFIG, DATA, MODEL, REPORT, Layout, Manifest, Target
+from ..bundle.manifest import CONFIG, DATA, MODEL, REPORT, Layout, Manifest, SwitchManifest, Target
 from ..bundle.manifest_file import read_manifest, write_manifest
 from . import parity
 from .parity import Comparison, ExportReport
 from .quantize import Calibration, Quantize, check_request, quantized, with_quality
-from .request import as_graph, check_target, chosen_inputs
+from .request import as_graph, check_members, check_target, chosen_inputs, of_member
 
 if TYPE_CHECKING:
     from ..ort.providers import Provider
+    from ..ort.sessions import Sessions
     from ..ort.unet import ORTUNet
 
 log = logging.getLogger("sdgraph")
@@ -50,7 +51,7 @@ CHOOSING = ("TopK", "ArgMax", "ArgMin")  # operators whose answer jumps where tw
 
 @checked(SpecError)
 def export(
-    unet: Annotated[GraphUNet | UNet2DConditionModel, Any],
+    unet: Annotated[GraphUNet | SwitchUNet | UNet2DConditionModel, Any],
     directory: Text | os.PathLike[str],
     *,
     target: Target = "portable",
@@ -80,7 +81,8 @@ def export(
     they are, and the report in `export.json`. It appears complete and checked, or not at all.
 
     Args:
-        unet: what `sdgraph.apply` returned, or a diffusers UNet; in float32 or float16.
+        unet: what `sdgraph.apply` or `sdgraph.switch` returned, or a diffusers UNet; in float32 or float16. The files
+            of a switch's models begin with the name of their member.
         directory: the directory to write; missing parents are created.
         target: "portable" has standard operators only, for any provider. "cuda" has ONNX Runtime's own operators for
             normalisation, attention and feed-forward in their place (`sdgraph.exporters.lowering`), which have kernels
@@ -118,9 +120,22 @@ def export(
         `print(export(unet, "unet-onnx"))`
     """
     require_onnx()
-    unet = as_graph(unet, dtype)
-    manifest = describe(unet, chosen_inputs(unet, inputs), target, layout, opset, calls)
-    lowered, fused = _lowered(unet) if target == "cuda" else (unet, {})
+    switch = unet if isinstance(unet, SwitchUNet) else None
+    if switch is not None:
+        check_members(switch, quantize is not None or calibration is not None)
+    members = {"": unet} if switch is None else dict(switch.members)
+    timetable = None if switch is None else switch.timetable(calls)
+    optional = None if switch is None else switch.call_inputs
+    parts: dict[str, _Part] = {}
+    fused: dict[str, int] = {}
+    for name, member in members.items():
+        with of_member(name):
+            graph = as_graph(member, dtype)
+            given = chosen_inputs(graph.graph.inputs if optional is None else optional, inputs)
+            manifest = describe(graph, given, target, layout, opset, calls, name, timetable)
+            lowered, counts = _lowered(graph) if target == "cuda" else (graph, {})
+        parts[name] = _Part(graph, lowered, manifest)
+        fused = {kind: fused.get(kind, 0) + count for kind, count in counts.items()}
     from ..ort.providers import choose
 
     if quantize is not None or calibration is not None:
@@ -128,20 +143,37 @@ def export(
     also = None
     if provider is not None or precision is not None:
         also = choose(provider, precision, None, manifest.dtype)  # refused before the minutes of an export
-    training = unet.training
+    modes = {name: part.unet.training for name, part in parts.items()}
     with appearing(directory, partial(check_target, overwrite), ExportError) as folder:
         try:
-            torch.nn.Module.train(unet, False)  # not its own: that would reset which weights are trainable
+            for part in parts.values():  # not its own method: that would reset which weights are trainable
+                torch.nn.Module.train(part.unet, False)
             with torch.no_grad():
-                report = _export(unet, lowered, folder, manifest, also, (atol, rtol), progress)
+                report = _export(parts, switch, folder, also, (atol, rtol), progress)
                 report = replace(report, fused=fused)
                 if quantize is not None and calibration is not None:
-                    report = _in_eight_bits(folder, manifest, unet, quantize, calibration, report, progress)
+                    report = _in_eight_bits(folder, manifest, parts[""].unet, quantize, calibration, report, progress)
         finally:
-            torch.nn.Module.train(unet, training)
+            for name, part in parts.items():
+                torch.nn.Module.train(part.unet, modes[name])
         (folder / REPORT).write_text(report.json())
     log.info("exported to %s\n%s", directory, report)
     return report
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A UNet to export, as a whole or a member of a switch.
+
+    Args:
+        unet: the UNet.
+        lowered: the UNet with the operators of the target.
+        manifest: its manifest.
+    """
+
+    unet: GraphUNet
+    lowered: GraphUNet
+    manifest: Manifest
 
 
 def _lowered(unet: GraphUNet) -> tuple[GraphUNet, dict[str, int]]:
@@ -155,10 +187,9 @@ def _lowered(unet: GraphUNet) -> tuple[GraphUNet, dict[str, int]]:
 
 
 def _export(
-    unet: GraphUNet,
-    lowered: GraphUNet,
+    parts: Mapping[str, _Part],
+    switch: SwitchUNet | None,
     folder: Path,
-    manifest: Manifest,
     also: Provider | None,
     bounds: tuple[float | None, float | None],
     progress: bool,
@@ -168,10 +199,12 @@ def _export(
     from . import translate
 
     seconds: dict[str, float] = {}
-    nodes: dict[str, int] = {}
+    files: dict[str, list[str]] = {}
+    counts: dict[str, int] = {}
     choosing = 0
     checks = 1 if also is None else 2
-    stages = (4 + 2 * checks) * len(manifest.variants) + checks  # four to make each, two to check it; and opening them
+    graphs = sum(len(part.manifest.variants) for part in parts.values())
+    stages = (4 + 2 * checks) * graphs + checks  # four to make each, two to check it; and opening them
     with Bar(total=stages, desc="export", unit="stage", disable=not progress) as bar, _ticking(bar):
 
         @contextmanager
@@ -183,42 +216,57 @@ def _export(
             bar.update()
 
         weights = Weights(folder / DATA)
-        example = example_call(unet, manifest)
-        for variant in manifest.variants:
-            module = lowered.variant(frozenset(manifest.given), variant.reused)
-            inputs, outputs = manifest.inputs_of(variant), manifest.outputs_of(variant)
-            with stage("capture", variant.file):
-                program = translate.capture(module, with_values(unet, manifest, variant, example), inputs)
-            with stage("translate", variant.file):
-                onnx_model = translate.translate(program, manifest.opset)
-            with stage("compact", variant.file):
-                translate.compact(onnx_model, inputs, outputs)
-                nodes[variant.file] = len(onnx_model.graph)
-                choosing += sum(node.op_type in CHOOSING for node in onnx_model.graph)
-            with stage("write", variant.file), _written(folder):
-                weights.take(onnx_model)
-                onnx_model.producer_name, onnx_model.producer_version = "sdgraph", sdgraph.__version__
-                onnx_model.metadata_props["sdgraph.recipe"] = ", ".join(manifest.recipe)
-                onnx_ir.save(onnx_model, folder / variant.file)
-            del onnx_model, program
+        manifests: dict[str, Manifest] = {}
+        for name, part in parts.items():
+            unet, manifest = part.unet, part.manifest
+            with of_member(name):
+                example = example_call(unet, manifest)
+                for variant in manifest.variants:
+                    module = part.lowered.variant(frozenset(manifest.given), variant.reused)
+                    inputs, outputs = manifest.inputs_of(variant), manifest.outputs_of(variant)
+                    with stage("capture", variant.file):
+                        program = translate.capture(module, with_values(unet, manifest, variant, example), inputs)
+                    with stage("translate", variant.file):
+                        onnx_model = translate.translate(program, manifest.opset)
+                    with stage("compact", variant.file):
+                        translate.compact(onnx_model, inputs, outputs)
+                        counts[variant.file] = len(onnx_model.graph)
+                        choosing += sum(node.op_type in CHOOSING for node in onnx_model.graph)
+                    with stage("write", variant.file), _written(folder):
+                        weights.take(onnx_model)
+                        onnx_model.producer_name, onnx_model.producer_version = "sdgraph", sdgraph.__version__
+                        onnx_model.metadata_props["sdgraph.recipe"] = ", ".join(manifest.recipe)
+                        onnx_ir.save(onnx_model, folder / variant.file)
+                    del onnx_model, program
+            files[name] = [variant.file for variant in manifest.variants]
+            with _written(folder):
+                if manifest.layout == "single":
+                    manifest = _joined(folder, manifest)
+                elif manifest.variants[0].file != manifest.model:
+                    _write_plain(folder, manifest)
+            manifests[name] = manifest
         with _written(folder):
-            if manifest.layout == "single":
-                manifest = _joined(folder, manifest)
-            elif manifest.variants[0].file != MODEL:
-                _write_plain(folder, manifest.variants[0].file)
-            _write_config(folder, unet)
-            write_manifest(manifest, folder)
+            _write_config(folder, next(iter(parts.values())).unet)
+            write_manifest(_of_all(manifests, switch), folder)
         comparisons: tuple[Comparison, ...] = ()
-        for options in _lean(manifest), also:
+        for options in _lean(next(iter(manifests.values()))), also:
             if options is not None:
                 with stage("check", MODEL):
                     loaded = _loaded(folder, read_manifest(folder), options)
-                comparisons += _compare(unet, loaded, list(nodes), bounds, stage)
-    weight_bytes = sum(p.numel() * p.element_size() for p in unet.parameters())
+                for name, part in parts.items():
+                    comparisons += _compare(part.unet, loaded.members[name], files[name], bounds, stage)
+    tensors = {t.data_ptr(): t.nbytes for part in parts.values() for t in part.unet.parameters()}
     file_bytes = sum(f.stat().st_size for f in folder.iterdir())
-    report = ExportReport(nodes, weight_bytes, file_bytes, comparisons, seconds)
+    report = ExportReport(counts, sum(tensors.values()), file_bytes, comparisons, seconds)
     parity.require(report, choosing)
     return report
+
+
+def _of_all(manifests: Mapping[str, Manifest], switch: SwitchUNet | None) -> Manifest | SwitchManifest:
+    """Return the manifest of a directory."""
+    if switch is None:
+        return manifests[""]
+    return SwitchManifest(str(switch.schedule), manifests, switch.carry_features, switch.guidance_scale)
 
 
 def _in_eight_bits(
@@ -241,7 +289,7 @@ def _in_eight_bits(
         with _written(folder):
             found = quantized(folder, manifest, unet.config, quantize, calibration)
             if manifest.variants[0].file != MODEL:
-                _write_plain(folder, manifest.variants[0].file)
+                _write_plain(folder, manifest)
             write_manifest(replace(manifest, quantization=found.strategy), folder)
         bar.update(2)
         loaded = _loaded(folder, read_manifest(folder), {})
@@ -280,18 +328,18 @@ def _joined(folder: Path, manifest: Manifest) -> Manifest:
     models = [onnx.load(file, load_external_data=False) for file in files]
     for file in files:
         file.unlink()
-    onnx.save(merge(models, manifest), folder / MODEL)
-    return replace(manifest, variants=tuple(replace(variant, file=MODEL) for variant in manifest.variants))
+    onnx.save(merge(models, manifest), folder / manifest.model)
+    return replace(manifest, variants=tuple(replace(variant, file=manifest.model) for variant in manifest.variants))
 
 
-def _write_plain(folder: Path, file: str) -> None:
+def _write_plain(folder: Path, manifest: Manifest) -> None:
     """`model.onnx`: the graph that computes everything, with one output, over the same weights. Tools that know nothing
     of inheriting run it as any other UNet."""
     import onnx
 
-    model = onnx.load(folder / file, load_external_data=False)
+    model = onnx.load(folder / manifest.variants[0].file, load_external_data=False)
     del model.graph.output[1:]
-    onnx.save(model, folder / MODEL)
+    onnx.save(model, folder / manifest.model)
 
 
 def _write_config(folder: Path, unet: GraphUNet) -> None:
@@ -301,7 +349,7 @@ def _write_config(folder: Path, unet: GraphUNet) -> None:
     (folder / CONFIG).write_bytes((json.dumps(named, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _loaded(folder: Path, manifest: Manifest, on: Provider | dict[str, Any]) -> ORTUNet:
+def _loaded(folder: Path, manifest: Manifest | SwitchManifest, on: Provider | dict[str, Any]) -> ORTUNet:
     """The exported models, on a provider, or on the CPU's with settings of its sessions."""
     from ..ort.providers import CPU
     from ..ort.unet import ORTUNet
@@ -317,14 +365,14 @@ def _loaded(folder: Path, manifest: Manifest, on: Provider | dict[str, Any]) -> 
 
 def _compare(
     unet: GraphUNet,
-    loaded: ORTUNet,
+    sessions: Sessions,
     names: Sequence[str],
     bounds: tuple[float | None, float | None],
     stage: Callable[[str, str], AbstractContextManager[None]],
 ) -> tuple[Comparison, ...]:
     """Every output of every model, at two shapes."""
     comparisons = []
-    manifest, on = loaded.manifest, (loaded.backend.provider, loaded.backend.precision)
+    manifest, on = sessions.manifest, (sessions.provider, sessions.precision)
     usual = parity.BOUNDS[getattr(torch, max(manifest.dtype, on[1], key=_coarseness))]
     atol, rtol = (own if given is None else given for given, own in zip(bounds, usual, strict=True))
     for name, variant in zip(names, manifest.variants, strict=True):
@@ -335,7 +383,7 @@ def _compare(
                 eager = module(*given.values())
                 eager = eager if isinstance(eager, tuple) else (eager,)
                 try:
-                    exported = loaded.backend.run(variant, given, manifest.check(call))
+                    exported = sessions.run(variant, given, manifest.check(call))
                 except SdgraphError:
                     raise
                 except Exception as error:  # ONNX Runtime's errors have no base class
@@ -345,7 +393,7 @@ def _compare(
                         hint="an operator that a pass inserted may have no kernel for its dtype; try float32",
                     ) from error
                 comparisons.append(parity.compare(name, eager, exported, call, atol, rtol, on))
-        loaded.backend.close(variant)
+        sessions.close(variant)
     return tuple(comparisons)
 
 

@@ -20,9 +20,10 @@ from sdgraph.errors import ExportError, ParityError, SpecError
 from sdgraph.extra import require_onnx
 from sdgraph.options import Bounds, Text, checked
 from sdgraph.progress import Bar
+from sdgraph.runtime.switch import SwitchUNet
 from sdgraph.views.format import format_table
 
-from ..bundle.manifest import FIRST, MODEL, REPORT, Target
+from ..bundle.manifest import FIRST, MODEL, REPORT, Manifest, Target
 from ..bundle.manifest_file import read_manifest, write_manifest
 from ..bundle.pipeline_manifest import (
     CLASSES,
@@ -140,6 +141,9 @@ def export_pipeline(
     """
     require_onnx()
     kind = _kind(pipe, leave_out)
+    if isinstance(pipe.unet, SwitchUNet):
+        hint = "export the switch alone (sdgraph.exporters.onnx.export), or give the pipeline one of its UNets"
+        raise ExportError("a pipeline is exported with one UNet, and this is a switch", where="unet", hint=hint)
     _check_latents(pipe)
     xl = kind == "StableDiffusionXLPipeline"
     dtype = dtype or pipe.unet.dtype
@@ -282,6 +286,7 @@ def _plain(folder: Path) -> None:
     import onnx
 
     manifest = read_manifest(folder)
+    assert isinstance(manifest, Manifest)
     if manifest.variants[0].file == MODEL:
         (folder / MODEL).rename(folder / FIRST)
         manifest = replace(manifest, variants=(replace(manifest.variants[0], file=FIRST), *manifest.variants[1:]))

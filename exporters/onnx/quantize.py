@@ -24,6 +24,7 @@ from sdgraph.spec import Spec
 
 from ..bundle.external_data import Weights
 from ..bundle.manifest import DATA, ExportedVariant, Manifest
+from ..ort.open_sessions import OpenSessions
 from ..ort.providers import CPU, require_eight_bits
 from ..ort.sessions import Sessions
 from ..ort.unet import ORTUNet
@@ -176,12 +177,12 @@ def quantized(
         SpecError: a value is not finite on the calibration, or no layer is left.
     """
     sessions = CalibratingSessions(folder, manifest, quantize)
-    reference = calibration.latents(ORTUNet(sessions, config), held_out=False)
+    reference = calibration.latents(ORTUNet({"": sessions}, config), held_out=False)
     new = folder / "new"
     found = _write(folder, new, manifest, quantize, sessions.ranges)
     chosen, error, layers = quantize, math.inf, list[Layer]()
     while quantize.goal is not None:
-        latents = calibration.latents(ORTUNet(_sessions(new, manifest), config), held_out=False)
+        latents = calibration.latents(ORTUNet({"": _sessions(new, manifest)}, config), held_out=False)
         reached = float(np.mean(latent_psnr(latents, reference)))
         log.info("%.1f dB on the prompts of the calibration: %s", reached, found)
         if reached >= quantize.goal:
@@ -209,7 +210,9 @@ def quantized(
 
 
 def _sessions(folder: Path, manifest: Manifest) -> Sessions:
-    return Sessions(folder, manifest, CPU, None, None, None, None, False)
+    return Sessions(
+        folder, manifest, CPU, None, None, None, None, False, OpenSessions(dict.fromkeys(manifest.own_files, 0))
+    )
 
 
 def _write(
@@ -264,7 +267,9 @@ class CalibratingSessions(Sessions):
     """
 
     def __init__(self, folder: Path, manifest: Manifest, quantize: Quantize) -> None:
-        super().__init__(folder, manifest, CPU, None, None, None, None, False)
+        super().__init__(
+            folder, manifest, CPU, None, None, None, None, False, OpenSessions(dict.fromkeys(manifest.own_files, 0))
+        )
         self.quantize = quantize
         self.ranges: dict[str, dict[str, Range]] = {}
         self.calls: list[Mapping[str, Any]] = []  # of the variant that computes everything

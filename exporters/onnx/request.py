@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import sdgraph
-from sdgraph import GraphUNet
-from sdgraph.errors import ExportError, SpecError, did_you_mean
+from sdgraph import GraphUNet, SwitchUNet
+from sdgraph.errors import ExportError, SdgraphError, SpecError, did_you_mean
+from sdgraph.ir.inputs import Input
 
 from ..bundle.manifest import DTYPES, MANIFEST, REPORT
 
@@ -40,7 +42,44 @@ def as_graph(unet: Any, dtype: torch.dtype | None) -> GraphUNet:
     return unet  # type: ignore[no-any-return]
 
 
-def chosen_inputs(unet: GraphUNet, names: Collection[str]) -> frozenset[str]:
+def check_members(unet: SwitchUNet, quantized: bool) -> None:
+    """Refuse a switch that cannot be one directory.
+
+    Raises:
+        ExportError: the files of two members would have one name where capitals do not count.
+        SpecError: 8 bits are asked for.
+    """
+    if quantized:
+        hint = "export the switch in float, or each of unet.members[name] with quantize="
+        raise SpecError("8 bits are calibrated for one UNet, and this is a switch", where="quantize", hint=hint)
+    known: dict[str, str] = {}
+    for name in unet.members:
+        other = known.setdefault(name.lower(), name)
+        if other != name:
+            raise ExportError(
+                f"the files of {other} and {name} would have one name where capitals do not count",
+                where=f"member {name}",
+                hint="name the members differently in sdgraph.switch",
+            )
+
+
+@contextmanager
+def of_member(name: str) -> Iterator[None]:
+    """Name the member of a switch in the errors of its export.
+
+    Args:
+        name: the name of the member; "" for a UNet alone.
+    """
+    try:
+        yield
+    except SdgraphError as error:
+        if not name:
+            raise
+        where = f"member {name}" + (f", {error.where}" if error.where else "")
+        raise type(error)(error.what, where=where, hint=error.hint) from error
+
+
+def chosen_inputs(inputs: Iterable[Input], names: Collection[str]) -> frozenset[str]:
     """Return the names of the flat inputs that argument names stand for.
 
     Raises:
@@ -49,7 +88,7 @@ def chosen_inputs(unet: GraphUNet, names: Collection[str]) -> frozenset[str]:
     if isinstance(names, str):
         names = (names,)
     chosen = {"timestep_cond"}  # pipelines give it whenever the configuration has it
-    optional = [spec for spec in unet.graph.inputs if spec.optional]
+    optional = [spec for spec in inputs if spec.optional]
     for name in names:
         matches = {spec.name for spec in optional if name in (spec.name, spec.place[0])}
         if not matches:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import onnxruntime
@@ -29,7 +30,7 @@ class Figures:
         variants: the seconds of a call, by variant.
         reused: the sites that each variant does not compute; `sdgraph.search` finds the time of a call by them.
         generation: the seconds of all calls of a generation, as they are scheduled.
-        everything: the seconds of as many calls that compute everything.
+        everything: the seconds of as many calls that compute everything, of a switch by its first UNet.
         calls: the number of calls of the generation.
         batch: the batch size of a call.
         size: the height and width of the latents.
@@ -81,8 +82,6 @@ def bench(
     flat = unet.random_inputs({"B": batch, "H": height, "W": width, "L": 77})
     timesteps = [torch.tensor([t]) for t in SamplingRun.of(calls).supposed().timesteps or ()]
     sizes = unet.manifest.check(flat)
-    outputs = unet.backend.run(unet.manifest.variants[0], flat, sizes)
-    values = dict(zip(unet.manifest.variants[0].writes, outputs[1:], strict=True))
 
     def generation() -> None:
         conditioning = {i.name: flat[i.name].clone() for i in unet.manifest.model_inputs if i.conditioning}
@@ -95,11 +94,16 @@ def bench(
             unet.backend.run(unet.manifest.variants[0], {**flat, "timestep": timestep}, sizes)
 
     ways: dict[str, Callable[[], Any]] = {"generation": generation, "everything": everything}
-    single = unet.manifest.layout == "single"  # then all graphs are branches of one file
-    names = [f"{m.file}, branch {i}" if single else m.file for i, m in enumerate(unet.manifest.variants)]
-    for name, variant in zip(names, unet.manifest.variants, strict=True):
-        given = {**flat, **{f"reused.{site}": values[site] for site in variant.reads}}
-        ways[name] = lambda variant=variant, given=given: unet.backend.run(variant, given, sizes)  # type: ignore[misc]
+    reused: dict[str, list[str]] = {}
+    for member in unet.members.values():
+        variants = member.manifest.variants
+        values = dict(zip(variants[0].writes, member.run(variants[0], flat, sizes)[1:], strict=True))
+        single = member.manifest.layout == "single"  # then all graphs are branches of one file
+        for i, variant in enumerate(variants):
+            name = f"{variant.file}, branch {i}" if single else variant.file
+            given = {**flat, **{f"reused.{site}": values[site] for site in variant.reads}}
+            ways[name] = partial(member.run, variant, given, sizes)
+            reused[name] = sorted(variant.reused)
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for turn in Bar(range(repeats + 1), desc="bench", unit="turn"):
         for name, way in ways.items():
@@ -115,9 +119,8 @@ def bench(
         "torch": f"torch {torch.__version__}",
         "device": torch.cuda.get_device_name(unet.device) if unet.device.type == "cuda" else platform.machine(),
     }
-    variants = {name: medians[name] for name in names}
-    reused = {name: sorted(variant.reused) for name, variant in zip(names, unet.manifest.variants, strict=True)}
-    return Figures(variants, reused, medians["generation"], medians["everything"], calls, batch, (height, width), on)
+    times = {name: medians[name] for name in reused}
+    return Figures(times, reused, medians["generation"], medians["everything"], calls, batch, (height, width), on)
 
 
 def _side(unet: ORTUNet) -> tuple[int, int]:

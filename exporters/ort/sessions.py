@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ..bundle.external_data import SharedWeights
 from ..bundle.manifest import AGAIN, CHOICE, NAMES, ExportedVariant, Manifest
 from . import session_options as options
 from .io_binding import Captured, run
+from .open_sessions import OpenSessions
 from .providers import CPU, CUDA, Provider, choose, require_eight_bits
 
 log = logging.getLogger("sdgraph")
@@ -36,6 +38,7 @@ class Sessions:
         session_options: a mapping of settings, or a `SessionOptions`.
         free_dims: the sizes that all calls will have, by name.
         cuda_graph: whether to record and replay the kernels of each graph.
+        open_sessions: the open sessions of the folder.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Sessions:
         session_options: Any,
         free_dims: Mapping[str, int] | None,
         cuda_graph: bool,
+        open_sessions: OpenSessions,
     ) -> None:
         import onnxruntime
 
@@ -67,7 +71,7 @@ class Sessions:
             shared = options.one_arena(self.provider, self._provider.options)
             self._session_options = {**shared, **self._session_options}
         self.threads = options.threads(self._session_options)
-        self._sessions: dict[str, Any] = {}
+        self.open_sessions = open_sessions
         self._graphs: dict[Any, Captured] = {}
         self._weights = SharedWeights(folder, self.device)
         self.cuda_graph = cuda_graph
@@ -80,6 +84,17 @@ class Sessions:
         self._chosen: dict[frozenset[str], ExportedVariant] = {}
         self._accepted: dict[object, Mapping[str, int]] = {}
         self.sites = manifest.sites
+
+    def of_member(self, manifest: Manifest) -> Sessions:
+        """Return the sessions of another member of a switch, with the same settings, weights and bound.
+
+        Args:
+            manifest: the manifest of the member.
+        """
+        other = copy.copy(self)
+        other.manifest, other.sites = manifest, manifest.sites
+        other._chosen, other._accepted, other._graphs = {}, {}, {}
+        return other
 
     def compute(
         self, inputs: Mapping[str, torch.Tensor], reused: frozenset[str], read: Callable[[str], torch.Tensor]
@@ -181,7 +196,8 @@ class Sessions:
         kept = {key: value for key, value in self._provider.options.items() if key != "enable_cuda_graph"}
         self._provider = replace(self._provider, options=kept)
         self._graphs.clear()
-        self._sessions.clear()
+        for variant in self.manifest.variants:
+            self.close(variant)
 
     def _empty(self, spec: Input, sizes: Mapping[str, int]) -> torch.Tensor:
         shape = [d if isinstance(d, int) else evaluate(d, sizes) for d in spec.shape or ()]
@@ -211,12 +227,20 @@ class Sessions:
             SavedError: ONNX Runtime refuses it, or it is not what the manifest says.
             ExtraError: the provider does not start.
         """
-        if variant.file not in self._sessions:
-            self._sessions[variant.file] = self._open(variant)
-        return self._sessions[variant.file]
+        return self.open_sessions.session(variant.file, lambda: self._open(variant), self._closed)
 
     def close(self, variant: ExportedVariant) -> None:
-        self._sessions.pop(variant.file, None)
+        """Close the session of a model; the next call that needs it opens it again.
+
+        Args:
+            variant: the variant.
+        """
+        self.open_sessions.close(variant.file)
+
+    def _closed(self, file: str) -> None:
+        self._weights.release(self.folder / file)
+        for key in [key for key in self._graphs if key[0] == file]:
+            del self._graphs[key]
 
     def _open(self, variant: ExportedVariant) -> Any:
         path = self.folder / variant.file

@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Self
@@ -18,14 +19,16 @@ from sdgraph.errors import ModeError, SpecError
 from sdgraph.extra import require_onnx
 from sdgraph.inheritance.cache import always, no_value
 from sdgraph.inheritance.tracker import GenerationTracker
-from sdgraph.options import Bounds, Text, checked
+from sdgraph.options import Bounds, Count, Text, checked
 from sdgraph.runtime.diffusers_api import UNetCall
+from sdgraph.runtime.members import common_inputs
 from sdgraph.untrusted import read_config, require_folder
 
 from ..bundle.example_calls import random_call
-from ..bundle.manifest import AGAIN, CONFIG, DATA
+from ..bundle.manifest import AGAIN, CONFIG, DATA, Manifest, SwitchManifest
 from ..bundle.manifest_file import check_files, read_manifest
 from ..bundle.untrusted import check_model
+from .open_sessions import OpenSessions
 from .providers import CPU, CUDA
 from .sessions import Sessions
 
@@ -38,19 +41,27 @@ class ORTUNet(UNetCall):
 
     `from_pretrained` loads it. Features are inherited as by the source UNet: `sdgraph.attach(pipe)`, `expecting`,
     `reset` and `cache_bytes` do the same here.
+
+    Of an exported switch, `members` are the sessions of its UNets by name, and the schedule names the one that computes
+    each call, as in `SwitchUNet`. `backend` and `manifest` are those of the first one, or of the only one, whose name
+    is "".
     """
 
     backend: Sessions
 
-    def __init__(self, sessions: Sessions, config: Mapping[str, Any]) -> None:
-        self.backend = sessions
-        self.manifest = sessions.manifest
+    def __init__(
+        self, members: Mapping[str, Sessions], config: Mapping[str, Any], switch: SwitchManifest | None = None
+    ) -> None:
+        self.members = dict(members)
+        self.backend = next(iter(self.members.values()))
+        self.manifest = self.backend.manifest
         self.config = FrozenDict(config)
         self.dtype = self.manifest.torch_dtype
-        self.device = sessions.device
+        self.device = self.backend.device
         self.tracker = GenerationTracker()
-        self.call_inputs = self.manifest.inputs
-        self._conditioning = tuple(i.name for i in self.manifest.inputs if i.conditioning)
+        self.rota = None if switch is None else switch.rota(self.tracker)
+        self.call_inputs = tuple(common_inputs([member.manifest.inputs for member in self.members.values()]))
+        self._conditioning = tuple(i.name for i in self.call_inputs if i.conditioning)
         if config.get("addition_embed_type") == "text_time":  # SDXL's pipelines read this size from the module
             width = config.get("projection_class_embeddings_input_dim")
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
@@ -67,6 +78,7 @@ class ORTUNet(UNetCall):
         session_options: Any = None,
         free_dims: Mapping[str, Size] | None = None,
         cuda_graph: bool = False,
+        memory: Count | None = None,
         verify: bool = True,
     ) -> ORTUNet:
         """Load a directory that `sdgraph.exporters.onnx.export` wrote.
@@ -88,12 +100,16 @@ class ORTUNet(UNetCall):
                 latents), for which ONNX Runtime optimises. Other calls are refused.
             cuda_graph: whether to record the kernels of each graph, for each set of sizes, and replay them as one. If
                 capture is not possible, a warning says why and calls run without it.
+            memory: the most bytes of open sessions, each counted with its file and the weights that it reads; None for
+                no bound. Where a session would exceed it, the ones used least recently close, and open again when they
+                are needed. The working memory of calls is not counted.
             verify: whether to compare all files with the hashes of the manifest, which reads the weights once.
         Returns:
-            The UNet.
+            The UNet. The sessions of a switch are opened when they are first needed.
         Raises:
             SavedError: a file is missing, damaged, changed or unsafe; nothing was run.
-            SpecError: ONNX Runtime has no such provider, precision or option, or the models have no such size.
+            SpecError: ONNX Runtime has no such provider, precision or option, or the models have no such size;
+                or `memory` does not hold the largest model.
             ExtraError: the extra `onnx` or `openvino` is not installed, or the provider does not start.
         Example:
             `pipe.unet = ORTUNet.from_pretrained("unet-onnx")`
@@ -102,15 +118,22 @@ class ORTUNet(UNetCall):
         folder = Path(directory)
         require_folder(folder, exported=True)
         config, manifest = read_config(folder / CONFIG, AGAIN), read_manifest(folder)
-        check_files(manifest, folder, manifest.files if verify else (n for n in manifest.files if n != DATA))
-        for variant in manifest.variants:
-            check_model(folder / variant.file, manifest.files)
+        check_files(manifest, folder, leave_out=() if verify else (DATA,))
+        sizes = {
+            variant.file: check_model(folder / variant.file, member.files)
+            for member in manifest.members.values()
+            for variant in member.variants
+        }
+        (name, first), *others = manifest.members.items()
         sessions = Sessions(
-            folder, manifest, provider, precision, provider_options, session_options, free_dims, cuda_graph
-        )
-        sessions.session(manifest.variants[0])
+            folder, first, provider, precision, provider_options, session_options, free_dims, cuda_graph,
+            OpenSessions(sizes, memory),
+        )  # fmt: skip
+        if isinstance(manifest, Manifest):
+            sessions.session(first.variants[0])
         log.info("on %s in %s, %s threads", sessions.provider, sessions.precision, sessions.threads)
-        return cls(sessions, config)
+        members = {name: sessions, **{other: sessions.of_member(one) for other, one in others}}
+        return cls(members, config, manifest if isinstance(manifest, SwitchManifest) else None)
 
     # -- the call ------------------------------------------------------------------------------------------------
 
@@ -132,15 +155,25 @@ class ORTUNet(UNetCall):
         Raises:
             CallError: the models do not cover the call.
         """
-        self.backend.sizes(flat)
+        if self.rota is not None:
+            inherits = any(member.sites for member in self.members.values())
+            return self.rota.run(flat, self._conditioning, partial(self._covering, flat), inherits).to(
+                flat["sample"].device
+            )
+        self._covering(flat)
         if self.manifest.sites:
             result = self.tracker.run(flat, self._conditioning, always(self.backend))
         else:
             result, _ = self.backend.compute(flat, frozenset(), no_value)
         return result.to(flat["sample"].device)
 
-    def foreseen(self, calls: Any) -> Iterable[frozenset[str]]:
-        return {frozenset(variant.reused) for variant in self.manifest.variants}
+    def _covering(self, flat: Mapping[str, torch.Tensor], member: str = "") -> Sessions:
+        """Return the sessions of a member, which cover the call."""
+        self.members[member].sizes(flat)
+        return self.members[member]
+
+    def foreseen(self, calls: Any) -> Iterable[tuple[Sessions, frozenset[str]]]:
+        return [(member, variant.reused) for member in self.members.values() for variant in member.manifest.variants]
 
     def random_inputs(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
         symbols = {d for i in self.manifest.model_inputs for d in i.shape or () if isinstance(d, str)}
@@ -195,6 +228,8 @@ class ORTUNet(UNetCall):
 
     def __repr__(self) -> str:
         recipe = ", ".join(self.manifest.recipe) or "no passes"
+        if self.rota is not None:
+            recipe = f"{', '.join(self.members)} by {self.rota.schedule}"
         return f"ORTUNet({self.backend.provider} in {self.backend.precision}, {recipe})"
 
 

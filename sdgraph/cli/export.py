@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
     from ..exporters.onnx import Calibration, check_target, export, export_pipeline
     from ..runtime.apply import apply
     from ..runtime.pipelines import with_unet
+    from ..runtime.switch import SwitchUNet
+    from ..runtime.unet import GraphUNet
 
     check_target(args.overwrite, args.out)  # before the minutes that the export takes
     requested = read_passes(args.passes)
@@ -92,8 +94,11 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.model, args.dtype, "cpu", args.variant) if whole or quantize is not None else None
     source = load_unet(args.model, args.dtype, args.variant) if pipe is None else pipe.unet
     requested.check_unet(source.config)
-    unet = apply(source, requested.passes)
-    if unet.graph.passes:
+    unet = source if isinstance(source, SwitchUNet) else apply(source, requested.passes)
+    if isinstance(unet, SwitchUNet) and requested.passes:
+        hint = "apply them to the UNets before sdgraph.switch, and leave --passes out"
+        raise SpecError(f"{args.model} is a switch of several UNets", where="--passes", hint=hint)
+    if isinstance(unet, GraphUNet) and unet.graph.passes:
         print(unet.report)
     options = {name: getattr(args, name) for name in CHOICES}
     options["calls"] = calls = args.calls or requested.calls or CALLS

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import SpecError
+from ..untrusted import is_exported
 from .arguments import CALLS, add_calls, add_imports
 from .generation import latent_unit, own_scheduler, with_calls
 from .sources import INDEX, load_unet, local_folder, parts, read_object, sketch
 
-STATE, TUNING, RECIPE, CONFIG, BUNDLE = "state.json", "tuning.json", "sdgraph.json", "config.json", "model.onnx"
+STATE, TUNING, RECIPE, CONFIG = "state.json", "tuning.json", "sdgraph.json", "config.json"
 SWITCH = "switch.json"
 
 
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if folder is None:
         raise SpecError(f"there is no folder {args.directory}", hint="download the model, and give its folder")
     calls = args.calls or CALLS
-    if (folder / BUNDLE).is_file():
+    if is_exported(folder):
         from ..exporters.bundle.inspect import contents
 
         print(contents(folder, calls, verify=not args.no_verify))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SdgraphError, SourceError, SpecError
 from ..progress import note
 from ..text import json_object, lines, read_text
+from ..untrusted import is_exported
 
 if TYPE_CHECKING:
     from ..graph import Graph
@@ -216,7 +217,7 @@ def _unet_folder(source: str) -> Path | None:
     if (folder / INDEX).is_file():
         _check_unet(_read_index(folder), source)
         folder = folder / "unet"
-    if (folder / "model.onnx").is_file():
+    if is_exported(folder):
         raise SpecError(
             f"{source} is exported already",
             hint="give the model that it was exported from; `sdgraph inspect` lists the passes that were applied",

@@ -76,8 +76,8 @@ class UNetCall:
         """
         raise NotImplementedError
 
-    def foreseen(self, calls: Any) -> Iterable[frozenset[str]]:
-        """Return the sets of sites that the calls of a generation may reuse.
+    def foreseen(self, calls: Any) -> Iterable[tuple[Backend[Any, Any], frozenset[str]]]:
+        """Return the backends that compute the calls of a generation, with each set of sites that they may reuse.
 
         Args:
             calls: a scheduler after `set_timesteps`, the timesteps of the calls, or their number.
@@ -217,10 +217,12 @@ class UNetCall:
                 hint=f"the nearest larger one is {ready[0]} of {ready[1]}x{ready[2]}",
             )
         with torch.no_grad():
-            _, values = self.backend.compute(flat, frozenset(), no_value)
-            for reused in self.foreseen(calls):
+            computed: dict[int, Mapping[str, Any]] = {}
+            for backend, reused in self.foreseen(calls):
+                if id(backend) not in computed:
+                    _, computed[id(backend)] = backend.compute(flat, frozenset(), no_value)
                 if reused:
-                    self.backend.compute(flat, reused, values.__getitem__)
+                    backend.compute(flat, reused, computed[id(backend)].__getitem__)
 
     def cache_bytes(self) -> int:
         """Return the size of the feature cache in bytes, over all generations that are under way."""

@@ -357,8 +357,9 @@ class GraphUNet(UNetCall, UNet2DConditionModel):  # type: ignore[misc]
         computed = apart(computed, (*flat.values(), output))
         return apart({"output": output}, values.values())["output"], computed
 
-    def foreseen(self, calls: Any) -> Iterable[frozenset[str]]:
-        return frozenset().union(*(variant.reused for variant in self.graph.timetable(calls).variants))
+    def foreseen(self, calls: Any) -> Iterable[tuple[TorchBackend, frozenset[str]]]:
+        sets = frozenset().union(*(variant.reused for variant in self.graph.timetable(calls).variants))
+        return [(self.backend, reused) for reused in (frozenset[str](), *sets)]
 
     def random_inputs(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
         self.follow_changes()

@@ -72,10 +72,10 @@ def test_options_reach_diffusers(exported: Callable[[str], Exported]) -> None:
 def test_a_warmed_bundle_opens_no_session_afterwards(exported: Callable[[str], Exported]) -> None:
     unet = opened(exported("deep cache").directory)
     unet.warm_up(16, 24, tokens=7)
-    ready = dict(unet.backend._sessions)
+    ready = dict(unet.backend.open_sessions._open)
     assert len(ready) == len(unet.manifest.variants)
     prompt = torch.randn(2, 7, unet.config.cross_attention_dim)
     with unet.expecting(6):
         for timestep in range(600, 0, -100):
             unet(torch.randn(2, 4, 16, 24), timestep, prompt)
-    assert unet.backend._sessions == ready
+    assert unet.backend.open_sessions._open == ready
