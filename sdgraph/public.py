@@ -26,6 +26,7 @@ from .redundancy.redundancy import JointRemoval, Redundancy, Removal
 from .redundancy.width_times import WidthTimes
 from .runtime.apply import apply
 from .runtime.generation_state import GenerationState
+from .runtime.masks_by_call import MasksByCall
 from .runtime.switch import SwitchUNet, switch
 from .runtime.unet import GraphUNet
 from .spec import Spec
@@ -48,6 +49,7 @@ __all__ = [
     "GraphUNet",
     "Importance",
     "JointRemoval",
+    "MasksByCall",
     "NearMiss",
     "NoMatch",
     "Pass",

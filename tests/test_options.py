@@ -38,7 +38,7 @@ from sdgraph.options import (
     fitted,
 )
 from sdgraph.passes import Assemble, CleanUp, GRIAttention, InheritFeatures, MECondConv, PruneBlocks, ShareWeights
-from sdgraph.schedules import DenseEarly, Drift, Explicit, Gate, Once, Range, Schedule, Uniform, Warm
+from sdgraph.schedules import DenseEarly, Drift, Explicit, Gate, Once, PerCall, Range, Schedule, Uniform, Warm
 from sdgraph.spec import _check_name, known, presets, read
 from sdgraph.tuning import AttentionMaps, Denoising, Features, Guidance, Loss, Output, Wavelet
 
@@ -205,6 +205,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "InTurns": {"members": ("a", "b")},
     "PerCall": {"members": ("a", "b")},
     "LearnedPruning": {"steps": 3, "macs": 0.5},
+    "LearnedRouting": {"steps": 3, "macs": 0.5},
+    "MasksByCall": {"left_out": ((),), "schedule": PerCall(("a",))},
     "PruneChannels": {"macs": 0.7},
     "PruneToBudget": {"macs": 0.7},
     "ImageFeatures": {"encoder": torch.nn.Identity(), "vae": torch.nn.Identity()},

@@ -12,7 +12,7 @@ from .regions import Region
 
 
 def insert_gates(nodes: fx.Graph, regions: Sequence[Region]) -> None:
-    """Give a graph a further, last argument with a gate for each region, (regions,).
+    """Give a graph a further, last argument with a gate for each region, (regions,), or (regions, B).
 
     With a gate of 1 the region is as it was, with 0 it is removed, both exactly. In between, its outputs are mixed
     linearly with the values of `Region.stand_in`. The gate of an outer region acts on values that inner gates have
@@ -54,7 +54,8 @@ def mix(instead: Tensor, value: Tensor, gate: Tensor) -> Tensor:
     Args:
         instead: the value at a gate of 0.
         value: the value at a gate of 1; under autocast it may have another dtype.
-        gate: the gate, a scalar.
+        gate: the gate, a scalar, or one for each sample, (B,).
     """
     dtype = torch.promote_types(instead.dtype, value.dtype)
+    gate = gate.reshape(gate.shape + (1,) * (value.ndim - 1)) if gate.ndim else gate
     return torch.lerp(instead.to(dtype), value.to(dtype), gate.to(dtype))

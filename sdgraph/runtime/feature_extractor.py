@@ -107,7 +107,7 @@ class FeatureExtractor(nn.Module):
 
         Args:
             inputs: the inputs of the UNet by name, (B, ...) each.
-            gates: the gates, (gated,); None if no region has one.
+            gates: the gates, (gated,), or (gated, B) by sample; None if no region has one.
         """
         more = () if gates is None else (gates,)
         return self.graph_module(*(inputs[name] for name in self.order), *more)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from ..runtime.feature_extractor import FeatureExtractor, Tap
 from .batch import Batch, Batches
 from .incubation import IncubationReport, assemble, chain, incubate
 from .learned_pruning import LearnedPruning
+from .learned_routing import LearnedRouting
 from .losses import (
     AttentionMaps,
     Comparison,
@@ -45,6 +46,7 @@ __all__ = [
     "Images",
     "IncubationReport",
     "LearnedPruning",
+    "LearnedRouting",
     "Loss",
     "MoreCaptions",
     "NoiseSchedule",

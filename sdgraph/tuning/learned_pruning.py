@@ -158,8 +158,8 @@ class PruningMasks(nn.Module):
         """
         return torch.from_numpy((1 - progress) * draw.logistic(size=len(self.paths))).float()
 
-    def forward(self, noise: Tensor) -> Tensor:
-        """Return a mask, (regions,).
+    def forward(self, noise: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """Return a mask, (regions,), which is the same for all timesteps.
 
         Gradients of closed gates pass straight through to the scores, but for their part along what removals save,
         where a budget leaves no choice: what hurts more than others for its saving rises, and all others fall. Those of
@@ -168,6 +168,7 @@ class PruningMasks(nn.Module):
 
         Args:
             noise: the noise of the scores, (regions,).
+            timesteps: the timesteps of the samples, (B,), which a set for all calls does not depend on.
         Raises:
             TuningError: no removals meet the budget.
         """
@@ -211,14 +212,8 @@ class PruningSearch:
         output_dir: Path,
     ) -> None:
         self.spec, self.output_dir, self._before, self._train = spec, output_dir, student, train
-        if student.graph.sites:
-            raise TuningError(
-                f"the student inherits or bypasses features at {next(iter(student.graph.sites))}",
-                where="student",
-                hint="apply these passes to the tuned student",
-            )
         try:
-            self._found = self._analysis(teacher, losses)
+            self._found = allowed_removals(spec.levels, spec.time is not None, student, teacher, losses, output_dir)
             choice = self._choice({})
         except SpecError as error:
             raise TuningError(error.what, where="learn_pruning", hint=error.hint) from error
@@ -262,8 +257,7 @@ class PruningSearch:
     @property
     def identity(self) -> dict[str, str]:
         """All that decides the search beside the student, as text by name."""
-        savings = [f"{one.path} {one.time} {one.macs} {one.parameters}" for one in self._found.removals]
-        return {"learned pruning": str(self.spec), "savings of removals": hash_text(*savings)}
+        return {"learned pruning": str(self.spec), "savings of removals": savings_identity(self._found)}
 
     def finish(self, tuned: GraphUNet) -> GraphUNet:
         """Return the pruned student with the weights that the search has learned, and write what was chosen.
@@ -298,38 +292,6 @@ class PruningSearch:
             ) from error
         return pruned
 
-    def _analysis(self, teacher: GraphUNet, losses: Sequence[Loss]) -> Redundancy:
-        """Return the removals that the losses allow, and what they save."""
-        found = self._savings()
-        taps = [tap.path for loss in losses for tap, _ in loss.taps(self._before.graph, teacher.graph)]
-        removals = []
-        for one in found.removals:
-            if any(f"{path}.".startswith(f"{one.path}.") for path in taps):
-                graph = apply(self._before, f"PruneBlocks({one.path!r})", verify=False).graph
-                try:
-                    for loss in losses:
-                        loss.taps(graph, teacher.graph)
-                except PathError:
-                    continue
-            removals.append(one)
-        if not removals:
-            raise SpecError("the losses name every region that could be removed", hint="leave some of them out")
-        return dataclasses.replace(found, removals=tuple(removals))
-
-    def _savings(self) -> Redundancy:
-        """Return what removals save, which the main process measures once, because seconds differ every time."""
-        nominal = self.spec.time is not None
-        key = hash_text(hash_model(self._before), *self.spec.levels, str(nominal))
-        path = self.output_dir / f"savings-{key[:12]}.json"
-        process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
-        with process.main_process_first():
-            if path.exists():
-                return Redundancy.load(path)
-            found = analyse_unet(self._before, levels=self.spec.levels, calls=1, nominal=nominal)
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            found.save(path)
-        return found
-
     def _choice(self, gates: Mapping[str, float]) -> PruningChoice:
         """Return the removals whose gates cost least; all cost the same if there are none."""
         costs = dict(zip(self.masks.paths, self.masks.costs(), strict=True)) if gates else {}
@@ -343,6 +305,64 @@ class PruningSearch:
 
     def _pruned(self, choice: PruningChoice) -> GraphUNet:
         return apply(self._before, f"PruneBlocks({choice.paths!r})", verify=False)
+
+
+def allowed_removals(
+    levels: Sequence[Any],
+    timed: bool,
+    student: GraphUNet,
+    teacher: GraphUNet,
+    losses: Sequence[Loss],
+    output_dir: Path,
+) -> Redundancy:
+    """Return the removals that the losses allow, and what they save, which the main process measures once.
+
+    Args:
+        levels: the levels of the regions.
+        timed: whether seconds are measured.
+        student: the student.
+        teacher: the teacher.
+        losses: the losses. Regions that they name stay.
+        output_dir: the folder that keeps what is measured, because seconds differ every time.
+    Raises:
+        SpecError: no region can be removed.
+        TuningError: the student inherits or bypasses features.
+    """
+    if student.graph.sites:
+        raise TuningError(
+            f"the student inherits or bypasses features at {next(iter(student.graph.sites))}",
+            where="student",
+            hint="apply these passes to the tuned student",
+        )
+    key = hash_text(hash_model(student), *levels, str(timed))
+    path = output_dir / f"savings-{key[:12]}.json"
+    process = imported("accelerate", "tuning").PartialState(cpu=not torch.accelerator.is_available())
+    with process.main_process_first():
+        if path.exists():
+            found = Redundancy.load(path)
+        else:
+            found = analyse_unet(student, levels=levels, calls=1, nominal=timed)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            found.save(path)
+    taps = [tap.path for loss in losses for tap, _ in loss.taps(student.graph, teacher.graph)]
+    removals = []
+    for one in found.removals:
+        if any(f"{path}.".startswith(f"{one.path}.") for path in taps):
+            graph = apply(student, f"PruneBlocks({one.path!r})", verify=False).graph
+            try:
+                for loss in losses:
+                    loss.taps(graph, teacher.graph)
+            except PathError:
+                continue
+        removals.append(one)
+    if not removals:
+        raise SpecError("the losses name every region that could be removed", hint="leave some of them out")
+    return dataclasses.replace(found, removals=tuple(removals))
+
+
+def savings_identity(found: Redundancy) -> str:
+    """Return a hash of what removals save."""
+    return hash_text(*(f"{one.path} {one.time} {one.macs} {one.parameters}" for one in found.removals))
 
 
 def _layers(student: GraphUNet, paths: Sequence[str], train: Sequence[str] | None) -> list[str]:

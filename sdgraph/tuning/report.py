@@ -15,11 +15,14 @@ import numpy as np
 
 from ..errors import TuningError
 from ..extra import imported
+from ..runtime.masks_by_call import MasksByCall
+from ..spec import read
 from ..text import json_object
 
 LOG = "loss.csv"
 PRUNING, CHOICE = "pruning", "pruning.json"  # the folder of the search of a learned pruning, and what it has chosen
 CHOICE_FORMAT = 1  # of the file of the choice
+ROUTING, ROUTING_FORMAT = "routing.json", 1  # what a learned routing has learned
 GATE = "gate "  # before the path of a region, in the columns of such a search
 COLUMNS = ("learning_rate", "gradient_norm", "loss")  # before the terms of the loss
 WINDOW = 50  # steps that one figure of the text is the mean of, at the beginning and at the end
@@ -37,6 +40,7 @@ class TuningReport:
         search: the log of the steps before, if they have learned what to prune; it has a column "gate PATH" for each
             region.
         chosen: the pass that a search has chosen, and what it leaves; "" of any other log.
+        routing: the masks by call that were learned, whose `switch` makes them a UNet; None of any other log.
     Example:
         `report.column("loss")[-1]`, `print(report)`
     """
@@ -46,6 +50,7 @@ class TuningReport:
     rows: tuple[tuple[float, ...], ...]
     search: TuningReport | None = None
     chosen: str = ""
+    routing: MasksByCall | None = None
 
     @classmethod
     def of(cls, output_dir: Path) -> TuningReport:
@@ -59,7 +64,12 @@ class TuningReport:
         before, chosen = output_dir / PRUNING, output_dir / CHOICE
         search = cls.of(before) if (before / CHOICE).exists() else None
         text = _described(json_object(chosen, TuningError, hint=hint, format=CHOICE_FORMAT)) if chosen.exists() else ""
-        return cls(output_dir, names, tuple(tuple(map(float, row)) for row in rows), search, text)
+        figures, routed = tuple(tuple(map(float, row)) for row in rows), output_dir / ROUTING
+        routing = None
+        if routed.exists():
+            masks = read(json_object(routed, TuningError, hint=hint, format=ROUTING_FORMAT)["masks"], MasksByCall)
+            routing = masks if isinstance(masks, MasksByCall) else None
+        return cls(output_dir, names, figures, search, text, routing)
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -98,6 +108,8 @@ class TuningReport:
             lines.append(f"  {' -> '.join(f'{value:.2f}' for value in values[[0, count // 2, -1]])}  {name}")
         if self.chosen:
             lines.append(f"  chosen: {self.chosen}")
+        if self.routing is not None:
+            lines.append(f"  learned: {self.routing}")
         return before + "\n".join(lines)
 
     def picture(self, path: str | os.PathLike[str]) -> None:

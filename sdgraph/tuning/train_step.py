@@ -19,6 +19,7 @@ from ..runtime.feature_extractor import FeatureExtractor
 from ..runtime.unet import GraphUNet
 from .batch import Batch, Batches
 from .learned_pruning import PruningMasks
+from .learned_routing import RoutingMasks
 from .losses import Comparison, Denoising, Features, Loss, Output, Trajectory
 from .losses.base import TapPairs
 from .noise_schedule import NoiseSchedule
@@ -48,7 +49,7 @@ class Student(nn.Module):
         teacher: GraphUNet,
         inputs: frozenset[str],
         gradient_checkpointing: bool = False,
-        masks: PruningMasks | None = None,
+        masks: PruningMasks | RoutingMasks | None = None,
     ) -> None:
         super().__init__()
         gated = () if masks is None else masks.paths
@@ -77,9 +78,9 @@ class Student(nn.Module):
 
         Args:
             inputs: the inputs of the UNet by name, (B, ...) each.
-            noise: the noise of the mask that is drawn, (regions,); None without masks.
+            noise: the noise of the masks that are drawn, as their `noise` returns it; None without masks.
         """
-        gates = None if self.masks is None or noise is None else self.masks(noise)
+        gates = None if self.masks is None or noise is None else self.masks(noise, inputs["timestep"])
         prediction, *features = self.features(inputs, gates)
         for number, adapter in self.adapters.items():
             features[int(number)] = adapter(features[int(number)])
@@ -179,7 +180,7 @@ class TrainStep:
     teacher: FeatureExtractor
     student: nn.Module
     trained: Sequence[nn.Parameter]
-    masks: PruningMasks | None = None
+    masks: PruningMasks | RoutingMasks | None = None
 
     def __call__(self, step: int) -> dict[str, float]:
         """Leave the gradients of a step in the parameters, clipped to `max_grad_norm`.

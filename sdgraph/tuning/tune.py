@@ -31,6 +31,7 @@ from .batch import Batches
 from .checks import check_call_of_both, check_different, check_models, check_output, has_empty
 from .identity import Identity, check_versions, versions
 from .learned_pruning import LearnedPruning, PruningMasks, PruningSearch
+from .learned_routing import LearnedRouting, RoutingMasks, RoutingSearch
 from .losses import Loss
 from .noise_schedule import NoiseSchedule
 from .processes import alone, terminable
@@ -57,6 +58,7 @@ def tune(
     losses: Annotated[Sequence[Loss], Bounds(length=1)] | None = None,
     train: Annotated[Sequence[Text], Bounds(length=1)] | None = None,
     learn_pruning: LearnedPruning | None = None,
+    learn_routing: LearnedRouting | None = None,
     validate: Validate | None = None,
     resume_from_checkpoint: str | Path | None = "latest",
     **settings: Any,
@@ -87,6 +89,9 @@ def tune(
         learn_pruning: a budget, for which the first steps learn what to remove from the student; by default nothing is
             removed. The log, the checkpoints and the choice of these steps are in `output_dir/pruning`, and the result
             is that of a plain `PruneBlocks`. The student may then be the teacher itself.
+        learn_routing: masks by call for a budget, which the first steps learn together with the weights; by default all
+            calls compute everything. The result is the whole student, and `report.routing.switch(tuned)` leaves out
+            what the masks say. The student may then be the teacher itself.
         validate: a function of the student (its averaged weights) and the number of steps, which returns figures and
             PIL images by name. They are logged and written to `output_dir/validation`.
         resume_from_checkpoint: "latest", a folder `checkpoint-N`, or None to begin in a folder without checkpoints.
@@ -118,10 +123,16 @@ def tune(
     noise_schedule = NoiseSchedule.of(scheduler)
     first_row = Batches.of(source, noise_schedule, run_settings, 1).batch(0, [0])
     check_call_of_both(student, frozen_teacher, first_row.inputs)
+    if learn_pruning is not None and learn_routing is not None:
+        raise TuningError(
+            "one run learns what to prune, or masks by call",
+            where="learn_pruning, learn_routing",
+            hint="leave one of them out",
+        )
     terms = losses_for(losses, first_row, run_settings.snr_gamma)
     if isinstance(source, Paths):
         source.check_schedule(noise_schedule)
-    if learn_pruning is None and any(loss.reads_teacher for loss in terms):
+    if learn_pruning is None and learn_routing is None and any(loss.reads_teacher for loss in terms):
         check_different(student, frozen_teacher, first_row.inputs)
     accelerator, sharded = _accelerator(run_settings, folder)
     batches = Batches.of(source, noise_schedule, run_settings, accelerator.num_processes)
@@ -130,14 +141,24 @@ def tune(
     with alone(folder), terminable():
         accelerator.wait_for_everyone()
         launched = accelerator, sharded
-        if learn_pruning is None:
+        if learn_pruning is None and learn_routing is None:
             return run(student, run_settings, folder, launched, resume_from_checkpoint, train, validate, student.dtype)
         if sharded:
             raise TuningError(
                 "gates mix values of a whole student, and its weights are sharded over processes",
-                where="learn_pruning",
+                where="learn_pruning, learn_routing",
                 hint="launch without --use_fsdp",
             )
+        if learn_routing is not None:
+            count = len(noise_schedule.alphas)
+            routing = RoutingSearch(learn_routing, student, frozen_teacher, terms, run_settings, count, folder)
+            options = (train, validate, student.dtype)
+            tuned, _ = run(student, run_settings, folder, launched, resume_from_checkpoint, *options, search=routing)
+            if accelerator.is_main_process:
+                routing.finish()
+            accelerator.wait_for_everyone()
+            return tuned, TuningReport.of(folder)
+        assert learn_pruning is not None
         first, rest = learn_pruning.settings(run_settings)
         search = PruningSearch(learn_pruning, student, frozen_teacher, terms, train, folder / PRUNING)
         resumed = None if resume_from_checkpoint is None else "latest"
@@ -161,7 +182,7 @@ def _run(
     train: Sequence[str] | None = None,
     validate: Validate | None = None,
     dtype: torch.dtype | None = None,
-    search: PruningSearch | None = None,
+    search: PruningSearch | RoutingSearch | None = None,
 ) -> tuple[GraphUNet, TuningReport]:
     """Train a student in all steps that are left, and return it with the log.
 
@@ -178,12 +199,12 @@ def _run(
         train: the patterns of modules that are trained, as for `tune`.
         validate: the validation, as for `tune`.
         dtype: the precision of the result; by default that in which it is trained.
-        search: the search of a learned pruning, if these are its steps.
+        search: the search of a learned pruning, if these are its steps, or that of masks by call.
     """
     (accelerator, sharded), masks = launched, None if search is None else search.masks
     checkpoint = checkpoint_to_resume(output_dir, resume_from_checkpoint)
     batches = Batches.of(source, noise_schedule, settings, accelerator.num_processes)
-    trained = _trainable(student, train) if search is None else search.trainable()
+    trained = search.trainable() if isinstance(search, PruningSearch) else _trainable(student, train)
     train_step = _setup(trained, teacher, batches, losses, settings, accelerator, sharded, masks)
     unsharded = copy.deepcopy(student).to("cpu", training_dtype(student)) if sharded else None
     temporary = accelerator.unwrap_model(train_step.student).temporary
@@ -197,7 +218,7 @@ def _run(
         endless = search is None and all(loss.until is None for loss in losses)
         _resume(state, checkpoint, identity, settings, endless)
         if accelerator.is_main_process:
-            name = "tuning" if search is None else "the search of what to prune"
+            name = "the search of what to prune" if isinstance(search, PruningSearch) else "tuning"
             note(f"{name} goes on from {checkpoint}, step {state.step} of {settings.last_step}")
     if settings.report_to != "none":
         accelerator.init_trackers("logs")
@@ -270,7 +291,7 @@ def _setup(
     settings: Settings,
     accelerator: Any,
     sharded: bool,
-    masks: PruningMasks | None,
+    masks: PruningMasks | RoutingMasks | None,
 ) -> TrainStep:
     """Put the models on their device, let accelerate prepare the student, and return the training step."""
     objective, inputs = Objective(losses, student, teacher), frozenset(batches.batch(0, [0]).inputs)

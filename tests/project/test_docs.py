@@ -34,6 +34,7 @@ QUICKER = {
     "num_inference_steps=16": "num_inference_steps=1",
     "steps=5000": "steps=2",
     "LearnedPruning(1000": "LearnedPruning(1",
+    "LearnedRouting(1000": "LearnedRouting(1",
     "resolution=512": "resolution=64",
 }
 QUICK = ["drop-in.md"]  # the others run pipelines, passes and exports
