@@ -23,7 +23,7 @@ from sdgraph.progress import Bar
 from sdgraph.runtime.switch import SwitchUNet
 from sdgraph.views.format import format_table
 
-from ..bundle.manifest import FIRST, MODEL, REPORT, Manifest, Target
+from ..bundle.manifest import MODEL, REPORT, Manifest, Target
 from ..bundle.manifest_file import read_manifest, write_manifest
 from ..bundle.pipeline_manifest import (
     CLASSES,
@@ -288,8 +288,9 @@ def _plain(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert isinstance(manifest, Manifest)
     if manifest.variants[0].file == MODEL:
-        (folder / MODEL).rename(folder / FIRST)
-        manifest = replace(manifest, variants=(replace(manifest.variants[0], file=FIRST), *manifest.variants[1:]))
+        own = "variant_0.onnx"  # as of a UNet that inherits
+        (folder / MODEL).rename(folder / own)
+        manifest = replace(manifest, variants=(replace(manifest.variants[0], file=own), *manifest.variants[1:]))
     model = onnx.load(folder / manifest.variants[0].file, load_external_data=False)
     del model.graph.output[1:]
     for value in (*model.graph.input, *model.graph.output):

@@ -205,7 +205,8 @@ class RoutingMasks(nn.Module):
 def _apart(savings: Tensor, values: Tensor) -> Tensor:
     """Return values (..., n) without their part along what removals save, (n, budgets)."""
     along = (savings @ torch.linalg.pinv(savings)).to(values)
-    return values - values @ along
+    apart: Tensor = values - values @ along
+    return apart
 
 
 class RoutingSearch:
