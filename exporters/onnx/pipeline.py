@@ -39,7 +39,7 @@ from ..bundle.pipeline_manifest import (
     write_pipeline_manifest,
 )
 from .exporter import OPSETS, export
-from .parity import Comparison, ExportReport
+from .parity import FORMAT, Comparison, ExportReport
 from .parts import Part, text_part, vae_parts, write_part
 from .quantize import Calibration, Quantize
 from .request import check_target
@@ -208,7 +208,7 @@ def _export(
     sizes = {path.name: _bytes(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     report = PipelineReport(unet, tuple(comparisons), sizes, seconds)
     write_pipeline_manifest(manifest, folder)
-    (folder / REPORT).write_text(json.dumps({"format": 1, **report.as_dict()}, indent=2) + "\n")
+    (folder / REPORT).write_text(json.dumps({"format": FORMAT, **report.as_dict()}, indent=2) + "\n")
     for comparison in comparisons:
         if not comparison.holds:
             raise ParityError(

@@ -20,7 +20,11 @@ WRITING = (".write_text(", ".write_bytes(", "._write(")
 # Functions that write JSON and name no format.
 EXCEPTIONS = {
     "sdgraph/cli/arguments.py:write_json": "the format comes with the data, as in `SearchResult.as_dict`",
+    "sdgraph/plan_search/switch_plan.py:save": "the format comes with the data, as in `SwitchPlan.as_dict`",
     "exporters/bundle/manifest_file.py:write_manifest": "the format is a field of the manifest",
+    "exporters/bundle/pipeline_manifest.py:write_pipeline_manifest": "the format is a field of the manifest",
+    "exporters/onnx/parts.py:write_part": "the configuration has the format of diffusers and transformers",
+    "exporters/onnx/pipeline.py:_write_index": "model_index.json has the format of diffusers",
     "sdgraph/runtime/weight_files.py:write_weights": "the index of shards has the format of diffusers",
     "sdgraph/tuning/sources/dataset.py:unpacked": "metadata.jsonl has the format of datasets",
     "exporters/onnx/exporter.py:_write_config": "the configuration has the format of diffusers",
