@@ -18,7 +18,7 @@ from sdgraph.ir.inputs import Dim, Input
 from ..bundle.external_data import Weights
 from ..bundle.manifest import CONFIG, DATA, MODEL
 from ..bundle.pipeline_manifest import DECODER, ENCODER
-from . import parity, translate
+from . import parity
 from .parity import Comparison
 from .simplify import simplify
 
@@ -199,6 +199,8 @@ def write_part(part: Part, folder: Path, opset: int) -> tuple[Comparison, ...]:
         ExportError: the translation failed.
     """
     import onnx_ir
+
+    from . import translate
 
     folder.mkdir()
     (spec,) = part.inputs

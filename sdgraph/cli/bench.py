@@ -17,7 +17,6 @@ from typing import Any
 
 from ..errors import SpecError
 from ..plan_search import TIMES_FORMAT
-from ..untrusted import is_exported
 from .arguments import add_imports, add_number, add_output, add_provider, add_threads, add_variant, write_json
 from .generation import UNIT, add_images, call_of, scheduler_class
 from .plans import add_passes, read_passes
@@ -54,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     folder = local_folder(args.pipeline)
+    from ..untrusted import is_exported
+
     exported = folder is not None and is_exported(folder)
     for name in OF_A_PIPELINE if exported else OF_A_BUNDLE:
         if getattr(args, name) not in (None, ""):

@@ -19,7 +19,6 @@ from typing import Any, Self
 
 from ..errors import SpecError, did_you_mean
 from ..progress import note
-from ..untrusted import is_exported
 from .arguments import add_imports, add_number, add_output, add_pipeline, add_provider, add_threads, bound, seed
 from .generation import add_generation, call_of, check_graph_size, check_scheduler, check_size, made_scheduler
 from .plans import PASSES, RequestedPasses, read_passes
@@ -147,6 +146,8 @@ class _Side:
     @property
     def exported(self) -> bool:
         """Whether the side is an exported UNet."""
+        from ..untrusted import is_exported
+
         return self.folder is not None and is_exported(Path(self.folder).expanduser())
 
     def loaded(self, args: argparse.Namespace) -> Any:

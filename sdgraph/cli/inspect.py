@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import SpecError
-from ..untrusted import is_exported
 from .arguments import CALLS, add_calls, add_imports
 from .generation import latent_unit, own_scheduler, with_calls
 from .sources import INDEX, load_unet, local_folder, parts, read_object, sketch
@@ -38,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     if folder is None:
         raise SpecError(f"there is no folder {args.directory}", hint="download the model, and give its folder")
     calls = args.calls or CALLS
+    from ..untrusted import is_exported
+
     if is_exported(folder):
         from ..exporters.bundle.inspect import contents
 

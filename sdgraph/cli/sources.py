@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SdgraphError, SourceError, SpecError
 from ..progress import note
 from ..text import json_object, lines, read_text
-from ..untrusted import is_exported
 
 if TYPE_CHECKING:
     from ..graph import Graph
@@ -217,6 +216,8 @@ def _unet_folder(source: str) -> Path | None:
     if (folder / INDEX).is_file():
         _check_unet(_read_index(folder), source)
         folder = folder / "unet"
+    from ..untrusted import is_exported
+
     if is_exported(folder):
         raise SpecError(
             f"{source} is exported already",
