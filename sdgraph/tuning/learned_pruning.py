@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..atomic import written
 from ..errors import PathError, SdgraphError, SpecError, TuningError
 from ..extra import imported
 from ..options import Bounds, Budget, Count, Neighbours, Positive
@@ -28,7 +26,7 @@ from ..runtime.digest import hash_model, hash_text
 from ..runtime.unet import GraphUNet
 from ..spec import Spec
 from .losses import Loss
-from .report import CHOICE, CHOICE_FORMAT, GATE
+from .report import CHOICE, GATE, write_learned
 from .settings import Settings
 from .train_state import training_dtype
 
@@ -275,21 +273,12 @@ class PruningSearch:
             learned[f"{layer}.weight"] = weight + (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
         pruned.load_state_dict({name: learned[name] for name in pruned.state_dict()})
         record = {
-            "format": CHOICE_FORMAT,
             "learned pruning": str(self.spec),
             "passes": [f"PruneBlocks({choice.paths!r})"],
             "left": {name: share for name, share in choice.left.items() if name != "time" or self.spec.time},
             "gates": self.masks.gates,
         }
-        try:
-            with written(self.output_dir / CHOICE) as file:
-                file.write_text(json.dumps(record, indent=1) + "\n")
-        except OSError as error:
-            raise TuningError(
-                f"the choice cannot be written: {error.strerror or error}",
-                where=str(self.output_dir),
-                hint="free space there; the same command goes on from the last checkpoint",
-            ) from error
+        write_learned(self.output_dir / CHOICE, record)
         return pruned
 
     def _choice(self, gates: Mapping[str, float]) -> PruningChoice:

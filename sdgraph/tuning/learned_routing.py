@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
-from ..atomic import written
 from ..errors import EditError, SdgraphError, SpecError, TuningError
 from ..options import Bounds, Budget, Count, Positive
 from ..redundancy.pruning_program import Parts, PruningProgram
@@ -25,7 +23,7 @@ from ..runtime.unet import GraphUNet
 from ..spec import Spec
 from .learned_pruning import LEAST, allowed_removals, savings_identity
 from .losses import Loss
-from .report import GATE, ROUTING, ROUTING_FORMAT
+from .report import GATE, ROUTING, write_learned
 from .settings import Settings
 
 LEANING = 2.0  # the first logit of the mask that an interval begins with
@@ -293,18 +291,9 @@ class RoutingSearch:
             for name, paths in chosen.masks.items()
         }
         record = {
-            "format": ROUTING_FORMAT,
             "learned routing": str(self.spec),
             "masks": str(chosen),
             "macs left": left,
             "gates": self.masks.gates,
         }
-        try:
-            with written(self._output_dir / ROUTING) as file:
-                file.write_text(json.dumps(record, indent=1) + "\n")
-        except OSError as error:
-            raise TuningError(
-                f"the routing cannot be written: {error.strerror or error}",
-                where=str(self._output_dir),
-                hint="free space there; the same command goes on from the last checkpoint",
-            ) from error
+        write_learned(self._output_dir / ROUTING, record)

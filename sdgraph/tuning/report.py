@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from ..atomic import written
 from ..errors import TuningError
 from ..extra import imported
 from ..runtime.masks_by_call import MasksByCall
@@ -21,8 +23,8 @@ from ..text import json_object
 
 LOG = "loss.csv"
 PRUNING, CHOICE = "pruning", "pruning.json"  # the folder of the search of a learned pruning, and what it has chosen
-CHOICE_FORMAT = 1  # of the file of the choice
-ROUTING, ROUTING_FORMAT = "routing.json", 1  # what a learned routing has learned
+ROUTING = "routing.json"  # what a learned routing has learned
+LEARNED_FORMAT = 1  # of these two files
 GATE = "gate "  # before the path of a region, in the columns of such a search
 COLUMNS = ("learning_rate", "gradient_norm", "loss")  # before the terms of the loss
 WINDOW = 50  # steps that one figure of the text is the mean of, at the beginning and at the end
@@ -63,11 +65,11 @@ class TuningReport:
         hint = "delete it; the same command writes it again"
         before, chosen = output_dir / PRUNING, output_dir / CHOICE
         search = cls.of(before) if (before / CHOICE).exists() else None
-        text = _described(json_object(chosen, TuningError, hint=hint, format=CHOICE_FORMAT)) if chosen.exists() else ""
+        text = _described(json_object(chosen, TuningError, hint=hint, format=LEARNED_FORMAT)) if chosen.exists() else ""
         figures, routed = tuple(tuple(map(float, row)) for row in rows), output_dir / ROUTING
         routing = None
         if routed.exists():
-            masks = read(json_object(routed, TuningError, hint=hint, format=ROUTING_FORMAT)["masks"], MasksByCall)
+            masks = read(json_object(routed, TuningError, hint=hint, format=LEARNED_FORMAT)["masks"], MasksByCall)
             routing = masks if isinstance(masks, MasksByCall) else None
         return cls(output_dir, names, figures, search, text, routing)
 
@@ -209,5 +211,25 @@ def _writing(path: Path) -> Iterator[None]:
         raise TuningError(
             f"the log of the run cannot be written: {error.strerror or error}",
             where=str(path),
+            hint="free space there; the same command goes on from the last checkpoint",
+        ) from error
+
+
+def write_learned(path: Path, record: Mapping[str, Any]) -> None:
+    """Write what a search has learned.
+
+    Args:
+        path: the file, in the folder of the run.
+        record: what was learned, as plain data.
+    Raises:
+        TuningError: it cannot be written.
+    """
+    try:
+        with written(path) as file:
+            file.write_text(json.dumps({"format": LEARNED_FORMAT, **record}, indent=1) + "\n")
+    except OSError as error:
+        raise TuningError(
+            f"{path.name} cannot be written: {error.strerror or error}",
+            where=str(path.parent),
             hint="free space there; the same command goes on from the last checkpoint",
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -168,6 +169,20 @@ def as_texts(texts: str | Iterable[str], where: str) -> list[str]:
         if re.search("[\ud800-\udfff]", text):
             raise TuningError(f"half a character is in {text!r}", where=where, hint="write it whole, or leave it out")
     return found
+
+
+def keys_of(prompts: Sequence[str]) -> list[str]:
+    """Return the keys under which what the teacher generates from prompts is kept.
+
+    Args:
+        prompts: the prompts. One that occurs twice has two keys.
+    """
+    seen: collections.Counter[str] = collections.Counter()
+    keys = []
+    for prompt in prompts:
+        keys.append(hash_text(prompt, str(seen[prompt])))
+        seen[prompt] += 1
+    return keys
 
 
 def time_ids(original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> Tensor:

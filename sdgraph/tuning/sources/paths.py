@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ...runtime.recipe import CALLS, FOLDED
 from ..noise_schedule import NoiseSchedule
 from ..random_numbers import generator
 from .base import Contents, Samples, Source
-from .captions import Captions, as_texts, time_ids
+from .captions import Captions, as_texts, keys_of, time_ids
 from .tensor_cache import GIGABYTE, TensorCache
 
 
@@ -154,11 +153,7 @@ class Paths(Source):
             "latents": f"{self._size[0]}x{self._size[1]}",
             "seed": str(seed),
         }
-        seen: collections.Counter[str] = collections.Counter()
-        self._keys = []
-        for prompt in self._prompts:  # a prompt that occurs twice has two paths
-            self._keys.append(hash_text(prompt, str(seen[prompt])))
-            seen[prompt] += 1
+        self._keys = keys_of(self._prompts)
         self._kept = TensorCache(Path(cache), recipe, self._keys, batch, cache_limit)
         self._kept.fill(self._generated, "the teacher's paths")
         self._places = range(0, grid, self._stride) if points == "edges" else range(grid)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from ...runtime.pipelines import without_bar
 from ..noise_schedule import NoiseSchedule
 from ..random_numbers import generator
 from .base import Contents, Samples, Source
-from .captions import Captions, as_texts, time_ids, with_empty
+from .captions import Captions, as_texts, keys_of, time_ids, with_empty
 from .tensor_cache import GIGABYTE, TensorCache
 
 
@@ -94,11 +93,7 @@ class Prompts(Source):
             "calls_per_prompt": str(calls_per_prompt),
             "seed": str(seed),
         }
-        seen: collections.Counter[str] = collections.Counter()
-        self._keys = []
-        for prompt in self._prompts:  # a prompt that occurs twice has two trajectories
-            self._keys.append(hash_text(prompt, str(seen[prompt])))
-            seen[prompt] += 1
+        self._keys = keys_of(self._prompts)
         self.contents = Contents(recipe, self._keys, cache=Path(cache))
         self._kept = TensorCache(Path(cache), recipe, self._keys, batch, cache_limit)
         self._kept.fill(self._generated, "the teacher's trajectories")
